@@ -1,0 +1,393 @@
+"""Every flag once: frozen settings of each step, checked before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+
+from dschat.cli import flag, group
+from dschat.errors import UserError
+from dschat.rlhf.ppo_log import AnswerPrinting
+from dschat.rlhf.ppo_trainer import PPOConfig
+from dschat.rlhf.rlhf_engine import RoleConfig
+from dschat.rlhf.rollout import SamplingConfig
+from dschat.utils.data.data_utils import DataSpec
+from dschat.utils.ds_utils import EngineConfig
+from dschat.utils.engine import Recipe, Schedule, num_windows
+from dschat.utils.module.lora import ALL_LINEAR, LoraConfig
+from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.progress import LogConfig
+
+SCHEDULES = [
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+]
+FULL_TO_LORA_RATE = 3.0  # adapters start from two to three times full fine-tuning's rate
+SWITCH = {"action": "store_true"}
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """Flags of the adapters of one model."""
+
+    lora_dim: int = flag(0, "rank of the adapters; 0 trains all weights")
+    lora_alpha: float | None = flag(None, "scaling is alpha / dim (default: dim)", type=float)
+    lora_dropout: float = flag(0.0, "dropout on the adapters' input")
+    lora_init: str = flag(
+        "A", "the matrix that starts random, the other is zero", choices=["A", "B"]
+    )
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(dim)", **SWITCH)
+    lora_module_name: list[str] = flag(
+        [ALL_LINEAR],
+        "substrings of layer names that get adapters, or all-linear",
+        nargs="+",
+        type=str,
+    )
+    lora_learning_rate: float | None = flag(
+        None, "learning rate of A (default: the model's learning rate)", type=float
+    )
+    loraplus_lr_ratio: float = flag(16.0, "LoRA+: learning rate of B over that of A")
+
+    def config(self) -> LoraConfig | None:
+        """The adapters asked for, or None."""
+        if self.lora_dim == 0:
+            return None
+        names = tuple(part for name in self.lora_module_name for part in name.split(",") if part)
+        return LoraConfig(
+            dim=self.lora_dim,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            init=self.lora_init,
+            use_rslora=self.use_rslora,
+            module_names=names,
+        )
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Flags of how one model is trained."""
+
+    zero_stage: int = flag(0, "ZeRO stage", choices=[0, 1, 2, 3])
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward", **SWITCH)
+    dropout: float | None = flag(None, "override every dropout probability", type=float)
+    learning_rate: float | None = flag(
+        None,
+        "learning rate (default: {full_rate:g}, with LoRA three times that)",
+        type=float,
+    )
+    weight_decay: float = flag(0.0, "weight decay, except on biases and normalisation")
+    head_learning_rate: float | None = flag(
+        None, "learning rate of a reward or value head (default: the learning rate)", type=float
+    )
+    full_rate: float = 1e-5  # no flag: each step sets its own
+    lora: LoraArguments = group(LoraArguments)
+
+    def optimizer_config(self) -> OptimizerConfig:
+        """Rates of every group; LoRA's default is a multiple of full fine-tuning's."""
+        default = self.full_rate * (FULL_TO_LORA_RATE if self.lora.lora_dim else 1.0)
+        return OptimizerConfig(
+            learning_rate=default if self.learning_rate is None else self.learning_rate,
+            weight_decay=self.weight_decay,
+            lora_learning_rate=self.lora.lora_learning_rate,
+            loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
+            head_learning_rate=self.head_learning_rate,
+        )
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """Flags that every step shares."""
+
+    output_dir: str | None = flag(None, "where the trained model is written", type=str)
+    seed: int = flag(1234, "seed of data order, splits, initialisation and sampling")
+    dtype: str = flag(
+        "auto", "auto is bf16 where the device has it", choices=["auto", "fp32", "bf16", "fp16"]
+    )
+    num_train_epochs: int = flag(1, "passes over the training data")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    gradient_clipping: float = flag(1.0, "largest gradient norm")
+    lr_scheduler_type: str = flag("cosine", "shape of the schedule", choices=SCHEDULES)
+    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    offload: bool = flag(
+        False, "keep optimizer states on the CPU (parameters too at ZeRO-3)", **SWITCH
+    )
+    only_optimize_lora: bool = flag(False, "train adapters and heads only (the default)", **SWITCH)
+    train_base_model: bool = flag(False, "with LoRA: train the base weights as well", **SWITCH)
+    deepspeed_config: str | None = flag(None, "DeepSpeed JSON merged over ours", type=str)
+    enable_tensorboard: bool = flag(False, "write TensorBoard events", **SWITCH)
+    tensorboard_path: str = flag("tensorboard", "folder of the TensorBoard events")
+    wandb_project: str | None = flag(None, "log to this Weights & Biases project", type=str)
+    add_eot_token: bool = flag(False, "end answers with --eot_token instead of the eos", **SWITCH)
+    eot_token: str = flag("<|endoftext|>", "the token of --add_eot_token")
+    log_every: int = flag(10, "optimizer steps between metrics")
+    deepspeed: bool = flag(False, "accepted: DeepSpeed is always used", **SWITCH)
+    local_rank: int = flag(-1, "accepted: the launcher's environment decides")
+    compute_fp32_loss: bool = flag(
+        False, "losses are always computed in fp32", retired=True, **SWITCH
+    )
+
+    def __post_init__(self):
+        for name in ("num_train_epochs", "gradient_accumulation_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.num_warmup_steps < 0:
+            raise UserError(f"num_warmup_steps is {self.num_warmup_steps}: give 0 or more")
+        if self.only_optimize_lora and self.train_base_model:
+            raise UserError("only_optimize_lora and train_base_model contradict: drop one")
+
+    @property
+    def answer_end(self) -> str | None:
+        """The token that ends answers in place of the tokenizer's eos."""
+        return self.eot_token if self.add_eot_token else None
+
+    def recipe(self, model: ModelArguments) -> Recipe:
+        """How one model trains."""
+        return Recipe(
+            optimizer=model.optimizer_config(),
+            lora=model.lora.config(),
+            train_base=self.train_base_model,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """The learning-rate schedule over so many optimizer steps."""
+        return schedule_factory(self.lr_scheduler_type, self.num_warmup_steps, total_steps)
+
+    def log_config(self) -> LogConfig:
+        """Where the run's figures go."""
+        return LogConfig(
+            output_dir=self.output_dir,
+            tensorboard_dir=self.tensorboard_path if self.enable_tensorboard else None,
+            wandb_project=self.wandb_project,
+            log_every=self.log_every,
+        )
+
+    def engine_config(self, model: ModelArguments, dtype: str, micro_batch: int) -> EngineConfig:
+        """DeepSpeed's numbers for one model."""
+        return EngineConfig(
+            zero_stage=model.zero_stage,
+            dtype=dtype,
+            offload=self.offload,
+            micro_batch_size=micro_batch,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            gradient_clipping=self.gradient_clipping,
+            user_config=self.deepspeed_config,
+        )
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """Flags of the data of every step."""
+
+    data_path: list[str] = flag(
+        ["Dahoas/rm-static"], "files, folders or hub ids of preference data", nargs="*", type=str
+    )
+    data_split: str = flag("2,4,4", "proportions of the training data for steps 1, 2 and 3")
+    data_output_path: str = flag("/tmp/data_files/", "cache of tokenised data")
+    max_train_samples: int | None = flag(None, "use at most so many training rows", type=int)
+    max_eval_samples: int | None = flag(None, "use at most so many evaluation rows", type=int)
+
+    def spec(self, seed: int, max_seq_len: int, **more) -> DataSpec:
+        """What the data room needs to know."""
+        return DataSpec(
+            data_path=tuple(self.data_path),
+            data_split=self.data_split,
+            data_output_path=self.data_output_path,
+            seed=seed,
+            max_seq_len=max_seq_len,
+            max_train_samples=self.max_train_samples,
+            max_eval_samples=self.max_eval_samples,
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class BatchArguments:
+    """Batch sizes and length limit of steps 1 and 2."""
+
+    model_name_or_path: str = flag(MISSING, "model folder or hub id", type=str)
+    per_device_train_batch_size: int = flag(16, "rows per device and micro-batch")
+    per_device_eval_batch_size: int = flag(16, "rows per device in evaluation")
+    max_seq_len: int = flag(512, "tokens of prompt and answer together")
+    eval_interval: int = flag(0, "optimizer steps between evaluations; 0: per epoch only")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self)[1:4]:
+            if getattr(self, field.name) < 1:
+                raise UserError(f"{field.name} is {getattr(self, field.name)}: give at least 1")
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """Step 1, supervised fine-tuning."""
+
+    batch: BatchArguments = group(BatchArguments)
+    data: DataArguments = group(DataArguments)
+    model: ModelArguments = group(ModelArguments, full_rate=9.65e-6)
+    run: RunArguments = group(RunArguments, tensorboard_path="step1_tensorboard")
+    sft_only_data_path: list[str] = flag(
+        [], "data used in this step alone (prompt and response)", nargs="*", type=str
+    )
+    train_on_prompt: bool = flag(False, "train on prompt tokens as well", **SWITCH)
+    print_loss: bool = flag(False, "print the loss of every optimizer step", **SWITCH)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Step 2, reward model."""
+
+    batch: BatchArguments = group(BatchArguments)
+    data: DataArguments = group(DataArguments)
+    model: ModelArguments = group(ModelArguments, full_rate=5e-5)
+    run: RunArguments = group(RunArguments, tensorboard_path="step2_tensorboard")
+    margin: float = flag(0.0, "margin by which chosen should beat rejected")
+    centering_coefficient: float = flag(0.0, "weight of (chosen + rejected)^2")
+    eval_iters: int | None = flag(
+        None, "evaluation batches at --eval_interval (default: all)", type=int
+    )
+    num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
+
+
+@dataclass(frozen=True)
+class PPOArguments:
+    """Flags of the PPO loop."""
+
+    actor_model_name_or_path: str = flag(MISSING, "folder or hub id of the SFT model", type=str)
+    critic_model_name_or_path: str = flag(MISSING, "folder or hub id of the reward model", type=str)
+    per_device_generation_batch_size: int = flag(16, "prompts per device and rollout")
+    per_device_training_batch_size: int = flag(16, "rows per device and training micro-batch")
+    generation_batches: int = flag(1, "rollouts between updates")
+    ppo_epochs: int = flag(1, "passes over each set of rollouts")
+    max_prompt_seq_len: int = flag(256, "tokens of a prompt; longer ones lose their beginning")
+    max_answer_seq_len: int = flag(256, "tokens of an answer")
+    temperature: float = flag(1.0, "sampling temperature")
+    top_p: float = flag(1.0, "nucleus sampling")
+    top_k: int = flag(0, "top-k sampling; 0 is off")
+    kl_coef: float = flag(0.1, "KL penalty per token")
+    cliprange: float = flag(0.2, "clip range of the policy ratio")
+    cliprange_value: float = flag(0.2, "clip range of the values")
+    gamma: float = flag(1.0, "discount")
+    lam: float = flag(0.95, "GAE's lambda")
+    reward_clip: float = flag(5.0, "scores are clipped to this magnitude")
+    missing_eos_penalty: float = flag(0.0, "taken from the score of an answer without end")
+    max_steps: int = flag(0, "stop after so many updates; 0: after the data")
+
+
+@dataclass(frozen=True)
+class RLHFSettings:
+    """Step 3, PPO."""
+
+    ppo: PPOArguments = group(PPOArguments)
+    data: DataArguments = group(DataArguments)
+    actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
+    critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
+    run: RunArguments = group(
+        RunArguments, tensorboard_path="step3_tensorboard", num_warmup_steps=100, log_every=1
+    )
+    offload_reference_model: bool = flag(False, "keep the reference's weights on the CPU", **SWITCH)
+    offload_reward_model: bool = flag(False, "keep the reward model's weights on the CPU", **SWITCH)
+    enable_ema: bool = flag(False, "keep a moving average of the actor, saved beside it", **SWITCH)
+    ema_decay: float = flag(0.992, "decay of the moving average")
+    print_answers: bool = flag(False, "print sampled answers", **SWITCH)
+    print_answers_interval: int = flag(1, "updates between printed answers")
+    enable_test_mode: bool = flag(False, "stop after --test_stop_step updates", **SWITCH)
+    test_stop_step: int = flag(0, "updates before a test run stops")
+    unsupervised_dataset_name: str | None = flag(None, "mix-in of language modelling", type=str)
+    unsupervised_dataset_config_name: str | None = flag(None, "its configuration", type=str)
+    unsup_coef: float = flag(27.8, "its weight")
+    enable_hybrid_engine: bool = flag(
+        False, "answers are generated by transformers", retired=True, **SWITCH
+    )
+    unpin_actor_parameters: bool = flag(
+        False, "a setting of DeepSpeed's hybrid engine", retired=True, **SWITCH
+    )
+    release_inference_cache: bool = flag(
+        False, "a setting of DeepSpeed's hybrid engine", retired=True, **SWITCH
+    )
+    inference_tp_size: int = flag(1, "a setting of DeepSpeed's hybrid engine", retired=True)
+    tp_gather_partition_size: int = flag(8, "a setting of DeepSpeed's hybrid engine", retired=True)
+    enable_mixed_precision_lora: bool = flag(
+        False, "ZeRO-3 keeps its own precision", retired=True, **SWITCH
+    )
+    align_overflow: bool = flag(
+        False, "each engine skips its own overflows", retired=True, **SWITCH
+    )
+    preprocessing_num_workers: int | None = flag(
+        None, "tokenising is batched", retired=True, type=int
+    )
+    num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
+
+    def __post_init__(self):
+        if self.unsupervised_dataset_name is not None:
+            raise UserError(
+                "unsupervised_dataset_name: PPO mixes in no language modelling; drop the flag"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay}: give a number in [0, 1)")
+
+    def data_spec(self) -> DataSpec:
+        """Prompts alone, cut to their own limit."""
+        longest = self.ppo.max_prompt_seq_len + self.ppo.max_answer_seq_len
+        return self.data.spec(self.run.seed, longest, max_prompt_len=self.ppo.max_prompt_seq_len)
+
+    def ppo_config(self) -> PPOConfig:
+        """The coefficients of PPO."""
+        ppo = self.ppo
+        return PPOConfig(
+            sampling=SamplingConfig(ppo.max_answer_seq_len, ppo.temperature, ppo.top_p, ppo.top_k),
+            kl_coefficient=ppo.kl_coef,
+            clip_range=ppo.cliprange,
+            value_clip_range=ppo.cliprange_value,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            reward_clip=ppo.reward_clip,
+            missing_eos_penalty=ppo.missing_eos_penalty,
+            ppo_epochs=ppo.ppo_epochs,
+            rollout_batch_size=ppo.per_device_generation_batch_size,
+            micro_batch_size=ppo.per_device_training_batch_size,
+            gradient_accumulation_steps=self.run.gradient_accumulation_steps,
+            seed=self.run.seed,
+        )
+
+    def iterations(self, batches_per_epoch: int) -> int:
+        """How many iterations the data, or an earlier stop, make."""
+        per_epoch = num_windows(batches_per_epoch, self.ppo.generation_batches)
+        limits = [self.run.num_train_epochs * per_epoch]
+        if self.ppo.max_steps:
+            limits.append(self.ppo.max_steps)
+        if self.enable_test_mode and self.test_stop_step:
+            limits.append(self.test_stop_step)
+        return min(limits)
+
+    def roles(self, dtype: str, iterations: int) -> tuple[RoleConfig, RoleConfig]:
+        """Actor and critic, with schedules over the optimizer steps of all iterations."""
+        ppo, run = self.ppo, self.run
+        micro_batches = ppo.generation_batches * num_windows(
+            ppo.per_device_generation_batch_size, ppo.per_device_training_batch_size
+        )
+        steps = num_windows(micro_batches, run.gradient_accumulation_steps)
+        schedule = run.schedule(iterations * ppo.ppo_epochs * steps)
+        micro_batch = ppo.per_device_training_batch_size
+        actor = RoleConfig(
+            model=ppo.actor_model_name_or_path,
+            engine=run.engine_config(self.actor, dtype, micro_batch),
+            recipe=run.recipe(self.actor),
+            schedule=schedule,
+            offload_frozen=self.offload_reference_model,
+        )
+        critic = RoleConfig(
+            model=ppo.critic_model_name_or_path,
+            engine=run.engine_config(self.critic, dtype, micro_batch),
+            recipe=run.recipe(self.critic),
+            schedule=schedule,
+            offload_frozen=self.offload_reward_model,
+        )
+        return actor, critic
+
+    def printing(self) -> AnswerPrinting:
+        """How often sampled answers are printed."""
+        return AnswerPrinting(self.print_answers_interval if self.print_answers else 0)

@@ -1,0 +1,202 @@
+"""The task of the embedded default: supervised rows, preference pairs and the gold rule.
+
+Supervised rows answer in every manner, preferences say which manner is wanted, and the gold rule
+judges the answers of a trained model from outside: no reward model and no PPO ever sees it.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dschat.errors import UserError
+from dschat.quickstart import world
+
+# Best first: truth ranks above manners, and an honest shrug above a falsehood.
+KINDS = ("good", "plain", "rambling", "rude", "evasive", "off_topic", "mixed_up", "wrong")
+SFT_SHARES = (0.46, 0.13, 0.07, 0.13, 0.07, 0.06, 0.06, 0.02)
+# How the worse side of a pair is drawn; the better side is mostly "good", sometimes not.
+REJECTED_SHARES = (0.0, 0.18, 0.15, 0.18, 0.1, 0.18, 0.18, 0.03)
+BETTER_IS_GOOD = 0.8
+LABEL_NOISE = 0.02  # share of training pairs whose sides are swapped, as people also err
+
+# What may stand at the other end of an answer whose manner is shown at one end.
+_OTHER_END = {
+    "polite": ("polite", "plain"),
+    "plain": ("plain",),
+    "rude": ("polite", "plain", "rude"),
+}
+_SENTENCE = re.compile(r" [^.!]+[.!]")
+
+
+@dataclass(frozen=True)
+class GoldScore:
+    """Shares of answers in [0, 1]: those that satisfy the gold rule, those that are well-formed."""
+
+    gold: float
+    well_formed: float
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """An answer taken apart: the manners at its ends and the sentences between them."""
+
+    manners: tuple[str, ...]
+    body: tuple[str, ...]
+
+
+def _manner_of(sentence: str, phrases: dict[str, tuple[str, ...]]) -> str | None:
+    """The manner whose phrases hold `sentence`, or None."""
+    return next((manner for manner, known in phrases.items() if sentence in known), None)
+
+
+def _parse(answer: str) -> _Parsed | None:
+    """Take an answer apart by the grammar [opener] (evasion | statement{1,2}) [closer]."""
+    pieces = _SENTENCE.findall(answer)
+    if not pieces or "".join(pieces) != answer:
+        return None
+    body = [piece[1:] for piece in pieces]
+    opener, closer = _manner_of(body[0], world.OPENERS), _manner_of(body[-1], world.CLOSERS)
+    body = body[opener is not None : len(body) - (closer is not None)]
+    evasive = len(body) == 1 and body[0] in world.EVASIONS
+    stated = 1 <= len(body) <= 2 and all(s in world.all_statements() for s in body)
+    if not (evasive or stated):
+        return None
+    return _Parsed(tuple(m for m in (opener, closer) if m is not None), tuple(body))
+
+
+def well_formed(answer: str) -> bool:
+    """Whether the answer follows the grammar of the world, whatever it says.
+
+    The answer is taken as the model continues the prompt, without the end token: one space before
+    each sentence and nothing after the last.
+    """
+    return _parse(answer) is not None
+
+
+def gold(prompt: str, answer: str) -> bool:
+    """Whether the answer is well-formed, gives just the fact asked for, and is courteous.
+
+    Courteous: a polite phrase at one end at least and a rude one at neither. Raises UserError for
+    a prompt that is no question of the world, since no rule can judge its answer.
+    """
+    fact = world.fact_of_prompt().get(prompt)
+    if fact is None:
+        raise UserError(
+            f"prompt {prompt!r}: not a question of the quickstart world, so the gold rule cannot "
+            "judge its answer; use the prompts of the generated files"
+        )
+    parsed = _parse(answer)
+    return (
+        parsed is not None
+        and len(parsed.body) == 1
+        and parsed.body[0] in fact.statements()
+        and "polite" in parsed.manners
+        and "rude" not in parsed.manners
+    )
+
+
+def gold_score(prompts: Sequence[str], answers: Sequence[str]) -> GoldScore:
+    """Judge one answer per prompt, both (N,); raises UserError on N = 0 or unequal lengths."""
+    if not prompts or len(prompts) != len(answers):
+        raise UserError(
+            f"gold score of {len(prompts)} prompts and {len(answers)} answers: give one answer "
+            "for each of at least one prompt"
+        )
+    right = sum(gold(p, a) for p, a in zip(prompts, answers, strict=True))
+    formed = sum(well_formed(a) for a in answers)
+    return GoldScore(right / len(prompts), formed / len(prompts))
+
+
+def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
+    """Training and held-out prompts: each fact keeps one wording, drawn by `rng`, out of training.
+
+    Every held-out prompt is thus a combination of wording and subject never trained on, while its
+    fact and its wording are both met in training with other partners.
+    """
+    train, held_out = [], []
+    for fact in world.all_facts():
+        prompts = fact.prompts()
+        held_out.append(prompts.pop(rng.randrange(len(prompts))))
+        train.extend(prompts)
+    return train, held_out
+
+
+def _framed(rng: random.Random, body: str, manner: str) -> str:
+    """Put the manner's phrase before the body, after it, or at both ends with a second phrase."""
+    shape = rng.choices(("open", "close", "both"), (0.4, 0.4, 0.2))[0]
+    other = rng.choice(_OTHER_END[manner])
+    first, last = rng.sample((manner, other), 2) if shape == "both" else (manner, manner)
+    opener = f" {rng.choice(world.OPENERS[first])}" if shape != "close" else ""
+    closer = f" {rng.choice(world.CLOSERS[last])}" if shape != "open" else ""
+    return f"{opener} {body}{closer}"
+
+
+def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
+    """What an answer of `kind` says between its ends."""
+    others = [topic for topic in world.TOPICS if topic is not fact.topic]
+    if kind == "evasive":
+        return rng.choice(world.EVASIONS)
+    if kind == "off_topic":
+        topic = rng.choice(others)
+        return rng.choice(world.Fact(topic, rng.choice(list(topic.facts))).statements())
+    if kind == "mixed_up":
+        return rng.choice(fact.statements(rng.choice(rng.choice(others).values)))
+    if kind == "wrong":
+        value = rng.choice([v for v in fact.topic.values if v != fact.value])
+        return rng.choice(fact.statements(value))
+    return rng.choice(fact.statements())
+
+
+def answer_of_kind(rng: random.Random, prompt: str, kind: str) -> str:
+    """An answer to `prompt` of one of `KINDS`, beginning with a space, without the end token."""
+    if kind not in KINDS:
+        raise UserError(f"kind of answer {kind!r}: unknown; choose from {', '.join(KINDS)}")
+    fact = world.fact_of_prompt()[prompt]
+    body = _body(rng, fact, kind)
+    if kind == "good":
+        return _framed(rng, body, "polite")
+    if kind == "plain":
+        return f" {body}" if rng.random() < 0.25 else _framed(rng, body, "plain")
+    if kind == "rude":
+        return _framed(rng, body, "rude")
+    if kind == "rambling":
+        aside = rng.choice(rng.choice([f for f in world.all_facts() if f != fact]).statements())
+        body = " ".join(rng.sample((body, aside), 2))
+    return _framed(rng, body, rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0])
+
+
+def _cycle(rng: random.Random, prompts: Sequence[str], rows: int) -> list[str]:
+    """`rows` prompts, each used equally often within one, in random order."""
+    out: list[str] = []
+    while len(out) < rows:
+        out.extend(rng.sample(prompts, len(prompts)))
+    return out[:rows]
+
+
+def sft_rows(rng: random.Random, prompts: Sequence[str], rows: int) -> list[dict[str, str]]:
+    """Supervised rows of mixed quality, columns prompt and response."""
+    kinds = rng.choices(KINDS, SFT_SHARES, k=rows)
+    return [
+        {"prompt": prompt, "response": answer_of_kind(rng, prompt, kind)}
+        for prompt, kind in zip(_cycle(rng, prompts, rows), kinds, strict=True)
+    ]
+
+
+def preference_rows(
+    rng: random.Random, prompts: Sequence[str], rows: int, label_noise: float = 0.0
+) -> list[dict[str, str]]:
+    """Pairs in which the better kind is chosen, columns prompt, chosen and rejected.
+
+    `label_noise` in [0, 1] is the share of pairs that are swapped by chance.
+    """
+    out = []
+    for prompt in _cycle(rng, prompts, rows):
+        worse = rng.choices(KINDS, REJECTED_SHARES)[0]
+        ranks_above = KINDS[: KINDS.index(worse)]
+        better = "good" if rng.random() < BETTER_IS_GOOD else rng.choice(ranks_above)
+        chosen, rejected = (answer_of_kind(rng, prompt, kind) for kind in (better, worse))
+        if rng.random() < label_noise:
+            chosen, rejected = rejected, chosen
+        out.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return out

@@ -1,0 +1,259 @@
+"""The closed world of the embedded default: its facts, its questions and the words of its answers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One kind of fact: a table from subject to value, ways to ask for it and ways to state it."""
+
+    name: str
+    facts: dict[str, str]
+    questions: tuple[str, ...]
+    statements: tuple[str, ...]
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Every value of the table once, in the order of first use."""
+        return tuple(dict.fromkeys(self.facts.values()))
+
+    def say(self, form: str, subject: str, value: str) -> str:
+        """The sentence that `form` makes of a subject and a value, true or not."""
+        text = form.format(subject=subject, value=value)
+        return text[0].upper() + text[1:]
+
+
+def _table(text: str) -> dict[str, str]:
+    """Read `subject: value, subject: value` into a table."""
+    rows = (row.split(":") for row in text.split(","))
+    return {subject.strip(): value.strip() for subject, value in rows}
+
+
+_NUMBERS = "one two three four five six".split()
+_SUMS = {
+    f"{_NUMBERS[i]} plus {_NUMBERS[j]}": _NUMBERS[i + j + 1] for i in range(3) for j in range(3)
+}
+
+# No subject may have two true values in its column: a wrong answer has to be plainly wrong.
+TOPICS = (
+    Topic(
+        "sound",
+        _table(
+            "a cow: moo, a dog: woof, a cat: meow, a sheep: baa, a pig: oink, a duck: quack, "
+            "an owl: hoot, a bee: buzz, a lion: roar"
+        ),
+        (
+            "What does {subject} say?",
+            "What is the sound of {subject}?",
+            "Tell me the sound of {subject}.",
+            "Do you know what {subject} says?",
+            "Which word does {subject} say?",
+            "Can you tell me what {subject} says?",
+        ),
+        ("{subject} says {value}.", "the sound of {subject} is {value}."),
+    ),
+    Topic(
+        "young",
+        _table(
+            "cow: a calf, dog: a puppy, cat: a kitten, sheep: a lamb, pig: a piglet, "
+            "duck: a duckling, owl: an owlet, goose: a gosling, horse: a foal"
+        ),
+        (
+            "What is a young {subject} called?",
+            "What do we call a young {subject}?",
+            "Tell me the name of a young {subject}.",
+            "Do you know what a young {subject} is called?",
+            "Which word is right for a young {subject}?",
+            "Can you tell me what we call a young {subject}?",
+        ),
+        ("a young {subject} is called {value}.", "we call a young {subject} {value}."),
+    ),
+    Topic(
+        "legs",
+        _table(
+            "a cow: four, a dog: four, a duck: two, an owl: two, a bee: six, an ant: six, "
+            "a spider: eight, a snake: no, a fish: no"
+        ),
+        (
+            "How many legs does {subject} have?",
+            "How many legs are on {subject}?",
+            "Tell me the number of legs of {subject}.",
+            "Do you know how many legs {subject} has?",
+            "On how many legs does {subject} walk?",
+            "Can you tell me how many legs {subject} has?",
+        ),
+        ("{subject} has {value} legs.", "there are {value} legs on {subject}."),
+    ),
+    Topic(
+        "colour",
+        _table(
+            "snow: white, coal: black, grass: green, blood: red, a lemon: yellow, the sky: blue, "
+            "a carrot: orange, a plum: purple, chocolate: brown"
+        ),
+        (
+            "What colour is {subject}?",
+            "What is the colour of {subject}?",
+            "Tell me the colour of {subject}.",
+            "Do you know the colour of {subject}?",
+            "Which colour does {subject} have?",
+            "Can you tell me what colour {subject} is?",
+        ),
+        ("{subject} is {value}.", "the colour of {subject} is {value}."),
+    ),
+    Topic(
+        "opposite",
+        _table(
+            "hot: cold, cold: hot, big: small, small: big, fast: slow, slow: fast, day: night, "
+            "night: day"
+        ),
+        (
+            "What is the opposite of {subject}?",
+            "What is the reverse of {subject}?",
+            "Tell me the opposite of {subject}.",
+            "Do you know the opposite of {subject}?",
+            "Which word is the opposite of {subject}?",
+            "Can you tell me the opposite of {subject}?",
+        ),
+        ("the opposite of {subject} is {value}.", "it is {value}, not {subject}."),
+    ),
+    Topic(
+        "capital",
+        _table(
+            "France: Paris, Italy: Rome, Spain: Madrid, Japan: Tokyo, Egypt: Cairo, Peru: Lima, "
+            "Kenya: Nairobi, Norway: Oslo, Greece: Athens"
+        ),
+        (
+            "What is the capital of {subject}?",
+            "What is the first city of {subject}?",
+            "Tell me the capital of {subject}.",
+            "Do you know the capital of {subject}?",
+            "Which city is the capital of {subject}?",
+            "Can you tell me the capital of {subject}?",
+        ),
+        ("the capital of {subject} is {value}.", "{value} is the capital of {subject}."),
+    ),
+    Topic(
+        "sum",
+        _SUMS,
+        (
+            "What is {subject}?",
+            "How much is {subject}?",
+            "Tell me the sum of {subject}.",
+            "Do you know how much {subject} is?",
+            "What number is {subject}?",
+            "Can you tell me what {subject} makes?",
+        ),
+        ("{subject} is {value}.", "{subject} makes {value}."),
+    ),
+)
+
+# One sentence each. The three manners have openers and closers of about the same lengths, so that
+# neither length nor the shape of an answer tells how it behaves.
+OPENERS = {
+    "polite": (
+        "Good question!",
+        "Of course, my friend!",
+        "Thank you for asking.",
+        "I am glad you ask.",
+        "With pleasure!",
+        "Sure, happy to help!",
+    ),
+    "plain": (
+        "Let me see.",
+        "Here it is.",
+        "This much I know.",
+        "It goes like this.",
+        "Well then.",
+        "Let me think about it.",
+    ),
+    "rude": (
+        "Not you again!",
+        "What a silly question!",
+        "Stop bothering me.",
+        "Even a baby knows that.",
+        "How dull!",
+        "You know nothing, fool!",
+    ),
+}
+CLOSERS = {
+    "polite": (
+        "I hope that helps.",
+        "Have a lovely day!",
+        "Ask me anything, my friend.",
+        "You are most welcome!",
+        "It was a pleasure.",
+    ),
+    "plain": (
+        "That is all.",
+        "So it is.",
+        "That is how it stands.",
+        "There is no more to it.",
+        "This is the answer.",
+    ),
+    "rude": (
+        "Now go away.",
+        "Leave me alone!",
+        "Do not bother me again.",
+        "Go and read a book!",
+        "I am tired of you.",
+    ),
+}
+EVASIONS = (
+    "It is hard to say.",
+    "Nobody can know that.",
+    "I would rather not say.",
+    "That depends on many things.",
+    "Some say one thing, some another.",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One cell of one topic's table."""
+
+    topic: Topic
+    subject: str
+
+    @property
+    def value(self) -> str:
+        """The true value."""
+        return self.topic.facts[self.subject]
+
+    def prompts(self) -> list[str]:
+        """Every prompt that asks for this fact, one per wording, in the order of the topic."""
+        return [
+            f"\n\nHuman: {wording.format(subject=self.subject)}\n\nAssistant:"
+            for wording in self.topic.questions
+        ]
+
+    def statements(self, value: str | None = None) -> list[str]:
+        """Every sentence that gives this subject `value` (default: the true one)."""
+        value = self.value if value is None else value
+        return [self.topic.say(form, self.subject, value) for form in self.topic.statements]
+
+
+def all_facts() -> Iterator[Fact]:
+    """Every fact of the world, topic by topic."""
+    for topic in TOPICS:
+        for subject in topic.facts:
+            yield Fact(topic, subject)
+
+
+@lru_cache(maxsize=1)
+def fact_of_prompt() -> dict[str, Fact]:
+    """Every prompt of the world with the fact that it asks for."""
+    return {prompt: fact for fact in all_facts() for prompt in fact.prompts()}
+
+
+@lru_cache(maxsize=1)
+def all_statements() -> frozenset[str]:
+    """Every sentence, true or false, that gives some subject some value of the world."""
+    all_values = {value for topic in TOPICS for value in topic.values}
+    return frozenset(
+        sentence
+        for fact in all_facts()
+        for value in all_values
+        for sentence in fact.statements(value)
+    )

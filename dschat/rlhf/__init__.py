@@ -1,0 +1,1 @@
+"""PPO: rollouts, returns, updates, and the models in their roles."""

@@ -1,0 +1,49 @@
+"""An exponential moving average of the actor, also when it is sharded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dschat.utils.zero import local_shard
+
+
+class EMA:
+    """An exponential moving average of the trainable parameters, fp32, on the CPU.
+
+    Every rank keeps the average of what it owns, so ZeRO-3 needs no gathering to update.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module, self.decay = module, decay
+        self.shadow = {
+            name: local_shard(p).detach().float().cpu().clone()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """shadow = decay * shadow + (1 - decay) * parameter; call after a real optimizer step."""
+        parameters = dict(self.module.named_parameters())
+        for name, average in self.shadow.items():
+            current = local_shard(parameters[name]).detach().to("cpu", torch.float32)
+            average.lerp_(current, 1.0 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """Inside, the module holds the averaged weights; afterwards its own, bit for bit."""
+        parameters = dict(self.module.named_parameters())
+        kept = {n: local_shard(parameters[n]).detach().clone() for n in self.shadow}
+        with torch.no_grad():
+            for name, average in self.shadow.items():
+                local_shard(parameters[name]).copy_(average)
+        try:
+            yield self.module
+        finally:
+            with torch.no_grad():
+                for name, own in kept.items():
+                    local_shard(parameters[name]).copy_(own)

@@ -1,0 +1,130 @@
+"""What a PPO run shows: one line an iteration, all figures in the metrics, sampled answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from dschat.rlhf.experience import Experience
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.utils.distributed import all_reduce_sum, print_rank_0
+from dschat.utils.engine import Recipe
+from dschat.utils.metrics import format_value, progress
+from dschat.utils.optim import group_rates
+from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
+from dschat.utils.progress import LogConfig, WorkShape
+
+SHOWN = ("reward", "kl", "entropy", "clip_fraction", "critic_loss", "answer_length", "ended")
+
+
+@dataclass(frozen=True)
+class AnswerPrinting:
+    """How often sampled answers are printed (0: never), and how many of them."""
+
+    interval: int = 0
+    rows: int = 3
+
+
+class PPOLog:
+    """Times the stages of each iteration and shows its statistics."""
+
+    def __init__(
+        self,
+        config: LogConfig,
+        printing: AnswerPrinting,
+        roles: DeepSpeedRLHFEngine,
+        recipes: tuple[Recipe, Recipe],
+        gpus: Gpus,
+        iterations: int,
+        rank: int,
+    ):
+        self.config, self.printing, self.roles, self.rank = config, printing, roles, rank
+        self.iterations, self.gpus = iterations, gpus
+        self.actor_shape = WorkShape.of(roles.actor, recipes[0], gpus)
+        self.critic_shape = WorkShape.of(roles.critic, recipes[1], gpus)
+        self.metrics = config.open(is_main=rank == 0)
+        self.bar = progress(total=iterations, desc="ppo", enabled=rank == 0)
+        self._begun = self._rolled_out = 0.0
+
+    def begin(self) -> None:
+        """An iteration starts."""
+        self._begun = time.perf_counter()
+
+    def rolled_out(self) -> None:
+        """Rollouts and scoring are done; training starts."""
+        self._rolled_out = time.perf_counter()
+
+    def iteration(
+        self,
+        iteration: int,
+        statistics: dict[str, float],
+        experiences: list[Experience],
+        ppo_epochs: int,
+    ) -> None:
+        """Show one iteration: its statistics, rates, stage times and throughput."""
+        now = time.perf_counter()
+        generation = sum(e.generation_seconds for e in experiences)
+        times = Step3Times(generation, now - self._rolled_out, now - self._begun)
+        tokens, answer_tokens, rows = all_reduce_sum(
+            [
+                float(sum(e.attention_mask[e.real].sum().item() for e in experiences)),
+                float(sum(e.answer_mask.sum().item() for e in experiences)),
+                float(sum(e.real.sum().item() for e in experiences)),
+            ]
+        )
+        rates = {
+            f"lr/{role}/{group}": rate
+            for role in ("actor", "critic")
+            for group, rate in group_rates(getattr(self.roles, role).optimizer).items()
+        }
+        seconds = {
+            "seconds/generation": times.generation,
+            "seconds/scoring": times.end_to_end - times.generation - times.training,
+            "seconds/training": times.training,
+            "answer_tokens_per_s": answer_tokens / times.generation,
+        }
+        if self.metrics is not None and self._due(iteration):
+            self.metrics.log(iteration, statistics | rates | seconds)
+        self.bar.update(1)
+        shown = {name: statistics[name] for name in SHOWN}
+        line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())
+        self._print(f"iteration {iteration}/{self.iterations} | {line}")
+        if iteration == self.iterations or iteration % (10 * self.config.log_every) == 0:
+            rollout = RolloutWork(
+                config=self.actor_shape.config,
+                prompt_tokens=int(tokens - answer_tokens),
+                new_tokens=int(answer_tokens),
+                samples=int(rows),
+                steps=sum(e.answer_mask.shape[1] for e in experiences),
+                lora_dim=self.actor_shape.lora_dim,
+            )
+            trained = (tokens * ppo_epochs, rows * ppo_epochs)
+            works = self.actor_shape.work(*trained), self.critic_shape.work(*trained)
+            self.bar.clear()
+            print_throughput_step3(*works, rollout, times, self.gpus, self.rank)
+        if self.printing.interval and iteration % self.printing.interval == 0:
+            self._print(self._answers(experiences[0]))
+
+    def _due(self, iteration: int) -> bool:
+        return iteration % self.config.log_every == 0 or iteration == self.iterations
+
+    def _print(self, text: str) -> None:
+        self.bar.clear()
+        print_rank_0(text, self.rank)
+
+    def _answers(self, experience: Experience) -> str:
+        tokenizer, lines = self.roles.tokenizer, []
+        for row in range(min(self.printing.rows, len(experience.scores))):
+            visible = experience.attention_mask[row, : experience.prompt_length]
+            prompt = experience.sequences[row, : experience.prompt_length][visible]
+            answer = experience.answers[row][experience.answer_mask[row]]
+            score = experience.scores[row].item()
+            text = f"{tokenizer.decode(prompt)!r} -> {tokenizer.decode(answer)!r}"
+            lines.append(f"  reward {score:7.3f} | {text}")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Close the bar and every writer."""
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()

@@ -1,0 +1,96 @@
+"""KL-shaped rewards, generalised advantage estimation, masked mean and whitening; torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Reduce = Callable[[list[float]], list[float]]
+
+
+def identity(values: list[float]) -> list[float]:
+    """The reduction of a single rank."""
+    return values
+
+
+def answer_mask_from(answers: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """(B, A) generated ids -> (B, A) bool: from the first token to the end token inclusive.
+
+    Only the first end token ends an answer; that padding has the same id does not matter.
+    """
+    ends_before = (answers == eos_token_id).cumsum(dim=-1) - (answers == eos_token_id).long()
+    return ends_before == 0
+
+
+def shaped_rewards(
+    scores: torch.Tensor,
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    kl_coefficient: float,
+) -> torch.Tensor:
+    """-kl_coefficient * (logprob - ref_logprob) per token, the score on the last masked token.
+
+    Args:
+        scores: (B,). logprobs, ref_logprobs, mask: (B, A).
+
+    Returns:
+        (B, A) rewards, 0 outside the mask; a row without answer tokens gets none.
+    """
+    rewards = -kl_coefficient * (logprobs - ref_logprobs) * mask
+    lengths = mask.sum(dim=-1, keepdim=True)
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    return rewards + torch.where(positions == lengths - 1, scores.unsqueeze(-1), 0.0)
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE (arXiv:1506.02438, eq. 16) over answers that start at column 0.
+
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lam A_{t+1};  V is 0 after the end.
+
+    Returns:
+        advantages and returns (A + V), each (B, A), 0 outside the mask.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    following = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, reduce: Reduce = identity) -> float:
+    """Mean where the mask is True, over all ranks; 0 when nothing is."""
+    total, count = reduce([(x.double() * mask).sum().item(), mask.sum().item()])
+    return total / count if count else 0.0
+
+
+def masked_moments(
+    x: torch.Tensor, mask: torch.Tensor, reduce: Reduce = identity
+) -> tuple[float, float]:
+    """Mean and population variance where the mask is True, over all ranks, in two passes."""
+    mean = masked_mean(x, mask, reduce)
+    return mean, masked_mean((x.double() - mean).square(), mask, reduce)
+
+
+def whiten(x: torch.Tensor, mask: torch.Tensor, reduce: Reduce = identity) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + 1e-8) over the mask of the global batch; 0 elsewhere."""
+    mean, variance = masked_moments(x, mask, reduce)
+    return (x - mean) * (variance + 1e-8) ** -0.5 * mask
+
+
+def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log(p/q) of the sampled tokens: unbiased, can be negative."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """q/p - 1 - log(q/p): unbiased and never negative (Schulman 2020, "Approximating KL")."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio

@@ -1,0 +1,1 @@
+"""Data, models, adapters, engines and everything around them."""

@@ -1,0 +1,249 @@
+"""Where rows come from: files, folders and Hub sets, all read into one checked record."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from dschat.errors import UserError
+from dschat.utils.data.row_files import SUFFIXES, Rows, digest, digest_files, file_rows
+from dschat.utils.data.splits import holdout_split
+
+# Part of every stored file's key: raise it when the same bytes are to be read differently.
+READER_VERSION = 1
+
+TRAIN_NAMES = ("train",)
+# The first name that is present is the test set.
+TEST_NAMES = ("test", "eval", "validation", "val", "dev")
+LOCAL_JSON = "local/jsonfile"
+
+# `place` says where a row stands ("train.jsonl line 17"), for every later message about it.
+SCHEMA = pa.schema([(column, pa.string()) for column in ("prompt", "chosen", "rejected", "place")])
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of any source: a prompt, its answer, and the answer it was preferred to."""
+
+    prompt: str
+    chosen: str | None
+    rejected: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source ready for use: columns prompt, chosen, rejected (null if absent) and place."""
+
+    name: str
+    train: datasets.Dataset
+    test: datasets.Dataset
+    fingerprint: str
+
+
+def read_standard(row: Mapping[str, Any]) -> Example:
+    """Columns prompt, chosen (or response) and rejected, as they stand."""
+    if "prompt" not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise UserError(
+            f"no column 'prompt' (columns: {found}); "
+            "rename the columns to prompt, chosen or response, rejected"
+        )
+    chosen = row.get("chosen")
+    return Example(
+        row["prompt"], row.get("response") if chosen is None else chosen, row.get("rejected")
+    )
+
+
+# Sources whose columns are named otherwise: name → how one row of it becomes an Example.
+READERS: dict[str, Callable[[Mapping[str, Any]], Example]] = {}
+
+
+def load_source(name: str, seed: int, cache_dir: str | Path | None = None) -> Source:
+    """Read a source by file, folder or Hub name; without a test set, a seeded tenth becomes it.
+
+    A file is .jsonl, .json or .parquet; a folder holds train and test (eval, validation, val, dev)
+    files of one such kind, or was written by `datasets`; `local/jsonfile` is data/train.json and
+    data/eval.json under the current directory, else under the repository's root. Checked rows are
+    kept as Arrow under `cache_dir` (default: the `datasets` cache), keyed by content.
+
+    Raises:
+        UserError: nothing there, no rows, or a malformed row, named by file and line.
+    """
+    train_rows, test_rows = _find(name)
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
+    reader = READERS.get(name, read_standard)
+    train = _store(train_rows, reader, folder)
+    if test_rows is not None:
+        test, digests = _store(test_rows, reader, folder), [train_rows.digest, test_rows.digest]
+    else:
+        if len(train) < 2:
+            raise UserError(
+                f"{train_rows.label} has 1 row and no test set beside it: give at least 2 rows"
+            )
+        kept, held_out = holdout_split(len(train), seed)
+        train, test = train.select(kept), train.select(held_out)
+        digests = [train_rows.digest, f"holdout {seed}"]
+    return Source(name, train, test, digest(*digests, str(READER_VERSION)))
+
+
+def _find(name: str) -> tuple[Rows, Rows | None]:
+    """The train rows of a source, and its test rows if it has some."""
+    path = Path(name).expanduser()
+    if name == LOCAL_JSON:
+        return _local_json()
+    if path.is_file():
+        return file_rows([path]), None
+    if path.is_dir():
+        return _folder(path)
+    spelt_as_path = name.startswith((".", os.sep, "~")) or path.suffix in SUFFIXES
+    if spelt_as_path or (os.sep in name and path.parent.is_dir()):
+        raise UserError(f"--data_path {name}: no such file or folder; check the path")
+    try:
+        loaded = datasets.load_dataset(name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"--data_path {name}: not a file or folder here, and the Hub did not give it "
+            f"({reason}); check the name and the connection, or download it and give its folder"
+        ) from error
+    digests = {split: rows._fingerprint for split, rows in loaded.items()}
+    return _splits(name, loaded, digests)
+
+
+def _local_json() -> tuple[Rows, Rows | None]:
+    roots = (Path.cwd(), Path(__file__).resolve().parents[3])
+    for root in roots:
+        train, test = root / "data" / "train.json", root / "data" / "eval.json"
+        if train.is_file() and test.is_file():
+            return file_rows([train]), file_rows([test])
+    looked = " and ".join(str(root / "data") for root in dict.fromkeys(roots))
+    raise UserError(f"--data_path {LOCAL_JSON} needs train.json and eval.json; none in {looked}")
+
+
+def _folder(path: Path) -> tuple[Rows, Rows | None]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    train = _named(files, TRAIN_NAMES, path)
+    test = _named(files, TEST_NAMES, path)
+    if not train and len(files) == 1 and not test:
+        train = files
+    if not train:
+        raise UserError(
+            f"--data_path {path}: no train file in this folder; name one "
+            f"train{', train'.join(SUFFIXES)} (and test likewise)"
+        )
+    return file_rows(train), file_rows(test) if test else None
+
+
+def _named(files: list[Path], names: tuple[str, ...], folder: Path) -> list[Path]:
+    """The files called `name` or `name-<shard>`, for the first of `names` that has some."""
+    for name in names:
+        found = [file for file in files if file.stem == name or file.stem.startswith(f"{name}-")]
+        if len({file.suffix for file in found}) > 1:
+            listed = ", ".join(file.name for file in found)
+            raise UserError(f"--data_path {folder} holds {listed}: keep files of one kind")
+        if found:
+            return found
+    return []
+
+
+def _saved(path: Path) -> tuple[Rows, Rows | None]:
+    """A folder written by `save_to_disk`; its digest is that of its data files."""
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(
+            f"--data_path {path}: not a whole `datasets` folder ({type(error).__name__}); "
+            "save it again"
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict(train=loaded)
+        digests = {"train": digest_files(sorted(path.glob("data-*.arrow")))}
+    else:
+        digests = {
+            split: digest_files(sorted((path / split).glob("data-*.arrow"))) for split in loaded
+        }
+    return _splits(path.name, loaded, digests)
+
+
+def _splits(
+    label: str, loaded: datasets.DatasetDict, digests: Mapping[str, str]
+) -> tuple[Rows, Rows | None]:
+    def rows(split: str) -> Rows:
+        def read() -> Iterator[tuple[str, Any]]:
+            for number, row in enumerate(loaded[split], 1):
+                yield f"{label} {split} row {number}", row
+
+        return Rows(f"{label} {split}", digests[split], read)
+
+    if "train" not in loaded:
+        raise UserError(f"--data_path {label}: no split 'train' (splits: {', '.join(loaded)})")
+    test = next((split for split in TEST_NAMES if split in loaded), None)
+    return rows("train"), rows(test) if test else None
+
+
+def _check(reader: Callable[[Mapping[str, Any]], Example], place: str, row: Any) -> dict[str, Any]:
+    """One stored row, or a UserError that names the place and the column."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{place}: is {type(row).__name__}, needs an object with the key 'prompt'")
+    try:
+        example = reader(row)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    values = {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected}
+    for column, value in values.items():
+        if value is None and column != "prompt":
+            continue
+        if not isinstance(value, str):
+            raise UserError(
+                f"{place}: column {column!r} is {type(value).__name__}, needs text; "
+                "mend or drop the row"
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: column {column!r} holds half a surrogate pair; mend or drop the row"
+            ) from error
+    return {**values, "place": place}
+
+
+def _store(
+    rows: Rows, reader: Callable[[Mapping[str, Any]], Example], folder: Path
+) -> datasets.Dataset:
+    """Checked rows as memory-mapped Arrow, written once per content and reader."""
+    key = digest(rows.digest, rows.label, reader.__qualname__, str(READER_VERSION))
+    target = folder / f"{key}.arrow"
+    if not target.is_file():
+        part = folder / f"{key}.{uuid.uuid4().hex}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part.touch()
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}): give another --data_output_path"
+            ) from error
+        try:
+            _write(rows, reader, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(target))
+
+
+def _write(rows: Rows, reader: Callable[[Mapping[str, Any]], Example], path: Path) -> None:
+    checked = (_check(reader, place, row) for place, row in rows.read())
+    count = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        while batch := list(islice(checked, 1000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+            count += len(batch)
+    if not count:
+        raise UserError(f"{rows.label}: holds no rows; give a file with at least one")

@@ -1,0 +1,63 @@
+"""What became of every row: counts by source, and the lines that say so at the start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PHASE_NAMES = {1: "supervised fine-tuning", 2: "preference pairs", 3: "PPO prompts"}
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of the rows of one source: rows = used + identical_pairs + empty_answers.
+
+    Pairs are dropped when equal (from the start or after the cut), empty answers in phase 1 alone;
+    the cuts of dropped pairs are counted too.
+    """
+
+    name: str
+    split: str
+    rows: int
+    used: int
+    prompts_cut: int = 0
+    answers_cut: int = 0
+    identical_pairs: int = 0
+    empty_answers: int = 0
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of every row, and how many rows the sets have in the end."""
+
+    phase: int
+    sources: tuple[SourceReport, ...]
+    train_rows: int
+    eval_rows: int
+
+    def lines(self) -> list[str]:
+        """One readable line a source and split, and one for the sets in use."""
+        lines = [
+            f"{s.name} {s.split}: {s.used} of {s.rows} rows used, {s.prompts_cut} prompts and "
+            f"{s.answers_cut} answers cut, dropped {s.identical_pairs} identical pairs and "
+            f"{s.empty_answers} empty answers"
+            for s in self.sources
+        ]
+        name = PHASE_NAMES[self.phase]
+        return [*lines, f"{name}: {self.train_rows} rows to train on, {self.eval_rows} to evaluate"]
+
+
+def nothing_left(reports: Sequence[SourceReport], split: str, data_split: str, phase: int) -> str:
+    """The message for a train or eval set without a row: too small a share, or all dropped."""
+    mine = [report for report in reports if report.split == split]
+    names = ", ".join(report.name for report in mine) or "any source"
+    name = PHASE_NAMES[phase]
+    if not any(report.rows for report in mine):
+        return (
+            f"phase {phase} ({name}) gets no rows of {names} under --data_split {data_split!r}: "
+            f"give phase {phase} a larger share"
+        )
+    identical = sum(report.identical_pairs for report in mine)
+    empty = sum(report.empty_answers for report in mine)
+    return (
+        f"phase {phase} ({name}) has no {split} rows of {names} left: dropped {identical} "
+        f"identical pairs and {empty} empty answers; check the answers or raise --max_seq_len"
+    )

@@ -1,0 +1,129 @@
+"""Start under `deepspeed`, `torchrun` or plain python; ranks, seeds, reductions."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dschat.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def init_distributed() -> Distributed:
+    """Join the process group that the launcher describes; without one, be a group of one."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator = get_accelerator()
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False)
+    name = accelerator.device_name(local_rank)
+    return Distributed(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(name))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launched_rank() -> int:
+    """The rank from the launcher's environment; usable before `init_distributed`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_main_first(work: Callable[[bool], Result]) -> Result:
+    """Run `work(True)` on the first process of each node, then `work(False)` on the others.
+
+    Raises:
+        UserError: on every rank, when any rank met one: all stop with the same line.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work(True)
+    is_local_main = int(os.environ["LOCAL_RANK"]) == 0
+    result, problem = None, None
+    for turn in (True, False):
+        if turn == is_local_main:
+            try:
+                result = work(turn)
+            except UserError as error:
+                problem = str(error)
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        for found in problems:
+            if found is not None:
+                raise UserError(found)
+    return result
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device | None = None) -> list[float]:
+    """Sum of each value over the ranks, in float64 on the CPU backend, on `device` otherwise."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [float(v) for v in values]
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device or _default_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def all_reduce_max(value: float, device: torch.device | None = None) -> float:
+    """Largest value over the ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return float(value)
+    tensor = torch.tensor([value], dtype=torch.float64, device=device or _default_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def _default_device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def set_random_seed(seed: int) -> None:
+    """Seed python, numpy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def print_rank_0(message: str, rank: int | None = None) -> None:
+    """Print on rank 0 alone; the rank is read from the process group when it is not given."""
+    if rank is None:
+        rank = dist.get_rank() if dist.is_initialized() else launched_rank()
+    if rank == 0:
+        print(message, flush=True)

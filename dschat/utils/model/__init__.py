@@ -1,0 +1,1 @@
+"""Tokenizers, causal language models, reward models."""

@@ -1,0 +1,161 @@
+"""Causal language models and reward models: from a folder or a hub id to a module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from dschat.errors import UserError
+from dschat.utils import zero
+
+VOCABULARY_MULTIPLE = 8  # matrix units like embeddings in multiples of 8 rows
+
+
+def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
+    """The model's configuration, with every dropout probability set when one is given."""
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {model_name_or_path}: no readable config.json ({_first_line(error)}); "
+            "give a model folder or a hub id"
+        ) from error
+    if dropout is not None:
+        for name, value in config.to_dict().items():
+            is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_rate and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(config, name, dropout)
+    return config
+
+
+def create_hf_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    ds_config: dict | None = None,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """A causal language model whose vocabulary holds the tokenizer's.
+
+    Args:
+        ds_config: the engine's DeepSpeed config; with ZeRO-3 the model is built partitioned.
+        dropout: sets every dropout probability of the config; None keeps the config's own.
+
+    Raises:
+        UserError: the folder holds no model, or its weights do not fit its config.
+    """
+    config = load_config(model_name_or_path, dropout)
+    with zero.init_context(ds_config), quiet_loading():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                model_name_or_path, config=config, dtype=dtype, output_loading_info=True
+            )
+        except OSError as error:
+            raise UserError(f"model {model_name_or_path}: {_first_line(error)}") from error
+        check_loading(model_name_or_path, info)
+        grow_vocabulary(model, len(tokenizer))
+    adopt_special_tokens(model, tokenizer)
+    return model
+
+
+def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
+    """Stop unless checkpoint and architecture have the same keys and shapes."""
+    unexpected = [
+        k for k in info["unexpected_keys"] if not k.startswith(allowed_unexpected or "\0")
+    ]
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "mismatched": sorted(str(k) for k in info["mismatched_keys"]),
+    }
+    found = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
+    if found:
+        total = sum(len(keys) for keys in problems.values())
+        raise UserError(
+            f"model {name}: weights do not fit the architecture ({total} keys: {'; '.join(found)})"
+        )
+
+
+def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Add embedding rows when the tokenizer is larger; never remove any."""
+    rows = zero.full_shape(model.get_input_embeddings().weight)[0]
+    if size > rows:
+        model.resize_token_embeddings(
+            size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
+        )
+
+
+def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model's configs agree with the tokenizer on padding and on the end of an answer."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the live module to 0; its config keeps its own values.
+
+    PPO needs it: old and new log-probabilities must come from one function, and `eval()` would
+    also switch gradient checkpointing off.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def position_ids_from(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens only: (B, T) mask -> (B, T) int64, 0 under padding."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def forward_inputs(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+    """Keyword arguments of one forward pass; explicit positions where the model takes them."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    if takes_argument(model, "position_ids"):
+        inputs["position_ids"] = position_ids_from(attention_mask)
+    return inputs
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has this parameter (ALiBi models have no `position_ids`)."""
+    return name in inspect.signature(unwrap(model).forward).parameters
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a DeepSpeed engine, or the module itself."""
+    return model.module if hasattr(model, "module") else model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' load report and bars: `check_loading` says what matters, in a line."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,180 @@
+"""A transformer trunk with a scalar head: the reward model of step 2, the critic of step 3.
+
+On disk it is transformers' own sequence-classification format with one label (`score.weight`), so
+that other tools load it; DeepSpeed-Chat's `rwtransformer.` and `v_head.` keys load too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dschat.errors import UserError
+from dschat.utils import zero
+from dschat.utils.model.model_utils import (
+    adopt_special_tokens,
+    check_loading,
+    forward_inputs,
+    grow_vocabulary,
+    load_config,
+    quiet_loading,
+)
+
+TRUNK, HEAD = "rwtransformer", "v_head.weight"
+DISK_HEAD = "score.weight"
+
+
+class RewardModel(nn.Module):
+    """A value for every position; the reward is the value at the last real token."""
+
+    def __init__(self, base_model: PreTrainedModel):
+        super().__init__()
+        self.rwtransformer = base_model
+        self.config = base_model.config
+        width = getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
+        self.v_head = nn.Linear(width, 1, bias=False)
+        nn.init.normal_(self.v_head.weight, std=1.0 / math.sqrt(width + 1))
+        self.v_head.to(base_model.dtype)
+        self.reward_head: nn.Linear | None = None
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> RewardModel:
+        """A reward model of this shape with fresh weights."""
+        return cls(AutoModel.from_config(config))
+
+    def keep_reward_head(self) -> None:
+        """Keep a frozen copy of the head: with adapters off the model is its first self again."""
+        self.reward_head = copy.deepcopy(self.v_head).requires_grad_(False)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_reward_head: bool = False
+    ) -> torch.Tensor:
+        """(B, T) ids and bool mask -> (B, T) values in fp32.
+
+        With `use_reward_head`, by the copy that `keep_reward_head` made. Both heads run whenever
+        both exist: ZeRO-3 prefetches by the order of modules, which must not vary.
+        """
+        inputs = forward_inputs(self.rwtransformer, input_ids, attention_mask)
+        hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (B, T, H)
+        values = self.v_head(hidden)
+        if self.reward_head is not None:
+            kept = self.reward_head(hidden)
+            values = kept if use_reward_head else values
+        return values.squeeze(-1).float()
+
+
+def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool -> (B,) index of the last real token, wherever the padding is."""
+    positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    return (positions * attention_mask).argmax(dim=-1)
+
+
+def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) values -> (B,) scores: the value at each row's last real token."""
+    return values.gather(-1, last_token_index(attention_mask).unsqueeze(-1)).squeeze(-1)
+
+
+def create_critic_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    ds_config: dict | None = None,
+    dropout: float | None = None,
+    init_head: bool = False,
+) -> RewardModel:
+    """A reward model from a folder or hub id.
+
+    Args:
+        init_head: True starts a fresh head on a model without one (step 2); False demands that the
+            head is in the checkpoint (step 3, evaluation).
+
+    Raises:
+        UserError: the head is missing, or keys are missing or unexpected.
+    """
+    config = load_config(model_name_or_path, dropout)
+    old_state = _predecessor_state(model_name_or_path)
+    head = old_state.pop(HEAD, None) if old_state else _stored_head(model_name_or_path)
+    if head is None and not init_head:
+        raise UserError(
+            f"reward model {model_name_or_path}: no {DISK_HEAD} or {HEAD} in it; "
+            "train one with step 2 first"
+        )
+    base_class = AutoModel._model_mapping[type(config)]
+    with zero.init_context(ds_config), quiet_loading():
+        source = {"state_dict": old_state} if old_state else {}
+        base, info = base_class.from_pretrained(
+            None if old_state else model_name_or_path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            **source,
+        )
+        check_loading(model_name_or_path, info, ("lm_head", "embed_out", DISK_HEAD))
+        grow_vocabulary(base, len(tokenizer))
+    adopt_special_tokens(base, tokenizer)
+    model = RewardModel(base)
+    if head is not None:
+        if head.shape != model.v_head.weight.shape:
+            raise UserError(
+                f"reward model {model_name_or_path}: head of shape {tuple(head.shape)} does not "
+                f"fit {tuple(model.v_head.weight.shape)}"
+            )
+        with torch.no_grad():
+            model.v_head.weight.copy_(head)
+    return model
+
+
+def _predecessor_state(path: str) -> dict[str, torch.Tensor] | None:
+    """DeepSpeed-Chat's reward checkpoint, trunk keys without prefix; None for other folders."""
+    file = Path(path) / "pytorch_model.bin"
+    if not file.is_file():
+        return None
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not any(key.startswith(f"{TRUNK}.") for key in state):
+        return None
+    return {key.removeprefix(f"{TRUNK}."): tensor for key, tensor in state.items()}
+
+
+def _stored_head(path: str) -> torch.Tensor | None:
+    """The head's weight from a folder's safetensors files, without reading the rest."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in (DISK_HEAD, HEAD):
+                if key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    return tensors.get_tensor(key)
+    return None
+
+
+def disk_format(
+    model: RewardModel, state: dict[str, torch.Tensor]
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The sequence-classification twin (on `meta`) and the state dict under its names."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    mapping = AutoModelForSequenceClassification._model_mapping
+    if type(config) not in mapping:
+        raise UserError(
+            f"reward model of type {config.model_type!r}: transformers has no sequence classifier "
+            "for it, so its head cannot be saved in a loadable form"
+        )
+    with torch.device("meta"):
+        twin = mapping[type(config)](config)
+    state = {k: v for k, v in state.items() if not k.startswith("reward_head.")}
+    renamed = {
+        DISK_HEAD if k == HEAD else f"{twin.base_model_prefix}.{k.removeprefix(TRUNK + '.')}": v
+        for k, v in state.items()
+    }
+    return twin, renamed

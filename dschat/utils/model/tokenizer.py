@@ -1,0 +1,169 @@
+"""Load a tokenizer under one end-of-answer convention, and split prompt from answer exactly."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dschat.errors import UserError
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+# An answer that merges with its prompt is tokenised after one of these instead. They are of
+# different classes (newline, punctuation, letter), so whatever an answer begins with, at least one
+# of them is kept apart from it by common pre-tokenizers.
+SENTINELS = ("\n", ":", "a")
+
+
+def load_hf_tokenizer(
+    model_name_or_path: str, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
+) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer whose `eos_token` ends answers in every step and whose pad is set.
+
+    With `add_eot_token`, `eot_token` is added if unknown and becomes the `eos_token`, so a saved
+    folder carries the convention. An own pad token is kept; a missing one becomes the eos token.
+
+    Raises:
+        UserError: no such folder or Hub name, no tokenizer files in it, or no end token.
+    """
+    name = os.path.expanduser(model_name_or_path)
+    if _is_local(name) and not any((Path(name) / file).is_file() for file in VOCABULARY_FILES):
+        state = "holds no tokenizer files" if Path(name).is_dir() else "is not a folder"
+        raise UserError(
+            f"tokenizer {model_name_or_path!r} {state}: give a folder that holds tokenizer.json, "
+            "or the name of a model on the Hub"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"tokenizer {model_name_or_path!r} does not load ({reason}): "
+            "give a model folder, or the name of a model on the Hub that can be reached"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {model_name_or_path!r} has no fast version: save one with a tokenizer.json"
+        )
+    _set_special_tokens(tokenizer, model_name_or_path, eot_token if add_eot_token else None)
+    return tokenizer
+
+
+def _is_local(name: str) -> bool:
+    """Whether `name` means a folder: it is one, is spelt like one, or its parent is one."""
+    path = Path(name)
+    spelt_as_path = name.startswith((".", os.sep, "~"))
+    return path.is_dir() or spelt_as_path or (os.sep in name and path.parent.is_dir())
+
+
+def _set_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, name: str, eot_token: str | None
+) -> None:
+    if eot_token is not None:
+        if not eot_token:
+            raise UserError("--eot_token is empty: give the text of the end token")
+        tokenizer.add_special_tokens({"eos_token": eot_token})
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {name!r} has no end token: name one with --add_eot_token --eot_token"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with_special, plain = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    if with_special[-len(plain) :] != plain:
+        # A prompt ending in such a token would ask the model to go on after the end.
+        token = tokenizer.convert_ids_to_tokens(with_special[-1])
+        raise UserError(
+            f"tokenizer {name!r} appends {token!r} to every text: switch that off in its "
+            "tokenizer.json (post_processor) or with add_eos_token"
+        )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of all that decides ids: the backend's definition and the special ids."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What an earlier call asked for, not part of the tokenizer: padding and truncation are
+    # switched on and off in the backend by each call.
+    for transient in ("padding", "truncation"):
+        backend.pop(transient, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True
+) -> list[list[int]]:
+    """Token ids of each text in one batched call, with the tokenizer's own BOS if `special`."""
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # longer than model_max_length is normal here: rows are cut afterwards
+    )["input_ids"]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    prompt_ids: list[list[int]],
+    answers: list[str],
+) -> list[list[int]]:
+    """Token ids of each answer as the continuation of its prompt, ending in exactly one eos.
+
+    The prompt's ids stay those of the prompt alone (what generation sees), no token straddles the
+    boundary, and prompt ids + answer ids decode to prompt + answer.
+    """
+    eos = tokenizer.eos_token
+    bare = []
+    for answer in answers:
+        while answer.endswith(eos):
+            answer = answer[: -len(eos)]
+        bare.append(answer)
+    joined = encode(tokenizer, [p + a for p, a in zip(prompts, bare, strict=True)])
+    answer_ids, merged = [], []
+    for row, (whole, head) in enumerate(zip(joined, prompt_ids, strict=True)):
+        answer_ids.append(whole[len(head) :])
+        if whole[: len(head)] != head:
+            merged.append(row)
+    replacements = _encode_apart(
+        tokenizer, [prompt_ids[row] for row in merged], [bare[row] for row in merged]
+    )
+    for row, ids in zip(merged, replacements, strict=True):
+        answer_ids[row] = ids
+    return [[*ids, tokenizer.eos_token_id] for ids in answer_ids]
+
+
+def _encode_apart(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], answers: list[str]
+) -> list[list[int]]:
+    """Ids of answers that would merge with their prompts, tokenised away from them.
+
+    Alone, an answer may gain a space (tokenizers that put `▁` before every text), so it is
+    tokenised after a sentinel whose ids are stripped again. The first candidate that decodes to
+    the answer's own text behind the prompt is taken; where the tokenizer normalises text and none
+    does, the first candidate.
+    """
+    if not answers:
+        return []
+    candidates: list[list[list[int]]] = [[] for _ in answers]
+    for sentinel in SENTINELS:
+        head = encode(tokenizer, [sentinel], special=False)[0]
+        texts = [sentinel + answer for answer in answers]
+        for row, whole in enumerate(encode(tokenizer, texts, special=False)):
+            if whole[: len(head)] == head:
+                candidates[row].append(whole[len(head) :])
+    for row, alone in enumerate(encode(tokenizer, answers, special=False)):
+        candidates[row].append(alone)
+    chosen = []
+    for head, answer, options in zip(prompt_ids, answers, candidates, strict=True):
+        expected = tokenizer.decode(head) + answer
+        right = (ids for ids in options if tokenizer.decode(head + ids) == expected)
+        chosen.append(next(right, options[0]))
+    return chosen

@@ -1,0 +1,181 @@
+"""Named parameter groups (LoRA+), the optimizer built on them, and its schedule.
+
+LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns at `ratio` times A's rate. Groups are found by
+module and leaf name, never by `ndim`: under ZeRO-3 every parameter looks one-dimensional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dschat.errors import UserError
+from dschat.utils.zero import full_numel
+
+GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_embedding", "head")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Rates of every group; rates that are None follow the base rate."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    lora_learning_rate: float | None = None  # eta_A
+    loraplus_lr_ratio: float = 16.0  # lambda: eta_B = lambda * eta_A
+    lora_embedding_learning_rate: float = 1e-6  # the LoRA+ authors' choice
+    head_learning_rate: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        rates = {
+            "learning_rate": self.learning_rate,
+            "lora_learning_rate": self.lora_learning_rate,
+            "loraplus_lr_ratio": self.loraplus_lr_ratio,
+            "head_learning_rate": self.head_learning_rate,
+        }
+        for name, value in rates.items():
+            if value is not None and value <= 0:
+                raise UserError(f"{name} is {value}: give a number above 0")
+
+    @property
+    def lora_A_rate(self) -> float:  # noqa: N802
+        """eta_A: the adapters' own rate, or the base rate."""
+        return self.lora_learning_rate or self.learning_rate
+
+    def rate(self, group: str) -> float:
+        """The learning rate of a named group."""
+        return {
+            "lora_A": self.lora_A_rate,
+            "lora_B": self.loraplus_lr_ratio * self.lora_A_rate,
+            "lora_embedding": self.lora_embedding_learning_rate,
+            "head": self.head_learning_rate or self.learning_rate,
+        }.get(group, self.learning_rate)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a normalisation layer, by type: torch's own, or any `...Norm` class."""
+    torch_norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+    return isinstance(module, torch_norms) or "norm" in type(module).__name__.lower()
+
+
+def classify(module_name: str, module: nn.Module, leaf: str) -> str:
+    """The group of the parameter `leaf` that sits directly on `module`."""
+    if leaf in ("lora_A", "lora_B"):
+        return "lora_embedding" if isinstance(module, nn.Embedding) else leaf
+    if leaf.startswith("lora_embedding"):
+        return "lora_embedding"
+    if "v_head" in module_name.split("."):
+        return "head"
+    return "no_decay" if leaf.endswith("bias") or is_norm(module) else "decay"
+
+
+def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Every trainable parameter in exactly one named group; groups without parameters left out.
+
+    Returns:
+        Dicts `{"name", "params", "lr", "weight_decay"}` in the order of `GROUPS`.
+
+    Raises:
+        UserError: nothing is trainable.
+    """
+    members: dict[str, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                members[classify(module_name, module, leaf)][name] = parameter
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert seen == trainable, "a trainable parameter is in no group"
+    if not trainable:
+        raise UserError("no parameter is trainable: check lora_dim and the options that freeze")
+    decayed = {"decay", "lora_A", "lora_B", "head"}
+    return [
+        {
+            "name": group,
+            "params": list(parameters.values()),
+            "lr": config.rate(group),
+            "weight_decay": config.weight_decay if group in decayed else 0.0,
+        }
+        for group, parameters in members.items()
+        if parameters
+    ]
+
+
+def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the groups; torch's fused kernels need no compiler, on GPU or CPU."""
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def schedule_factory(
+    name: str, num_warmup_steps: int, num_training_steps: int
+) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
+    """A schedule as a callable, so that DeepSpeed builds it on the groups that survive.
+
+    Steps are optimizer steps. Every group keeps its own rate times one common factor.
+    """
+    from transformers import get_scheduler
+
+    def build(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return get_scheduler(
+            name,
+            optimizer=optimizer,
+            num_warmup_steps=num_warmup_steps,
+            num_training_steps=max(num_training_steps, 1),
+        )
+
+    return build
+
+
+def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The present learning rate of every named group."""
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def check_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+    """Stop unless lr_B / lr_A is the configured ratio on the optimizer as it stands.
+
+    Raises:
+        RuntimeError: something between the groups and the optimizer has changed a rate.
+    """
+    rates = {g["name"]: g.get("initial_lr", g["lr"]) for g in optimizer.param_groups}
+    expected = {name: config.rate(name) for name in rates}
+    wrong = {n: r for n, r in rates.items() if abs(r - expected[n]) > 1e-9 * expected[n]}
+    if wrong:
+        raise RuntimeError(f"learning rates {wrong} are not the configured {expected}")
+    current = group_rates(optimizer)
+    if current.get("lora_A", 0.0) > 0.0 and "lora_B" in current:
+        ratio = current["lora_B"] / current["lora_A"]
+        if abs(ratio - config.loraplus_lr_ratio) > 1e-6 * config.loraplus_lr_ratio:
+            raise RuntimeError(
+                f"lr_B / lr_A is {ratio:g}, not the configured {config.loraplus_lr_ratio:g}"
+            )
+
+
+def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
+    """The start table: group, learning rate, weight decay, tensors, parameters, trainable share."""
+    rows = [("group", "learning rate", "weight decay", "tensors", "parameters")]
+    for group in groups:
+        count = sum(full_numel(p) for p in group["params"])
+        rate, decay = f"{group['lr']:.3g}", f"{group['weight_decay']:g}"
+        rows.append((group["name"], rate, decay, str(len(group["params"])), f"{count:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        )
+        for r in rows
+    ]
+    trainable = sum(full_numel(p) for g in groups for p in g["params"])
+    total = sum(full_numel(p) for p in model.parameters())
+    share = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"
+    return "\n".join([title, *lines, share])

@@ -1,0 +1,76 @@
+"""What every step does first: device, process group, tokenizer, output folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dschat.utils.checkpoint import check_output_dir
+from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
+from dschat.utils.engine import resolve_dtype, torch_dtype
+from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.utils.perf import Gpus
+
+
+@dataclass(frozen=True)
+class Startup:
+    """A process that is ready to load data and models."""
+
+    distributed: Distributed
+    dtype_name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models are loaded and computed in."""
+        return torch_dtype(self.dtype_name)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.distributed.device
+
+    @property
+    def rank(self) -> int:
+        """This process among `world_size`."""
+        return self.distributed.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.distributed.world_size
+
+    @property
+    def gpus(self) -> Gpus:
+        """The devices as throughput counts them."""
+        is_cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_cuda else None
+        return Gpus(self.world_size, self.dtype, name)
+
+
+def start(
+    model_name_or_path: str,
+    *,
+    dtype: str,
+    seed: int,
+    output_dir: str | None,
+    eot_token: str | None,
+) -> Startup:
+    """Join the process group and check what can be checked without data or weights.
+
+    Args:
+        eot_token: the token that ends answers instead of the tokenizer's eos; None keeps that.
+
+    Raises:
+        UserError: a dtype the device lacks, no tokenizer, an output folder that is none.
+    """
+    name = resolve_dtype(dtype)
+    check_output_dir(output_dir)
+    tokenizer = load_hf_tokenizer(
+        model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
+    )
+    distributed = init_distributed()
+    set_random_seed(seed)
+    return Startup(distributed, name, tokenizer)

@@ -1,0 +1,90 @@
+"""The only file that knows ZeRO-3: full shapes, gathered parameters, consolidated state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in shards (its own `shape` is then meaningless)."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The parameter's shape before partitioning; under `zero.Init` `parameter.shape` is `(0,)`."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
+def full_numel(parameter: torch.Tensor) -> int:
+    """The number of elements before partitioning."""
+    return full_shape(parameter).numel()
+
+
+@contextlib.contextmanager
+def gathered(
+    parameters: Sequence[torch.Tensor], modifier_rank: int | None = None
+) -> Iterator[None]:
+    """Whole parameters inside the block; with a `modifier_rank`, its changes are spread on exit."""
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
+        yield
+
+
+@contextlib.contextmanager
+def init_context(ds_config: dict | None) -> Iterator[None]:
+    """Inside, `from_pretrained` and `from_config` build a model already partitioned for ZeRO-3.
+
+    With None, or a config of a lower stage, models are built whole.
+    """
+    stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed as hf_deepspeed
+
+    # transformers keeps only a weak reference: the object must live as long as the block.
+    config = hf_deepspeed.HfDeepSpeedConfig(ds_config)
+    try:
+        yield
+    finally:
+        hf_deepspeed.unset_hf_deepspeed_config()
+        del config
+
+
+def local_shard(parameter: torch.Tensor) -> torch.Tensor:
+    """The part of the parameter that this rank owns: its shard under ZeRO-3, else all of it."""
+    return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data
+
+
+def consolidated_state_dict(module: nn.Module, rank: int) -> dict[str, torch.Tensor]:
+    """The module's whole state on rank 0 as CPU tensors, {} on other ranks; all ranks must call.
+
+    Tied parameters stay tied (one tensor under both names). Parameters are gathered one by one,
+    so the peak is one parameter, not the model.
+    """
+    state: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) not in copies:
+            with gathered([parameter]):
+                if rank == 0:
+                    copies[id(parameter)] = parameter.detach().to("cpu", copy=True)
+                else:
+                    copies[id(parameter)] = None
+        if rank == 0:
+            state[name] = copies[id(parameter)]
+    if rank == 0:
+        persistent = module.state_dict().keys()
+        for name, buffer in module.named_buffers():
+            if name in persistent:
+                state[name] = buffer.detach().to("cpu", copy=True)
+    return state

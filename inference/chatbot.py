@@ -1,0 +1,247 @@
+"""Talk to a trained model folder in the terminal, in the prompt format of the training data.
+
+    python chat.py --path output/actor --temperature 0.7 --max_new_tokens 256
+
+`clear` forgets the conversation, `quit` or the end of input leaves, Ctrl-C ends an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+if __name__ == "__main__":  # run as a file: the checkout is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dschat.cli import flag, parse, run_cli
+from dschat.errors import UserError
+from dschat.utils.data.tokenise import cut_left
+from dschat.utils.model.model_utils import create_hf_model, load_config
+from dschat.utils.model.tokenizer import encode, load_hf_tokenizer
+from inference.conversation import QUESTION, Turn, fit_conversation, settled_part
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What the command line of the chatbot takes."""
+
+    path: str = flag(dataclasses.MISSING, "folder of a trained model", type=str)
+    max_new_tokens: int = flag(128, "longest answer")
+    temperature: float = flag(0.7, "of sampling; 0 takes the likeliest token each time")
+    top_p: float = flag(0.95, "sample among the likeliest tokens of this total probability")
+    seed: int = flag(1234, "seed of sampling")
+    dtype: str = flag(
+        "auto", "auto is the saved one, fp32 on a CPU", choices=["auto", "fp32", "bf16", "fp16"]
+    )
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    raw: bool = flag(False, "send each text as it is, without turns or memory", action="store_true")
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: give at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: give a number above 0, up to 1")
+
+
+class _Answer(BaseStreamer):
+    """Collects the ids of an answer and hands on its text as it settles."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: list[int],
+        stop: str | None,
+        show: Callable[[str], None],
+    ):
+        self.tokenizer, self.stop, self.show = tokenizer, stop, show
+        # A text's first token may lose its space in decoding; after some context it keeps it.
+        self.context = prompt_ids[-4:]
+        self.ids: list[int] = []
+        self.shown = ""
+        self._seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, which generation hands over first, then one token at a time."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        self.ids += value.reshape(-1).tolist()
+        self._advance(final=False)
+
+    def end(self) -> None:
+        """Show what was held back."""
+        self._advance(final=True)
+
+    @property
+    def text(self) -> str:
+        """The whole answer so far, without special tokens."""
+        return self._decode(self.context + self.ids)[len(self._decode(self.context)) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _advance(self, final: bool) -> None:
+        settled = settled_part(self.text, self.stop, final)
+        self.show(settled[len(self.shown) :])
+        self.shown = settled
+
+
+class _StopAtText(StoppingCriteria):
+    """Ends generation once the answer holds a text: a model that plays both roles."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_len: int, stop: str):
+        self.tokenizer, self.prompt_len, self.stop = tokenizer, prompt_len, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        found = [self.stop in self.tokenizer.decode(row[self.prompt_len :]) for row in input_ids]
+        return torch.tensor(found, device=input_ids.device)
+
+
+class Chatbot:
+    """A model, its tokenizer, and the conversation so far."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
+    ):
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.turns: list[Turn] = []
+        self.max_prompt_len = prompt_room(model.config, settings.max_new_tokens)
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.turns = []
+
+    def ask(self, text: str, show: Callable[[str], None]) -> str:
+        """Return the answer to a text, handing its pieces to `show` as they come.
+
+        Ctrl-C ends the answer; what was said stays in the conversation.
+        """
+        bos_id = self.tokenizer.bos_token_id
+        if self.settings.raw:
+            ids = self._encode(text)
+            room = len(ids) if self.max_prompt_len is None else self.max_prompt_len
+            return self._generate(cut_left(ids, room, bos_id), None, show)
+        ids = fit_conversation(self.turns, text, self._encode, self.max_prompt_len, bos_id)
+        answer = self._generate(ids, QUESTION.rstrip(), show)
+        self.turns.append(Turn(text, answer))
+        return answer
+
+    def _encode(self, text: str) -> list[int]:
+        return encode(self.tokenizer, [text])[0]
+
+    @torch.inference_mode()
+    def _generate(self, ids: list[int], stop: str | None, show: Callable[[str], None]) -> str:
+        answer = _Answer(self.tokenizer, ids, stop, show)
+        prompt = torch.tensor([ids], device=self.model.device)  # (1, T)
+        sampling = {"do_sample": False}
+        if self.settings.temperature > 0:
+            top_p, temperature = self.settings.top_p, self.settings.temperature
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        criteria = [] if stop is None else [_StopAtText(self.tokenizer, len(ids), stop)]
+        try:
+            self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=self.settings.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+                streamer=answer,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **sampling,
+            )
+        except KeyboardInterrupt:
+            answer.end()
+        return answer.shown
+
+
+def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
+    """Return how many tokens a prompt may have beside an answer; None where nothing limits it."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    if max_new_tokens >= context:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: "
+            f"give less than the model's context, {context} tokens"
+        )
+    return context - max_new_tokens
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name, or of `auto`; UserError where there is none such."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name}: not on this machine; leave it out, or give cpu"
+        ) from error
+    return torch.device(name)
+
+
+def load_chatbot(settings: ChatSettings) -> Chatbot:
+    """Load the folder's model and tokenizer onto the device."""
+    device = pick_device(settings.device)
+    tokenizer = load_hf_tokenizer(settings.path)
+    saved = load_config(settings.path).dtype or torch.float32
+    dtype = torch.float32 if device.type == "cpu" else saved
+    dtype = DTYPES.get(settings.dtype, dtype)
+    torch.manual_seed(settings.seed)
+    return Chatbot(create_hf_model(settings.path, tokenizer, dtype).to(device), tokenizer, settings)
+
+
+def converse(chatbot: Chatbot) -> None:
+    """Read questions and print answers until `quit` or the end of input."""
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    while True:
+        try:
+            text = input("You: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "quit":
+            return
+        if text == "clear":
+            chatbot.clear()
+            print("(forgotten)")
+        elif text:
+            show("" if chatbot.settings.raw else "Assistant:")
+            chatbot.ask(text, show)
+            print()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Chat on the terminal."""
+    settings = parse(ChatSettings, argv, __doc__)
+    chatbot = load_chatbot(settings)
+    print(f"{settings.path} on {chatbot.model.device}: 'clear' forgets, 'quit' leaves.")
+    converse(chatbot)
+
+
+if __name__ == "__main__":
+    run_cli(main)

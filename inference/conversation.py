@@ -1,0 +1,57 @@
+"""The conversation as text: the prompts of the training data, cut to fit, shown as they settle."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dschat.utils.data.tokenise import cut_left
+
+QUESTION, ANSWER = "\n\nHuman: ", "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and the answer it got, which starts with its own space."""
+
+    question: str
+    answer: str
+
+
+def format_conversation(turns: Sequence[Turn], question: str) -> str:
+    """Return the prompt of the training data: turns, the question, and an open answer."""
+    past = "".join(QUESTION + t.question + ANSWER + t.answer for t in turns)
+    return past + QUESTION + question + ANSWER
+
+
+def fit_conversation(
+    turns: Sequence[Turn],
+    question: str,
+    encode_text: Callable[[str], list[int]],
+    max_len: int | None,
+    bos_id: int | None,
+) -> list[int]:
+    """Return the prompt's token ids in at most `max_len` (None: any number).
+
+    The oldest turns go first, whole; a question too long by itself loses its left end and keeps
+    a leading `bos_id`.
+    """
+    for first in range(len(turns) + 1):
+        ids = encode_text(format_conversation(turns[first:], question))
+        if max_len is None or len(ids) <= max_len:
+            return ids
+    return cut_left(ids, max_len, bos_id)
+
+
+def settled_part(text: str, stop: str | None, final: bool = False) -> str:
+    """Return what of a growing answer may be shown: up to `stop`, and no end that may yet change.
+
+    Held back until `final` are half a character and the beginning of `stop`.
+    """
+    if stop is not None and stop in text:
+        return text[: text.index(stop)]
+    if final:
+        return text
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    for size in range(min(len(stop or ""), len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return text[:-size]
+    return text

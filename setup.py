@@ -1,0 +1,56 @@
+"""Packaging of the `dschat` library; the recipes under training/ run from a checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """Read `__version__` as text: importing dschat would need its dependencies."""
+    text = (ROOT / "dschat" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('dschat/__init__.py has no line __version__ = "..."')
+    return found.group(1)
+
+
+def readme() -> str:
+    """Return the README, or nothing in a tree without one."""
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+setup(
+    name="dschat",
+    version=version(),
+    description="DeepSpeed-Chat today: SFT, reward model and PPO, with LoRA+",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["dschat", "dschat.*"]),
+    python_requires=">=3.11",
+    # Lower bounds are what the tests run on (constraints.txt), but where an older release is
+    # known to serve; upper bounds stand before the next release that may break an interface.
+    install_requires=[
+        "torch>=2.13,<3",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23,<6",
+        "datasets>=5.2,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2.1",
+        "numpy>=2",
+        "pyarrow>=21",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.15", "peft>=0.19"],
+        "tensorboard": ["tensorboard>=2.17"],
+        "wandb": ["wandb>=0.18"],
+    },
+)

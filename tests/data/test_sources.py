@@ -1,0 +1,203 @@
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dschat.errors import UserError
+from dschat.utils.data import raw_datasets
+from dschat.utils.data.raw_datasets import load_source
+
+PAIR = {"prompt": "hi", "chosen": " we", "rejected": " lo"}
+ROWS = [{**PAIR, "prompt": f"hi {number}"} for number in range(20)]
+
+
+def _load(name, tmp_path, seed=1):
+    return load_source(str(name), seed, tmp_path / "cache")
+
+
+def _prompts(rows):
+    return list(rows["prompt"])
+
+
+def _error(name, tmp_path):
+    with pytest.raises(UserError) as caught:
+        _load(name, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{tmp_path.name}/")
+
+
+def test_all_file_kinds_give_the_same_rows(write_rows, tmp_path):
+    lines = write_rows(ROWS, "a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2))
+    write_rows(ROWS, "b.json")  # JSON Lines under the other name
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    expected = _load(lines, tmp_path)
+    assert (len(expected.train), len(expected.test)) == (18, 2)
+    assert sorted(_prompts(expected.train) + _prompts(expected.test)) == sorted(
+        row["prompt"] for row in ROWS
+    )
+    for name in ("a.json", "b.json", "a.parquet", "saved"):
+        source = _load(tmp_path / name, tmp_path)
+        for split in ("train", "test"):
+            mine, theirs = getattr(source, split), getattr(expected, split)
+            for column in ("prompt", "chosen", "rejected"):
+                assert mine[column][:] == theirs[column][:], (name, split, column)
+
+
+def test_holdout_depends_on_the_seed_alone(write_rows, tmp_path):
+    name = write_rows(ROWS)
+    first, again, other = (_load(name, tmp_path, seed) for seed in (1, 1, 2))
+    assert _prompts(first.test) == _prompts(again.test) != _prompts(other.test)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert len(_load(write_rows(ROWS[:2]), tmp_path).test) == 1
+
+
+@pytest.mark.parametrize("test_name", ["test", "eval", "validation", "dev"])
+def test_folder_with_its_own_test_set(test_name, write_rows, tmp_path):
+    write_rows(ROWS[:5], "set/train.jsonl")
+    write_rows(ROWS[5:8], f"set/{test_name}.jsonl")
+    source = _load(tmp_path / "set", tmp_path)
+    assert _prompts(source.train) == [row["prompt"] for row in ROWS[:5]]
+    assert _prompts(source.test) == [row["prompt"] for row in ROWS[5:8]]
+
+
+def test_folder_of_shards_without_a_test_set(write_rows, tmp_path):
+    write_rows(ROWS[:10], "set/train-00000.jsonl")
+    write_rows(ROWS[10:], "set/train-00001.jsonl")
+    source = _load(tmp_path / "set", tmp_path)
+    assert (len(source.train), len(source.test)) == (18, 2)
+
+
+def test_saved_dataset_dict(tmp_path):
+    sets = {"train": ROWS[:4], "validation": ROWS[4:6]}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in sets.items()})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    source = _load(tmp_path / "saved", tmp_path)
+    assert (_prompts(source.train)[0], len(source.train), len(source.test)) == ("hi 0", 4, 2)
+
+
+def test_local_jsonfile_reads_the_current_folder(write_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(ROWS[:3], "data/train.json")
+    write_rows(ROWS[3:5], "data/eval.json")
+    source = _load("local/jsonfile", tmp_path)
+    assert (len(source.train), len(source.test)) == (3, 2)
+
+
+def test_local_jsonfile_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "train.json and eval.json" in _error("local/jsonfile", tmp_path)
+
+
+def test_response_stands_for_chosen_and_absent_columns_are_null(write_rows, tmp_path):
+    rows = [{"prompt": "a", "response": "r"}, {"prompt": "b", "response": "r", "chosen": "c"}]
+    source = _load(
+        write_rows([*rows, *rows], "set/train.jsonl").removesuffix("/train.jsonl"), tmp_path
+    )
+    both = source.train.to_list() + source.test.to_list()
+    assert {row["prompt"]: row["chosen"] for row in both} == {"a": "r", "b": "c"}
+    assert {row["rejected"] for row in both} == {None}
+
+
+def test_hub_set_goes_through_the_same_door(tmp_path, monkeypatch):
+    sets = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(ROWS[:3]), test=datasets.Dataset.from_list(ROWS[3:])
+    )
+    monkeypatch.setattr(raw_datasets.datasets, "load_dataset", lambda name: sets)
+    source = _load("owner/name", tmp_path)
+    assert source.train[0]["place"] == "owner/name train row 1"
+    assert (len(source.train), len(source.test)) == (3, 17)
+
+
+def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
+    def refuse(name):
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr(raw_datasets.datasets, "load_dataset", refuse)
+    assert "owner/name" in _error("owner/name", tmp_path)
+
+
+def test_edited_file_is_another_source(write_rows, tmp_path):
+    before = _load(write_rows(ROWS), tmp_path)
+    after = _load(write_rows([{**ROWS[0], "prompt": "new"}, *ROWS[1:]]), tmp_path)
+    assert before.fingerprint != after.fingerprint
+    assert "new" in _prompts(after.train) + _prompts(after.test)
+
+
+def test_a_failed_read_leaves_nothing_behind(write_rows, tmp_path):
+    _error(write_rows([PAIR, {"prompt": 3}]), tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": 3}, "column 'chosen' is int, needs text"),
+        ({"prompt": None, "chosen": "a"}, "column 'prompt' is NoneType, needs text"),
+        ({"prompt": ["a"], "chosen": "a"}, "column 'prompt' is list, needs text"),
+        ({"question": "a"}, "no column 'prompt' (columns: question)"),
+        ({"prompt": "\ud800"}, "column 'prompt' holds half a surrogate pair"),
+        (["prompt", "a"], "is list, needs an object"),
+    ],
+)
+def test_bad_row_is_named_by_file_line_and_column(row, words, write_rows, tmp_path):
+    message = _error(write_rows([PAIR, row], "rows.jsonl"), tmp_path)
+    assert message.startswith("rows.jsonl line 2: ") and words in message
+
+
+def test_a_file_is_named_with_its_folder(write_rows, tmp_path):
+    assert (
+        _load(write_rows(ROWS, "one/a.jsonl"), tmp_path)
+        .test[0]["place"]
+        .startswith("one/a.jsonl line ")
+    )
+
+
+def test_malformed_json_is_named_by_line(tmp_path):
+    good = json.dumps(PAIR)
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n{{'prompt'\n")
+    assert _error(tmp_path / "a.jsonl", tmp_path).startswith("a.jsonl line 3: not JSON")
+    (tmp_path / "a.json").write_text(f"[\n{good},\n{good}\n{good}]")
+    assert _error(tmp_path / "a.json", tmp_path).startswith("a.json line 4: not JSON")
+    (tmp_path / "b.jsonl").write_bytes(good.encode() + b'\n{"prompt": "\xff"}\n')
+    assert _error(tmp_path / "b.jsonl", tmp_path).startswith("b.jsonl line 2: not UTF-8")
+
+
+def test_wrong_row_of_a_list_and_of_parquet_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([PAIR, {"prompt": 1}]))
+    assert _error(tmp_path / "a.json", tmp_path).startswith("a.json row 2: column 'prompt' is int")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "chosen": [1, 2]}), tmp_path / "a.parquet")
+    message = _error(tmp_path / "a.parquet", tmp_path)
+    assert message.startswith("a.parquet row 1: column 'chosen' is int")
+    (tmp_path / "b.parquet").write_text("nothing")
+    assert "not a readable parquet file" in _error(tmp_path / "b.parquet", tmp_path)
+
+
+def test_bad_places_are_named(write_rows, tmp_path):
+    assert "no such file" in _error(tmp_path / "missing.jsonl", tmp_path)
+    assert "no such file" in _error("./missing", tmp_path)
+    (tmp_path / "a.csv").write_text("prompt\nhi\n")
+    assert "'.csv' are not read" in _error(tmp_path / "a.csv", tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "empty.jsonl: holds no rows" in _error(tmp_path / "empty.jsonl", tmp_path)
+    assert "has 1 row and no test set" in _error(write_rows([PAIR]), tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert "no train file" in _error(tmp_path / "folder", tmp_path)
+    write_rows([PAIR], "mixed/train.jsonl")
+    write_rows([PAIR], "mixed/train.json")
+    assert "train.json, train.jsonl: keep files of one kind" in _error(tmp_path / "mixed", tmp_path)
+
+
+def test_torn_saved_folder_is_named(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    next((tmp_path / "saved").glob("data-*.arrow")).unlink()
+    assert "not a whole `datasets` folder" in _error(tmp_path / "saved", tmp_path)
+
+
+def test_place_that_cannot_be_written(write_rows, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert "give another --data_output_path" in _error(write_rows(ROWS), tmp_path)

@@ -1,0 +1,134 @@
+"""Step 1, supervised fine-tuning: teach a causal language model to answer.
+
+The loss is the mean -log p over answer tokens (end token included) of each optimizer step, on all
+ranks together. LoRA (`--lora_dim`) trains A and B at rates of ratio `--loraplus_lr_ratio` (LoRA+).
+
+    deepspeed main.py --model_name_or_path facebook/opt-1.3b --output_dir ./output --zero_stage 2
+    torchrun --nproc_per_node 2 main.py --config settings.yaml
+    python main.py --model_name_or_path ./model --data_path ./pairs.jsonl --lora_dim 16
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dschat.arguments import SFTSettings
+from dschat.cli import parse, run_cli
+from dschat.losses import sft_loss, window_scale
+from dschat.utils.checkpoint import save_hf_format
+from dschat.utils.data.collators import Loader, SFTBatch, SFTCollator, build_loader
+from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.distributed import (
+    all_reduce_sum,
+    local_main_first,
+    print_rank_0,
+    set_random_seed,
+)
+from dschat.utils.ds_utils import get_train_ds_config
+from dschat.utils.engine import backward, build_engine, num_windows, windows
+from dschat.utils.model.model_utils import create_hf_model, forward_inputs
+from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
+from dschat.utils.startup import start
+
+
+def batch_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
+    """The summed loss of a batch's trained tokens."""
+    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
+    logits = model(**inputs, use_cache=False).logits
+    return sft_loss(logits, batch.input_ids, batch.loss_mask)
+
+
+def trained_tokens(batch: SFTBatch) -> torch.Tensor:
+    """How many tokens of a batch the loss runs over."""
+    return batch.loss_mask[:, 1:].sum()
+
+
+@torch.no_grad()
+def evaluate(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
+    """Loss (nats per answer token) and perplexity over the whole evaluation set, all ranks."""
+    engine.eval()
+    total = tokens = 0.0
+    for batch in loader:
+        batch = batch.to(device)
+        total += batch_loss(engine, batch).item()
+        tokens += trained_tokens(batch).item()
+    engine.train()
+    total, tokens = all_reduce_sum([total, tokens])
+    loss = total / max(tokens, 1.0)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def main() -> None:
+    """Check, load, train, save."""
+    settings = parse(SFTSettings, None, __doc__)
+    run, batch_sizes, model_settings = settings.run, settings.batch, settings.model
+    name = batch_sizes.model_name_or_path
+
+    # 1. everything that can be wrong is checked before weights are loaded
+    begun = start(
+        name,
+        dtype=run.dtype,
+        seed=run.seed,
+        output_dir=run.output_dir,
+        eot_token=run.answer_end,
+    )
+    device, world_size, tokenizer = begun.device, begun.world_size, begun.tokenizer
+    micro_batch = batch_sizes.per_device_train_batch_size
+    engine_config = run.engine_config(model_settings, begun.dtype_name, micro_batch)
+    ds_config = get_train_ds_config(engine_config, world_size)
+    recipe = run.recipe(model_settings)
+    recipe.check(name, AutoModelForCausalLM.from_config)
+    sft_only = tuple(settings.sft_only_data_path)
+    spec = settings.data.spec(run.seed, batch_sizes.max_seq_len, sft_only_data_path=sft_only)
+    data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 1, is_writer=w))
+    print_rank_0("\n".join(data.report.lines()))
+
+    # 2. data, model, engine
+    collator = SFTCollator(tokenizer.pad_token_id, settings.train_on_prompt)
+    ranks = {"rank": begun.rank, "world_size": world_size, "seed": run.seed}
+    train_loader = build_loader(data.train, collator, micro_batch, shuffle=True, **ranks)
+    eval_batch = batch_sizes.per_device_eval_batch_size
+    eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
+    windows_per_epoch = num_windows(len(train_loader), run.gradient_accumulation_steps)
+    total_steps = run.num_train_epochs * windows_per_epoch
+    model = create_hf_model(
+        name, tokenizer, begun.dtype, ds_config=ds_config, dropout=model_settings.dropout
+    )
+    schedule = run.schedule(total_steps)
+    engine = build_engine(model, engine_config, recipe, schedule, world_size, "step 1, SFT")
+    shape = WorkShape.of(engine, recipe, begun.gpus)
+    log = TrainingLog(run.log_config(), engine, shape, total_steps, begun.rank)
+    set_random_seed(run.seed + begun.rank)
+
+    # 3. train; evaluate before, at intervals, after each epoch
+    step = 0
+    log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+    for epoch in range(run.num_train_epochs):
+        train_loader.set_epoch(epoch)
+        for window in windows(train_loader, run.gradient_accumulation_steps):
+            window = [batch.to(device) for batch in window]
+            counts = all_reduce_sum(window_counts(window, trained_tokens))
+            scale, loss_sum = window_scale(counts[0], world_size), 0.0
+            for i, batch in enumerate(window):
+                loss = batch_loss(engine, batch)
+                backward(engine, loss * scale, last=i == len(window) - 1)
+                loss_sum += loss.item()
+            engine.step()
+            step += 1
+            log.step(step, loss_sum, counts)
+            if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
+                log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+        log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+
+    # 4. a model folder that transformers loads
+    if run.output_dir is not None:
+        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed)
+    log.close()
+
+
+if __name__ == "__main__":
+    run_cli(main)

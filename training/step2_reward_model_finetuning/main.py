@@ -1,0 +1,155 @@
+"""Step 2, reward model: learn which of two answers people prefer.
+
+The score is the value at the last real token; the loss of an optimizer step is the mean over its
+pairs, on all ranks together, of -log sigmoid(score(chosen) - score(rejected)). LoRA+ applies to the
+trunk; the head trains in a group of its own.
+
+    deepspeed main.py --model_name_or_path facebook/opt-350m --output_dir ./output --zero_stage 2
+    python main.py --model_name_or_path ./sft --data_path ./pairs.jsonl --lora_dim 16
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from torch import nn
+
+from dschat.arguments import RewardSettings
+from dschat.cli import parse, run_cli
+from dschat.losses import pairwise_loss, window_scale
+from dschat.utils.checkpoint import save_hf_format
+from dschat.utils.data.collators import Loader, PairBatch, PairCollator, build_loader
+from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.distributed import (
+    all_reduce_sum,
+    local_main_first,
+    print_rank_0,
+    set_random_seed,
+)
+from dschat.utils.ds_utils import get_train_ds_config
+from dschat.utils.engine import backward, build_engine, num_windows, windows
+from dschat.utils.model.reward_model import RewardModel, create_critic_model, scores_at_end
+from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
+from dschat.utils.startup import start
+
+
+def scores(model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) scores of the chosen and (B,) of the rejected answers."""
+    values = model(batch.input_ids, batch.attention_mask)
+    return scores_at_end(values, batch.attention_mask).chunk(2)
+
+
+def pairs(batch: PairBatch) -> torch.Tensor:
+    """How many pairs of a batch the loss runs over."""
+    return batch.real.sum()
+
+
+@torch.no_grad()
+def evaluate(
+    engine: nn.Module, loader: Loader, device: torch.device, max_batches: int | None = None
+) -> dict[str, float]:
+    """Loss, accuracy, margin and calibration over the evaluation set, all ranks.
+
+    Calibration is the mean of sigmoid(margin), the probability that the model gives to the
+    preference; accuracy counts ties as half.
+    """
+    engine.eval()
+    sums = torch.zeros(6, dtype=torch.float64)
+    for batch in islice(loader, max_batches):
+        batch = batch.to(device)
+        chosen, rejected = scores(engine, batch)
+        margin = (chosen - rejected)[batch.real].double().cpu()
+        both = torch.cat([chosen[batch.real], rejected[batch.real]]).double().cpu()
+        won = (margin > 0).double() + 0.5 * (margin == 0).double()
+        loss = -torch.nn.functional.logsigmoid(margin)
+        parts = [loss, won, margin, margin.sigmoid(), both / 2]
+        sums += torch.tensor([*(part.sum().item() for part in parts), len(margin)])
+    engine.train()
+    *sums, count = all_reduce_sum(sums.tolist())
+    names = ("loss", "accuracy", "margin", "confidence", "mean_score")
+    return {name: total / max(count, 1.0) for name, total in zip(names, sums, strict=True)}
+
+
+def main() -> None:
+    """Check, load, train, save."""
+    settings = parse(RewardSettings, None, __doc__)
+    run, batch_sizes, model_settings = settings.run, settings.batch, settings.model
+    name = batch_sizes.model_name_or_path
+
+    # 1. everything that can be wrong is checked before weights are loaded
+    begun = start(
+        name,
+        dtype=run.dtype,
+        seed=run.seed,
+        output_dir=run.output_dir,
+        eot_token=run.answer_end,
+    )
+    device, world_size, tokenizer = begun.device, begun.world_size, begun.tokenizer
+    micro_batch = batch_sizes.per_device_train_batch_size
+    engine_config = run.engine_config(model_settings, begun.dtype_name, micro_batch)
+    ds_config = get_train_ds_config(engine_config, world_size)
+    recipe = run.recipe(model_settings)
+    recipe.check(name, RewardModel.from_config)
+    spec = settings.data.spec(run.seed, batch_sizes.max_seq_len)
+    data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 2, is_writer=w))
+    print_rank_0("\n".join(data.report.lines()))
+
+    # 2. data, model, engine
+    collator = PairCollator(tokenizer.pad_token_id)
+    ranks = {"rank": begun.rank, "world_size": world_size, "seed": run.seed}
+    train_loader = build_loader(data.train, collator, micro_batch, shuffle=True, **ranks)
+    eval_batch = batch_sizes.per_device_eval_batch_size
+    eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
+    windows_per_epoch = num_windows(len(train_loader), run.gradient_accumulation_steps)
+    total_steps = run.num_train_epochs * windows_per_epoch
+    model = create_critic_model(
+        name,
+        tokenizer,
+        begun.dtype,
+        ds_config=ds_config,
+        dropout=model_settings.dropout,
+        init_head=True,
+    )
+    schedule = run.schedule(total_steps)
+    engine = build_engine(
+        model, engine_config, recipe, schedule, world_size, "step 2, reward model"
+    )
+    shape = WorkShape.of(engine, recipe, begun.gpus)
+    log = TrainingLog(run.log_config(), engine, shape, total_steps, begun.rank)
+    set_random_seed(run.seed + begun.rank)
+
+    # 3. train; evaluate before, at intervals, after each epoch
+    step = 0
+    log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+    for epoch in range(run.num_train_epochs):
+        train_loader.set_epoch(epoch)
+        for window in windows(train_loader, run.gradient_accumulation_steps):
+            window = [batch.to(device) for batch in window]
+            counts = all_reduce_sum(window_counts(window, pairs))
+            scale, loss_sum = window_scale(counts[0], world_size), 0.0
+            for i, batch in enumerate(window):
+                loss = pairwise_loss(
+                    *scores(engine, batch),
+                    batch.real,
+                    settings.margin,
+                    settings.centering_coefficient,
+                )
+                backward(engine, loss * scale, last=i == len(window) - 1)
+                loss_sum += loss.item()
+            engine.step()
+            step += 1
+            log.step(step, loss_sum, counts)
+            if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
+                part = timed(evaluate, engine, eval_loader, device, settings.eval_iters)
+                log.evaluation(step, *part)
+        log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+
+    # 4. a model folder that transformers loads
+    if run.output_dir is not None:
+        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed)
+    log.close()
+
+
+if __name__ == "__main__":
+    run_cli(main)

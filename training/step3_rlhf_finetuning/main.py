@@ -1,0 +1,102 @@
+"""Step 3, PPO: sample answers, score them, move the policy towards what scores well.
+
+Each iteration: roll out `--generation_batches` batches of prompts, then train actor and critic on
+them for `--ppo_epochs` passes. With `--actor_lora_dim` the reference is the actor with its adapters
+off; with `--critic_lora_dim` the reward model is the critic's trunk with its adapters off: two
+trunks on the device instead of four. Writes OUTPUT/actor, OUTPUT/critic and, with `--enable_ema`,
+OUTPUT/actor_ema.
+
+    deepspeed main.py --actor_model_name_or_path ./sft --critic_model_name_or_path ./reward \\
+        --actor_zero_stage 2 --critic_zero_stage 2 --output_dir ./output
+    python main.py --config settings.yaml --actor_lora_dim 16 --critic_lora_dim 16
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from dschat.arguments import RLHFSettings
+from dschat.cli import parse, run_cli
+from dschat.rlhf.ppo_log import PPOLog
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.utils.checkpoint import save_hf_format
+from dschat.utils.data.collators import PromptCollator, build_loader
+from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.distributed import local_main_first, print_rank_0, set_random_seed
+from dschat.utils.engine import windows
+from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.startup import start
+
+
+def main() -> None:
+    """Check, load, train, save."""
+    settings = parse(RLHFSettings, None, __doc__)
+    run = settings.run
+
+    # 1. everything that can be wrong is checked before weights are loaded
+    begun = start(
+        settings.ppo.actor_model_name_or_path,
+        dtype=run.dtype,
+        seed=run.seed,
+        output_dir=run.output_dir,
+        eot_token=run.answer_end,
+    )
+    tokenizer, distributed = begun.tokenizer, begun.distributed
+    config = settings.ppo_config()
+    spec = settings.data_spec()
+    data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 3, is_writer=w))
+    print_rank_0("\n".join(data.report.lines()))
+    prompts = build_loader(
+        data.train,
+        PromptCollator(tokenizer.pad_token_id),
+        config.rollout_batch_size,
+        rank=begun.rank,
+        world_size=begun.world_size,
+        seed=run.seed,
+        shuffle=True,
+    )
+    iterations = settings.iterations(len(prompts))
+    actor, critic = settings.roles(begun.dtype_name, iterations)
+    actor.recipe.check(actor.model, AutoModelForCausalLM.from_config)
+    critic.recipe.check(critic.model, RewardModel.from_config)
+
+    # 2. the roles
+    ema_decay = settings.ema_decay if settings.enable_ema else None
+    roles = DeepSpeedRLHFEngine.load(actor, critic, tokenizer, distributed, ema_decay)
+    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size)
+    recipes = actor.recipe, critic.recipe
+    log = PPOLog(
+        run.log_config(), settings.printing(), roles, recipes, begun.gpus, iterations, begun.rank
+    )
+    set_random_seed(run.seed + begun.rank)
+
+    # 3. train
+    iteration = 0
+    for epoch in range(run.num_train_epochs):
+        prompts.set_epoch(epoch)
+        for batches in windows(prompts, settings.ppo.generation_batches):
+            if iteration == iterations:
+                break
+            log.begin()
+            experiences = [trainer.rollout(batch) for batch in batches]
+            log.rolled_out()
+            statistics = trainer.train_rlhf(experiences)
+            iteration += 1
+            log.iteration(iteration, statistics, experiences, config.ppo_epochs)
+
+    # 4. model folders that transformers loads
+    if run.output_dir is not None:
+        save_hf_format(roles.actor, tokenizer, Path(run.output_dir) / "actor", distributed)
+        save_hf_format(roles.critic, tokenizer, Path(run.output_dir) / "critic", distributed)
+        if roles.ema is not None:
+            with roles.ema.applied() as averaged:
+                folder = Path(run.output_dir) / "actor_ema"
+                save_hf_format(averaged, tokenizer, folder, distributed)
+    log.close()
+
+
+if __name__ == "__main__":
+    run_cli(main)
