@@ -222,6 +222,26 @@ class BatchArguments:
 
 
 @dataclass(frozen=True)
+class EvaluationArguments:
+    """Flags of scripts that load one model and evaluate it."""
+
+    model_name_or_path: str = flag(MISSING, "model folder or hub id", type=str)
+    batch_size: int = flag(16, "rows per batch")
+    max_seq_len: int = flag(512, "tokens of prompt and answer together")
+    dtype: str = flag(
+        "auto", "auto is bf16 where the device has it", choices=["auto", "fp32", "bf16", "fp16"]
+    )
+    seed: int = flag(1234, "seed of splits; as in training")
+    add_eot_token: bool = flag(False, "end answers with --eot_token instead of the eos", **SWITCH)
+    eot_token: str = flag("<|endoftext|>", "the token of --add_eot_token")
+
+    @property
+    def answer_end(self) -> str | None:
+        """The token that ends answers in place of the tokenizer's eos."""
+        return self.eot_token if self.add_eot_token else None
+
+
+@dataclass(frozen=True)
 class SFTSettings:
     """Step 1, supervised fine-tuning."""
 

@@ -143,7 +143,7 @@ class Chatbot:
             return self._generate(cut_left(ids, room, bos_id), None, show)
         ids = fit_conversation(self.turns, text, self._encode, self.max_prompt_len, bos_id)
         answer = self._generate(ids, QUESTION.rstrip(), show)
-        self.turns.append(Turn(text, answer))
+        self.turns.append(Turn(text, answer.rstrip()))
         return answer
 
     def _encode(self, text: str) -> list[int]:

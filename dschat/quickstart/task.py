@@ -16,8 +16,9 @@ from dschat.quickstart import world
 KINDS = ("good", "plain", "rambling", "rude", "evasive", "off_topic", "mixed_up", "wrong")
 SFT_SHARES = (0.46, 0.13, 0.07, 0.13, 0.07, 0.06, 0.06, 0.02)
 # How the worse side of a pair is drawn; the better side is mostly "good", sometimes not.
-REJECTED_SHARES = (0.0, 0.18, 0.15, 0.18, 0.1, 0.18, 0.18, 0.03)
+REJECTED_SHARES = (0.0, 0.13, 0.15, 0.13, 0.07, 0.22, 0.22, 0.08)
 BETTER_IS_GOOD = 0.8
+SAME_ENDS = 0.6  # share of pairs differing in the body alone, among those whose fault lies there
 LABEL_NOISE = 0.02  # share of training pairs whose sides are swapped, as people also err
 
 # What may stand at the other end of an answer whose manner is shown at one end.
@@ -122,14 +123,31 @@ def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def _framed(rng: random.Random, body: str, manner: str) -> str:
-    """Put the manner's phrase before the body, after it, or at both ends with a second phrase."""
+@dataclass(frozen=True)
+class _Ends:
+    """What stands before and after the body of an answer, with its space or empty."""
+
+    opener: str = ""
+    closer: str = ""
+
+
+def _ends(rng: random.Random, manner: str) -> _Ends:
+    """A phrase of the manner before the body, after it, or one there and a second at the other."""
     shape = rng.choices(("open", "close", "both"), (0.4, 0.4, 0.2))[0]
     other = rng.choice(_OTHER_END[manner])
     first, last = rng.sample((manner, other), 2) if shape == "both" else (manner, manner)
     opener = f" {rng.choice(world.OPENERS[first])}" if shape != "close" else ""
     closer = f" {rng.choice(world.CLOSERS[last])}" if shape != "open" else ""
-    return f"{opener} {body}{closer}"
+    return _Ends(opener, closer)
+
+
+def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
+    """The ends that go with a kind: its own manner, or any where the fault lies in the body."""
+    if kind == "plain" and rng.random() < 0.25:
+        return _Ends()
+    own = {"good": "polite", "plain": "plain", "rude": "rude"}
+    manner = rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0]
+    return _ends(rng, own.get(kind, manner))
 
 
 def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
@@ -145,25 +163,22 @@ def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
     if kind == "wrong":
         value = rng.choice([v for v in fact.topic.values if v != fact.value])
         return rng.choice(fact.statements(value))
-    return rng.choice(fact.statements())
+    truth = rng.choice(fact.statements())
+    if kind == "rambling":
+        aside = rng.choice(rng.choice([f for f in world.all_facts() if f != fact]).statements())
+        return " ".join(rng.sample((truth, aside), 2))
+    return truth
 
 
-def answer_of_kind(rng: random.Random, prompt: str, kind: str) -> str:
+def answer_of_kind(
+    rng: random.Random, prompt: str, kind: str, ends: _Ends | None = None
+) -> str:
     """An answer to `prompt` of one of `KINDS`, beginning with a space, without the end token."""
     if kind not in KINDS:
         raise UserError(f"kind of answer {kind!r}: unknown; choose from {', '.join(KINDS)}")
-    fact = world.fact_of_prompt()[prompt]
-    body = _body(rng, fact, kind)
-    if kind == "good":
-        return _framed(rng, body, "polite")
-    if kind == "plain":
-        return f" {body}" if rng.random() < 0.25 else _framed(rng, body, "plain")
-    if kind == "rude":
-        return _framed(rng, body, "rude")
-    if kind == "rambling":
-        aside = rng.choice(rng.choice([f for f in world.all_facts() if f != fact]).statements())
-        body = " ".join(rng.sample((body, aside), 2))
-    return _framed(rng, body, rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0])
+    body = _body(rng, world.fact_of_prompt()[prompt], kind)
+    ends = _ends_of_kind(rng, kind) if ends is None else ends
+    return f"{ends.opener} {body}{ends.closer}"
 
 
 def _cycle(rng: random.Random, prompts: Sequence[str], rows: int) -> list[str]:
@@ -195,7 +210,10 @@ def preference_rows(
         worse = rng.choices(KINDS, REJECTED_SHARES)[0]
         ranks_above = KINDS[: KINDS.index(worse)]
         better = "good" if rng.random() < BETTER_IS_GOOD else rng.choice(ranks_above)
-        chosen, rejected = (answer_of_kind(rng, prompt, kind) for kind in (better, worse))
+        ends = _ends_of_kind(rng, better)
+        chosen = answer_of_kind(rng, prompt, better, ends)
+        keep = worse not in ("plain", "rude") and rng.random() < SAME_ENDS
+        rejected = answer_of_kind(rng, prompt, worse, ends if keep else None)
         if rng.random() < label_noise:
             chosen, rejected = rejected, chosen
         out.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})

@@ -39,11 +39,16 @@ class EngineConfig:
 def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     """DeepSpeed's configuration of a training engine.
 
+    Half precision at stage 0 runs as stage 1: the same mathematics, but gradients of several
+    micro-batches add up in fp32, and fp16 losses are scaled (DeepSpeed 0.19's stage 0 divides by a
+    loss scale that `engine.backward` never applied).
+
     The user's JSON, where there is one, is merged over it; see `merge_user_config`.
     """
+    stage = 1 if config.zero_stage == 0 and config.dtype != "fp32" else config.zero_stage
     zero = {
-        "stage": config.zero_stage,
-        "overlap_comm": config.zero_stage in (2, 3),
+        "stage": stage,
+        "overlap_comm": stage in (2, 3),
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if config.offload:
@@ -62,7 +67,7 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         **_precision(config.dtype),
     }
-    if config.dtype == "bf16" and config.zero_stage > 0:
+    if config.dtype == "bf16" and config.gradient_accumulation_steps > 1:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     return merge_user_config(ours, config.user_config) if config.user_config else ours
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -127,14 +129,16 @@ def build_engine(
     print_rank_0(group_table(groups, module, title))
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=build_optimizer(groups, optimizer_config) if own_optimizer else None,
-        model_parameters=None if own_optimizer else groups,
-        lr_scheduler=schedule,
-        config=ds_config,
-        dist_init_required=False,
-    )
+    # DeepSpeed's bf16 optimizer prints its memory use at every turn.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(groups, optimizer_config) if own_optimizer else None,
+            model_parameters=None if own_optimizer else groups,
+            lr_scheduler=schedule,
+            config=ds_config,
+            dist_init_required=False,
+        )
     check_rates(engine.optimizer, optimizer_config)
     return engine
 

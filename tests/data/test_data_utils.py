@@ -9,7 +9,7 @@ from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
 from dschat.utils.data.tokenise import Cut, cut_left, truncate
 
 BOS, EOS = 1, 2
-ROWS = [{"prompt": f"hi {n}", "chosen": f" we {n}", "rejected": f" lo {n}"} for n in range(10)]
+ROWS = [{"prompt": f"hi {n}", "chosen": f" we {n}", "rejected": f" {n}"} for n in range(10)]
 
 
 @pytest.fixture

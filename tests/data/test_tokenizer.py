@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
 
 from dschat.errors import UserError
@@ -51,6 +51,13 @@ def test_answer_gains_no_space_where_every_text_gets_one(space_tokenizer):
     prompts, answers = _answers(space_tokenizer, ["hi "], ["and"])
     assert space_tokenizer.convert_ids_to_tokens(prompts[0]) == ["<s>", "▁", "hi", "▁"]
     assert space_tokenizer.convert_ids_to_tokens(answers[0]) == ["a", "nd", "</s>"]
+
+
+def test_sentinel_that_the_tokenizer_swallows_is_not_trusted(byte_tokenizer):
+    # "\n" + "\n we" loses all leading white space and would leave "we"; ":\n we" keeps it.
+    byte_tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=True, right=False)
+    _, answers = _answers(byte_tokenizer, ["hi\n"], ["\n we"])
+    assert byte_tokenizer.convert_ids_to_tokens(answers[0]) == ["Ċ", "Ġwe", "<eos>"]
 
 
 def test_end_token_is_there_exactly_once(any_tokenizer):

@@ -10,17 +10,13 @@ ranks together. LoRA (`--lora_dim`) trains A and B at rates of ratio `--loraplus
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dschat.arguments import SFTSettings
 from dschat.cli import parse, run_cli
-from dschat.losses import sft_loss, window_scale
+from dschat.losses import window_scale
 from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import Loader, SFTBatch, SFTCollator, build_loader
+from dschat.utils.data.collators import SFTCollator, build_loader
 from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.distributed import (
     all_reduce_sum,
@@ -30,36 +26,10 @@ from dschat.utils.distributed import (
 )
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import backward, build_engine, num_windows, windows
-from dschat.utils.model.model_utils import create_hf_model, forward_inputs
+from dschat.utils.evaluation import answer_loss, evaluate_answers, trained_tokens
+from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
 from dschat.utils.startup import start
-
-
-def batch_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
-    """The summed loss of a batch's trained tokens."""
-    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
-    logits = model(**inputs, use_cache=False).logits
-    return sft_loss(logits, batch.input_ids, batch.loss_mask)
-
-
-def trained_tokens(batch: SFTBatch) -> torch.Tensor:
-    """How many tokens of a batch the loss runs over."""
-    return batch.loss_mask[:, 1:].sum()
-
-
-@torch.no_grad()
-def evaluate(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
-    """Loss (nats per answer token) and perplexity over the whole evaluation set, all ranks."""
-    engine.eval()
-    total = tokens = 0.0
-    for batch in loader:
-        batch = batch.to(device)
-        total += batch_loss(engine, batch).item()
-        tokens += trained_tokens(batch).item()
-    engine.train()
-    total, tokens = all_reduce_sum([total, tokens])
-    loss = total / max(tokens, 1.0)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def main() -> None:
@@ -106,7 +76,7 @@ def main() -> None:
 
     # 3. train; evaluate before, at intervals, after each epoch
     step = 0
-    log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+    log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
     for epoch in range(run.num_train_epochs):
         train_loader.set_epoch(epoch)
         for window in windows(train_loader, run.gradient_accumulation_steps):
@@ -114,15 +84,15 @@ def main() -> None:
             counts = all_reduce_sum(window_counts(window, trained_tokens))
             scale, loss_sum = window_scale(counts[0], world_size), 0.0
             for i, batch in enumerate(window):
-                loss = batch_loss(engine, batch)
+                loss = answer_loss(engine, batch)
                 backward(engine, loss * scale, last=i == len(window) - 1)
                 loss_sum += loss.item()
             engine.step()
             step += 1
             log.step(step, loss_sum, counts)
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
-                log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
-        log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+                log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
+        log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:

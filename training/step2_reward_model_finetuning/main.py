@@ -10,16 +10,11 @@ trunk; the head trains in a group of its own.
 
 from __future__ import annotations
 
-from itertools import islice
-
-import torch
-from torch import nn
-
 from dschat.arguments import RewardSettings
 from dschat.cli import parse, run_cli
 from dschat.losses import pairwise_loss, window_scale
 from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import Loader, PairBatch, PairCollator, build_loader
+from dschat.utils.data.collators import PairCollator, build_loader
 from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.distributed import (
     all_reduce_sum,
@@ -29,46 +24,10 @@ from dschat.utils.distributed import (
 )
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import backward, build_engine, num_windows, windows
-from dschat.utils.model.reward_model import RewardModel, create_critic_model, scores_at_end
+from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs
+from dschat.utils.model.reward_model import RewardModel, create_critic_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
 from dschat.utils.startup import start
-
-
-def scores(model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) scores of the chosen and (B,) of the rejected answers."""
-    values = model(batch.input_ids, batch.attention_mask)
-    return scores_at_end(values, batch.attention_mask).chunk(2)
-
-
-def pairs(batch: PairBatch) -> torch.Tensor:
-    """How many pairs of a batch the loss runs over."""
-    return batch.real.sum()
-
-
-@torch.no_grad()
-def evaluate(
-    engine: nn.Module, loader: Loader, device: torch.device, max_batches: int | None = None
-) -> dict[str, float]:
-    """Loss, accuracy, margin and calibration over the evaluation set, all ranks.
-
-    Calibration is the mean of sigmoid(margin), the probability that the model gives to the
-    preference; accuracy counts ties as half.
-    """
-    engine.eval()
-    sums = torch.zeros(6, dtype=torch.float64)
-    for batch in islice(loader, max_batches):
-        batch = batch.to(device)
-        chosen, rejected = scores(engine, batch)
-        margin = (chosen - rejected)[batch.real].double().cpu()
-        both = torch.cat([chosen[batch.real], rejected[batch.real]]).double().cpu()
-        won = (margin > 0).double() + 0.5 * (margin == 0).double()
-        loss = -torch.nn.functional.logsigmoid(margin)
-        parts = [loss, won, margin, margin.sigmoid(), both / 2]
-        sums += torch.tensor([*(part.sum().item() for part in parts), len(margin)])
-    engine.train()
-    *sums, count = all_reduce_sum(sums.tolist())
-    names = ("loss", "accuracy", "margin", "confidence", "mean_score")
-    return {name: total / max(count, 1.0) for name, total in zip(names, sums, strict=True)}
 
 
 def main() -> None:
@@ -101,6 +60,11 @@ def main() -> None:
     train_loader = build_loader(data.train, collator, micro_batch, shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
+    sample = data.eval
+    if settings.eval_iters is not None:
+        rows = min(len(sample), settings.eval_iters * eval_batch * world_size)
+        sample = sample.shuffle(run.seed).select(range(rows))
+    sample_loader = build_loader(sample, collator, eval_batch, shuffle=False, **ranks)
     windows_per_epoch = num_windows(len(train_loader), run.gradient_accumulation_steps)
     total_steps = run.num_train_epochs * windows_per_epoch
     model = create_critic_model(
@@ -121,7 +85,7 @@ def main() -> None:
 
     # 3. train; evaluate before, at intervals, after each epoch
     step = 0
-    log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+    log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
     for epoch in range(run.num_train_epochs):
         train_loader.set_epoch(epoch)
         for window in windows(train_loader, run.gradient_accumulation_steps):
@@ -130,7 +94,7 @@ def main() -> None:
             scale, loss_sum = window_scale(counts[0], world_size), 0.0
             for i, batch in enumerate(window):
                 loss = pairwise_loss(
-                    *scores(engine, batch),
+                    *pair_scores(engine, batch),
                     batch.real,
                     settings.margin,
                     settings.centering_coefficient,
@@ -141,9 +105,8 @@ def main() -> None:
             step += 1
             log.step(step, loss_sum, counts)
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
-                part = timed(evaluate, engine, eval_loader, device, settings.eval_iters)
-                log.evaluation(step, *part)
-        log.evaluation(step, *timed(evaluate, engine, eval_loader, device))
+                log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
+        log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:

@@ -28,6 +28,7 @@ from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.distributed import local_main_first, print_rank_0, set_random_seed
 from dschat.utils.engine import windows
 from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.model.tokenizer import check_same_tokenizer
 from dschat.utils.startup import start
 
 
@@ -45,6 +46,7 @@ def main() -> None:
         eot_token=run.answer_end,
     )
     tokenizer, distributed = begun.tokenizer, begun.distributed
+    check_same_tokenizer(tokenizer, settings.ppo.critic_model_name_or_path, run.answer_end)
     config = settings.ppo_config()
     spec = settings.data_spec()
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 3, is_writer=w))

@@ -83,6 +83,25 @@ def _set_special_tokens(
         )
 
 
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, eot_token: str | None = None
+) -> None:
+    """Stop when a second model reads other token ids than the first.
+
+    Raises:
+        UserError: the model's own tokenizer differs in vocabulary or special tokens.
+    """
+    other = load_hf_tokenizer(
+        model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
+    )
+    same_ends = other.eos_token_id == tokenizer.eos_token_id
+    if other.get_vocab() != tokenizer.get_vocab() or not same_ends:
+        raise UserError(
+            f"{model_name_or_path}: its tokenizer is not that of {tokenizer.name_or_path}; "
+            "train actor and reward model from models with one tokenizer"
+        )
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of all that decides ids: the backend's definition and the special ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())

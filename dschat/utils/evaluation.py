@@ -1,0 +1,80 @@
+"""What steps 1 and 2 train and evaluate by: one batch's loss or scores, one whole set's figures.
+
+Evaluation covers the whole set once on any number of ranks, weighted by tokens or pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dschat.losses import sft_loss
+from dschat.utils.data.collators import Loader, PairBatch, SFTBatch
+from dschat.utils.distributed import all_reduce_sum
+from dschat.utils.model.model_utils import forward_inputs
+from dschat.utils.model.reward_model import scores_at_end
+
+
+def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
+    """The summed loss of a batch's trained tokens."""
+    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
+    logits = model(**inputs, use_cache=False).logits
+    return sft_loss(logits, batch.input_ids, batch.loss_mask)
+
+
+def trained_tokens(batch: SFTBatch) -> torch.Tensor:
+    """How many tokens of a batch the loss runs over."""
+    return batch.loss_mask[:, 1:].sum()
+
+
+@torch.no_grad()
+def evaluate_answers(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
+    """Loss (nats per answer token) and perplexity over the whole evaluation set, all ranks."""
+    engine.eval()
+    total = tokens = 0.0
+    for batch in loader:
+        batch = batch.to(device)
+        total += answer_loss(engine, batch).item()
+        tokens += trained_tokens(batch).item()
+    engine.train()
+    total, tokens = all_reduce_sum([total, tokens])
+    loss = total / max(tokens, 1.0)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def pair_scores(model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) scores of the chosen and (B,) of the rejected answers."""
+    values = model(batch.input_ids, batch.attention_mask)
+    return scores_at_end(values, batch.attention_mask).chunk(2)
+
+
+def pairs(batch: PairBatch) -> torch.Tensor:
+    """How many pairs of a batch the loss runs over."""
+    return batch.real.sum()
+
+
+@torch.no_grad()
+def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
+    """Loss, accuracy, margin and confidence over the evaluation set, all ranks.
+
+    Confidence is the mean of sigmoid(margin), the probability that the model gives to the
+    preference: a calibrated model's equals its accuracy. Ties count as half right.
+    """
+    engine.eval()
+    sums = torch.zeros(6, dtype=torch.float64)
+    for batch in loader:
+        batch = batch.to(device)
+        chosen, rejected = pair_scores(engine, batch)
+        margin = (chosen - rejected)[batch.real].double().cpu()
+        both = torch.cat([chosen[batch.real], rejected[batch.real]]).double().cpu()
+        won = (margin > 0).double() + 0.5 * (margin == 0).double()
+        loss = -F.logsigmoid(margin)
+        parts = [loss, won, margin, margin.sigmoid(), both / 2]
+        sums += torch.tensor([*(part.sum().item() for part in parts), len(margin)])
+    engine.train()
+    *sums, count = all_reduce_sum(sums.tolist())
+    names = ("loss", "accuracy", "margin", "confidence", "mean_score")
+    return {name: total / max(count, 1.0) for name, total in zip(names, sums, strict=True)}

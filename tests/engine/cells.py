@@ -1,0 +1,117 @@
+"""What is trained for the agreement test, and on which rows; shared by the ranks and the test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tiny import padded, tiny_llama, token_rows
+from torch import nn
+
+from dschat.utils.ds_utils import EngineConfig
+from dschat.utils.engine import Recipe
+from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.module.lora import LoraConfig
+from dschat.utils.optim import OptimizerConfig
+
+BASE_RATE, RATIO, HEAD_RATE, WEIGHT_DECAY = 1e-3, 16.0, 4e-3, 0.1
+RANK, ALPHA = 4, 8.0
+WARM_UP, TOTAL_STEPS, STEPS = 2, 6, 4
+CLIP = 0.7
+ADAPTER_SEED, MODEL_SEED, HEAD_SEED = 11, 3, 5
+BETAS = (0.9, 0.95)
+# Adam divides by |g| + eps: with a tiny eps it would forgive any factor on the gradients, such as
+# a mean over ranks taken twice. At this size a wrong factor shows.
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: what, and how it is spread."""
+
+    name: str
+    model: str  # causal, reward
+    stage: int
+    checkpointing: bool = False
+    offload: bool = False
+    accumulation: int = 1
+    full: bool = False  # all weights, no adapters
+    built_from: str = "module"  # folder: from files, under ZeRO-3 in shards from the start
+    dtype: str = "fp32"
+
+    def engine_config(self, micro_batch: int) -> EngineConfig:
+        """The engine's numbers."""
+        return EngineConfig(
+            zero_stage=self.stage,
+            dtype=self.dtype,
+            offload=self.offload,
+            micro_batch_size=micro_batch,
+            gradient_accumulation_steps=self.accumulation,
+            gradient_clipping=CLIP,
+        )
+
+    def recipe(self) -> Recipe:
+        """Adapters at ratio 16, or all weights."""
+        rates = OptimizerConfig(
+            learning_rate=BASE_RATE,
+            weight_decay=WEIGHT_DECAY,
+            loraplus_lr_ratio=RATIO,
+            head_learning_rate=HEAD_RATE,
+            betas=BETAS,
+            eps=EPS,
+        )
+        lora = None if self.full else LoraConfig(dim=RANK, alpha=ALPHA)
+        return Recipe(rates, lora, gradient_checkpointing=self.checkpointing)
+
+
+def all_cells() -> list[Cell]:
+    """Stages by models by checkpointing, then offload, windows, all weights, files, bf16."""
+    cells = [
+        Cell(f"{model}-z{stage}{'-ckpt' if ckpt else ''}", model, stage, checkpointing=ckpt)
+        for model in ("causal", "reward")
+        for stage in range(4)
+        for ckpt in (False, True)
+    ]
+    for stage in range(4):
+        cells.append(Cell(f"causal-z{stage}-windows", "causal", stage, accumulation=2))
+        cells.append(Cell(f"causal-z{stage}-full", "causal", stage, full=True))
+        cells.append(Cell(f"causal-z{stage}-bf16", "causal", stage, dtype="bf16"))
+    cells.append(Cell("causal-z2-offload", "causal", 2, offload=True))
+    cells.append(Cell("causal-z3-offload", "causal", 3, offload=True))
+    cells.append(Cell("reward-z2-windows", "reward", 2, accumulation=2))
+    cells.append(Cell("causal-z3-folder", "causal", 3, built_from="folder"))
+    cells.append(Cell("reward-z3-folder", "reward", 3, built_from="folder"))
+    return cells
+
+
+def build_module(model: str) -> nn.Module:
+    """The same weights at every call."""
+    causal = tiny_llama(MODEL_SEED)
+    if model == "causal":
+        return causal
+    torch.manual_seed(HEAD_SEED)
+    return RewardModel(causal.model)
+
+
+def row_numbers(cell: Cell) -> list[list[int]]:
+    """Global micro-batches: 4 of 8 rows; with accumulation 7 of 4 rows, the last of them of 3."""
+    if cell.accumulation == 1:
+        return [list(range(8 * i, 8 * i + 8)) for i in range(STEPS)]
+    return [list(range(4 * i, 4 * i + 4)) for i in range(6)] + [[24, 25, 26]]
+
+
+def sft_batch(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, attention mask and loss mask of these rows; tokens from the fourth on are trained."""
+    every = token_rows(32, seed=1)
+    ids, mask = padded([every[i] for i in rows])
+    loss_mask = mask.clone()
+    loss_mask[:, :3] = False
+    return ids, mask, loss_mask
+
+
+def pair_batch(rows: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and mask of chosen above rejected, and which pairs are real: copies fill up to `size`."""
+    chosen, rejected = token_rows(32, seed=1), token_rows(32, seed=2)
+    filled = [*rows, *[rows[0]] * (size - len(rows))]
+    ids, mask = padded([chosen[i] for i in filled] + [rejected[i] for i in filled])
+    return ids, mask, torch.arange(size) < len(rows)

@@ -1,0 +1,122 @@
+"""Compare answers of a model before and after fine-tuning, side by side.
+
+Prints, for each prompt, greedy and sampled answers of both models, and with `--num_beams` above 1
+the best beam.
+
+    python prompt_eval.py --model_name_or_path_baseline facebook/opt-1.3b \\
+        --model_name_or_path_finetune ./output
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dschat.cli import flag, parse, run_cli
+from dschat.errors import UserError
+from dschat.utils.distributed import set_random_seed
+from dschat.utils.engine import resolve_dtype, torch_dtype
+from dschat.utils.model.model_utils import create_hf_model
+from dschat.utils.model.tokenizer import load_hf_tokenizer
+
+QUESTIONS = {
+    "English": (
+        "Please tell me about Microsoft in a few sentences?",
+        "Explain the moon landing to a 6 year old in a few sentences.",
+        "Write a short poem about a wise frog.",
+        "Who was president of the United States in 1955?",
+        "How does a telescope work?",
+        "Why do birds migrate south for the winter?",
+    ),
+    "Chinese": (
+        "请用几句话介绍一下微软?",
+        "用几句话向6岁的孩子解释登月。",
+        "鸟类为什么要南迁过冬?",
+    ),
+    "Japanese": ("マイクロソフトについて簡単に教えてください。", "望遠鏡はどのように機能しますか?"),
+}
+
+
+@dataclass(frozen=True)
+class PromptEvaluation:
+    """Flags of this script."""
+
+    model_name_or_path_baseline: str = flag(MISSING, "model before fine-tuning", type=str)
+    model_name_or_path_finetune: str = flag(MISSING, "model after fine-tuning", type=str)
+    num_beams: int = flag(1, "beams of the beam search; 1: none")
+    num_beam_groups: int = flag(1, "transformers 5 has no group beam search", retired=True)
+    top_k: int = flag(4, "top-k of the sampled answers")
+    penalty_alpha: float = flag(0.6, "transformers 5 has no contrastive search", retired=True)
+    num_return_sequences: int = flag(1, "sampled answers per prompt")
+    max_new_tokens: int = flag(100, "tokens of an answer")
+    language: str = flag("English", "of the built-in prompts", choices=list(QUESTIONS))
+    prompts: list[str] = flag([], "your own questions instead", nargs="+", type=str)
+    raw: bool = flag(False, "take prompts as they are, without turns", action="store_true")
+    add_eot_token: bool = flag(False, "answers end with <|endoftext|>", action="store_true")
+    dtype: str = flag("auto", "number format", choices=["auto", "fp32", "bf16", "fp16"])
+    seed: int = flag(1234, "seed of sampling")
+
+    def __post_init__(self):
+        for name in ("num_beams", "top_k", "num_return_sequences", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+
+    def generation_configs(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, GenerationConfig]:
+        """How each kind of answer is made."""
+        common = {
+            "max_new_tokens": self.max_new_tokens,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        kinds = {"greedy": GenerationConfig(do_sample=False, **common)}
+        kinds["sampled"] = GenerationConfig(
+            do_sample=True,
+            top_k=self.top_k,
+            num_return_sequences=self.num_return_sequences,
+            **common,
+        )
+        if self.num_beams > 1:
+            kinds["beam"] = GenerationConfig(num_beams=self.num_beams, do_sample=False, **common)
+        return kinds
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    config: GenerationConfig,
+) -> list[str]:
+    """The answers to one prompt, without special tokens."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, generation_config=config
+    )
+    return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def main() -> None:
+    """Load both models and print their answers."""
+    settings = parse(PromptEvaluation, None, __doc__)
+    dtype = torch_dtype(resolve_dtype(settings.dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = {}
+    for label in ("baseline", "finetune"):
+        path = getattr(settings, f"model_name_or_path_{label}")
+        tokenizer = load_hf_tokenizer(path, settings.add_eot_token)
+        models[label] = create_hf_model(path, tokenizer, dtype).to(device).eval(), tokenizer
+
+    for question in settings.prompts or QUESTIONS[settings.language]:
+        prompt = question if settings.raw else f"\n\nHuman: {question}\n\nAssistant:"
+        print(f"\n== {prompt.strip()}")
+        for label, (model, tokenizer) in models.items():
+            for kind, config in settings.generation_configs(tokenizer).items():
+                set_random_seed(settings.seed)
+                for answer in answers(model, tokenizer, prompt, config):
+                    print(f"{label:>9}, {kind}: {answer.strip()}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,75 @@
+"""Evaluate a reward model: the figures of step 2's evaluation, and scores of single answers.
+
+python rw_eval.py --model_name_or_path ./output
+python rw_eval.py --model_name_or_path ./output --data_path ./pairs.jsonl --show 5
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dschat.arguments import DataArguments, EvaluationArguments
+from dschat.cli import flag, group, parse, run_cli
+from dschat.utils.data.collators import PairCollator, build_loader
+from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.distributed import print_rank_0
+from dschat.utils.evaluation import evaluate_pairs, pair_scores
+from dschat.utils.metrics import format_value
+from dschat.utils.model.reward_model import create_critic_model
+from dschat.utils.startup import start
+
+
+@dataclass(frozen=True)
+class RewardEvaluation:
+    """Flags of this script."""
+
+    evaluation: EvaluationArguments = group(EvaluationArguments)
+    data: DataArguments = group(DataArguments)
+    show: int = flag(3, "pairs whose scores are printed")
+    num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Score the evaluation pairs of the data."""
+    settings = parse(RewardEvaluation, None, __doc__)
+    flags = settings.evaluation
+    begun = start(
+        flags.model_name_or_path,
+        dtype=flags.dtype,
+        seed=flags.seed,
+        output_dir=None,
+        eot_token=flags.answer_end,
+    )
+    tokenizer = begun.tokenizer
+    spec = settings.data.spec(flags.seed, flags.max_seq_len)
+    data = create_prompt_dataset(spec, tokenizer, 2)
+    loader = build_loader(
+        data.eval,
+        PairCollator(tokenizer.pad_token_id),
+        flags.batch_size,
+        rank=0,
+        world_size=1,
+        seed=flags.seed,
+        shuffle=False,
+    )
+    model = create_critic_model(flags.model_name_or_path, tokenizer, begun.dtype)
+    model.to(begun.device).eval()
+
+    figures = evaluate_pairs(model, loader, begun.device)
+    print_rank_0(" | ".join(f"{name} {format_value(x)}" for name, x in figures.items()))
+    collate = PairCollator(tokenizer.pad_token_id)
+    for row in data.eval.select(range(min(settings.show, len(data.eval)))):
+        batch = collate([row]).to(begun.device)
+        chosen, rejected = pair_scores(model, batch)
+        prompt = tokenizer.decode(row["chosen_ids"][: row["prompt_len"]])
+        print_rank_0(f"\nprompt: {prompt!r}")
+        for name, score in (("chosen", chosen), ("rejected", rejected)):
+            answer = tokenizer.decode(row[f"{name}_ids"][row["prompt_len"] :])
+            print_rank_0(f"{name:>8} {score.item():8.3f}: {answer!r}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Step 2 on all GPUs of one machine: OPT-1.3B with LoRA+.
+# Usage: bash run_1.3b_lora.sh [OUTPUT] [ZERO_STAGE] [more flags of main.py, which win over those here]
+set -euo pipefail
+
+STEP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)"
+OUTPUT="${1:-./output}"
+ZERO_STAGE="${2:-0}"
+shift "$(($# < 2 ? $# : 2))"
+mkdir -p "$OUTPUT"
+
+# Full fine-tuning of this model takes 9.65e-6. Adapters want a larger rate, because they start from
+# no effect at all and change the weights only through a product of small matrices: two to three
+# times the full rate is where to start. This is A's rate; LoRA+ trains B at 16 times it
+# (--loraplus_lr_ratio).
+deepspeed "$STEP_DIR/main.py" \
+  --data_path \
+    Dahoas/rm-static \
+    Dahoas/full-hh-rlhf \
+    Dahoas/synthetic-instruct-gptj-pairwise \
+    yitingxie/rlhf-reward-datasets \
+  --data_split 2,4,4 \
+  --model_name_or_path facebook/opt-1.3b \
+  --num_padding_at_beginning 1 \
+  --per_device_train_batch_size 4 \
+  --per_device_eval_batch_size 4 \
+  --max_seq_len 512 \
+  --learning_rate 2.5e-5 \
+  --weight_decay 0.1 \
+  --num_train_epochs 1 \
+  --dropout 0.0 \
+  --gradient_accumulation_steps 1 \
+  --lr_scheduler_type cosine \
+  --num_warmup_steps 0 \
+  --seed 1234 \
+  --zero_stage "$ZERO_STAGE" \
+  --lora_dim 128 \
+  --lora_module_name decoder.layers. \
+  --loraplus_lr_ratio 16 \
+  --only_optimize_lora \
+  --deepspeed \
+  --output_dir "$OUTPUT" \
+  "$@" 2>&1 | tee "$OUTPUT/training.log"
