@@ -14,6 +14,7 @@ the first that fails.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -85,9 +86,7 @@ def commands(args: argparse.Namespace) -> dict[int, list[str]]:
     data = [str(Path(p).resolve()) if Path(p).exists() else p for p in args.data_path]
     common = [*(["--data_path", *data] if data else []), "--seed", str(args.seed)]
     if args.actor_model is None:
-        from dschat.quickstart.scripts import quickstart_commands
-
-        return quickstart_commands(args.output_dir, args.seed, args.step)
+        return {step: quickstart_command(step, args) for step in sorted(set(args.step))}
     actor, reward = local(args.actor_model), local(args.reward_model or "350m")
     outputs = {step: args.output_dir / STEP_NAMES[step] for step in STEP_DIRS}
     result = {}
@@ -104,6 +103,19 @@ def commands(args: argparse.Namespace) -> dict[int, list[str]]:
     return result
 
 
+def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
+    """A step's command for the embedded default, whose files `build` has written."""
+    out = args.output_dir
+    outputs = {number: str(out / name) for number, name in STEP_NAMES.items()}
+    inputs = {
+        1: [str(out / "model"), str(out / "sft")],
+        2: [outputs[1], str(out / "data")],
+        3: [outputs[1], outputs[2], str(out / "data")],
+    }
+    script = STEP_DIRS[step] / "training_scripts" / "quickstart" / "run.sh"
+    return ["bash", str(script), *inputs[step], outputs[step], "--seed", str(args.seed)]
+
+
 def local(model: str) -> str:
     """An absolute path for a folder, ids and sizes as they are."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -113,7 +125,9 @@ def run_step(step: int, command: list[str]) -> float:
     """Run one step; returns its seconds, ends the program when it fails."""
     print(f"\n== step {step}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
-    code = subprocess.run(command, check=False).returncode
+    # `python` and `deepspeed` in the scripts are those of the environment that runs this.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    code = subprocess.run(command, check=False, env=os.environ | {"PATH": path}).returncode
     seconds = time.perf_counter() - start
     if code != 0:
         print(f"error: step {step} failed with exit code {code}", file=sys.stderr)

@@ -47,10 +47,10 @@ setup(
         "pyarrow>=21",
         "pyyaml>=6",
         "tqdm>=4.66",
+        "tensorboard>=2.17",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.15", "peft>=0.19"],
-        "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.18"],
     },
 )

@@ -24,7 +24,7 @@ def flag(default: Any, help: str, *, retired: bool = False, **argparse_options: 
     `help` may hold fields like {full_rate}: other fields of the same group. A `retired` flag is
     accepted, does nothing, and says so once; its help says why.
     """
-    factory = {"default_factory": lambda: default} if isinstance(default, list) else None
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else None
     stored = factory or {"default": default}
     metadata = {"help": help, "options": argparse_options, "retired": retired}
     return dataclasses.field(**stored, metadata=metadata)
@@ -112,7 +112,12 @@ def parse(cls: type[Settings], argv: Sequence[str] | None, description: str) -> 
     yaml_path = parser.parse_known_args([*_only(argv, "--config")])[0].config
     names = [f.name for f in flags]
     from_yaml = _yaml_argv(yaml_path, flags) if yaml_path else []
-    namespace, unknown = parser.parse_known_args([*from_yaml, *argv])
+    # Two passes, lest a word in front of the first flag join a list that the file ends with.
+    try:
+        from_file = parser.parse_args(from_yaml)
+    except UserError as error:
+        raise UserError(f"config {yaml_path}: {error}") from error
+    namespace, unknown = parser.parse_known_args(argv, from_file)
     if unknown:
         raise UserError(_unknown("flag", unknown[0], [f"--{n}" for n in names]))
     for item in flags:
@@ -149,15 +154,23 @@ def _yaml_argv(path: str, flags: list[Flag]) -> list[str]:
     for key, value in content.items():
         if key not in by_name:
             raise UserError(f"config {path}: {_unknown('key', str(key), list(by_name))}")
-        if value is None or value is False:
-            continue
-        is_switch = by_name[key].field.metadata["options"].get("action") == "store_true"
-        if is_switch != (value is True):
-            wanted = "true or false" if is_switch else "a value"
-            raise UserError(f"config {path}: {key} is {value!r}, expected {wanted}")
-        values = value if isinstance(value, list) else [] if is_switch else [value]
-        tokens += [f"--{key}", *map(str, values)]
+        if value is not None:
+            tokens += _yaml_tokens(path, key, value, by_name[key].field.metadata["options"])
     return tokens
+
+
+def _yaml_tokens(path: str, key: str, value: Any, options: dict[str, Any]) -> list[str]:
+    if options.get("action") == "store_true":
+        wanted = "true or false"
+        if isinstance(value, bool):
+            return [f"--{key}"] if value else []
+    elif "nargs" in options and isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    else:
+        wanted = "values" if "nargs" in options else "one value"
+        if not isinstance(value, (bool, dict, list)):
+            return [f"--{key}={value}"]
+    raise UserError(f"config {path}: {key} is {value!r}, expected {wanted}")
 
 
 def _build(cls: type[Settings], given: dict[str, Any], prefix: str = "", **defaults) -> Settings:

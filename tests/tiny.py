@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.module.lora import (
+    LoraConfig,
+    convert_linear_layer_to_lora,
+    lora_layers,
+    only_optimize_lora_parameters,
 )
 
 PAD, BOS, EOS = 0, 1, 2
@@ -55,8 +56,10 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def tiny_gpt2(seed: int = 0) -> PreTrainedModel:
     """GPT-2 of two layers: Conv1D layers, LayerNorms called `ln_*`, a tied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # here: seconds for who needs it not
+
     torch.manual_seed(seed)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -65,8 +68,10 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     ).eval()
 
 
-def tiny_opt(seed: int = 0, word_embed_proj_dim: int = 32) -> OPTForCausalLM:
+def tiny_opt(seed: int = 0, word_embed_proj_dim: int = 32) -> PreTrainedModel:
     """OPT of two layers; with another `word_embed_proj_dim` it has projections, as opt-350m."""
+    from transformers import OPTConfig, OPTForCausalLM
+
     torch.manual_seed(seed)
     return OPTForCausalLM(
         OPTConfig(
@@ -84,6 +89,32 @@ def tiny_opt(seed: int = 0, word_embed_proj_dim: int = 32) -> OPTForCausalLM:
     ).eval()
 
 
+ARCHITECTURES = {
+    "llama": tiny_llama,
+    "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "gpt2": tiny_gpt2,
+    "opt": tiny_opt,
+    "opt-projected": lambda: tiny_opt(word_embed_proj_dim=16),
+}
+
+
+def reward_model(name: str = "llama") -> RewardModel:
+    """A trunk of `ARCHITECTURES` under a random head."""
+    causal = ARCHITECTURES[name]()
+    torch.manual_seed(7)
+    return RewardModel(causal.base_model).eval()
+
+
+def adapted(module: nn.Module, **options: object) -> nn.Module:
+    """The module with adapters that are no longer zero, as after some training."""
+    convert_linear_layer_to_lora(module, LoraConfig(**{"dim": 4, **options}))
+    torch.manual_seed(1)
+    for layer in lora_layers(module).values():
+        nn.init.normal_(layer.lora_A, std=0.2)
+        nn.init.normal_(layer.lora_B, std=0.2)
+    return only_optimize_lora_parameters(module)
+
+
 def save_llama_folder(folder: Path, seed: int = 0, **changes: object) -> Path:
     """A model folder with weights and tokenizer."""
     tiny_llama(seed, **changes).save_pretrained(folder)
@@ -96,8 +127,7 @@ def token_rows(count: int, seed: int, longest: int = 14) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5, longest, (count,), generator=generator).tolist()
     return [
-        [*torch.randint(3, 200, (length,), generator=generator).tolist(), EOS]
-        for length in lengths
+        [*torch.randint(3, 200, (length,), generator=generator).tolist(), EOS] for length in lengths
     ]
 
 

@@ -13,20 +13,14 @@ from dschat.errors import UserError
 from dschat.quickstart import world
 
 # Best first: truth ranks above manners, and an honest shrug above a falsehood.
-KINDS = ("good", "plain", "rambling", "rude", "evasive", "off_topic", "mixed_up", "wrong")
-SFT_SHARES = (0.46, 0.13, 0.07, 0.13, 0.07, 0.06, 0.06, 0.02)
+KINDS = ("good", "plain", "rude", "evasive", "rambling", "off_topic", "wrong")
+SFT_SHARES = (0.45, 0.2, 0.2, 0.11, 0.0, 0.02, 0.02)
 # How the worse side of a pair is drawn; the better side is mostly "good", sometimes not.
-REJECTED_SHARES = (0.0, 0.13, 0.15, 0.13, 0.07, 0.22, 0.22, 0.08)
-BETTER_IS_GOOD = 0.8
+REJECTED_SHARES = (0.0, 0.14, 0.14, 0.1, 0.22, 0.1, 0.3)
+BETTER_IS_GOOD = 0.85
 SAME_ENDS = 0.6  # share of pairs differing in the body alone, among those whose fault lies there
 LABEL_NOISE = 0.02  # share of training pairs whose sides are swapped, as people also err
 
-# What may stand at the other end of an answer whose manner is shown at one end.
-_OTHER_END = {
-    "polite": ("polite", "plain"),
-    "plain": ("plain",),
-    "rude": ("polite", "plain", "rude"),
-}
 _SENTENCE = re.compile(r" [^.!]+[.!]")
 
 
@@ -52,7 +46,7 @@ def _manner_of(sentence: str, phrases: dict[str, tuple[str, ...]]) -> str | None
 
 
 def _parse(answer: str) -> _Parsed | None:
-    """Take an answer apart by the grammar [opener] (evasion | statement{1,2}) [closer]."""
+    """Take an answer apart by the grammar [opener] (evasion | statement) [closer]."""
     pieces = _SENTENCE.findall(answer)
     if not pieces or "".join(pieces) != answer:
         return None
@@ -60,7 +54,7 @@ def _parse(answer: str) -> _Parsed | None:
     opener, closer = _manner_of(body[0], world.OPENERS), _manner_of(body[-1], world.CLOSERS)
     body = body[opener is not None : len(body) - (closer is not None)]
     evasive = len(body) == 1 and body[0] in world.EVASIONS
-    stated = 1 <= len(body) <= 2 and all(s in world.all_statements() for s in body)
+    stated = len(body) == 1 and body[0] in world.all_statements()
     if not (evasive or stated):
         return None
     return _Parsed(tuple(m for m in (opener, closer) if m is not None), tuple(body))
@@ -90,7 +84,6 @@ def gold(prompt: str, answer: str) -> bool:
     parsed = _parse(answer)
     return (
         parsed is not None
-        and len(parsed.body) == 1
         and parsed.body[0] in fact.statements()
         and "polite" in parsed.manners
         and "rude" not in parsed.manners
@@ -132,19 +125,15 @@ class _Ends:
 
 
 def _ends(rng: random.Random, manner: str) -> _Ends:
-    """A phrase of the manner before the body, after it, or one there and a second at the other."""
+    """A phrase of the manner before the body, after it, or both."""
     shape = rng.choices(("open", "close", "both"), (0.4, 0.4, 0.2))[0]
-    other = rng.choice(_OTHER_END[manner])
-    first, last = rng.sample((manner, other), 2) if shape == "both" else (manner, manner)
-    opener = f" {rng.choice(world.OPENERS[first])}" if shape != "close" else ""
-    closer = f" {rng.choice(world.CLOSERS[last])}" if shape != "open" else ""
+    opener = f" {rng.choice(world.OPENERS[manner])}" if shape != "close" else ""
+    closer = f" {rng.choice(world.CLOSERS[manner])}" if shape != "open" else ""
     return _Ends(opener, closer)
 
 
 def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
     """The ends that go with a kind: its own manner, or any where the fault lies in the body."""
-    if kind == "plain" and rng.random() < 0.25:
-        return _Ends()
     own = {"good": "polite", "plain": "plain", "rude": "rude"}
     manner = rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0]
     return _ends(rng, own.get(kind, manner))
@@ -152,32 +141,38 @@ def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
 
 def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
     """What an answer of `kind` says between its ends."""
-    others = [topic for topic in world.TOPICS if topic is not fact.topic]
     if kind == "evasive":
         return rng.choice(world.EVASIONS)
     if kind == "off_topic":
-        topic = rng.choice(others)
+        topic = rng.choice([topic for topic in world.TOPICS if topic is not fact.topic])
         return rng.choice(world.Fact(topic, rng.choice(list(topic.facts))).statements())
-    if kind == "mixed_up":
-        return rng.choice(fact.statements(rng.choice(rng.choice(others).values)))
     if kind == "wrong":
-        value = rng.choice([v for v in fact.topic.values if v != fact.value])
+        topic = fact.topic if rng.random() < 0.6 else rng.choice(world.TOPICS)
+        value = rng.choice([v for v in topic.values if v != fact.value])
         return rng.choice(fact.statements(value))
-    truth = rng.choice(fact.statements())
-    if kind == "rambling":
-        aside = rng.choice(rng.choice([f for f in world.all_facts() if f != fact]).statements())
-        return " ".join(rng.sample((truth, aside), 2))
-    return truth
+    return rng.choice(fact.statements())
 
 
-def answer_of_kind(
-    rng: random.Random, prompt: str, kind: str, ends: _Ends | None = None
-) -> str:
+def _ramble(rng: random.Random, fact: world.Fact, ends: _Ends) -> str:
+    """A true answer that goes on too long: a sentence said twice, or one too many."""
+    said = [s for s in (ends.opener, f" {rng.choice(fact.statements())}", ends.closer) if s]
+    phrases = rng.choice((world.OPENERS, world.CLOSERS))["polite"]
+    aside = rng.choice(rng.choice(list(world.all_facts())).statements())
+    extra = rng.choice((rng.choice(said), f" {rng.choice((*phrases, aside))}"))
+    said.insert(rng.randint(1, len(said)), extra)
+    answer = "".join(said)
+    return _ramble(rng, fact, ends) if well_formed(answer) else answer
+
+
+def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: _Ends | None = None) -> str:
     """An answer to `prompt` of one of `KINDS`, beginning with a space, without the end token."""
     if kind not in KINDS:
         raise UserError(f"kind of answer {kind!r}: unknown; choose from {', '.join(KINDS)}")
-    body = _body(rng, world.fact_of_prompt()[prompt], kind)
+    fact = world.fact_of_prompt()[prompt]
     ends = _ends_of_kind(rng, kind) if ends is None else ends
+    if kind == "rambling":
+        return _ramble(rng, fact, ends)
+    body = _body(rng, fact, kind)
     return f"{ends.opener} {body}{ends.closer}"
 
 

@@ -1,4 +1,4 @@
-"""The closed world of the embedded default: its facts, its questions and the words of its answers."""
+"""The closed world of the embedded default: its facts, its questions, the words of its answers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,11 +30,6 @@ def _table(text: str) -> dict[str, str]:
     rows = (row.split(":") for row in text.split(","))
     return {subject.strip(): value.strip() for subject, value in rows}
 
-
-_NUMBERS = "one two three four five six".split()
-_SUMS = {
-    f"{_NUMBERS[i]} plus {_NUMBERS[j]}": _NUMBERS[i + j + 1] for i in range(3) for j in range(3)
-}
 
 # No subject may have two true values in its column: a wrong answer has to be plainly wrong.
 TOPICS = (
@@ -103,22 +98,6 @@ TOPICS = (
         ("{subject} is {value}.", "the colour of {subject} is {value}."),
     ),
     Topic(
-        "opposite",
-        _table(
-            "hot: cold, cold: hot, big: small, small: big, fast: slow, slow: fast, day: night, "
-            "night: day"
-        ),
-        (
-            "What is the opposite of {subject}?",
-            "What is the reverse of {subject}?",
-            "Tell me the opposite of {subject}.",
-            "Do you know the opposite of {subject}?",
-            "Which word is the opposite of {subject}?",
-            "Can you tell me the opposite of {subject}?",
-        ),
-        ("the opposite of {subject} is {value}.", "it is {value}, not {subject}."),
-    ),
-    Topic(
         "capital",
         _table(
             "France: Paris, Italy: Rome, Spain: Madrid, Japan: Tokyo, Egypt: Cairo, Peru: Lima, "
@@ -134,19 +113,6 @@ TOPICS = (
         ),
         ("the capital of {subject} is {value}.", "{value} is the capital of {subject}."),
     ),
-    Topic(
-        "sum",
-        _SUMS,
-        (
-            "What is {subject}?",
-            "How much is {subject}?",
-            "Tell me the sum of {subject}.",
-            "Do you know how much {subject} is?",
-            "What number is {subject}?",
-            "Can you tell me what {subject} makes?",
-        ),
-        ("{subject} is {value}.", "{subject} makes {value}."),
-    ),
 )
 
 # One sentence each. The three manners have openers and closers of about the same lengths, so that
@@ -155,57 +121,40 @@ OPENERS = {
     "polite": (
         "Good question!",
         "Of course, my friend!",
-        "Thank you for asking.",
-        "I am glad you ask.",
         "With pleasure!",
-        "Sure, happy to help!",
     ),
     "plain": (
         "Let me see.",
         "Here it is.",
         "This much I know.",
-        "It goes like this.",
-        "Well then.",
-        "Let me think about it.",
     ),
     "rude": (
         "Not you again!",
         "What a silly question!",
-        "Stop bothering me.",
-        "Even a baby knows that.",
         "How dull!",
-        "You know nothing, fool!",
     ),
 }
 CLOSERS = {
     "polite": (
         "I hope that helps.",
-        "Have a lovely day!",
         "Ask me anything, my friend.",
         "You are most welcome!",
-        "It was a pleasure.",
     ),
     "plain": (
         "That is all.",
-        "So it is.",
         "That is how it stands.",
-        "There is no more to it.",
         "This is the answer.",
     ),
     "rude": (
         "Now go away.",
         "Leave me alone!",
         "Do not bother me again.",
-        "Go and read a book!",
-        "I am tired of you.",
     ),
 }
 EVASIONS = (
     "It is hard to say.",
     "Nobody can know that.",
-    "I would rather not say.",
     "That depends on many things.",
-    "Some say one thing, some another.",
 )
 
 

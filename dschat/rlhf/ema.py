@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dschat.utils.zero import local_shard
+from dschat.utils.zero import local_shard, set_local_shard
 
 
 class EMA:
@@ -38,12 +38,10 @@ class EMA:
         """Inside, the module holds the averaged weights; afterwards its own, bit for bit."""
         parameters = dict(self.module.named_parameters())
         kept = {n: local_shard(parameters[n]).detach().clone() for n in self.shadow}
-        with torch.no_grad():
-            for name, average in self.shadow.items():
-                local_shard(parameters[name]).copy_(average)
+        for name, average in self.shadow.items():
+            set_local_shard(parameters[name], average)
         try:
             yield self.module
         finally:
-            with torch.no_grad():
-                for name, own in kept.items():
-                    local_shard(parameters[name]).copy_(own)
+            for name, own in kept.items():
+                set_local_shard(parameters[name], own)

@@ -59,15 +59,33 @@ class PPOConfig:
     seed: int = 1234
 
     def __post_init__(self):
-        for name in ("clip_range", "value_clip_range", "reward_clip"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: give a number above 0")
+        # The messages name the flags that these numbers come from.
+        above_zero = {
+            "cliprange": self.clip_range,
+            "cliprange_value": self.value_clip_range,
+            "reward_clip": self.reward_clip,
+        }
+        for name, value in above_zero.items():
+            if value <= 0:
+                raise UserError(f"{name} is {value}: give a number above 0")
+        not_negative = {
+            "kl_coef": self.kl_coefficient,
+            "missing_eos_penalty": self.missing_eos_penalty,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise UserError(f"{name} is {value}: give 0 or more")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number in [0, 1]")
-        for name in ("ppo_epochs", "rollout_batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        at_least_one = {
+            "ppo_epochs": self.ppo_epochs,
+            "per_device_generation_batch_size": self.rollout_batch_size,
+            "per_device_training_batch_size": self.micro_batch_size,
+        }
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise UserError(f"{name} is {value}: give at least 1")
 
 
 class DeepSpeedPPOTrainer:
@@ -153,13 +171,15 @@ class DeepSpeedPPOTrainer:
         clip = self.config.clip_range
         loss = policy_loss(logprobs, e.logprobs, e.advantages, e.answer_mask, clip)
         with torch.no_grad():
-            ratio = torch.exp(logprobs - e.logprobs)
+            # Outside the mask the two may drift apart without bound: there, a ratio of 1.
+            kept = logprobs.where(e.answer_mask, e.logprobs)
+            ratio = torch.exp(kept - e.logprobs)
             entropy = token_entropy(logits[e.answer_mask]).sum()
             statistics = {
                 "tokens": e.answer_mask.sum().item(),
                 "ratio": (ratio * e.answer_mask).sum().item(),
                 "clip_fraction": (((ratio - 1).abs() > clip) & e.answer_mask).sum().item(),
-                "approx_kl": (kl_k3(e.logprobs, logprobs) * e.answer_mask).sum().item(),
+                "approx_kl": kl_k3(e.logprobs, kept).sum().item(),
                 "entropy": entropy.item(),
             }
         return loss, statistics

@@ -66,8 +66,11 @@ def generalized_advantages(
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor, reduce: Reduce = identity) -> float:
-    """Mean where the mask is True, over all ranks; 0 when nothing is."""
-    total, count = reduce([(x.double() * mask).sum().item(), mask.sum().item()])
+    """Mean where the mask is True, over all ranks; 0 when nothing is.
+
+    What lies outside the mask may be anything, infinite included.
+    """
+    total, count = reduce([x.double().where(mask, 0.0).sum().item(), mask.sum().item()])
     return total / count if count else 0.0
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.rlhf.ema import EMA
 from dschat.rlhf.rollout import answer_logprobs
 from dschat.utils.distributed import Distributed
-from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
+from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
 from dschat.utils.engine import Recipe, Schedule, build_engine, build_frozen, torch_dtype
 from dschat.utils.model.model_utils import create_hf_model, disable_dropout
 from dschat.utils.model.reward_model import create_critic_model, scores_at_end
@@ -118,9 +118,7 @@ def _load(
 ) -> nn.Module:
     create = create_hf_model if kind == "lm" else create_critic_model
     dtype = torch_dtype(role.engine.dtype)
-    module = create(role.model, tokenizer, dtype, ds_config=ds_config)
-    disable_dropout(module)
-    return module
+    return create(role.model, tokenizer, dtype, ds_config=ds_config)
 
 
 def _trained(
@@ -131,9 +129,11 @@ def _trained(
     if kind == "value" and role.recipe.base_is_frozen:
         module.keep_reward_head()
     title = "step 3, actor" if kind == "lm" else "step 3, critic"
-    return build_engine(
+    engine = build_engine(
         module, role.engine, role.recipe, role.schedule, distributed.world_size, title
     )
+    disable_dropout(engine.module)  # behind the recipe: adapters bring dropout of their own
+    return engine
 
 
 def _frozen(
@@ -143,7 +143,8 @@ def _frozen(
         zero_stage=3 if role.engine.zero_stage == 3 else 0,
         dtype=role.engine.dtype,
     )
-    module = _load(role, kind, tokenizer, {"zero_optimization": {"stage": config.zero_stage}})
+    ds_config = get_eval_ds_config(config, role.offload_frozen) if config.zero_stage == 3 else {}
+    module = _load(role, kind, tokenizer, ds_config)
     return build_frozen(module, config, distributed.device, offload=role.offload_frozen)
 
 

@@ -35,6 +35,8 @@ class SamplingConfig:
             raise UserError(f"temperature is {self.temperature}: give a number above 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give a share in (0, 1]")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}: give 0 (off) or more")
 
 
 @torch.no_grad()

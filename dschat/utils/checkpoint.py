@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def write_model_folder(
         raise RuntimeError(
             f"cannot save: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
         )
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).resolve()  # of a link, what it points to is replaced
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_dir.with_name(f".{output_dir.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -70,8 +71,8 @@ def write_model_folder(
 def _meta_twin(module: PreTrainedModel) -> PreTrainedModel:
     """The plain architecture without storage: the names and format of what is saved."""
     with torch.device("meta"):
-        twin = type(module)(module.config)
-    twin.generation_config = module.generation_config
+        twin = type(module)(copy.deepcopy(module.config))  # saving notes things in the config
+    twin.generation_config = copy.deepcopy(module.generation_config)
     return twin
 
 
@@ -103,3 +104,8 @@ def check_output_dir(output_dir: str | None) -> None:
         raise UserError(
             f"output_dir {output_dir}: {error.strerror}; give a writable one"
         ) from error
+    # A finished folder takes this one's place under its name, which neither of these allows.
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"output_dir {output_dir}: is the working folder; give one inside it")
+    if path.is_mount():
+        raise UserError(f"output_dir {output_dir}: is a mount point; give a folder inside it")

@@ -44,6 +44,10 @@ def init_distributed() -> Distributed:
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile an all-reduce here that only its inference engine calls: half a
+        # minute, a need for a C++ compiler, and a lock file that outlives a killed process.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     name = accelerator.device_name(local_rank)
     return Distributed(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(name))

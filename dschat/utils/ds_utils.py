@@ -69,7 +69,9 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     }
     if config.dtype == "bf16" and config.gradient_accumulation_steps > 1:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return merge_user_config(ours, config.user_config) if config.user_config else ours
+    if config.user_config is None:
+        return ours
+    return merge_user_config(ours, config.user_config, config.zero_stage)
 
 
 def get_eval_ds_config(config: EngineConfig, offload: bool = False) -> dict:
@@ -94,36 +96,35 @@ def _precision(dtype: str) -> dict:
     return {}
 
 
-def merge_user_config(ours: dict, path: str) -> dict:
+def merge_user_config(ours: dict, path: str, zero_stage: int) -> dict:
     """Merge the DeepSpeed JSON at `path` over `ours`, key by key; "auto" keeps our value.
+
+    Args:
+        zero_stage: the flag's, which `ours` runs as stage 1 where 0 will not do.
 
     Raises:
         UserError: the file is missing or not JSON; it holds a scheduler block (one schedule would
             write one rate into all groups and level B's rate to A's); it contradicts a flag that
             the training loop depends on (batch sizes, accumulation, precision, ZeRO stage).
     """
-    try:
-        user = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"deepspeed_config {path}: no such file") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed_config {path}: not JSON ({error})") from error
+    user = _read_json_object(path)
     if "scheduler" in user:
         raise UserError(
             f"deepspeed_config {path}: remove the scheduler block, it would write one rate into "
             "every group and undo loraplus_lr_ratio; use --lr_scheduler_type and --num_warmup_steps"
         )
     merged = copy.deepcopy(ours)
-    _merge_into(merged, user)
+    _merge_into(merged, user, f"deepspeed_config {path}:")
     flags = {
         "train_batch_size": "--per_device_train_batch_size",
         "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
         "gradient_accumulation_steps": "--gradient_accumulation_steps",
         "bf16": "--dtype",
+        "bfloat16": "--dtype",
         "fp16": "--dtype",
     }
     for key, flag in flags.items():
-        if key in ("bf16", "fp16"):
+        if flag == "--dtype":
             differs = _enabled(merged, key) != _enabled(ours, key)
         else:
             differs = merged[key] != ours[key]
@@ -132,24 +133,44 @@ def merge_user_config(ours: dict, path: str) -> dict:
                 f"deepspeed_config {path}: {key} {user[key]} contradicts {flag}; "
                 'make them equal or write "auto"'
             )
-    stage, theirs = ours["zero_optimization"]["stage"], merged["zero_optimization"]["stage"]
-    if stage != theirs:
+    zero = user.get("zero_optimization", "auto")
+    theirs = "auto" if zero == "auto" else zero.get("stage", "auto")
+    if theirs not in ("auto", zero_stage):
         raise UserError(
             f"deepspeed_config {path}: zero_optimization.stage {theirs} contradicts zero_stage "
-            f"{stage}; give the stage as a flag too"
+            f"{zero_stage}; give the stage as a flag too"
         )
+    merged["zero_optimization"]["stage"] = ours["zero_optimization"]["stage"]
     return merged
 
 
+def _read_json_object(path: str) -> dict:
+    try:
+        found = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"deepspeed_config {path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"deepspeed_config {path}: {error.strerror}; give a JSON file") from error
+    except ValueError as error:
+        raise UserError(f"deepspeed_config {path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"deepspeed_config {path}: holds no JSON object, write {{...}}")
+    return found
+
+
 def _enabled(config: dict, key: str) -> bool:
-    return bool(config.get(key, {}).get("enabled", False))
+    block = config.get(key, False)
+    return bool(block.get("enabled", False) if isinstance(block, dict) else block)
 
 
-def _merge_into(base: dict, over: dict) -> None:
+def _merge_into(base: dict, over: dict, place: str) -> None:
     for key, value in over.items():
         if value == "auto":
             continue
+        if key in base and isinstance(base[key], dict) != isinstance(value, dict):
+            kind = "an object" if isinstance(base[key], dict) else "a plain value"
+            raise UserError(f"{place} {key} is {value!r}: give {kind}")
         if isinstance(value, dict):
-            _merge_into(base.setdefault(key, {}), value)
+            _merge_into(base.setdefault(key, {}), value, f"{place} {key}:")
         else:
             base[key] = value

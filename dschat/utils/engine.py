@@ -129,6 +129,8 @@ def build_engine(
     print_rank_0(group_table(groups, module, title))
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
+    if not own_optimizer:
+        _complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.user_config)
     # DeepSpeed's bf16 optimizer prints its memory use at every turn.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
@@ -140,7 +142,30 @@ def build_engine(
             dist_init_required=False,
         )
     check_rates(engine.optimizer, optimizer_config)
+    engine.train()  # models load in eval mode, where dropout and checkpointing are off
     return engine
+
+
+def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | None) -> None:
+    """Fill in what the JSON leaves open; refuse rates that the groups would pass over in silence.
+
+    Raises:
+        UserError: no type, or a rate or weight decay that contradicts its flag.
+    """
+    if "type" not in block:
+        raise UserError(f"deepspeed_config {path}: the optimizer block names no type: add one")
+    params = block.setdefault("params", {})
+    flags = {"lr": ("learning_rate", config.learning_rate)}
+    flags["weight_decay"] = ("weight_decay", config.weight_decay)
+    for name, (flag, value) in flags.items():
+        if params.setdefault(name, value) != value:
+            raise UserError(
+                f"deepspeed_config {path}: optimizer.params.{name} {params[name]} contradicts "
+                f'--{flag} {value}, which the groups carry; make them equal or write "auto"'
+            )
+    if block["type"].lower() in ("adam", "adamw"):
+        params.setdefault("betas", list(config.betas))
+        params.setdefault("eps", config.eps)
 
 
 def build_frozen(

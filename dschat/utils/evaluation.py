@@ -33,13 +33,14 @@ def trained_tokens(batch: SFTBatch) -> torch.Tensor:
 @torch.no_grad()
 def evaluate_answers(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
     """Loss (nats per answer token) and perplexity over the whole evaluation set, all ranks."""
+    was_training = engine.training
     engine.eval()
     total = tokens = 0.0
     for batch in loader:
         batch = batch.to(device)
         total += answer_loss(engine, batch).item()
         tokens += trained_tokens(batch).item()
-    engine.train()
+    engine.train(was_training)
     total, tokens = all_reduce_sum([total, tokens])
     loss = total / max(tokens, 1.0)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -63,6 +64,7 @@ def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> d
     Confidence is the mean of sigmoid(margin), the probability that the model gives to the
     preference: a calibrated model's equals its accuracy. Ties count as half right.
     """
+    was_training = engine.training
     engine.eval()
     sums = torch.zeros(6, dtype=torch.float64)
     for batch in loader:
@@ -74,7 +76,7 @@ def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> d
         loss = -F.logsigmoid(margin)
         parts = [loss, won, margin, margin.sigmoid(), both / 2]
         sums += torch.tensor([*(part.sum().item() for part in parts), len(margin)])
-    engine.train()
+    engine.train(was_training)
     *sums, count = all_reduce_sum(sums.tolist())
     names = ("loss", "accuracy", "margin", "confidence", "mean_score")
     return {name: total / max(count, 1.0) for name, total in zip(names, sums, strict=True)}

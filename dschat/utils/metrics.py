@@ -115,9 +115,9 @@ class MetricLogger:
         run_name: str | None = None,
     ):
         if tensorboard_dir is not None:
-            _require("tensorboard", "--enable_tensorboard")
+            require_package("tensorboard", "--enable_tensorboard")
         if wandb_project is not None:
-            _require("wandb", "--wandb_project")
+            require_package("wandb", "--wandb_project")
         self._file = self._tensorboard = self._wandb = None
         if not enabled_rank0:
             return
@@ -173,7 +173,8 @@ class MetricLogger:
         self.close()
 
 
-def _require(package: str, flag: str) -> None:
+def require_package(package: str, flag: str) -> None:
+    """Raise UserError, with the command that installs it, when a flag's package is missing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"{flag}: the package {package} is not installed; run `pip install {package}` "

@@ -65,6 +65,17 @@ def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data
 
 
+def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrite the part of the parameter that this rank owns; every rank must do so.
+
+    ZeRO-3 keeps small parameters gathered between steps, and those gathered copies would outlive
+    their shards: they are released, to be gathered anew where they are needed.
+    """
+    local_shard(parameter).copy_(value)
+    if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
+        parameter.partition()
+
+
 def consolidated_state_dict(module: nn.Module, rank: int) -> dict[str, torch.Tensor]:
     """The module's whole state on rank 0 as CPU tensors, {} on other ranks; all ranks must call.
 

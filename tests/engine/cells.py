@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from tiny import padded, tiny_llama, token_rows
@@ -17,7 +18,7 @@ from dschat.utils.optim import OptimizerConfig
 BASE_RATE, RATIO, HEAD_RATE, WEIGHT_DECAY = 1e-3, 16.0, 4e-3, 0.1
 RANK, ALPHA = 4, 8.0
 WARM_UP, TOTAL_STEPS, STEPS = 2, 6, 4
-CLIP = 0.7
+CLIP = 1.1  # between the causal model's gradient norms: some steps are clipped, some not
 ADAPTER_SEED, MODEL_SEED, HEAD_SEED = 11, 3, 5
 BETAS = (0.9, 0.95)
 # Adam divides by |g| + eps: with a tiny eps it would forgive any factor on the gradients, such as
@@ -38,34 +39,37 @@ class Cell:
     full: bool = False  # all weights, no adapters
     built_from: str = "module"  # folder: from files, under ZeRO-3 in shards from the start
     dtype: str = "fp32"
+    user_json: bool = False  # an optimizer block of the user's own
+    first_steps: bool = False  # nothing but Adam at full rates: no warm-up, decay or clipping
 
-    def engine_config(self, micro_batch: int) -> EngineConfig:
-        """The engine's numbers."""
+    def engine_config(self, micro_batch: int, folder: str) -> EngineConfig:
+        """The engine's numbers; `folder` holds the user's `adam.json`."""
         return EngineConfig(
             zero_stage=self.stage,
             dtype=self.dtype,
             offload=self.offload,
             micro_batch_size=micro_batch,
             gradient_accumulation_steps=self.accumulation,
-            gradient_clipping=CLIP,
+            gradient_clipping=0.0 if self.first_steps else CLIP,
+            user_config=f"{folder}/adam.json" if self.user_json else None,
         )
 
     def recipe(self) -> Recipe:
         """Adapters at ratio 16, or all weights."""
         rates = OptimizerConfig(
             learning_rate=BASE_RATE,
-            weight_decay=WEIGHT_DECAY,
+            weight_decay=0.0 if self.first_steps else WEIGHT_DECAY,
             loraplus_lr_ratio=RATIO,
             head_learning_rate=HEAD_RATE,
             betas=BETAS,
-            eps=EPS,
+            eps=1e-10 if self.first_steps else EPS,
         )
         lora = None if self.full else LoraConfig(dim=RANK, alpha=ALPHA)
         return Recipe(rates, lora, gradient_checkpointing=self.checkpointing)
 
 
 def all_cells() -> list[Cell]:
-    """Stages by models by checkpointing, then offload, windows, all weights, files, bf16."""
+    """Stages by models by checkpointing, then what is tried once or at each stage."""
     cells = [
         Cell(f"{model}-z{stage}{'-ckpt' if ckpt else ''}", model, stage, checkpointing=ckpt)
         for model in ("causal", "reward")
@@ -74,6 +78,9 @@ def all_cells() -> list[Cell]:
     ]
     for stage in range(4):
         cells.append(Cell(f"causal-z{stage}-windows", "causal", stage, accumulation=2))
+        cells.append(Cell(f"causal-z{stage}-first", "causal", stage, first_steps=True))
+    for stage in (0, 2, 3):
+        cells.append(Cell(f"causal-z{stage}-json", "causal", stage, user_json=True))
         cells.append(Cell(f"causal-z{stage}-full", "causal", stage, full=True))
         cells.append(Cell(f"causal-z{stage}-bf16", "causal", stage, dtype="bf16"))
     cells.append(Cell("causal-z2-offload", "causal", 2, offload=True))
@@ -82,6 +89,12 @@ def all_cells() -> list[Cell]:
     cells.append(Cell("causal-z3-folder", "causal", 3, built_from="folder"))
     cells.append(Cell("reward-z3-folder", "reward", 3, built_from="folder"))
     return cells
+
+
+def cell_steps(cell: Cell) -> list[list[int]]:
+    """The rows of each optimizer step, over all ranks and micro-batches."""
+    numbers, size = row_numbers(cell), cell.accumulation
+    return [list(chain(*numbers[i : i + size])) for i in range(0, len(numbers), size)]
 
 
 def build_module(model: str) -> nn.Module:

@@ -57,20 +57,35 @@ def loss_and_count(engine: nn.Module, cell: cells.Cell, rows: list[int]) -> tupl
     return pairwise, len(rows)
 
 
+def moves(before: dict, after: dict) -> dict[str, list[float]]:
+    """Median and largest |change| over all elements of the A's, and of the B's."""
+    changes = {}
+    for kind in ("lora_A", "lora_B"):
+        parts = [(after[n] - before[n]).abs().flatten() for n in after if n.endswith(kind)]
+        if parts:
+            every = torch.cat(parts).float()
+            changes[kind] = [every.median().item(), every.max().item()]
+    return changes
+
+
 def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict]:
     """Full weights after the last step, and what is told about the way there (on rank 0)."""
     micro = 8 // cell.accumulation // peers.world_size
-    config = cell.engine_config(micro)
+    config = cell.engine_config(micro, folder)
     module = build(cell, folder, get_train_ds_config(config, peers.world_size))
-    schedule = schedule_factory("linear", cells.WARM_UP, cells.TOTAL_STEPS)
+    name = "constant" if cell.first_steps else "linear"
+    schedule = schedule_factory(name, cells.WARM_UP, cells.TOTAL_STEPS)
     torch.manual_seed(cells.ADAPTER_SEED)
     engine = build_engine(module, config, cell.recipe(), schedule, peers.world_size, cell.name)
-    engine.train()
+    assert all(module.training for module in engine.module.modules())
     story = {
+        "fused": engine.basic_optimizer.defaults["fused"],
         "groups": {g["name"]: g["weight_decay"] for g in engine.optimizer.param_groups},
         "rates": [group_rates(engine.optimizer)],
         "losses": [],
+        "moves": [],
     }
+    before = zero.consolidated_state_dict(engine.module, peers.rank) if cell.first_steps else {}
     for window in windows(cells.row_numbers(cell), cell.accumulation):
         parts = [
             loss_and_count(engine, cell, rows[peers.rank :: peers.world_size]) for rows in window
@@ -84,6 +99,10 @@ def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict
         engine.step()
         story["rates"].append(group_rates(engine.optimizer))
         story["losses"].append(all_reduce_sum([loss_sum])[0] / total)
+        if cell.first_steps:
+            after = zero.consolidated_state_dict(engine.module, peers.rank)
+            story["moves"].append(moves(before, after))
+            before = after
     weights = zero.consolidated_state_dict(engine.module, peers.rank)
     engine.destroy()
     return weights, story

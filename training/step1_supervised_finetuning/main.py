@@ -27,7 +27,7 @@ from dschat.utils.distributed import (
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import backward, build_engine, num_windows, windows
 from dschat.utils.evaluation import answer_loss, evaluate_answers, trained_tokens
-from dschat.utils.model.model_utils import create_hf_model
+from dschat.utils.model.model_utils import check_context, create_hf_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
 from dschat.utils.startup import start
 
@@ -52,6 +52,7 @@ def main() -> None:
     ds_config = get_train_ds_config(engine_config, world_size)
     recipe = run.recipe(model_settings)
     recipe.check(name, AutoModelForCausalLM.from_config)
+    check_context(name, batch_sizes.max_seq_len, "max_seq_len")
     sft_only = tuple(settings.sft_only_data_path)
     spec = settings.data.spec(run.seed, batch_sizes.max_seq_len, sft_only_data_path=sft_only)
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 1, is_writer=w))
@@ -90,6 +91,9 @@ def main() -> None:
             engine.step()
             step += 1
             log.step(step, loss_sum, counts)
+            if settings.print_loss:
+                mean = all_reduce_sum([loss_sum])[0] / max(counts[0], 1.0)
+                print_rank_0(f"step {step}/{total_steps} | loss {mean:.4f}")
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))

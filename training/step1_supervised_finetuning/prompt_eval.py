@@ -102,11 +102,18 @@ def main() -> None:
     settings = parse(PromptEvaluation, None, __doc__)
     dtype = torch_dtype(resolve_dtype(settings.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = {
+        "baseline": settings.model_name_or_path_baseline,
+        "finetune": settings.model_name_or_path_finetune,
+    }
+    # Both tokenizers first: a wrong path of the second model should not wait for the first.
+    tokenizers = {
+        label: load_hf_tokenizer(path, settings.add_eot_token) for label, path in paths.items()
+    }
     models = {}
-    for label in ("baseline", "finetune"):
-        path = getattr(settings, f"model_name_or_path_{label}")
-        tokenizer = load_hf_tokenizer(path, settings.add_eot_token)
-        models[label] = create_hf_model(path, tokenizer, dtype).to(device).eval(), tokenizer
+    for label, path in paths.items():
+        model = create_hf_model(path, tokenizers[label], dtype)
+        models[label] = model.to(device).eval(), tokenizers[label]
 
     for question in settings.prompts or QUESTIONS[settings.language]:
         prompt = question if settings.raw else f"\n\nHuman: {question}\n\nAssistant:"

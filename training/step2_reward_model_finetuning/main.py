@@ -25,6 +25,7 @@ from dschat.utils.distributed import (
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import backward, build_engine, num_windows, windows
 from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs
+from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, create_critic_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
 from dschat.utils.startup import start
@@ -50,6 +51,7 @@ def main() -> None:
     ds_config = get_train_ds_config(engine_config, world_size)
     recipe = run.recipe(model_settings)
     recipe.check(name, RewardModel.from_config)
+    check_context(name, batch_sizes.max_seq_len, "max_seq_len")
     spec = settings.data.spec(run.seed, batch_sizes.max_seq_len)
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 2, is_writer=w))
     print_rank_0("\n".join(data.report.lines()))

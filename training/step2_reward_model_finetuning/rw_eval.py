@@ -17,7 +17,7 @@ from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.evaluation import evaluate_pairs, pair_scores
 from dschat.utils.metrics import format_value
-from dschat.utils.model.reward_model import create_critic_model
+from dschat.utils.model.reward_model import check_reward_head, create_critic_model
 from dschat.utils.startup import start
 
 
@@ -44,6 +44,7 @@ def main() -> None:
         eot_token=flags.answer_end,
     )
     tokenizer = begun.tokenizer
+    check_reward_head(flags.model_name_or_path)
     spec = settings.data.spec(flags.seed, flags.max_seq_len)
     data = create_prompt_dataset(spec, tokenizer, 2)
     loader = build_loader(

@@ -27,7 +27,8 @@ from dschat.utils.data.collators import PromptCollator, build_loader
 from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.distributed import local_main_first, print_rank_0, set_random_seed
 from dschat.utils.engine import windows
-from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.model.model_utils import check_context
+from dschat.utils.model.reward_model import RewardModel, check_reward_head
 from dschat.utils.model.tokenizer import check_same_tokenizer
 from dschat.utils.startup import start
 
@@ -46,9 +47,16 @@ def main() -> None:
         eot_token=run.answer_end,
     )
     tokenizer, distributed = begun.tokenizer, begun.distributed
-    check_same_tokenizer(tokenizer, settings.ppo.critic_model_name_or_path, run.answer_end)
+    actor_name = settings.ppo.actor_model_name_or_path
+    critic_name = settings.ppo.critic_model_name_or_path
+    check_same_tokenizer(tokenizer, critic_name, run.answer_end)
+    check_reward_head(critic_name)
     config = settings.ppo_config()
     spec = settings.data_spec()
+    for name in (actor_name, critic_name):
+        check_context(name, spec.max_seq_len, "max_prompt_seq_len and max_answer_seq_len")
+    run.recipe(settings.actor).check(actor_name, AutoModelForCausalLM.from_config)
+    run.recipe(settings.critic).check(critic_name, RewardModel.from_config)
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 3, is_writer=w))
     print_rank_0("\n".join(data.report.lines()))
     prompts = build_loader(
@@ -62,8 +70,6 @@ def main() -> None:
     )
     iterations = settings.iterations(len(prompts))
     actor, critic = settings.roles(begun.dtype_name, iterations)
-    actor.recipe.check(actor.model, AutoModelForCausalLM.from_config)
-    critic.recipe.check(critic.model, RewardModel.from_config)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,23 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
     return config
 
 
+def check_context(model_name_or_path: str, tokens: int, flags: str) -> None:
+    """Stop when sequences may grow longer than the positions that the model has.
+
+    Args:
+        tokens: of the longest sequence. flags: what sets it, for the message.
+
+    Raises:
+        UserError: with the model's own limit.
+    """
+    limit = getattr(load_config(model_name_or_path), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise UserError(
+            f"{flags}: sequences of {tokens} tokens, but model {model_name_or_path} has {limit} "
+            f"positions; give at most {limit}"
+        )
+
+
 def create_hf_model(
     model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,16 +77,33 @@ def create_hf_model(
     """
     config = load_config(model_name_or_path, dropout)
     with zero.init_context(ds_config), quiet_loading():
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                model_name_or_path, config=config, dtype=dtype, output_loading_info=True
-            )
-        except OSError as error:
-            raise UserError(f"model {model_name_or_path}: {_first_line(error)}") from error
+        model, info = load_weights(
+            AutoModelForCausalLM, model_name_or_path, config=config, dtype=dtype
+        )
         check_loading(model_name_or_path, info)
         grow_vocabulary(model, len(tokenizer))
     adopt_special_tokens(model, tokenizer)
     return model
+
+
+def load_weights(
+    model_class: type, name: str, *, state_dict: dict | None = None, **options: Any
+) -> tuple[PreTrainedModel, dict]:
+    """The model and what `check_loading` needs to know; with a state dict, no file is read.
+
+    Raises:
+        UserError: there are no weights under this name.
+    """
+    try:
+        return model_class.from_pretrained(
+            name if state_dict is None else None,
+            **({} if state_dict is None else {"state_dict": state_dict}),
+            **options,
+            ignore_mismatched_sizes=True,  # to be reported by `check_loading`
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise UserError(f"model {name}: {_first_line(error)}") from error
 
 
 def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
@@ -155,6 +190,15 @@ def quiet_loading() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def __getattr__(name: str) -> Any:
+    """`create_critic_model` imports from here as well; its own file imports this one."""
+    if name == "create_critic_model":
+        from dschat.utils.model.reward_model import create_critic_model
+
+        return create_critic_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,7 @@ from dschat.utils.model.model_utils import (
     forward_inputs,
     grow_vocabulary,
     load_config,
+    load_weights,
     quiet_loading,
 )
 
@@ -105,22 +106,16 @@ def create_critic_model(
         UserError: the head is missing, or keys are missing or unexpected.
     """
     config = load_config(model_name_or_path, dropout)
-    old_state = _predecessor_state(model_name_or_path)
-    head = old_state.pop(HEAD, None) if old_state else _stored_head(model_name_or_path)
+    bin_state = _read_bin(model_name_or_path)
+    old_state = _predecessor_state(bin_state)
+    head = old_state.pop(HEAD, None) if old_state else _stored_head(model_name_or_path, bin_state)
+    del bin_state
     if head is None and not init_head:
-        raise UserError(
-            f"reward model {model_name_or_path}: no {DISK_HEAD} or {HEAD} in it; "
-            "train one with step 2 first"
-        )
+        raise UserError(_no_head(model_name_or_path))
     base_class = AutoModel._model_mapping[type(config)]
     with zero.init_context(ds_config), quiet_loading():
-        source = {"state_dict": old_state} if old_state else {}
-        base, info = base_class.from_pretrained(
-            None if old_state else model_name_or_path,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            **source,
+        base, info = load_weights(
+            base_class, model_name_or_path, state_dict=old_state, config=config, dtype=dtype
         )
         check_loading(model_name_or_path, info, ("lm_head", "embed_out", DISK_HEAD))
         grow_vocabulary(base, len(tokenizer))
@@ -137,25 +132,41 @@ def create_critic_model(
     return model
 
 
-def _predecessor_state(path: str) -> dict[str, torch.Tensor] | None:
-    """DeepSpeed-Chat's reward checkpoint, trunk keys without prefix; None for other folders."""
+def check_reward_head(model_name_or_path: str) -> None:
+    """Stop when a checkpoint holds no head, before any model is built.
+
+    Raises:
+        UserError: what `create_critic_model` raises without `init_head`.
+    """
+    if _stored_head(model_name_or_path, _read_bin(model_name_or_path)) is None:
+        raise UserError(_no_head(model_name_or_path))
+
+
+def _no_head(name: str) -> str:
+    return f"reward model {name}: no {DISK_HEAD} or {HEAD} in it; train one with step 2 first"
+
+
+def _read_bin(path: str) -> dict[str, torch.Tensor]:
+    """What `pytorch_model.bin` holds; {} for a folder without one."""
     file = Path(path) / "pytorch_model.bin"
-    if not file.is_file():
-        return None
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+
+
+def _predecessor_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """DeepSpeed-Chat's reward checkpoint, trunk keys without prefix; None for another's."""
     if not any(key.startswith(f"{TRUNK}.") for key in state):
         return None
     return {key.removeprefix(f"{TRUNK}."): tensor for key, tensor in state.items()}
 
 
-def _stored_head(path: str) -> torch.Tensor | None:
-    """The head's weight from a folder's safetensors files, without reading the rest."""
+def _stored_head(path: str, bin_state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The head's weight from a folder's safetensors files, or from its `pytorch_model.bin`."""
     for file in sorted(Path(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in (DISK_HEAD, HEAD):
                 if key in tensors.keys():  # noqa: SIM118 (not a mapping)
                     return tensors.get_tensor(key)
-    return None
+    return bin_state.get(DISK_HEAD, bin_state.get(HEAD))
 
 
 def disk_format(

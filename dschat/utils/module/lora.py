@@ -21,7 +21,7 @@ from dschat.errors import UserError
 from dschat.utils.zero import full_shape, gathered
 
 ALL_LINEAR = "all-linear"
-HEAD_NAMES = ("lm_head", "embed_out", "v_head", "score")
+HEAD_NAMES = ("lm_head", "embed_out", "v_head", "reward_head", "score")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(config.dim, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, config.dim, **like))
         self.reset_adapter()
+        self.train(base.training)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -114,7 +115,8 @@ def match_layers(model: nn.Module, module_names: tuple[str, ...]) -> list[str]:
         module_names: substrings of full layer names, or `all-linear`.
 
     Raises:
-        UserError: nothing matches; the message lists what could.
+        UserError: nothing matches (the message lists what could), or a match shares its weight with
+            the embeddings, where a merged update could not be stored.
     """
     heads = {id(_output_head(m)) for m in model.modules()} - {id(None)}
     linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
@@ -130,6 +132,13 @@ def match_layers(model: nn.Module, module_names: tuple[str, ...]) -> list[str]:
         raise UserError(
             f"lora_module_name {' '.join(module_names)!r} matches no linear layer: use all-linear, "
             f"or part of a layer's name; this model's layers are {leaves}{example}"
+        )
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    tied = [n for n in matched if id(modules[n].weight) in embeddings]
+    if tied:
+        raise UserError(
+            f"lora_module_name {' '.join(module_names)!r} matches {tied[0]}, whose weight is also "
+            "the input embedding: name other layers, or use all-linear"
         )
     return matched
 
@@ -166,7 +175,7 @@ def make_model_gradient_checkpointing_compatible(model: nn.Module) -> nn.Module:
     the reentrant kind would skip every block below the first trainable one.
     """
     for module in model.modules():
-        if hasattr(module, "activation_checkpointing_enable"):
+        if getattr(module, "supports_gradient_checkpointing", False):
             module.activation_checkpointing_enable({"use_reentrant": False})
             return model
     raise UserError(f"{type(model).__name__} has no gradient checkpointing: drop the flag")
@@ -190,9 +199,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def fused_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, adapters are folded into the weights; afterwards the base is back bit for bit.
 
-    A copy of every adapted weight is kept for the way back. Not for ZeRO-3 shards.
+    Adapters that are disabled stay out. A copy of every weight is kept for the way back. Not for
+    ZeRO-3 shards.
     """
-    layers = lora_layers(model)
+    layers = {n: layer for n, layer in lora_layers(model).items() if layer.adapter_enabled}
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
         for layer in layers.values():
@@ -225,12 +235,11 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
         parent = model.get_submodule(name.rpartition(".")[0])
         with gathered([layer.weight, layer.lora_A, layer.lora_B], modifier_rank=0):
             layer.weight.copy_(merged_weight(layer.weight, layer.lora_A, layer.lora_B, layer))
-        if layer.transposed:
-            plain = Conv1D(0, 0)
-            plain.nf, plain.nx = layer.out_features, layer.in_features
-        else:
-            plain = nn.Linear(0, 0, bias=False)
-            plain.in_features, plain.out_features = layer.in_features, layer.out_features
+        with torch.device("meta"):
+            if layer.transposed:
+                plain = Conv1D(layer.out_features, layer.in_features)
+            else:
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
         plain.weight, plain.bias = layer.weight, layer.bias
         setattr(parent, name.rpartition(".")[2], plain)
     return model

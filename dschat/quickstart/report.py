@@ -1,0 +1,120 @@
+"""The closing table of the embedded default: what each step changed, judged on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dschat.quickstart.model import MAX_NEW_TOKENS
+from dschat.quickstart.task import GoldScore, gold_score
+from dschat.rlhf.returns import answer_mask_from
+from dschat.rlhf.rollout import SamplingConfig, generate
+from dschat.utils.data.collators import PromptBatch, PromptCollator
+from dschat.utils.model.model_utils import create_hf_model
+from dschat.utils.model.reward_model import RewardModel, create_critic_model, scores_at_end
+from dschat.utils.model.tokenizer import load_hf_tokenizer
+
+SHOWN_PROMPTS = 3
+MODELS = {"base": "model", "SFT": "actor-models", "PPO": "step3-models/actor"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's sampled answers to the held-out prompts, and what they are worth."""
+
+    answers: list[str]
+    reward: float
+    gold: GoldScore
+
+
+def held_out_prompts(output_dir: Path) -> list[str]:
+    """The prompts of the test file, each once, in its order."""
+    lines = (output_dir / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
+
+
+@torch.no_grad()
+def judge(
+    model_dir: Path, reward_model: RewardModel, prompts: list[str], device: torch.device, seed: int
+) -> Judged:
+    """Sample one answer per prompt at temperature 1 and score it by reward model and gold rule."""
+    tokenizer = load_hf_tokenizer(str(model_dir))
+    model = create_hf_model(str(model_dir), tokenizer, torch.float32).to(device).eval()
+    rows = [{"prompt_ids": tokenizer(prompt).input_ids} for prompt in prompts]
+    batch: PromptBatch = PromptCollator(tokenizer.pad_token_id)(rows).to(device)
+    torch.manual_seed(seed)
+    sequences = generate(
+        model,
+        batch,
+        SamplingConfig(MAX_NEW_TOKENS),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ids = sequences[:, batch.input_ids.shape[1] :]
+    mask = answer_mask_from(ids, tokenizer.eos_token_id)
+    attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
+    scores = scores_at_end(reward_model(sequences, attention_mask), attention_mask)
+    answers = decode(tokenizer, ids, mask)
+    return Judged(answers, scores.mean().item(), gold_score(prompts, answers))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """(B, A) ids -> texts without the end token; an answer that never ends keeps what it has."""
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def evaluations(output_dir: Path, step: str) -> list[dict]:
+    """The evaluation records of a step, in order."""
+    lines = (output_dir / step / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == "eval"]
+
+
+def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None:
+    """Judge base, SFT and PPO model on the held-out prompts; print the table and some answers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = held_out_prompts(output_dir)
+    reward_dir = str(output_dir / "reward-models")
+    reward_model = create_critic_model(reward_dir, load_hf_tokenizer(reward_dir), torch.float32)
+    reward_model.to(device).eval()
+    judged = {
+        name: judge(output_dir / folder, reward_model, prompts, device, seed)
+        for name, folder in MODELS.items()
+    }
+    perplexity = [record["perplexity"] for record in evaluations(output_dir, "actor-models")]
+    accuracy = evaluations(output_dir, "reward-models")[-1]["accuracy"]
+    before, after = judged["SFT"], judged["PPO"]
+    rows = [
+        ("", "before", "after", "seconds"),
+        ("step 1: perplexity", _two(perplexity[0]), _two(perplexity[-1]), f"{seconds[1]:.0f}"),
+        ("step 2: reward-model accuracy", "", f"{accuracy:.3f}", f"{seconds[2]:.0f}"),
+        ("step 3: reward", _two(before.reward), _two(after.reward), f"{seconds[3]:.0f}"),
+        ("        gold success", f"{before.gold.gold:.3f}", f"{after.gold.gold:.3f}", ""),
+        (
+            "        well-formed",
+            f"{before.gold.well_formed:.3f}",
+            f"{after.gold.well_formed:.3f}",
+            "",
+        ),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    print(f"\n{len(prompts)} held-out prompts, one answer each at temperature 1")
+    for label, *cells in rows:
+        padded = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))
+        print(f"{label.ljust(widths[0])}  {padded}")
+    for i in range(min(SHOWN_PROMPTS, len(prompts))):
+        print(f"\n{prompts[i].strip()}")
+        for name, model in judged.items():
+            print(f"  {name:>4}: {model.answers[i].strip()!r}")
+    print("\nwritten:")
+    for folder in ("model", "data", "sft", "actor-models", "reward-models", "step3-models"):
+        print(f"  {output_dir / folder}")
+    print(f"chat with it: python chat.py --path {output_dir / MODELS['PPO']}")
+
+
+def _two(value: float) -> str:
+    return f"{value:,.2f}"

@@ -1,0 +1,42 @@
+"""Folders of tiny actors and critics, made once, and the process group of one."""
+
+from collections.abc import Callable
+
+import pytest
+from tiny_roles import Folders, Setting, save_folders
+
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.utils.distributed import Distributed, init_distributed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_accelerator() -> None:
+    """What is compared to 1e-6 is computed on the CPU, also where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+@pytest.fixture(scope="session")
+def distributed(cpu_accelerator: None) -> Distributed:
+    return init_distributed()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folders]:
+    return {
+        family: save_folders(tmp_path_factory.mktemp(family), family)
+        for family in ("llama", "gpt2", "opt")
+    }
+
+
+@pytest.fixture
+def load_roles(
+    folders: dict[str, Folders], distributed: Distributed
+) -> Callable[..., DeepSpeedRLHFEngine]:
+    """Roles of a setting, loaded from the folders of one family."""
+
+    def load(setting: Setting, family: str = "llama") -> DeepSpeedRLHFEngine:
+        return setting.load(folders[family], distributed)
+
+    return load

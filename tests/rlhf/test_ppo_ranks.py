@@ -1,0 +1,83 @@
+"""PPO on two ranks, at every kind of sharding, against one process that sees all rows."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from launch import run_ranks
+from ppo_worker import CELLS, train
+from tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
+
+from dschat.rlhf.experience import Experience
+
+
+@pytest.fixture(scope="module")
+def rollout(folders, distributed, tmp_path_factory) -> Path:
+    """Eight rows sampled by one process: answers of several lengths, one row of filler."""
+    setting = Setting()
+    roles = setting.load(folders["llama"], distributed)
+    trainer = ppo_trainer(roles, setting, rollout_batch_size=8)
+    torch.manual_seed(0)
+    hook = end_after(roles.actor.module, [2, 6, 1, None, 3, 4, None, 2])
+    e = trainer.rollout(prompts(7))
+    hook.remove()
+    assert e.real.tolist() == [True] * 7 + [False]
+    path = tmp_path_factory.mktemp("rollout") / "rollout.pt"
+    torch.save({f.name: getattr(e, f.name) for f in dataclasses.fields(e)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(rollout, folders, tmp_path_factory) -> dict[str, dict]:
+    out = tmp_path_factory.mktemp("ranks")
+    folder = folders["llama"].actor.parent
+    args = [";".join(CELLS), str(rollout), str(folder), str(out / "results.pt")]
+    run_ranks(Path(__file__).with_name("ppo_worker.py"), 2, args, timeout=240, log_dir=out)
+    return torch.load(out / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def on_one(rollout, folders, distributed) -> dict[str, dict]:
+    """The same with all rows in one micro-batch and no sharding, with and without adapters."""
+    e = Experience(**torch.load(rollout))
+    plain = Setting(micro_batch=8, ema_decay=0.5)
+    both = {
+        lora: train(dataclasses.replace(plain, lora=lora), e, folders["llama"], distributed)
+        for lora in (None, LORA)
+    }
+    return {name: both[cell.lora] for name, cell in CELLS.items()}
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("what", ["actor", "critic", "average"])
+def test_weights_agree(on_two_ranks, on_one, name, what):
+    actual, expected = on_two_ranks[name][what], on_one[name][what]
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            actual[key], value, atol=2e-6, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_average_is_not_the_actor(on_two_ranks, name):
+    result = on_two_ranks[name]
+    gaps = [(result["average"][k] - v).abs().max() for k, v in result["actor"].items()]
+    assert max(gaps) > 1e-3
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_figures_agree(on_two_ranks, on_one, name):
+    assert on_two_ranks[name]["figures"] == pytest.approx(on_one[name]["figures"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_ranks_may_generate_unequally_long(on_two_ranks, name):
+    """Answers of 1 and 2 tokens here, 6 there, one row of filler."""
+    figures = on_two_ranks[name]["own"]
+    assert figures["answer_length"] == pytest.approx((1 + 2 + 6) / 3)
+    assert figures["ended"] == pytest.approx(2 / 3)
+    assert figures["kl_k3"] > 0
+    assert figures["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert figures["clip_fraction"] == 0.0

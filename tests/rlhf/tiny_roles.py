@@ -1,0 +1,184 @@
+"""Actor and critic folders, prompts and roles of tiny size, for the tests and their ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from dschat.rlhf.experience import Experience
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, RoleConfig
+from dschat.rlhf.rollout import SamplingConfig
+from dschat.utils.checkpoint import write_model_folder
+from dschat.utils.data.collators import PromptBatch
+from dschat.utils.distributed import Distributed
+from dschat.utils.ds_utils import EngineConfig
+from dschat.utils.engine import Recipe
+from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.module.lora import LoraConfig
+from dschat.utils.optim import OptimizerConfig, schedule_factory
+
+MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}
+DROPOUTS = {
+    "llama": ("attention_dropout",),
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "opt": ("dropout", "attention_dropout"),
+}
+LORA = LoraConfig(dim=4, alpha=8.0, dropout=0.5)
+# Adam divides by |g| + eps: with a tiny eps it would turn rounding of the smallest gradients into
+# whole steps, and forgive any common factor on the others.
+EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where actor and critic of one family lie."""
+
+    actor: Path
+    critic: Path
+
+
+def with_dropout(model: PreTrainedModel, family: str) -> PreTrainedModel:
+    """The same weights; whoever loads its folder gets dropout 0.5 everywhere."""
+    for name in DROPOUTS[family]:
+        setattr(model.config, name, 0.5)
+    return model
+
+
+def save_folders(folder: Path, family: str = "llama") -> Folders:
+    """An actor and a reward model of different weights, both with dropout in their configs."""
+    tokenizer = tiny.byte_tokenizer()
+    actor = with_dropout(MODELS[family](seed=0), family)
+    actor.save_pretrained(folder / "actor")
+    tokenizer.save_pretrained(folder / "actor")
+    torch.manual_seed(1)
+    reward = RewardModel(with_dropout(MODELS[family](seed=1), family).base_model)
+    write_model_folder(reward, reward.state_dict(), tokenizer, folder / "critic")
+    return Folders(folder / "actor", folder / "critic")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How both roles train; each test states only what it changes."""
+
+    lora: LoraConfig | None = None
+    dtype: str = "fp32"
+    zero_stage: int = 0
+    micro_batch: int = 4
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    learning_rate: float = 3e-3
+    eps: float = EPS
+    clipping: float = 1.0
+    offload_frozen: bool = False
+    train_base: bool = False
+    ema_decay: float | None = None
+    seed: int = 7
+
+    def role(self, folder: Path) -> RoleConfig:
+        """One role of this setting."""
+        return RoleConfig(
+            model=str(folder),
+            engine=EngineConfig(
+                zero_stage=self.zero_stage,
+                dtype=self.dtype,
+                micro_batch_size=self.micro_batch,
+                gradient_accumulation_steps=self.accumulation,
+                gradient_clipping=self.clipping,
+            ),
+            recipe=Recipe(
+                OptimizerConfig(self.learning_rate, eps=self.eps),
+                lora=self.lora,
+                train_base=self.train_base,
+                gradient_checkpointing=self.gradient_checkpointing,
+            ),
+            schedule=schedule_factory("constant", 0, 100),
+            offload_frozen=self.offload_frozen,
+        )
+
+    def load(self, folders: Folders, distributed: Distributed) -> DeepSpeedRLHFEngine:
+        """All roles; the adapters' start is the same every time."""
+        torch.manual_seed(self.seed)
+        return DeepSpeedRLHFEngine.load(
+            self.role(folders.actor),
+            self.role(folders.critic),
+            tiny.byte_tokenizer(),
+            distributed,
+            self.ema_decay,
+        )
+
+
+def ppo_trainer(
+    roles: DeepSpeedRLHFEngine, setting: Setting, world_size: int = 1, **changes: object
+) -> DeepSpeedPPOTrainer:
+    """A trainer whose batches fit the setting."""
+    config = PPOConfig(
+        sampling=SamplingConfig(max_new_tokens=changes.pop("answer", 6)),
+        micro_batch_size=setting.micro_batch,
+        gradient_accumulation_steps=setting.accumulation,
+        **{"rollout_batch_size": 4, "seed": 5, **changes},
+    )
+    return DeepSpeedPPOTrainer(roles, config, world_size)
+
+
+def left_padded(rows: list[list[int]], width: int | None = None) -> PromptBatch:
+    """Prompts as rollouts take them, as wide as the longest or as asked."""
+    ids, mask = tiny.padded([row[::-1] for row in rows], width)
+    return PromptBatch(ids.flip(1), mask.flip(1), torch.ones(len(rows), dtype=torch.bool))
+
+
+def prompts(count: int = 4, seed: int = 0, width: int | None = None) -> PromptBatch:
+    """Prompts of 5 to 13 tokens without end tokens."""
+    return left_padded([row[:-1] for row in tiny.token_rows(count, seed)], width)
+
+
+def end_after(module: nn.Module, lengths: list[int | None]) -> RemovableHandle:
+    """Make row i of one generation end with its `lengths[i]`-th token (None: never)."""
+    calls = []
+
+    def force(_, args, kwargs, output):
+        if not kwargs["use_cache"]:
+            return output  # a scoring pass
+        calls.append(None)
+        for row, length in enumerate(lengths):
+            output.logits[row, -1, tiny.EOS] = 1e4 if length == len(calls) else -1e4
+        return output
+
+    return module.register_forward_hook(force, with_kwargs=True)
+
+
+LENGTHS = [2, 6, 1, None]  # of the answers in a rollout; None runs out of room
+
+
+def rollout(trainer: DeepSpeedPPOTrainer, seed: int = 0, lengths: list | None = None) -> Experience:
+    """Sampled answers whose ends are put where a test needs them."""
+    torch.manual_seed(seed)
+    hook = end_after(trainer.roles.actor.module, lengths or LENGTHS)
+    e = trainer.rollout(prompts(seed=seed))
+    hook.remove()
+    return e
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def assert_same(one: dict, other: dict, tolerance: float) -> None:
+    """The same names, and tensors that differ nowhere by more."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, other[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def largest_change(before: dict, after: dict) -> float:
+    """The largest absolute difference of any element."""
+    return max((after[name] - value).abs().max().item() for name, value in before.items())

@@ -1,0 +1,261 @@
+"""What the flags of the steps mean, refuse and contradict."""
+
+import shlex
+
+import pytest
+
+from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
+from dschat.cli import parse
+from dschat.errors import UserError
+
+
+def sft(*argv: str) -> SFTSettings:
+    return parse(SFTSettings, ["--model_name_or_path", "m", *argv], "")
+
+
+def reward(*argv: str) -> RewardSettings:
+    return parse(RewardSettings, ["--model_name_or_path", "m", *argv], "")
+
+
+def rlhf(*argv: str) -> RLHFSettings:
+    models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
+    return parse(RLHFSettings, [*models, *argv], "")
+
+
+def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
+    """A command line of step 3 as its scripts write them, LoRA and ZeRO included."""
+    settings = rlhf(
+        *shlex.split(
+            "--data_path Dahoas/rm-static --data_split 2,4,4 --num_padding_at_beginning 1 "
+            "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 "
+            "--generation_batches 1 --ppo_epochs 1 --max_answer_seq_len 256 "
+            "--max_prompt_seq_len 256 "
+            "--actor_learning_rate 5e-4 --critic_learning_rate 5e-6 --num_train_epochs 1 "
+            "--lr_scheduler_type cosine --gradient_accumulation_steps 2 --num_warmup_steps 100 "
+            "--deepspeed --seed 1234 --actor_zero_stage 2 --critic_zero_stage 3 "
+            "--actor_lora_dim 128 "
+            "--actor_gradient_checkpointing --critic_gradient_checkpointing --actor_dropout 0.0 "
+            "--enable_hybrid_engine --actor_lora_module_name decoder.layers. --offload "
+            "--output_dir ./output --enable_ema --dtype bf16"
+        )
+    )
+    actor, critic = settings.roles("bf16", iterations=10)
+    assert (actor.model, critic.model) == ("a", "c")
+    assert actor.engine.zero_stage == 2 and critic.engine.zero_stage == 3
+    assert actor.engine.offload and critic.engine.offload
+    assert actor.engine.micro_batch_size == 2 and actor.engine.gradient_accumulation_steps == 2
+    assert actor.recipe.lora.dim == 128 and critic.recipe.lora is None
+    assert actor.recipe.lora.module_names == ("decoder.layers.",)
+    assert actor.recipe.optimizer.rate("lora_A") == 5e-4
+    assert actor.recipe.optimizer.rate("lora_B") == 16 * 5e-4
+    assert critic.recipe.optimizer.rate("decay") == 5e-6
+    assert actor.recipe.gradient_checkpointing and critic.recipe.gradient_checkpointing
+
+
+def test_one_seed_in_all_steps():
+    assert sft().run.seed == reward().run.seed == rlhf().run.seed == 1234
+
+
+def test_the_rate_with_and_without_adapters():
+    rates = sft().model.optimizer_config()
+    assert rates.rate("decay") == 9.65e-6
+    rates = sft("--lora_dim", "8").model.optimizer_config()
+    assert rates.rate("lora_A") == pytest.approx(3 * 9.65e-6)
+    assert rates.rate("lora_B") == pytest.approx(16 * 3 * 9.65e-6)
+    both = ["--lora_dim", "8", "--learning_rate", "1e-3", "--loraplus_lr_ratio", "4"]
+    rates = sft(*both).model.optimizer_config()
+    assert (rates.rate("lora_A"), rates.rate("lora_B")) == (1e-3, 4e-3)
+    rates = sft(*both, "--lora_learning_rate", "1e-4").model.optimizer_config()
+    assert (rates.rate("lora_A"), rates.rate("decay")) == (1e-4, 1e-3)
+    assert sft(*both).model.lora.config().dim == 8 and sft().model.lora.config() is None
+
+
+def test_layer_names_with_commas_and_spaces():
+    argv = ["--lora_dim", "4", "--lora_module_name", "q_proj,v_proj", "fc"]
+    assert sft(*argv).model.lora.config().module_names == ("q_proj", "v_proj", "fc")
+
+
+def test_ppo_flags_reach_the_loop():
+    config = rlhf(
+        *shlex.split(
+            "--kl_coef 0.3 --cliprange 0.1 --cliprange_value 0.4 --gamma 0.99 --lam 0.9 "
+            "--reward_clip 3 --missing_eos_penalty 1.5 --ppo_epochs 2 --max_answer_seq_len 17 "
+            "--temperature 0.7 --top_p 0.8 --top_k 9 --per_device_generation_batch_size 6 "
+            "--per_device_training_batch_size 3 --gradient_accumulation_steps 5 --seed 4"
+        )
+    ).ppo_config()
+    assert (config.kl_coefficient, config.clip_range, config.value_clip_range) == (0.3, 0.1, 0.4)
+    assert (config.gamma, config.lam, config.reward_clip) == (0.99, 0.9, 3.0)
+    assert (config.missing_eos_penalty, config.ppo_epochs, config.seed) == (1.5, 2, 4)
+    sampling = config.sampling
+    assert (sampling.max_new_tokens, sampling.temperature) == (17, 0.7)
+    assert (sampling.top_p, sampling.top_k) == (0.8, 9)
+    assert (config.rollout_batch_size, config.micro_batch_size) == (6, 3)
+    assert config.gradient_accumulation_steps == 5
+
+
+@pytest.mark.parametrize(
+    "argv, iterations",
+    [
+        ([], 7),
+        (["--num_train_epochs", "2"], 14),
+        (["--generation_batches", "2"], 4),  # 2 + 2 + 2 + 1 batches
+        (["--max_steps", "3"], 3),
+        (["--max_steps", "30"], 7),
+        (["--enable_test_mode", "--test_stop_step", "2"], 2),
+        (["--test_stop_step", "2"], 7),
+    ],
+)
+def test_iterations_over_seven_batches(argv, iterations):
+    assert rlhf(*argv).iterations(7) == iterations
+
+
+def test_seed_and_length_of_the_data():
+    spec = rlhf("--max_prompt_seq_len", "100", "--max_answer_seq_len", "30").data_spec()
+    assert (spec.max_prompt_len, spec.max_seq_len, spec.seed) == (100, 130, 1234)
+
+
+@pytest.mark.parametrize("build", [sft, reward, rlhf])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--only_optimize_lora", "--train_base_model"], "contradict"),
+        (["--num_train_epochs", "0"], "num_train_epochs is 0: give at least 1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
+        (["--num_warmup_steps", "-1"], "num_warmup_steps is -1"),
+        (["--log_every", "0"], "log_every is 0"),
+        (["--lr_scheduler_type", "warm"], "argument --lr_scheduler_type: invalid choice: 'warm'"),
+        (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+        (["--lora_dimension", "8"], "unknown flag --lora_dimension; did you mean --"),
+    ],
+)
+def test_what_every_step_refuses(build, argv, message):
+    with pytest.raises(UserError) as error:
+        build(*argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size is 0"),
+        (["--max_seq_len", "0"], "max_seq_len is 0"),
+        (["--zero_stage", "4"], "argument --zero_stage: invalid choice: 4"),
+        (["--lora_init", "C"], "argument --lora_init: invalid choice: 'C'"),
+    ],
+)
+@pytest.mark.parametrize("build", [sft, reward])
+def test_what_steps_1_and_2_refuse(build, argv, message):
+    with pytest.raises(UserError) as error:
+        build(*argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--offload"], "offload needs ZeRO"),
+        (["--offload", "--critic_zero_stage", "2"], "offload needs ZeRO"),
+        (["--ema_decay", "1.0"], "ema_decay is 1.0"),
+        (["--unsupervised_dataset_name", "wiki"], "unsupervised_dataset_name: PPO mixes in no"),
+        (["--unsupervised_dataset_config_name", "x"], "unsupervised_dataset_config_name: PPO"),
+        (["--generation_batches", "0"], "generation_batches is 0"),
+        (["--max_prompt_seq_len", "0"], "max_prompt_seq_len is 0"),
+        (["--max_answer_seq_len", "0"], "max_answer_seq_len is 0"),
+        (["--max_steps", "-1"], "max_steps is -1"),
+        (["--ppo_epochs", "0"], "ppo_epochs is 0"),
+        (["--per_device_training_batch_size", "0"], "per_device_training_batch_size is 0"),
+        (["--per_device_generation_batch_size", "0"], "per_device_generation_batch_size is 0"),
+        (["--temperature", "0"], "temperature is 0.0"),
+        (["--cliprange", "0"], "cliprange is 0.0"),
+        (["--actor_lora_dim", "-1"], "lora_dim is -1"),
+        (["--actor_learning_rate", "0"], "learning_rate is 0.0"),
+        (["--zero_stage", "2"], "unknown flag --zero_stage; did you mean --"),
+    ],
+)
+def test_what_step_3_refuses_before_it_starts(argv, message):
+    with pytest.raises(UserError) as error:
+        rlhf(*argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("build", [sft, reward])
+def test_offload_needs_zero(build):
+    settings = build("--offload")
+    with pytest.raises(UserError, match="offload needs ZeRO"):
+        settings.run.engine_config(settings.model, "fp32", 1)
+    settings = build("--offload", "--zero_stage", "2")
+    assert settings.run.engine_config(settings.model, "fp32", 1).offload
+
+
+def test_what_trains():
+    assert sft("--lora_dim", "4").run.recipe(sft("--lora_dim", "4").model).base_is_frozen
+    both = sft("--lora_dim", "4", "--train_base_model")
+    assert not both.run.recipe(both.model).base_is_frozen
+    assert not sft().run.recipe(sft().model).base_is_frozen
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], []),
+        (["--actor_dropout", "0.0"], []),
+        (["--actor_dropout", "0.1"], ["--actor_dropout does nothing"]),
+        (
+            ["--critic_lora_dim", "4", "--critic_lora_dropout", "0.1"],
+            ["--critic_lora_dropout does nothing"],
+        ),
+        (["--offload_reference_model", "--offload_reward_model"], []),
+        (
+            ["--offload_reference_model", "--actor_lora_dim", "4"],
+            ["--offload_reference_model does nothing: with LoRA the reference model is the actor"],
+        ),
+        (
+            ["--offload_reward_model", "--critic_lora_dim", "4"],
+            ["--offload_reward_model does nothing: with LoRA the reward model is the critic"],
+        ),
+        (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
+        (["--enable_hybrid_engine"], ["--enable_hybrid_engine does nothing"]),
+    ],
+)
+def test_step_3_says_what_does_nothing(capsys, argv, said):
+    rlhf(*argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
+RETIRED = {
+    sft: ["compute_fp32_loss"],
+    reward: ["compute_fp32_loss", "num_padding_at_beginning"],
+    rlhf: [
+        "compute_fp32_loss",
+        "unsup_coef",
+        "enable_hybrid_engine",
+        "unpin_actor_parameters",
+        "release_inference_cache",
+        "inference_tp_size",
+        "tp_gather_partition_size",
+        "enable_mixed_precision_lora",
+        "align_overflow",
+        "preprocessing_num_workers",
+        "num_padding_at_beginning",
+    ],
+}
+WITH_VALUE = {
+    "unsup_coef",
+    "inference_tp_size",
+    "tp_gather_partition_size",
+    "preprocessing_num_workers",
+    "num_padding_at_beginning",
+}
+
+
+@pytest.mark.parametrize(
+    "build, name", [(build, name) for build, names in RETIRED.items() for name in names]
+)
+def test_retired_flags_say_so(capsys, build, name):
+    build(f"--{name}", *(["1"] if name in WITH_VALUE else []))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"--{name} does nothing: ")

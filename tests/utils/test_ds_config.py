@@ -1,0 +1,169 @@
+"""DeepSpeed's configuration: our numbers, the user's JSON over them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from dschat.errors import UserError
+from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
+from dschat.utils.engine import Recipe, build_engine
+from dschat.utils.module.lora import LoraConfig
+from dschat.utils.optim import OptimizerConfig, schedule_factory
+
+
+@pytest.fixture
+def merged(tmp_path: Path):
+    """The configuration with this user JSON merged over it."""
+
+    def merge(user: object, **options) -> dict:
+        path = tmp_path / "ds.json"
+        path.write_text(user if isinstance(user, str) else json.dumps(user))
+        settings = {"zero_stage": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 3}
+        config = EngineConfig(**{**settings, **options}, user_config=str(path))
+        return get_train_ds_config(config, world_size=2)
+
+    return merge
+
+
+def test_numbers():
+    config = EngineConfig(
+        zero_stage=3,
+        dtype="bf16",
+        offload=True,
+        micro_batch_size=4,
+        gradient_accumulation_steps=3,
+        gradient_clipping=0.5,
+    )
+    ours = get_train_ds_config(config, world_size=2)
+    assert ours["train_batch_size"] == 24
+    assert ours["train_micro_batch_size_per_gpu"] == 4
+    assert ours["gradient_accumulation_steps"] == 3
+    assert ours["gradient_clipping"] == 0.5
+    assert ours["bf16"] == {"enabled": True} and "fp16" not in ours
+    assert ours["zero_optimization"]["stage"] == 3
+    assert ours["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert ours["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    json.dumps(ours)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_precision_and_stage(stage: int, dtype: str):
+    """Half precision at stage 0 runs as stage 1; bf16 gradients of a window add up in fp32."""
+    ours = get_train_ds_config(
+        EngineConfig(stage, dtype, gradient_accumulation_steps=2), world_size=1
+    )
+    assert ours["zero_optimization"]["stage"] == (1 if stage == 0 and dtype != "fp32" else stage)
+    assert [k for k in ("bf16", "fp16") if k in ours] == ([dtype] if dtype != "fp32" else [])
+    assert ("data_types" in ours) == (dtype == "bf16")
+    assert "offload_optimizer" not in ours["zero_optimization"]
+
+
+def test_frozen_models_are_sharded():
+    ours = get_eval_ds_config(EngineConfig(3, "bf16"))
+    assert ours["zero_optimization"] == {"stage": 3} and ours["bf16"] == {"enabled": True}
+    offloaded = get_eval_ds_config(EngineConfig(3, "fp32"), offload=True)
+    assert offloaded["zero_optimization"]["offload_param"] == {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"zero_stage": 4}, "zero_stage is 4: choose 0, 1, 2 or 3"),
+        ({"dtype": "fp8"}, "dtype is 'fp8': choose fp32, bf16, fp16"),
+        ({"offload": True}, "offload needs ZeRO"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        EngineConfig(**options)
+
+
+def test_user_json_is_merged_key_by_key(merged):
+    """Nested keys beside ours, "auto" keeps ours at any depth, what is new comes in."""
+    found = merged(
+        {
+            "train_batch_size": "auto",
+            "gradient_clipping": 0.3,
+            "zero_optimization": {
+                "stage": "auto",
+                "overlap_comm": False,
+                "reduce_bucket_size": 1000,
+                "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            },
+            "bf16": {"enabled": "auto"},
+            "fp16": "auto",
+            "comms_logger": {"enabled": True},
+        }
+    )
+    assert found["train_batch_size"] == 24 and found["gradient_clipping"] == 0.3
+    zero = found["zero_optimization"]
+    assert zero["stage"] == 2 and zero["overlap_comm"] is False
+    assert zero["reduce_bucket_size"] == 1000
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is False
+    assert found["bf16"] == {"enabled": True}
+    assert found["comms_logger"] == {"enabled": True}
+    assert "fp16" not in found
+
+
+def test_the_flags_stage_may_be_repeated(merged):
+    assert merged({"zero_optimization": "auto"})["zero_optimization"]["stage"] == 2
+    for dtype, runs_as in (("bf16", 1), ("fp32", 0)):
+        user = {"zero_optimization": {"stage": 0}}
+        assert merged(user, zero_stage=0, dtype=dtype)["zero_optimization"]["stage"] == runs_as
+
+
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "remove the scheduler block"),
+        ({"train_batch_size": 25}, "train_batch_size 25 contradicts --per_device_train_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 1}, "train_micro_batch_size_per_gpu 1 contradicts"),
+        ({"gradient_accumulation_steps": 1}, "1 contradicts --gradient_accumulation_steps"),
+        ({"bf16": {"enabled": False}}, "bf16 .*contradicts --dtype"),
+        ({"bf16": False}, "bf16 is False: give an object"),
+        ({"fp16": {"enabled": True}}, "fp16 .*contradicts --dtype"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 .*contradicts --dtype"),
+        ({"zero_optimization": {"stage": 3}}, "stage 3 contradicts zero_stage 2"),
+        ({"gradient_clipping": {"value": 1}}, "gradient_clipping is .*: give a plain value"),
+        ("{", "not JSON"),
+        ("[1]", "holds no JSON object"),
+    ],
+)
+def test_contradictions_are_refused_by_name_and_place(merged, user: object, words: str):
+    with pytest.raises(UserError, match=words) as caught:
+        merged(user)
+    message = str(caught.value)
+    assert message.startswith("deepspeed_config ") and "ds.json" in message
+    assert "\n" not in message
+
+
+def test_unreadable_file_is_refused(tmp_path: Path):
+    for path, words in ((tmp_path / "none.json", "no such file"), (tmp_path, "give a JSON file")):
+        with pytest.raises(UserError, match=words):
+            get_train_ds_config(EngineConfig(user_config=str(path)), 1)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"type": "Adam", "params": {"lr": 1e-5}}, "params.lr 1e-05 contradicts --learning_rate"),
+        ({"type": "Adam", "params": {"weight_decay": 1}}, "weight_decay 1 contradicts"),
+        ({"params": {}}, "names no type"),
+    ],
+)
+def test_optimizer_block_with_other_rates_is_refused(tmp_path: Path, block: dict, words: str):
+    """The groups carry their own rates: the block's would be passed over in silence."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"optimizer": block}))
+    recipe = Recipe(OptimizerConfig(1e-3), LoraConfig(dim=4))
+    config = EngineConfig(0, "fp32", user_config=str(path))
+    with pytest.raises(UserError, match=words):
+        build_engine(tiny.tiny_llama(), config, recipe, schedule_factory("cosine", 0, 1), 1, "")
