@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from dschat.cli import run_cli
+from dschat.cli import OneLineParser, run_cli
 from dschat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -35,7 +35,7 @@ FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any oth
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags as DeepSpeed-Chat has them, and --data-path, --seed."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

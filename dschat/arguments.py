@@ -14,7 +14,7 @@ from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.engine import Recipe, Schedule, num_windows
+from dschat.utils.engine import Recipe, Schedule, check_optimizer_block, num_windows
 from dschat.utils.metrics import require_package
 from dschat.utils.module.lora import ALL_LINEAR, LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
@@ -151,13 +151,16 @@ class RunArguments:
         return self.eot_token if self.add_eot_token else None
 
     def recipe(self, model: ModelArguments) -> Recipe:
-        """How one model trains."""
-        return Recipe(
+        """How one model trains; the optimizer of a DeepSpeed JSON must agree with the flags."""
+        recipe = Recipe(
             optimizer=model.optimizer_config(),
             lora=model.lora.config(),
             train_base=self.train_base_model,
             gradient_checkpointing=model.gradient_checkpointing,
         )
+        if self.deepspeed_config is not None:
+            check_optimizer_block(self.deepspeed_config, recipe.optimizer)
+        return recipe
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule over so many optimizer steps."""

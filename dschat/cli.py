@@ -86,10 +86,11 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, raised as UserError."""
 
     def error(self, message: str) -> NoReturn:
+        """What argparse calls on bad usage."""
         raise UserError(message)
 
 
@@ -101,7 +102,7 @@ def parse(cls: type[Settings], argv: Sequence[str] | None, description: str) -> 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = flags_of(cls)
-    parser = _Parser(
+    parser = OneLineParser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -118,15 +118,15 @@ def test_policy_loss_by_hand():
 
 
 def test_value_loss_by_hand():
-    # clip 0.2 around old values 0, returns 1; the worse of both counts, halved:
+    # clip 0.2 around old values 0, returns 1, 1, 1, -1; the worse of both counts, halved:
     #   V = 0.5: clipped 0.2 is worse, 0.8^2 / 2 = 0.32      V = 0.1: not clipped, 0.9^2 / 2 = 0.405
-    #   V = -1: itself is worse, 2^2 / 2 = 2
-    values = rows([0.5, 0.1, -1.0]).requires_grad_(True)
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    loss = value_loss(values, torch.zeros(1, 3), torch.ones(1, 3), mask, 0.2)
-    close(loss, 0.32 + 0.405 + 2.0)
+    #   V = -1: itself is worse, 2^2 / 2 = 2                 V = -1: clipped -0.2, 0.8^2 / 2 = 0.32
+    values = rows([0.5, 0.1, -1.0, -1.0]).requires_grad_(True)
+    mask, returns = torch.ones(1, 4, dtype=torch.bool), rows([1.0, 1.0, 1.0, -1.0])
+    loss = value_loss(values, torch.zeros(1, 4), returns, mask, 0.2)
+    close(loss, 0.32 + 0.405 + 2.0 + 0.32)
     loss.backward()
-    close(values.grad, [[0.0, -0.9, -2.0]])  # V - R where V itself counts
+    close(values.grad, [[0.0, -0.9, -2.0, 0.0]])  # V - R where V itself counts
 
 
 @pytest.mark.parametrize("outside", [torch.inf, -torch.inf, torch.nan])

@@ -14,7 +14,7 @@ from dschat.quickstart import world
 
 # Best first: truth ranks above manners, and an honest shrug above a falsehood.
 KINDS = ("good", "plain", "rude", "evasive", "rambling", "off_topic", "wrong")
-SFT_SHARES = (0.45, 0.2, 0.2, 0.11, 0.0, 0.02, 0.02)
+SFT_SHARES = (0.45, 0.2, 0.2, 0.13, 0.0, 0.01, 0.01)
 # How the worse side of a pair is drawn; the better side is mostly "good", sometimes not.
 REJECTED_SHARES = (0.0, 0.14, 0.14, 0.1, 0.22, 0.1, 0.3)
 BETTER_IS_GOOD = 0.85

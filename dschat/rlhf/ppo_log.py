@@ -44,10 +44,16 @@ class PPOLog:
         self.critic_shape = WorkShape.of(roles.critic, recipes[1], gpus)
         self.metrics = config.open(is_main=rank == 0)
         self.bar = progress(total=iterations, desc="ppo", enabled=rank == 0)
+        self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
         self._begun = self._rolled_out = 0.0
 
     def begin(self) -> None:
         """An iteration starts."""
+        self._rates = {
+            f"lr/{role}/{group}": rate
+            for role in ("actor", "critic")
+            for group, rate in group_rates(getattr(self.roles, role).optimizer).items()
+        }
         self._begun = time.perf_counter()
 
     def rolled_out(self) -> None:
@@ -72,11 +78,6 @@ class PPOLog:
                 float(sum(e.real.sum().item() for e in experiences)),
             ]
         )
-        rates = {
-            f"lr/{role}/{group}": rate
-            for role in ("actor", "critic")
-            for group, rate in group_rates(getattr(self.roles, role).optimizer).items()
-        }
         seconds = {
             "seconds/generation": times.generation,
             "seconds/scoring": times.end_to_end - times.generation - times.training,
@@ -84,7 +85,7 @@ class PPOLog:
             "answer_tokens_per_s": answer_tokens / times.generation,
         }
         if self.metrics is not None and self._due(iteration):
-            self.metrics.log(iteration, statistics | rates | seconds)
+            self.metrics.log(iteration, statistics | self._rates | seconds)
         self.bar.update(1)
         shown = {name: statistics[name] for name in SHOWN}
         line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,6 +39,8 @@ def init_distributed() -> Distributed:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed, once per bucket.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())

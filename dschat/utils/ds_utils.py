@@ -107,7 +107,7 @@ def merge_user_config(ours: dict, path: str, zero_stage: int) -> dict:
             write one rate into all groups and level B's rate to A's); it contradicts a flag that
             the training loop depends on (batch sizes, accumulation, precision, ZeRO stage).
     """
-    user = _read_json_object(path)
+    user = read_user_config(path)
     if "scheduler" in user:
         raise UserError(
             f"deepspeed_config {path}: remove the scheduler block, it would write one rate into "
@@ -144,7 +144,8 @@ def merge_user_config(ours: dict, path: str, zero_stage: int) -> dict:
     return merged
 
 
-def _read_json_object(path: str) -> dict:
+def read_user_config(path: str) -> dict:
+    """The user's DeepSpeed JSON; UserError where it is missing or no JSON object."""
     try:
         found = json.loads(Path(path).read_text())
     except FileNotFoundError as error:

@@ -15,7 +15,12 @@ from transformers import PretrainedConfig
 
 from dschat.errors import UserError
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
+from dschat.utils.ds_utils import (
+    EngineConfig,
+    get_eval_ds_config,
+    get_train_ds_config,
+    read_user_config,
+)
 from dschat.utils.model.model_utils import load_config
 from dschat.utils.module.lora import (
     LoraConfig,
@@ -144,6 +149,14 @@ def build_engine(
     check_rates(engine.optimizer, optimizer_config)
     engine.train()  # models load in eval mode, where dropout and checkpointing are off
     return engine
+
+
+def check_optimizer_block(path: str, config: OptimizerConfig) -> None:
+    """Stop before weights are loaded when the JSON's optimizer contradicts the flags."""
+    block = read_user_config(path).get("optimizer")
+    if block is not None:
+        params = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
+        _complete_optimizer_block({**block, "params": params}, config, path)
 
 
 def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | None) -> None:

@@ -101,6 +101,8 @@ def progress(
 class MetricLogger:
     """Writes figures to `<output_dir>/metrics.jsonl` and, if asked, to TensorBoard and W&B.
 
+    One file a run: what an earlier run wrote is kept under a number.
+
     Only the rank with `enabled_rank0` writes. A package that is asked for and missing raises
     UserError on every rank, so that none waits for another.
     """
@@ -123,6 +125,7 @@ class MetricLogger:
             return
         path = Path(output_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        _set_aside(path)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard_dir is not None:
             module = importlib.import_module("torch.utils.tensorboard")
@@ -171,6 +174,16 @@ class MetricLogger:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _set_aside(path: Path) -> None:
+    """Give an earlier run's file the first free number: metrics.jsonl becomes metrics.1.jsonl."""
+    if not path.exists():
+        return
+    number = 1
+    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
 
 
 def require_package(package: str, flag: str) -> None:

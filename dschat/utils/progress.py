@@ -109,6 +109,7 @@ class TrainingLog:
         self.total_steps = total_steps
         self.metrics = config.open(is_main=rank == 0)
         self.bar = progress(total=total_steps, desc="train", enabled=rank == 0)
+        self._rates = group_rates(engine.optimizer)
         self._since_log = _Interval()
         self._since_evaluation = _Interval()
 
@@ -117,11 +118,13 @@ class TrainingLog:
         for interval in (self._since_log, self._since_evaluation):
             interval.add(loss_sum, *counts)
         self.bar.update(1)
+        # The schedule has moved on by now: what this step used was read before it.
+        rates, self._rates = self._rates, group_rates(self.engine.optimizer)
         if step % self.config.log_every and step != self.total_steps:
             return
         values = self._since_log.values(self.shape)
         norm = self.engine.get_global_grad_norm()
-        rates = {f"lr/{n}": r for n, r in group_rates(self.engine.optimizer).items()}
+        rates = {f"lr/{n}": r for n, r in rates.items()}
         extra = {} if norm is None else {"grad_norm": float(norm)}
         if self.metrics is not None:
             self.metrics.log(step, values | rates | extra)

@@ -223,7 +223,5 @@ def test_model_without_checkpointing_is_refused():
         make_model_gradient_checkpointing_compatible(nn.Linear(2, 2))
     model = tiny.tiny_llama()
     model.supports_gradient_checkpointing = model.model.supports_gradient_checkpointing = False
-    for layer in model.model.layers:
-        assert not getattr(layer, "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match="LlamaForCausalLM has no gradient checkpointing"):
         make_model_gradient_checkpointing_compatible(model)

@@ -94,13 +94,14 @@ def test_jsonl_one_object_a_line(tmp_path):
     assert second == {"kind": "eval", "step": 1, "a": "inf", "b": "-inf", "loss": "nan"}
 
 
-def test_a_second_run_appends(tmp_path):
-    for step in (1, 2):
-        logger = MetricLogger(tmp_path, enabled_rank0=True)
-        logger.log(step, {"loss": 1})
-        logger.close()
-        logger.close()
-    assert [record["step"] for record in read(tmp_path)] == [1, 2]
+def test_each_run_has_a_file_of_its_own(tmp_path):
+    for step in (1, 2, 3):
+        with MetricLogger(tmp_path, enabled_rank0=True) as logger:
+            logger.log(step, {"loss": 1.0})
+    assert [r["step"] for r in read(tmp_path)] == [3]
+    for number, step in ((1, 1), (2, 2)):
+        kept = (tmp_path / f"metrics.{number}.jsonl").read_text()
+        assert json.loads(kept)["step"] == step
 
 
 def test_other_ranks_write_nothing(tmp_path):

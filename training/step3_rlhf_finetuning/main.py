@@ -26,6 +26,7 @@ from dschat.utils.checkpoint import save_hf_format
 from dschat.utils.data.collators import PromptCollator, build_loader
 from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.distributed import local_main_first, print_rank_0, set_random_seed
+from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import windows
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, check_reward_head
@@ -70,6 +71,8 @@ def main() -> None:
     )
     iterations = settings.iterations(len(prompts))
     actor, critic = settings.roles(begun.dtype_name, iterations)
+    for role in (actor, critic):
+        get_train_ds_config(role.engine, begun.world_size)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None

@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -146,9 +148,24 @@ def _no_head(name: str) -> str:
     return f"reward model {name}: no {DISK_HEAD} or {HEAD} in it; train one with step 2 first"
 
 
+def _weights_folder(name: str) -> Path:
+    """The folder itself, or the hub's files in the local cache; safetensors before others."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"model {name}: no such folder, and no hub model that can be reached"
+        ) from error
+    return folder
+
+
 def _read_bin(path: str) -> dict[str, torch.Tensor]:
     """What `pytorch_model.bin` holds; {} for a folder without one."""
-    file = Path(path) / "pytorch_model.bin"
+    file = _weights_folder(path) / "pytorch_model.bin"
     return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
 
 
@@ -161,7 +178,7 @@ def _predecessor_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def _stored_head(path: str, bin_state: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """The head's weight from a folder's safetensors files, or from its `pytorch_model.bin`."""
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted(_weights_folder(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in (DISK_HEAD, HEAD):
                 if key in tensors.keys():  # noqa: SIM118 (not a mapping)

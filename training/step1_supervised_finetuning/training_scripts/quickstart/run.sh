@@ -10,14 +10,14 @@ OUTPUT="${3:-./output}"
 shift "$(($# < 3 ? $# : 3))"
 mkdir -p "$OUTPUT"
 
-# A model that starts from random weights learns with all of them; adapters come in steps 2 and 3.
+# A model that starts from random weights learns with all of them; adapters come in step 3.
 python "$STEP_DIR/main.py" \
   --model_name_or_path "$MODEL" \
   --data_path "$DATA" \
   --data_split 1 \
   --data_output_path "$OUTPUT/.data" \
   --max_seq_len 64 \
-  --per_device_train_batch_size 32 \
+  --per_device_train_batch_size 16 \
   --per_device_eval_batch_size 128 \
   --learning_rate 3e-3 \
   --num_train_epochs 3 \

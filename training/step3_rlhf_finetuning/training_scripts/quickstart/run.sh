@@ -15,22 +15,22 @@ python "$STEP_DIR/main.py" \
   --actor_model_name_or_path "$ACTOR" \
   --critic_model_name_or_path "$CRITIC" \
   --data_path "$DATA" \
-  --data_split 0,5,5 \
+  --data_split 0,0,1 \
   --data_output_path "$OUTPUT/.data" \
   --max_prompt_seq_len 32 \
   --max_answer_seq_len 32 \
   --per_device_generation_batch_size 128 \
   --per_device_training_batch_size 64 \
-  --max_steps 30 \
+  --max_steps 40 \
   --actor_lora_dim 16 \
-  --actor_learning_rate 1e-4 \
+  --actor_learning_rate 4e-4 \
   --actor_loraplus_lr_ratio 16 \
   --critic_lora_dim 16 \
-  --critic_learning_rate 1e-4 \
+  --critic_learning_rate 4e-4 \
   --critic_loraplus_lr_ratio 16 \
   --kl_coef 0.1 \
   --reward_clip 20 \
-  --lr_scheduler_type constant \
+  --lr_scheduler_type cosine \
   --num_warmup_steps 0 \
   --dtype fp32 \
   --output_dir "$OUTPUT" \
