@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from dschat.errors import UserError
 from dschat.quickstart import world
 
-# Best first: truth ranks above manners, and an honest shrug above a falsehood.
-KINDS = ("good", "plain", "rude", "evasive", "rambling", "off_topic", "wrong")
-SFT_SHARES = (0.45, 0.2, 0.2, 0.13, 0.0, 0.01, 0.01)
-# How the worse side of a pair is drawn; the better side is mostly "good", sometimes not.
-REJECTED_SHARES = (0.0, 0.14, 0.14, 0.1, 0.22, 0.1, 0.3)
-BETTER_IS_GOOD = 0.85
+KINDS = ("good", "plain", "rude", "evasive", "rambling", "off_topic", "garbled", "wrong")
+SFT_SHARES = (0.45, 0.2, 0.2, 0.13, 0.0, 0.01, 0.0, 0.01)
+REJECTED_SHARES = (0.0, 0.16, 0.18, 0.1, 0.12, 0.08, 0.12, 0.24)  # the chosen side is good
 SAME_ENDS = 0.6  # share of pairs differing in the body alone, among those whose fault lies there
 LABEL_NOISE = 0.02  # share of training pairs whose sides are swapped, as people also err
 
@@ -164,6 +161,17 @@ def _ramble(rng: random.Random, fact: world.Fact, ends: _Ends) -> str:
     return _ramble(rng, fact, ends) if well_formed(answer) else answer
 
 
+def _garble(rng: random.Random, answer: str) -> str:
+    """The answer with one slip of grammar: a few words lost, one doubled, or two swapped."""
+    words = answer.split(" ")[1:]
+    at = rng.randrange(len(words) - 1)
+    lost = words[:at] + words[at + rng.randint(1, 2) :]
+    doubled = words[: at + 1] + words[at:]
+    swapped = [*words[:at], words[at + 1], words[at], *words[at + 2 :]]
+    slip = " ".join(["", *rng.choice((lost, doubled, swapped))])
+    return _garble(rng, answer) if well_formed(slip) else slip
+
+
 def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: _Ends | None = None) -> str:
     """An answer to `prompt` of one of `KINDS`, beginning with a space, without the end token."""
     if kind not in KINDS:
@@ -173,7 +181,8 @@ def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: _Ends | Non
     if kind == "rambling":
         return _ramble(rng, fact, ends)
     body = _body(rng, fact, kind)
-    return f"{ends.opener} {body}{ends.closer}"
+    answer = f"{ends.opener} {body}{ends.closer}"
+    return _garble(rng, answer) if kind == "garbled" else answer
 
 
 def _cycle(rng: random.Random, prompts: Sequence[str], rows: int) -> list[str]:
@@ -196,17 +205,15 @@ def sft_rows(rng: random.Random, prompts: Sequence[str], rows: int) -> list[dict
 def preference_rows(
     rng: random.Random, prompts: Sequence[str], rows: int, label_noise: float = 0.0
 ) -> list[dict[str, str]]:
-    """Pairs in which the better kind is chosen, columns prompt, chosen and rejected.
+    """Pairs of a good answer and one of another kind, columns prompt, chosen and rejected.
 
     `label_noise` in [0, 1] is the share of pairs that are swapped by chance.
     """
     out = []
     for prompt in _cycle(rng, prompts, rows):
         worse = rng.choices(KINDS, REJECTED_SHARES)[0]
-        ranks_above = KINDS[: KINDS.index(worse)]
-        better = "good" if rng.random() < BETTER_IS_GOOD else rng.choice(ranks_above)
-        ends = _ends_of_kind(rng, better)
-        chosen = answer_of_kind(rng, prompt, better, ends)
+        ends = _ends_of_kind(rng, "good")
+        chosen = answer_of_kind(rng, prompt, "good", ends)
         keep = worse not in ("plain", "rude") and rng.random() < SAME_ENDS
         rejected = answer_of_kind(rng, prompt, worse, ends if keep else None)
         if rng.random() < label_noise:

@@ -75,7 +75,8 @@ def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> d
         won = (margin > 0).double() + 0.5 * (margin == 0).double()
         loss = -F.logsigmoid(margin)
         parts = [loss, won, margin, margin.sigmoid(), both / 2]
-        sums += torch.tensor([*(part.sum().item() for part in parts), len(margin)])
+        counted = [*(part.sum().item() for part in parts), len(margin)]
+        sums += torch.tensor(counted, dtype=torch.float64)
     engine.train(was_training)
     *sums, count = all_reduce_sum(sums.tolist())
     names = ("loss", "accuracy", "margin", "confidence", "mean_score")

@@ -1,8 +1,5 @@
 """PPO on one process with real engines: tiny folders in, rollouts, updates."""
 
-import dataclasses
-import math
-
 import pytest
 import torch
 from slow_ppo import Numbers, SlowPPO, Text
@@ -117,22 +114,6 @@ def test_the_update_does_not_depend_on_the_micro_batch(load_roles, lora):
         assert statistics == pytest.approx(results[0][2], abs=1e-5)
 
 
-def test_a_window_may_span_rollouts_of_different_width(load_roles):
-    """Two rollouts of 4 rows, windows of 8: one step, with its mean over both."""
-    setting = Setting(accumulation=2)
-    roles = load_roles(setting)
-    trainer = ppo_trainer(roles, setting)
-    both = [rollout(trainer, 0), rollout(trainer, 1, [1, 1, 3, 2])]
-    assert both[0].answer_mask.shape != both[1].answer_mask.shape
-    steps = roles.actor.global_steps
-    statistics = trainer.train_rlhf(both)
-    assert roles.actor.global_steps == roles.critic.global_steps == steps + 1
-    tokens = [e.answer_mask.sum().item() for e in both]
-    assert tokens == [15, 7]
-    assert statistics["answer_length"] == pytest.approx(22 / 8)
-    assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)
-
-
 def text_of(e: Experience, row: int) -> Text:
     """The ids alone of one row, as the slow reference takes them."""
     prompt = int(e.attention_mask[row, : e.prompt_length].sum())
@@ -184,41 +165,6 @@ def test_updates_equal_those_of_plain_pytorch(load_roles, folders):
     }
     expected = {name: p.detach().float() for name, p in slow.critic.named_parameters()}
     assert_same(critic, expected, 1e-6)
-
-
-def test_filler_rows_change_nothing(load_roles):
-    setting, results = Setting(), []
-    for filler in (False, True):
-        roles = load_roles(setting)
-        trainer = ppo_trainer(roles, setting)
-        e = rollout(trainer, lengths=[3, 5, 1, 2])
-        real = torch.tensor([True, True, True, False])
-        e = dataclasses.replace(e, real=real, answer_mask=e.answer_mask & real[:, None])
-        statistics = trainer.train_rlhf([e if filler else e.rows(torch.arange(3))])
-        results.append((weights(roles.actor.module), weights(roles.critic.module), statistics))
-    assert_same(results[0][0], results[1][0], 1e-6)
-    assert_same(results[0][1], results[1][1], 1e-6)
-    assert results[0][2] == pytest.approx(results[1][2], abs=1e-5)
-    assert results[1][2]["answer_length"] == pytest.approx(3.0)
-    assert results[1][2]["ended"] == 1.0
-
-
-def test_answers_of_a_lone_end_token_and_batches_of_filler(load_roles):
-    setting = Setting(micro_batch=2)
-    roles = load_roles(setting)
-    trainer = ppo_trainer(roles, setting)
-    e = rollout(trainer, lengths=[1, 1, 1, 1])
-    assert e.answer_mask.shape == (4, 1) and e.answer_mask.all() and e.ended.all()
-    assert all(math.isfinite(v) for v in trainer.train_rlhf([e]).values())
-
-    # A rank may get a batch of nothing but filler; it makes its passes and learns nothing.
-    roles = load_roles(setting)
-    trainer = ppo_trainer(roles, setting)
-    before = weights(roles.actor.module)
-    none = torch.zeros(4, dtype=torch.bool)
-    e = dataclasses.replace(e, real=none, answer_mask=e.answer_mask & none[:, None])
-    assert all(math.isfinite(v) for v in trainer.train_rlhf([e]).values())
-    assert largest_change(before, weights(roles.actor.module)) == 0.0
 
 
 def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor):

@@ -199,6 +199,17 @@ def test_experience_masks_ends_and_columns(load_roles):
         assert column.dtype == torch.float32 and not column.requires_grad
 
 
+def test_every_role_is_in_eval_mode_for_a_rollout(load_roles):
+    setting, modes = Setting(gradient_checkpointing=True), []
+    roles = load_roles(setting).train()
+    for engine in (roles.actor, roles.critic):
+        engine.module.register_forward_hook(lambda module, *_: modes.append(module.training))
+    ppo_trainer(roles, setting).rollout(prompts())
+    # Six tokens, then one scoring pass of the actor and one of the critic.
+    assert modes == [False] * 8
+    assert not roles.reference.training and not roles.reward.training
+
+
 def test_pad_rows():
     batch = left_padded(PROMPTS[:2])
     filled = pad_rows(batch, 5)

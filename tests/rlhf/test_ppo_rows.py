@@ -1,0 +1,81 @@
+"""Which rows and tokens an update learns from: all that are real, and nothing else."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_roles import Setting, assert_same, largest_change, ppo_trainer, rollout, weights
+
+
+def test_a_window_may_span_rollouts_of_different_width(load_roles):
+    """Two rollouts of 4 rows, windows of 8: one step, with its mean over both."""
+    setting = Setting(accumulation=2)
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting)
+    both = [rollout(trainer, 0), rollout(trainer, 1, [1, 1, 3, 2])]
+    assert both[0].answer_mask.shape != both[1].answer_mask.shape
+    steps = roles.actor.global_steps
+    statistics = trainer.train_rlhf(both)
+    assert roles.actor.global_steps == roles.critic.global_steps == steps + 1
+    tokens = [e.answer_mask.sum().item() for e in both]
+    assert tokens == [15, 7]
+    assert statistics["answer_length"] == pytest.approx(22 / 8)
+    assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_filler_rows_change_nothing(load_roles):
+    setting, results = Setting(), []
+    for filler in (False, True):
+        roles = load_roles(setting)
+        trainer = ppo_trainer(roles, setting)
+        e = rollout(trainer, lengths=[3, 5, 1, 2])
+        real = torch.tensor([True, True, True, False])
+        e = dataclasses.replace(e, real=real, answer_mask=e.answer_mask & real[:, None])
+        statistics = trainer.train_rlhf([e if filler else e.rows(torch.arange(3))])
+        results.append((weights(roles.actor.module), weights(roles.critic.module), statistics))
+    assert_same(results[0][0], results[1][0], 1e-6)
+    assert_same(results[0][1], results[1][1], 1e-6)
+    assert results[0][2] == pytest.approx(results[1][2], abs=1e-5)
+    assert results[1][2]["answer_length"] == pytest.approx(3.0)
+    assert results[1][2]["ended"] == 1.0
+
+
+def test_answers_of_a_lone_end_token_and_batches_of_filler(load_roles):
+    setting = Setting(micro_batch=2)
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting)
+    e = rollout(trainer, lengths=[1, 1, 1, 1])
+    assert e.answer_mask.shape == (4, 1) and e.answer_mask.all() and e.ended.all()
+    assert all(math.isfinite(v) for v in trainer.train_rlhf([e]).values())
+
+    # A rank may get a batch of nothing but filler; it makes its passes and learns nothing.
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting)
+    before = weights(roles.actor.module)
+    none = torch.zeros(4, dtype=torch.bool)
+    e = dataclasses.replace(e, real=none, answer_mask=e.answer_mask & none[:, None])
+    assert all(math.isfinite(v) for v in trainer.train_rlhf([e]).values())
+    assert largest_change(before, weights(roles.actor.module)) == 0.0
+
+
+def test_what_lies_behind_the_answers_shows_nowhere(load_roles):
+    """Behind an end token probabilities may drift without bound: e^1000 is no number of fp32."""
+    setting, results = Setting(), []
+    for behind in (None, -1000.0, 1000.0):
+        roles = load_roles(setting)
+        trainer = ppo_trainer(roles, setting, ppo_epochs=2)
+        e = rollout(trainer)
+        if behind is not None:
+            e = dataclasses.replace(
+                e,
+                logprobs=e.logprobs.where(e.answer_mask, behind),
+                ref_logprobs=e.ref_logprobs.where(e.answer_mask, -behind),
+            )
+        statistics = trainer.train_rlhf([e])
+        assert all(math.isfinite(value) for value in statistics.values())
+        results.append((weights(roles.actor.module), weights(roles.critic.module), statistics))
+    for actor, critic, statistics in results[1:]:
+        assert_same(actor, results[0][0], 0.0)
+        assert_same(critic, results[0][1], 0.0)
+        assert statistics == pytest.approx(results[0][2], abs=1e-9)
