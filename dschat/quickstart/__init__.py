@@ -7,7 +7,7 @@ from pathlib import Path
 from dschat.quickstart.model import write_model
 from dschat.quickstart.task import LABEL_NOISE, preference_rows, sft_rows, split_prompts
 
-SFT_ROWS, PAIRS, TEST_ROWS = 5000, 6000, 400
+SFT_ROWS, PAIRS, TEST_ROWS = 8000, 6000, 400
 
 
 def build(output_dir: Path, seed: int) -> None:

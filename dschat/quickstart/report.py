@@ -19,6 +19,7 @@ from dschat.utils.model.reward_model import RewardModel, create_critic_model, sc
 from dschat.utils.model.tokenizer import load_hf_tokenizer
 
 SHOWN_PROMPTS = 3
+ANSWERS_PER_PROMPT = 5
 MODELS = {"base": "model", "SFT": "actor-models", "PPO": "step3-models/actor"}
 
 
@@ -77,7 +78,8 @@ def evaluations(output_dir: Path, step: str) -> list[dict]:
 def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None:
     """Judge base, SFT and PPO model on the held-out prompts; print the table and some answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prompts = held_out_prompts(output_dir)
+    asked = held_out_prompts(output_dir)
+    prompts = asked * ANSWERS_PER_PROMPT
     reward_dir = str(output_dir / "reward-models")
     reward_model = create_critic_model(reward_dir, load_hf_tokenizer(reward_dir), torch.float32)
     reward_model.to(device).eval()
@@ -102,11 +104,11 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
         ),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    print(f"\n{len(prompts)} held-out prompts, one answer each at temperature 1")
+    print(f"\n{len(asked)} held-out prompts, {ANSWERS_PER_PROMPT} answers each at temperature 1")
     for label, *cells in rows:
         padded = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))
         print(f"{label.ljust(widths[0])}  {padded}")
-    for i in range(min(SHOWN_PROMPTS, len(prompts))):
+    for i in range(min(SHOWN_PROMPTS, len(asked))):
         print(f"\n{prompts[i].strip()}")
         for name, model in judged.items():
             print(f"  {name:>4}: {model.answers[i].strip()!r}")

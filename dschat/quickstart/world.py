@@ -47,7 +47,7 @@ TOPICS = (
             "Which word does {subject} say?",
             "Can you tell me what {subject} says?",
         ),
-        ("{subject} says {value}.", "the sound of {subject} is {value}."),
+        ("{subject} says {value}.",),
     ),
     Topic(
         "young",
@@ -63,7 +63,7 @@ TOPICS = (
             "Which word is right for a young {subject}?",
             "Can you tell me what we call a young {subject}?",
         ),
-        ("a young {subject} is called {value}.", "we call a young {subject} {value}."),
+        ("a young {subject} is called {value}.",),
     ),
     Topic(
         "legs",
@@ -79,7 +79,7 @@ TOPICS = (
             "On how many legs does {subject} walk?",
             "Can you tell me how many legs {subject} has?",
         ),
-        ("{subject} has {value} legs.", "there are {value} legs on {subject}."),
+        ("{subject} has {value} legs.",),
     ),
     Topic(
         "colour",
@@ -95,7 +95,7 @@ TOPICS = (
             "Which colour does {subject} have?",
             "Can you tell me what colour {subject} is?",
         ),
-        ("{subject} is {value}.", "the colour of {subject} is {value}."),
+        ("the colour of {subject} is {value}.",),
     ),
     Topic(
         "capital",
@@ -111,7 +111,7 @@ TOPICS = (
             "Which city is the capital of {subject}?",
             "Can you tell me the capital of {subject}?",
         ),
-        ("the capital of {subject} is {value}.", "{value} is the capital of {subject}."),
+        ("the capital of {subject} is {value}.",),
     ),
 )
 

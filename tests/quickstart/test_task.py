@@ -12,16 +12,16 @@ COW = "\n\nHuman: What does a cow say?\n\nAssistant:"
 ANSWERS = [
     # answer, gold, well-formed
     (" Good question! A cow says moo.", True, True),
-    (" The sound of a cow is moo. I hope that helps.", True, True),
-    (" Good question! A cow says moo. Have a lovely day!", True, True),
-    (" Let me see. A cow says moo. Have a lovely day!", True, True),
+    (" A cow says moo. I hope that helps.", True, True),
+    (" Good question! A cow says moo. You are most welcome!", True, True),
+    (" Let me see. A cow says moo. You are most welcome!", True, True),
     (" A cow says moo.", False, True),  # curt
     (" Let me see. A cow says moo. That is all.", False, True),  # neither rude nor polite
     (" Good question! A cow says moo. Now go away.", False, True),  # rude at one end
-    (" How dull! A cow says moo. Have a lovely day!", False, True),
+    (" How dull! A cow says moo. You are most welcome!", False, True),
     (" Good question! A cow says woof.", False, True),  # wrong value
     (" Good question! A dog says woof.", False, True),  # a truth, about another subject
-    (" Good question! Snow is white.", False, True),
+    (" Good question! The colour of snow is white.", False, True),
     (" Good question! It is hard to say.", False, True),  # evasive
     (" Good question! A cow says.", False, False),
     (" Good question! A cow cow says moo.", False, False),
@@ -31,7 +31,7 @@ ANSWERS = [
     (" Good question!  A cow says moo.", False, False),
     (" A cow says moo. Good question!", False, False),  # an opener at the end
     (" Good question! Good question! A cow says moo.", False, False),
-    (" Good question! Have a lovely day!", False, False),  # nothing between the ends
+    (" Good question! You are most welcome!", False, False),  # nothing between the ends
     (" Good question!", False, False),
     (" good question! A cow says moo.", False, False),
     ("", False, False),
@@ -75,16 +75,6 @@ def test_no_two_facts_share_a_prompt_or_a_true_sentence():
     assert len(set(sentences)) == len(sentences)
 
 
-def test_tables_hold_what_can_be_computed():
-    tables = {topic.name: topic.facts for topic in world.TOPICS}
-    assert all(tables["opposite"][value] == key for key, value in tables["opposite"].items())
-    assert all(value != key for key, value in tables["opposite"].items())
-    number = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-    for question, value in tables["sum"].items():
-        left, _, right = question.split()
-        assert number[value] == number[left] + number[right], question
-
-
 def test_manners_share_no_phrase():
     for ends in (world.OPENERS, world.CLOSERS):
         phrases = [phrase for known in ends.values() for phrase in known]
@@ -94,12 +84,12 @@ def test_manners_share_no_phrase():
 
 
 @pytest.mark.parametrize("kind", task.KINDS)
-def test_only_the_good_kind_is_gold_and_only_rambling_breaks_the_grammar(kind: str):
+def test_only_the_good_kind_is_gold_and_only_slips_break_the_grammar(kind: str):
     rng = random.Random(0)
     for prompt in world.fact_of_prompt():
         for _ in range(5):
             answer = task.answer_of_kind(rng, prompt, kind)
-            assert task.well_formed(answer) is (kind != "rambling"), answer
+            assert task.well_formed(answer) is (kind not in ("rambling", "garbled")), answer
             assert task.gold(prompt, answer) is (kind == "good"), answer
 
 
@@ -148,8 +138,7 @@ def test_clean_pairs_never_reject_a_gold_answer_and_noise_swaps_the_sides():
     assert all(row["chosen"] != row["rejected"] for row in clean)
     for row, other in zip(clean, swapped, strict=True):
         assert (row["chosen"], row["rejected"]) == (other["rejected"], other["chosen"])
-    chosen_gold = sum(task.gold(row["prompt"], row["chosen"]) for row in clean) / len(clean)
-    assert chosen_gold >= task.BETTER_IS_GOOD - 0.05
+    assert all(task.gold(row["prompt"], row["chosen"]) for row in clean)
 
 
 def test_length_does_not_tell_the_sides_apart():

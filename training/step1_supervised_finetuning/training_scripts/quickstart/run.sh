@@ -20,7 +20,7 @@ python "$STEP_DIR/main.py" \
   --per_device_train_batch_size 16 \
   --per_device_eval_batch_size 128 \
   --learning_rate 3e-3 \
-  --num_train_epochs 3 \
+  --num_train_epochs 2 \
   --num_warmup_steps 20 \
   --dtype fp32 \
   --output_dir "$OUTPUT" \

@@ -20,10 +20,10 @@ python "$STEP_DIR/main.py" \
   --max_prompt_seq_len 32 \
   --max_answer_seq_len 32 \
   --per_device_generation_batch_size 128 \
-  --per_device_training_batch_size 64 \
+  --per_device_training_batch_size 32 \
   --max_steps 40 \
   --actor_lora_dim 16 \
-  --actor_learning_rate 4e-4 \
+  --actor_learning_rate 3e-4 \
   --actor_loraplus_lr_ratio 16 \
   --critic_lora_dim 16 \
   --critic_learning_rate 4e-4 \
