@@ -28,7 +28,7 @@ python "$STEP_DIR/main.py" \
   --critic_lora_dim 16 \
   --critic_learning_rate 4e-4 \
   --critic_loraplus_lr_ratio 16 \
-  --kl_coef 0.1 \
+  --kl_coef 0.4 \
   --reward_clip 20 \
   --lr_scheduler_type cosine \
   --num_warmup_steps 0 \
