@@ -186,14 +186,12 @@ def test_ppo_on_one_rank(one_rank: Run):
     assert not (one_rank.folder / "ppo" / "actor_ema").exists()
 
 
-@pytest.mark.slow
 def test_every_program_runs_on_two_ranks(two_ranks: Run):
     assert [result.code for result in two_ranks.results] == [2, 0, 0, 0, 0, 0]
     for name in ("sft", "reward-again", "sft-bf16", "reward-bf16", "ppo"):
         assert_all_finite(two_ranks.folder / name)
 
 
-@pytest.mark.slow
 def test_bad_data_ends_both_ranks_with_one_line(two_ranks: Run, inputs: Path):
     """The worker goes on afterwards: no rank was left waiting."""
     first = two_ranks.results[0]
@@ -204,7 +202,6 @@ def test_bad_data_ends_both_ranks_with_one_line(two_ranks: Run, inputs: Path):
     assert (inputs / "worker-2" / "stderr.0.1").read_text() == ""  # the other rank's
 
 
-@pytest.mark.slow
 def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Run):
     """One rank without ZeRO, two with ZeRO 2, the same global batch: the same path in fp32."""
     one, two = one_rank.folder / "sft", two_ranks.folder / "sft"
@@ -216,7 +213,6 @@ def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Ru
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Run):
     """Other batches and ZeRO 3 change nothing: 13 pairs, 4 at a time or 2 x 3 at a time."""
     last = records(one_rank.folder / "reward", "eval")[-1:]
@@ -225,7 +221,6 @@ def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(one_rank: Run
     torch.testing.assert_close(column(first, *names), column(last, *names), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):
     folder = two_ranks.folder / "ppo"
     assert_on_policy(folder, iterations=2)  # 13 prompts, 2 x 4 at a time
@@ -240,7 +235,6 @@ def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):
     load(AutoModelForSequenceClassification, folder / "critic")
 
 
-@pytest.mark.slow
 def test_step_1_under_the_deepspeed_launcher(inputs: Path):
     """It sets ranks and appends --local_rank itself."""
     folder = inputs / "launcher"
