@@ -303,6 +303,7 @@ class PPOArguments:
     lam: float = flag(0.95, "GAE's lambda")
     reward_clip: float = flag(5.0, "scores are clipped to this magnitude")
     missing_eos_penalty: float = flag(0.0, "taken from the score of an answer without end")
+    eval_interval: int = flag(0, "updates between evaluations; 0: per epoch only")
     max_steps: int = flag(0, "stop after so many updates; 0: after the data")
 
     def __post_init__(self):
@@ -318,7 +319,7 @@ class RLHFSettings:
     """Step 3, PPO."""
 
     ppo: PPOArguments = group(PPOArguments)
-    data: DataArguments = group(DataArguments)
+    data: DataArguments = group(DataArguments, max_eval_samples=128)
     actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
     critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
     run: RunArguments = group(

@@ -9,7 +9,7 @@ from dschat.rlhf.experience import Experience
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.engine import Recipe
-from dschat.utils.metrics import format_value, progress
+from dschat.utils.metrics import console_line, format_value, progress
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
 from dschat.utils.progress import LogConfig, WorkShape
@@ -105,6 +105,12 @@ class PPOLog:
             print_throughput_step3(*works, rollout, times, self.gpus, self.rank)
         if self.printing.interval and iteration % self.printing.interval == 0:
             self._print(self._answers(experiences[0]))
+
+    def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
+        """Show what the policy earns on held-out prompts."""
+        self._print("eval " + console_line(iteration, self.iterations, statistics))
+        if self.metrics is not None:
+            self.metrics.log(iteration, statistics, kind="eval")
 
     def _due(self, iteration: int) -> bool:
         return iteration % self.config.log_every == 0 or iteration == self.iterations

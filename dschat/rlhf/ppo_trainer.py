@@ -11,6 +11,7 @@ arXiv:1707.06347):
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,10 @@ class DeepSpeedPPOTrainer:
             self.config.sampling,
             score_batch_size=self.config.micro_batch_size,
         )
+
+    def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
+        """What the present policy earns on held-out prompts: `rollout_statistics`, no update."""
+        return self.rollout_statistics([self.rollout(batch) for batch in batches])
 
     def with_advantages(self, experiences: list[Experience]) -> list[Experience]:
         """Stages 2 and 3, once per set of rollouts: the returns, and whitened advantages."""

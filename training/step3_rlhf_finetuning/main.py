@@ -60,15 +60,10 @@ def main() -> None:
     run.recipe(settings.critic).check(critic_name, RewardModel.from_config)
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 3, is_writer=w))
     print_rank_0("\n".join(data.report.lines()))
-    prompts = build_loader(
-        data.train,
-        PromptCollator(tokenizer.pad_token_id),
-        config.rollout_batch_size,
-        rank=begun.rank,
-        world_size=begun.world_size,
-        seed=run.seed,
-        shuffle=True,
-    )
+    collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
+    ranks = {"rank": begun.rank, "world_size": begun.world_size, "seed": run.seed}
+    prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
+    held_out = build_loader(data.eval, collator, rollout_batch, shuffle=False, **ranks)
     iterations = settings.iterations(len(prompts))
     actor, critic = settings.roles(begun.dtype_name, iterations)
     for role in (actor, critic):
@@ -84,8 +79,9 @@ def main() -> None:
     )
     set_random_seed(run.seed + begun.rank)
 
-    # 3. train
+    # 3. train; evaluate before, at intervals, after each epoch
     iteration = 0
+    log.evaluation(iteration, trainer.evaluate(held_out))
     for epoch in range(run.num_train_epochs):
         prompts.set_epoch(epoch)
         for batches in windows(prompts, settings.ppo.generation_batches):
@@ -97,6 +93,11 @@ def main() -> None:
             statistics = trainer.train_rlhf(experiences)
             iteration += 1
             log.iteration(iteration, statistics, experiences, config.ppo_epochs)
+            if settings.ppo.eval_interval and iteration % settings.ppo.eval_interval == 0:
+                log.evaluation(iteration, trainer.evaluate(held_out))
+        log.evaluation(iteration, trainer.evaluate(held_out))
+        if iteration == iterations:
+            break
 
     # 4. model folders that transformers loads
     if run.output_dir is not None:
