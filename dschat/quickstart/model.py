@@ -78,7 +78,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of about one million random weights, the same for the same seed.
+    """A Llama of about half a million random weights, the same for the same seed.
 
     The caller's random state is left as it was.
     """

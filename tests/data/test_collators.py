@@ -7,8 +7,8 @@ from dschat.utils.data.collators import (
     PromptCollator,
     SFTCollator,
     build_loader,
-    position_ids,
 )
+from dschat.utils.model.model_utils import position_ids_from
 
 PAD = EOS = 2
 
@@ -55,12 +55,12 @@ def test_prompts_are_padded_on_the_left_with_positions():
     batch = PromptCollator(PAD)([{"prompt_ids": [EOS, 5, 6]}, {"prompt_ids": [7]}])
     assert batch.input_ids.tolist() == [[2, 5, 6], [2, 2, 7]]
     assert batch.attention_mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert position_ids(batch.attention_mask).tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert position_ids_from(batch.attention_mask).tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
 def test_positions_on_right_padding():
     mask = torch.tensor([[True, True, False, False]])
-    assert position_ids(mask).tolist() == [[0, 1, 1, 1]]
+    assert position_ids_from(mask).tolist() == [[0, 1, 1, 1]]
 
 
 def test_filler_rows_are_masked_out():

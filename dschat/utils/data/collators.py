@@ -94,11 +94,6 @@ class PromptCollator:
         return PromptBatch(*_pad(prompts, self.pad_token_id, left=True), _real(rows))
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (int64, shaped like the mask) that count real tokens from 0; 0 on left padding."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
 def _pad(
     sequences: Sequence[Sequence[int]], pad_token_id: int, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
