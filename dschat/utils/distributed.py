@@ -106,15 +106,6 @@ def all_reduce_sum(values: Sequence[float], device: torch.device | None = None) 
     return tensor.tolist()
 
 
-def all_reduce_max(value: float, device: torch.device | None = None) -> float:
-    """Largest value over the ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return float(value)
-    tensor = torch.tensor([value], dtype=torch.float64, device=device or _default_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
-
-
 def _default_device() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
