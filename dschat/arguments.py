@@ -15,10 +15,12 @@ from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.engine import Recipe, Schedule, check_optimizer_block, num_windows
-from dschat.utils.metrics import require_package
+from dschat.utils.metrics import Continued, require_package
 from dschat.utils.module.lora import ALL_LINEAR, LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from dschat.utils.progress import LogConfig
+from dschat.utils.state_folder import NEWEST
+from dschat.utils.training_state import StateConfig
 
 SCHEDULES = [
     "linear",
@@ -101,6 +103,36 @@ class ModelArguments:
 
 
 @dataclass(frozen=True)
+class StateArguments:
+    """Flags of training states: saving them, and resuming from one."""
+
+    save_steps: int = flag(
+        0,
+        "steps (in step 3 iterations) between training states under OUTPUT_DIR/checkpoints; "
+        "0: none",
+    )
+    save_total_limit: int = flag(1, "keep so many of them, the newest")
+    resume: str | None = flag(
+        None,
+        "go on from this training state; without a value from the newest, if there is one",
+        type=str,
+        nargs="?",
+        const=NEWEST,
+    )
+    resume_with_new_rates: bool = flag(
+        False, "resume with the learning rates and ratios given now, not the saved ones", **SWITCH
+    )
+
+    def __post_init__(self):
+        if self.save_steps < 0:
+            raise UserError(f"save_steps is {self.save_steps}: give 0 (never) or more")
+        if self.save_total_limit < 1:
+            raise UserError(f"save_total_limit is {self.save_total_limit}: give at least 1")
+        if self.resume_with_new_rates and self.resume is None:
+            raise UserError("resume_with_new_rates: nothing is resumed; add --resume")
+
+
+@dataclass(frozen=True)
 class RunArguments:
     """Flags that every step shares."""
 
@@ -131,6 +163,7 @@ class RunArguments:
     compute_fp32_loss: bool = flag(
         False, "losses are always computed in fp32", retired=True, **SWITCH
     )
+    states: StateArguments = group(StateArguments)
 
     def __post_init__(self):
         for name in ("num_train_epochs", "gradient_accumulation_steps", "log_every"):
@@ -138,6 +171,11 @@ class RunArguments:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.num_warmup_steps < 0:
             raise UserError(f"num_warmup_steps is {self.num_warmup_steps}: give 0 or more")
+        if self.output_dir is None and self.state_config().in_use:
+            flag_name = "save_steps" if self.states.save_steps else "resume"
+            raise UserError(
+                f"{flag_name}: training states lie in the output folder; add --output_dir"
+            )
         if self.only_optimize_lora and self.train_base_model:
             raise UserError("only_optimize_lora and train_base_model contradict: drop one")
         if self.enable_tensorboard:
@@ -166,13 +204,25 @@ class RunArguments:
         """The learning-rate schedule over so many optimizer steps."""
         return schedule_factory(self.lr_scheduler_type, self.num_warmup_steps, total_steps)
 
-    def log_config(self) -> LogConfig:
-        """Where the run's figures go."""
+    def state_config(self) -> StateConfig:
+        """When training states are written, and what the run resumes from."""
+        states = self.states
+        return StateConfig(
+            output_dir=self.output_dir,
+            save_steps=states.save_steps,
+            save_total_limit=states.save_total_limit,
+            resume=states.resume,
+            with_new_rates=states.resume_with_new_rates,
+        )
+
+    def log_config(self, continued: Continued | None = None) -> LogConfig:
+        """Where the run's figures go; a resumed run's continue those of another."""
         return LogConfig(
             output_dir=self.output_dir,
             tensorboard_dir=self.tensorboard_path if self.enable_tensorboard else None,
             wandb_project=self.wandb_project,
             log_every=self.log_every,
+            continued=continued,
         )
 
     def engine_config(self, model: ModelArguments, dtype: str, micro_batch: int) -> EngineConfig:

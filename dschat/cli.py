@@ -86,6 +86,18 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default
 
 
+def flag_values(settings: Any) -> dict[str, Any]:
+    """The value of every flag of a settings object by the flag's name, retired ones left out."""
+    values = {}
+    for item in flags_of(type(settings)):
+        if not item.field.metadata["retired"]:
+            value = settings
+            for name in item.path:
+                value = getattr(value, name)
+            values[item.name] = value
+    return values
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, raised as UserError."""
 

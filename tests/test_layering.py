@@ -13,12 +13,13 @@ LEVELS = [
     "errors",
     "losses rlhf.returns rlhf.experience utils.data.splits utils.ds_utils utils.flops "
     "utils.gpu_peaks utils.perf",
-    "utils.zero utils.distributed utils.metrics",
+    "utils.zero utils.distributed utils.metrics utils.state_folder",
     "utils.module.lora utils.optim utils.model.model_utils utils.model.reward_model "
     "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.raw_datasets "
     "utils.data.tokenise utils.data.collators utils.data.data_utils utils.checkpoint utils.utils "
     "cli",
-    "utils.engine utils.evaluation utils.startup utils.progress rlhf.rollout rlhf.ema",
+    "utils.engine utils.evaluation utils.startup utils.progress utils.resume_checks "
+    "utils.training_state rlhf.rollout rlhf.ema",
     "rlhf.rlhf_engine",
     "rlhf.ppo_trainer rlhf.ppo_log",
     "arguments quickstart",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dschat.utils.zero import local_shard, set_local_shard
+from dschat.utils.zero import is_partitioned, local_shard, set_local_shard
 
 
 class EMA:
@@ -32,6 +32,22 @@ class EMA:
         for name, average in self.shadow.items():
             current = local_shard(parameters[name]).detach().to("cpu", torch.float32)
             average.lerp_(current, 1.0 - self.decay)
+
+    @property
+    def per_rank(self) -> bool:
+        """Whether each rank averages a shard of its own; otherwise all hold the same."""
+        return any(is_partitioned(p) for p in self.module.parameters())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averages by parameter name."""
+        return dict(self.shadow)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from these averages; their names and shapes must be those of the actor."""
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self.shadow.items()}:
+            raise RuntimeError("the saved moving average is not of this actor's parameters")
+        for name, average in state.items():
+            self.shadow[name].copy_(average)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:

@@ -43,7 +43,9 @@ class PPOLog:
         self.actor_shape = WorkShape.of(roles.actor, recipes[0], gpus)
         self.critic_shape = WorkShape.of(roles.critic, recipes[1], gpus)
         self.metrics = config.open(is_main=rank == 0)
-        self.bar = progress(total=iterations, desc="ppo", enabled=rank == 0)
+        self.bar = progress(
+            total=iterations, desc="ppo", enabled=rank == 0, initial=config.first_step
+        )
         self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
         self._begun = self._rolled_out = 0.0
 

@@ -96,6 +96,16 @@ class DeepSpeedPPOTrainer:
         self.roles, self.config, self.world_size = roles, config, world_size
         self.generator = torch.Generator().manual_seed(config.seed)
 
+    per_rank = True  # its state is a few numbers
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Where the order of mini-batches stands; the rest of the state is the roles'."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        self.generator.set_state(state["generator"])
+
     def rollout(self, prompts: PromptBatch) -> Experience:
         """Stage 1: sample and score one batch of prompts."""
         prompts = pad_rows(prompts, self.config.rollout_batch_size).to(self.roles.device)

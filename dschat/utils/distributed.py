@@ -91,6 +91,26 @@ def local_main_first(work: Callable[[bool], Result]) -> Result:
     return result
 
 
+def decided_by_main(work: Callable[[], Result]) -> Result:
+    """What `work()` gives on rank 0, on every rank; the others do not run it.
+
+    Raises:
+        UserError: on every rank, when rank 0 met one: all stop with the same line.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    found: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = work()
+        except UserError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -117,6 +137,34 @@ def set_random_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class RandomState:
+    """The generators of this process: python, numpy, torch, and this rank's device."""
+
+    per_rank = True
+
+    def state_dict(self) -> dict[str, object]:
+        """Where they stand, as tensors and plain numbers."""
+        from deepspeed.accelerator import get_accelerator
+
+        name, words, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": (name, torch.from_numpy(words.astype(np.int64)), *rest),
+            "torch": torch.get_rng_state(),
+            "device": get_accelerator().get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Put them back where `state_dict` found them."""
+        from deepspeed.accelerator import get_accelerator
+
+        name, words, *rest = state["numpy"]
+        random.setstate(state["python"])
+        np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        get_accelerator().set_rng_state(state["device"])
 
 
 def print_rank_0(message: str, rank: int | None = None) -> None:

@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def progress(
     total: int | None = None,
     desc: str = "",
     enabled: bool = True,
+    initial: int = 0,
 ) -> tqdm:
     """Return a tqdm bar over `iterable`, or one of `total` steps to `update`; silent if disabled.
 
@@ -94,14 +97,24 @@ def progress(
         desc=desc,
         disable=not enabled,
         dynamic_ncols=True,
+        initial=initial,
         mininterval=interval,
     )
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The run that a resumed one continues: its metrics file as of a step."""
+
+    metrics: Path
+    step: int
 
 
 class MetricLogger:
     """Writes figures to `<output_dir>/metrics.jsonl` and, if asked, to TensorBoard and W&B.
 
-    One file a run: what an earlier run wrote is kept under a number.
+    One file a run: what an earlier run wrote is kept under a number. A resumed run continues its
+    own: lines written after the step that it resumes at are cut off.
 
     Only the rank with `enabled_rank0` writes. A package that is asked for and missing raises
     UserError on every rank, so that none waits for another.
@@ -115,6 +128,7 @@ class MetricLogger:
         tensorboard_dir: str | Path | None = None,
         wandb_project: str | None = None,
         run_name: str | None = None,
+        continued: Continued | None = None,
     ):
         if tensorboard_dir is not None:
             require_package("tensorboard", "--enable_tensorboard")
@@ -125,11 +139,15 @@ class MetricLogger:
             return
         path = Path(output_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _set_aside(path)
+        if continued is None:
+            _set_aside(path)
+        else:
+            _take_up(path, continued.metrics)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard_dir is not None:
             module = importlib.import_module("torch.utils.tensorboard")
-            self._tensorboard = module.SummaryWriter(log_dir=str(tensorboard_dir))
+            purge = None if continued is None else continued.step + 1
+            self._tensorboard = module.SummaryWriter(log_dir=str(tensorboard_dir), purge_step=purge)
         if wandb_project is not None:
             module = importlib.import_module("wandb")
             self._wandb = module.init(project=wandb_project, name=run_name, dir=str(output_dir))
@@ -184,6 +202,16 @@ def _set_aside(path: Path) -> None:
     while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1
     path.rename(kept)
+
+
+def _take_up(path: Path, earlier: Path) -> None:
+    """Make the file what `earlier` is; one that does not begin so is of another run, and kept."""
+    lines = earlier.read_bytes()
+    if path.exists() and not path.read_bytes().startswith(lines):
+        _set_aside(path)
+    part = path.with_suffix(".tmp")
+    part.write_bytes(lines)
+    os.replace(part, path)
 
 
 def require_package(package: str, flag: str) -> None:

@@ -12,7 +12,13 @@ from torch import nn
 
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.engine import Recipe
-from dschat.utils.metrics import MetricLogger, console_line, format_value, progress
+from dschat.utils.metrics import (
+    Continued,
+    MetricLogger,
+    console_line,
+    format_value,
+    progress,
+)
 from dschat.utils.model.reward_model import RewardModel
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, TrainingWork, print_throughput, throughput
@@ -28,6 +34,12 @@ class LogConfig:
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     log_every: int = 10
+    continued: Continued | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The steps that the run continued has made."""
+        return 0 if self.continued is None else self.continued.step
 
     def open(self, is_main: bool) -> MetricLogger | None:
         """The run's metric files; None without an output folder."""
@@ -38,6 +50,7 @@ class LogConfig:
             enabled_rank0=is_main,
             tensorboard_dir=self.tensorboard_dir,
             wandb_project=self.wandb_project,
+            continued=self.continued,
         )
 
 
@@ -97,6 +110,8 @@ def window_counts(window: Sequence[Any], targets: Callable[[Any], torch.Tensor])
 class TrainingLog:
     """Collects the figures of every optimizer step and shows them now and then."""
 
+    per_rank = True  # its state: the loss is summed on each rank by itself
+
     def __init__(
         self,
         config: LogConfig,
@@ -108,7 +123,9 @@ class TrainingLog:
         self.config, self.engine, self.shape, self.rank = config, engine, shape, rank
         self.total_steps = total_steps
         self.metrics = config.open(is_main=rank == 0)
-        self.bar = progress(total=total_steps, desc="train", enabled=rank == 0)
+        self.bar = progress(
+            total=total_steps, desc="train", enabled=rank == 0, initial=config.first_step
+        )
         self._rates = group_rates(engine.optimizer)
         self._since_log = _Interval()
         self._since_evaluation = _Interval()
@@ -144,6 +161,16 @@ class TrainingLog:
             self.metrics.log(step, values, kind="eval")
         self._since_evaluation = _Interval()
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The sums since the last figures: what the next ones will be means of."""
+        return {"log": self._since_log.sums(), "evaluation": self._since_evaluation.sums()}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Go on from those sums, and from the rates of the restored optimizer."""
+        self._since_log = _Interval.resumed(state["log"])
+        self._since_evaluation = _Interval.resumed(state["evaluation"])
+        self._rates = group_rates(self.engine.optimizer)
+
     def close(self) -> None:
         """Close the bar and every writer."""
         self.bar.close()
@@ -165,6 +192,17 @@ class _Interval:
         self.tokens += tokens
         self.samples += samples
         self.steps += 1
+
+    def sums(self) -> dict[str, float]:
+        return {**vars(self), "start": -self.seconds}
+
+    @classmethod
+    def resumed(cls, sums: dict[str, float]) -> _Interval:
+        """An interval with these sums; the time between the two processes does not count."""
+        interval = cls()
+        start = interval.start + sums["start"]
+        vars(interval).update(sums, start=start)
+        return interval
 
     @property
     def seconds(self) -> float:

@@ -29,7 +29,9 @@ from dschat.utils.engine import backward, build_engine, num_windows, windows
 from dschat.utils.evaluation import answer_loss, evaluate_answers, trained_tokens
 from dschat.utils.model.model_utils import check_context, create_hf_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
+from dschat.utils.resume_checks import Course, EnginePlan, Plan
 from dschat.utils.startup import start
+from dschat.utils.training_state import TrainingStates
 
 
 def main() -> None:
@@ -64,23 +66,29 @@ def main() -> None:
     train_loader = build_loader(data.train, collator, micro_batch, shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
-    windows_per_epoch = num_windows(len(train_loader), run.gradient_accumulation_steps)
-    total_steps = run.num_train_epochs * windows_per_epoch
+    window_size = run.gradient_accumulation_steps
+    total_steps = run.num_train_epochs * num_windows(len(train_loader), window_size)
+    course = Course.of(len(train_loader), window_size, total_steps)
+    engines = {"model": EnginePlan.of(engine_config, recipe)}
+    plan = Plan.of("step 1, SFT", settings, begun.dtype_name, data.key, course, engines)
+    states = TrainingStates(run.state_config(), plan, begun.distributed)
     model = create_hf_model(
         name, tokenizer, begun.dtype, ds_config=ds_config, dropout=model_settings.dropout
     )
     schedule = run.schedule(total_steps)
     engine = build_engine(model, engine_config, recipe, schedule, world_size, "step 1, SFT")
     shape = WorkShape.of(engine, recipe, begun.gpus)
-    log = TrainingLog(run.log_config(), engine, shape, total_steps, begun.rank)
+    log = TrainingLog(run.log_config(states.continued), engine, shape, total_steps, begun.rank)
     set_random_seed(run.seed + begun.rank)
+    at = states.restore({"model": engine}, {"log": log})
 
     # 3. train; evaluate before, at intervals, after each epoch
-    step = 0
-    log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
-    for epoch in range(run.num_train_epochs):
-        train_loader.set_epoch(epoch)
-        for window in windows(train_loader, run.gradient_accumulation_steps):
+    step = at.step
+    if step == 0:
+        log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
+    for epoch in range(at.epoch, run.num_train_epochs):
+        train_loader.set_epoch(epoch, skip=at.batches(epoch))
+        for window in windows(train_loader, window_size):
             window = [batch.to(device) for batch in window]
             counts = all_reduce_sum(window_counts(window, trained_tokens))
             scale, loss_sum = window_scale(counts[0], world_size), 0.0
@@ -96,6 +104,7 @@ def main() -> None:
                 print_rank_0(f"step {step}/{total_steps} | loss {mean:.4f}")
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
+            states.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
 
     # 4. a model folder that transformers loads

@@ -28,7 +28,9 @@ from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, create_critic_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
+from dschat.utils.resume_checks import Course, EnginePlan, Plan
 from dschat.utils.startup import start
+from dschat.utils.training_state import TrainingStates
 
 
 def main() -> None:
@@ -67,8 +69,12 @@ def main() -> None:
         rows = min(len(sample), settings.eval_iters * eval_batch * world_size)
         sample = sample.shuffle(run.seed).select(range(rows))
     sample_loader = build_loader(sample, collator, eval_batch, shuffle=False, **ranks)
-    windows_per_epoch = num_windows(len(train_loader), run.gradient_accumulation_steps)
-    total_steps = run.num_train_epochs * windows_per_epoch
+    window_size = run.gradient_accumulation_steps
+    total_steps = run.num_train_epochs * num_windows(len(train_loader), window_size)
+    course = Course.of(len(train_loader), window_size, total_steps)
+    engines = {"model": EnginePlan.of(engine_config, recipe)}
+    plan = Plan.of("step 2, reward model", settings, begun.dtype_name, data.key, course, engines)
+    states = TrainingStates(run.state_config(), plan, begun.distributed)
     model = create_critic_model(
         name,
         tokenizer,
@@ -82,15 +88,17 @@ def main() -> None:
         model, engine_config, recipe, schedule, world_size, "step 2, reward model"
     )
     shape = WorkShape.of(engine, recipe, begun.gpus)
-    log = TrainingLog(run.log_config(), engine, shape, total_steps, begun.rank)
+    log = TrainingLog(run.log_config(states.continued), engine, shape, total_steps, begun.rank)
     set_random_seed(run.seed + begun.rank)
+    at = states.restore({"model": engine}, {"log": log})
 
     # 3. train; evaluate before, at intervals, after each epoch
-    step = 0
-    log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
-    for epoch in range(run.num_train_epochs):
-        train_loader.set_epoch(epoch)
-        for window in windows(train_loader, run.gradient_accumulation_steps):
+    step = at.step
+    if step == 0:
+        log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
+    for epoch in range(at.epoch, run.num_train_epochs):
+        train_loader.set_epoch(epoch, skip=at.batches(epoch))
+        for window in windows(train_loader, window_size):
             window = [batch.to(device) for batch in window]
             counts = all_reduce_sum(window_counts(window, pairs))
             scale, loss_sum = window_scale(counts[0], world_size), 0.0
@@ -108,6 +116,7 @@ def main() -> None:
             log.step(step, loss_sum, counts)
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
+            states.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
 
     # 4. a model folder that transformers loads

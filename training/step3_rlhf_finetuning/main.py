@@ -31,7 +31,9 @@ from dschat.utils.engine import windows
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, check_reward_head
 from dschat.utils.model.tokenizer import check_same_tokenizer
+from dschat.utils.resume_checks import Course, EnginePlan, Plan
 from dschat.utils.startup import start
+from dschat.utils.training_state import TrainingStates
 
 
 def main() -> None:
@@ -68,22 +70,36 @@ def main() -> None:
     actor, critic = settings.roles(begun.dtype_name, iterations)
     for role in (actor, critic):
         get_train_ds_config(role.engine, begun.world_size)
+    engines = {
+        "actor": EnginePlan.of(actor.engine, actor.recipe, "actor_"),
+        "critic": EnginePlan.of(critic.engine, critic.recipe, "critic_"),
+    }
+    course = Course.of(len(prompts), settings.ppo.generation_batches, iterations)
+    plan = Plan.of("step 3, PPO", settings, begun.dtype_name, data.key, course, engines)
+    states = TrainingStates(run.state_config(), plan, distributed)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
     roles = DeepSpeedRLHFEngine.load(actor, critic, tokenizer, distributed, ema_decay)
     trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size)
     recipes = actor.recipe, critic.recipe
+    log_config = run.log_config(states.continued)
     log = PPOLog(
-        run.log_config(), settings.printing(), roles, recipes, begun.gpus, iterations, begun.rank
+        log_config, settings.printing(), roles, recipes, begun.gpus, iterations, begun.rank
     )
     set_random_seed(run.seed + begun.rank)
+    at = states.restore(
+        {"actor": roles.actor, "critic": roles.critic},
+        {"ppo": trainer, "ema": roles.ema},
+        frozen={"reference": roles.reference, "reward": roles.reward},
+    )
 
     # 3. train; evaluate before, at intervals, after each epoch
-    iteration = 0
-    log.evaluation(iteration, trainer.evaluate(held_out))
-    for epoch in range(run.num_train_epochs):
-        prompts.set_epoch(epoch)
+    iteration = at.step
+    if iteration == 0:
+        log.evaluation(iteration, trainer.evaluate(held_out))
+    for epoch in range(at.epoch, run.num_train_epochs):
+        prompts.set_epoch(epoch, skip=at.batches(epoch))
         for batches in windows(prompts, settings.ppo.generation_batches):
             if iteration == iterations:
                 break
@@ -95,6 +111,7 @@ def main() -> None:
             log.iteration(iteration, statistics, experiences, config.ppo_epochs)
             if settings.ppo.eval_interval and iteration % settings.ppo.eval_interval == 0:
                 log.evaluation(iteration, trainer.evaluate(held_out))
+            states.save_if_due(iteration, epoch)
         log.evaluation(iteration, trainer.evaluate(held_out))
         if iteration == iterations:
             break

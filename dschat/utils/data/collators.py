@@ -133,9 +133,12 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch from (seed, epoch); no effect without shuffling."""
-        self._sampler.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Draw the order of this epoch from (seed, epoch); no effect without shuffling.
+
+        Its first `skip` batches, which a resumed run has had, are left out and never read.
+        """
+        self._sampler.epoch, self._sampler.skip = epoch, skip
 
 
 def build_loader(
@@ -181,12 +184,13 @@ class _RankBatches:
     world_size: int
     seed: int | None
     epoch: int = 0
+    skip: int = 0
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        for rows in self._global_batches():
+        for rows in self._global_batches()[self.skip :]:
             mine = rows[self.rank :: self.world_size]
             yield [(int(row), True) for row in mine] or [(int(rows[0]), False)]
 

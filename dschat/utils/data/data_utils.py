@@ -63,6 +63,7 @@ class PromptData:
     train: datasets.Dataset
     eval: datasets.Dataset
     report: DataReport
+    key: str  # digest of the rows' content, tokenizer and recipe
 
 
 def create_prompt_dataset(
@@ -93,7 +94,8 @@ def create_prompt_dataset(
     sets = {split: datasets.load_from_disk(str(folder / split)) for split in ("train", "eval")}
     train = _limit(sets["train"], spec.max_train_samples, spec.seed)
     evaluation = _limit(sets["eval"], spec.max_eval_samples, spec.seed)
-    return PromptData(train, evaluation, DataReport(phase, sources, len(train), len(evaluation)))
+    counts = DataReport(phase, sources, len(train), len(evaluation))
+    return PromptData(train, evaluation, counts, key=folder.name)
 
 
 def _limit(rows: datasets.Dataset, maximum: int | None, seed: int) -> datasets.Dataset:

@@ -1,0 +1,289 @@
+"""What a resumed run must share with the run that it continues, and what tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dschat.cli import flag_values
+from dschat.errors import UserError
+from dschat.utils.ds_utils import EngineConfig, read_user_config
+from dschat.utils.engine import Recipe, num_windows
+from dschat.utils.optim import OptimizerConfig, check_rates, group_rates
+from dschat.utils.zero import full_shape, gathered
+
+# Flags that a resumed run may give otherwise. Models and data are compared by content instead, and
+# rates by what they come to in each group; every other flag must be what it was.
+FREE_FLAGS = frozenset(
+    (
+        *("output_dir", "save_steps", "save_total_limit", "resume", "resume_with_new_rates"),
+        *("log_every", "print_loss", "print_answers", "print_answers_interval"),
+        *("enable_tensorboard", "tensorboard_path", "wandb_project"),
+        *("deepspeed", "local_rank", "only_optimize_lora", "data_output_path"),
+        *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
+        *("deepspeed_config", "dtype"),  # compared by what they come to
+    )
+)
+RATE_FLAGS = ("learning_rate", "loraplus_lr_ratio")  # what their names end in
+OVERRIDE = "--resume_with_new_rates"
+
+
+@dataclass(frozen=True)
+class Course:
+    """The way of a whole run: windows are optimizer steps, in step 3 iterations."""
+
+    total_steps: int
+    windows_per_epoch: int
+    window_size: int  # batches
+
+    @classmethod
+    def of(cls, batches: int, window_size: int, total_steps: int) -> Course:
+        """The course of a loader of so many batches."""
+        return cls(total_steps, num_windows(batches, window_size), window_size)
+
+    def batches_of(self, step: int, epoch: int) -> int:
+        """The batches of this epoch that are used up after a step in it."""
+        return (step - epoch * self.windows_per_epoch) * self.window_size
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How one engine is going to train."""
+
+    zero_stage: int
+    optimizer: OptimizerConfig
+    flag_prefix: str = ""
+
+    @classmethod
+    def of(cls, engine: EngineConfig, recipe: Recipe, flag_prefix: str = "") -> EnginePlan:
+        """From what the engine is built of."""
+        return cls(engine.zero_stage, recipe.optimizer, flag_prefix)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, as far as it is known before weights are loaded."""
+
+    kind: str  # which step
+    settings: Mapping[str, Any]
+    engines: Mapping[str, EnginePlan]
+    course: Course
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        settings: Any,
+        dtype: str,
+        data: str,
+        course: Course,
+        engines: Mapping[str, EnginePlan],
+    ) -> Plan:
+        """The plan of a step.
+
+        Args:
+            settings: the step's settings object. dtype: what its `auto` came to.
+            data: digest of the training rows.
+        """
+        values = flag_values(settings)
+        kept = {k: v for k, v in values.items() if k not in FREE_FLAGS}
+        kept = {k: v for k, v in kept.items() if not k.endswith(RATE_FLAGS)}
+        user_config = values["deepspeed_config"]
+        if user_config is not None:
+            kept |= _flat("deepspeed_config", read_user_config(user_config))
+        for name, plan in engines.items():
+            fixed = {"betas": plan.optimizer.betas, "eps": plan.optimizer.eps}
+            kept |= _flat(name, fixed)
+        kept |= {"dtype": dtype, "rows": data, "total_steps": course.total_steps}
+        kept |= {"windows_per_epoch": course.windows_per_epoch}
+        # As they come back from a file: tuples become lists.
+        return cls(kind, json.loads(json.dumps(kept)), engines, course)
+
+    def record(self, groups: Mapping[str, list[str]], processes: int) -> dict[str, Any]:
+        """The plan as a state's record holds it.
+
+        Args:
+            groups: the names of the groups that each engine trains.
+        """
+        engines = {
+            name: {
+                "zero_stage": plan.zero_stage,
+                "loraplus_lr_ratio": plan.optimizer.loraplus_lr_ratio,
+                "peak_rates": {g: plan.optimizer.rate(g) for g in groups[name]},
+            }
+            for name, plan in self.engines.items()
+        }
+        return {
+            "kind": self.kind,
+            "processes": processes,
+            "engines": engines,
+            "settings": self.settings,
+        }
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """{"a.b.c": value} of a nested mapping."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {k: v for key in value for k, v in _flat(f"{name}.{key}", value[key]).items()}
+
+
+def check_plan(
+    place: str, record: Mapping[str, Any], plan: Plan, processes: int, with_new_rates: bool
+) -> None:
+    """Stop unless this run, as planned, continues the one that the record tells of.
+
+    Args:
+        place: the state, for messages.
+
+    Raises:
+        UserError: naming the first thing that differs, what was saved, and what is asked for now.
+    """
+    if record["kind"] != plan.kind:
+        raise UserError(f"resume {place}: a state of {record['kind']}, this is {plan.kind}")
+    if record["processes"] != processes:
+        raise UserError(
+            f"resume {place}: saved by {record['processes']} processes, now there are {processes}; "
+            f"start {record['processes']}, DeepSpeed cuts its state into one piece for each"
+        )
+    for name, engine in plan.engines.items():
+        saved = record["engines"][name]["zero_stage"]
+        if saved != engine.zero_stage:
+            raise UserError(
+                f"resume {place}: saved with --{engine.flag_prefix}zero_stage {saved}, now "
+                f"{engine.zero_stage}; give {saved}, each stage cuts the state in its own way"
+            )
+    for name, saved, asked in _differences(record["settings"], plan.settings):
+        raise UserError(_setting_message(place, name, saved, asked, plan.settings))
+    if not with_new_rates:
+        for name, engine in plan.engines.items():
+            _check_asked_rates(place, record["engines"][name], engine)
+
+
+def _differences(
+    saved: Mapping[str, Any], asked: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*saved, *asked}, key=lambda n: (n in ("rows", *_DERIVED), n)):
+        if saved.get(name) != asked.get(name):
+            yield name, saved.get(name), asked.get(name)
+
+
+# Settings without a flag; of two differences the one that has a flag is told.
+_DERIVED = ("total_steps", "windows_per_epoch")
+
+
+def _setting_message(
+    place: str, name: str, saved: Any, asked: Any, settings: Mapping[str, Any]
+) -> str:
+    if name == "rows":
+        paths = " ".join(settings["data_path"])
+        return (
+            f"resume {place}: the rows of --data_path {paths} have changed (digest {saved[:12]}, "
+            f"now {asked[:12]}), or the tokenizer; a resumed run needs the same"
+        )
+    flag = name if "." in name or name in _DERIVED else f"--{name}"
+    return (
+        f"resume {place}: saved with {flag} {_shown(saved)}, now {_shown(asked)}; "
+        f"give {_shown(saved)}, nothing overrides it"
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "empty"
+    return {None: "not given", True: "on", False: "off"}.get(value, str(value))
+
+
+def _check_asked_rates(place: str, saved: Mapping[str, Any], plan: EnginePlan) -> None:
+    """The ratio first: with another one, the rate of B differs as well."""
+    rates, ratio = saved["peak_rates"], plan.optimizer.loraplus_lr_ratio
+    if "lora_B" in rates and saved["loraplus_lr_ratio"] != ratio:
+        raise UserError(
+            f"resume {place}: saved with --{plan.flag_prefix}loraplus_lr_ratio "
+            f"{saved['loraplus_lr_ratio']:g}, now {ratio:g}; give {saved['loraplus_lr_ratio']:g}, "
+            f"or {OVERRIDE} to go on with {ratio:g}"
+        )
+    for group, rate in rates.items():
+        asked = plan.optimizer.rate(group)
+        if asked != rate:
+            raise UserError(
+                f"resume {place}: saved with a {plan.flag_prefix}learning rate of {rate:g} for "
+                f"{group}, now {asked:g}; give the rate flags as they were, or {OVERRIDE} to go on "
+                f"with {asked:g}"
+            )
+
+
+def check_groups(
+    place: str, name: str, saved: Mapping[str, float], optimizer: torch.optim.Optimizer
+) -> None:
+    """Stop unless the optimizer has the groups that were saved, in their order."""
+    present = list(group_rates(optimizer))
+    if list(saved) != present:
+        raise UserError(
+            f"resume {place}: the {name} was saved with parameter groups {', '.join(saved)}, now "
+            f"there are {', '.join(present)}; nothing overrides it, train what was trained"
+        )
+
+
+def check_frozen(place: str, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
+    """Stop unless the weights that no state holds are those of the first start."""
+    for name in sorted({*saved, *present}):
+        if saved.get(name) != present.get(name):
+            raise UserError(
+                f"resume {place}: the {name}'s frozen weights, or its architecture, are not those "
+                "that the run began with; give the same model folder"
+            )
+
+
+def frozen_checksum(module: nn.Module) -> str:
+    """SHA-256 over names and shapes of all parameters, and the contents of the frozen ones.
+
+    A content enters as the exact sum of its bit patterns, which neither the device nor the order of
+    summation changes. Under ZeRO-3 a collective call.
+    """
+    total = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        content = 0
+        if not parameter.requires_grad:
+            with gathered([parameter]):
+                bits = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
+                content = parameter.detach().view(bits).sum(dtype=torch.int64).item()
+        total.update(repr((name, [*full_shape(parameter)], content)).encode())
+    return total.hexdigest()
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: OptimizerConfig,
+) -> None:
+    """Give every group its configured peak rate, at the present point of the schedule."""
+    for i, group in enumerate(optimizer.param_groups):
+        peak = config.rate(group["name"])
+        group["initial_lr"] = schedule.base_lrs[i] = peak
+        group["lr"] = peak * schedule.lr_lambdas[i](schedule.last_epoch)
+
+
+def check_restored_rates(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: OptimizerConfig,
+) -> None:
+    """Stop unless rates are the configured ones, now and in the schedule's steps to come.
+
+    Raises:
+        RuntimeError: loading has brought other rates back.
+    """
+    check_rates(optimizer, config)
+    for group, peak in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        if peak != group["initial_lr"]:
+            raise RuntimeError(
+                f"the schedule would set {group['name']} by a peak of {peak:g}, not by the "
+                f"configured {group['initial_lr']:g}"
+            )

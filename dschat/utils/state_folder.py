@@ -1,0 +1,149 @@
+"""Folders of training states: found, checked, put in place when whole, and thinned out.
+
+OUTPUT_DIR/checkpoints holds `step-000040` and the like. One that is being written or removed has a
+name that begins with a dot, so a folder under its plain name is whole, whenever a process dies.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dschat.errors import UserError
+
+RECORD = "state.json"
+NEWEST = "newest"  # the value of --resume without one
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def states_of(output_dir: str | Path) -> Path:
+    """Where a run with this output folder keeps its states."""
+    return Path(output_dir) / "checkpoints"
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """The state of a step."""
+    return folder / f"step-{step:06d}"
+
+
+def part_path(folder: Path, step: int) -> Path:
+    """The same while it is being written, by one name on all ranks."""
+    return folder / f".step-{step:06d}.tmp"
+
+
+def whole_states(folder: Path) -> dict[int, Path]:
+    """Every state by its step, the oldest first."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = {int(m[1]): p for p in entries if (m := _NAME.fullmatch(p.name))}
+    return dict(sorted(found.items()))
+
+
+def repair(output_dir: str | Path) -> None:
+    """Tidy up behind a process that died while it wrote or removed something here."""
+    folder, output_dir = states_of(output_dir), Path(output_dir).resolve()
+    # Saving a model over the output folder moves it aside for a moment, states and all.
+    aside = f".{glob.escape(output_dir.name)}.*.old/{folder.name}"
+    if not folder.exists():
+        for moved in sorted(output_dir.parent.glob(aside)):
+            moved.rename(folder)
+            break
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
+    """The state to resume from; None where the run starts from the beginning.
+
+    Raises:
+        UserError: there is no such folder, or new states would mix with those of another run.
+    """
+    folder = states_of(output_dir)
+    present = whole_states(folder)
+    if resume == NEWEST:
+        return present[max(present)] if present else None
+    if resume is not None and not Path(resume).is_dir():
+        raise UserError(f"resume {resume}: no such folder; give a step-... folder, or no value")
+    is_ours = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    if present and will_save and not is_ours:
+        raise UserError(
+            f"output_dir {output_dir}: holds training states of an earlier run "
+            f"({present[max(present)].name}); add --resume to go on with it, or remove {folder}"
+        )
+    return None if resume is None else Path(resume)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record, with the size of every file beside it."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
+    text = json.dumps({**record, "files": files}, indent=1, ensure_ascii=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote; every file is there and as long as it was.
+
+    Raises:
+        UserError: this is no training state, or not all of it.
+    """
+    remedy = "remove the folder, or name another with --resume"
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        files = record["files"].items()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"resume {folder}: has no {RECORD}, so it is no training state; give a step-... folder"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"resume {folder}: {RECORD} cannot be read; {remedy}") from error
+    for name, size in files:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"resume {folder}: {name} is missing; {remedy}")
+        if path.stat().st_size != size:
+            found = f"{name} has {path.stat().st_size} bytes, saved were {size}"
+            raise UserError(f"resume {folder}: {found}; {remedy}")
+    return record
+
+
+def publish(folder: Path, step: int, limit: int) -> None:
+    """Put a finished part in place under its plain name, then remove what it makes superfluous.
+
+    These are all but the newest `limit`, and states of later steps: a run that resumed from an
+    earlier one will come to those steps again.
+    """
+    part, state = part_path(folder, step), state_path(folder, step)
+    for path in (*_files(part), part):
+        _to_disk(path)
+    if state.exists():
+        _remove(state)
+    part.rename(state)
+    _to_disk(folder)
+    present = whole_states(folder)
+    kept = sorted(s for s in present if s <= step)[-limit:]
+    for other in present.keys() - set(kept):
+        _remove(present[other])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _remove(state: Path) -> None:
+    """Under a dotted name first: half a state never has a plain one."""
+    gone = state.with_name(f".{state.name}.old.tmp")
+    state.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
