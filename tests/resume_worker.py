@@ -1,9 +1,10 @@
 """One rank that runs shipped programs in turn, each in a process of its own that may be killed.
 
-Started with one argument: a JSON file that holds a list of runs, `{"argv", "port", "kill"}`. Each is
-a fork of this process, which has imported everything already. `kill` is `[call, pattern, count]`:
-on rank 0, the count-th call of `torch.save` or `os.rename` whose target matches the pattern ends in
-SIGKILL, of all ranks. What came of the runs goes into `results.<rank>.json` beside the list.
+Started with one argument: a JSON file that holds a list of runs (`resume_runs.Run`, and a port).
+Each is a fork of this process, which has imported everything already, in the folder of that file. On
+rank 0, `shell` is run before it, and the first `torch.save` or `os.rename` to a path that `kill`
+describes is the last thing that happens; then SIGKILL ends all ranks. What came of the runs goes
+into `results.<rank>.json` beside the list.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import fnmatch
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed  # noqa: F401 (imported here once, not in each run)
 import torch
+import transformers
 from steps_worker import count_reads, run
 
-from dschat import arguments  # noqa: F401
-from dschat.rlhf import rlhf_engine  # noqa: F401
-from dschat.utils.data import data_utils  # noqa: F401
+from dschat import arguments
 
 TARGETS = {"torch.save": (torch, "save"), "os.rename": (os, "rename")}
+
+
+# Imported or looked up here once, not in every run.
+HEAVY = (arguments, transformers.get_scheduler, transformers.LlamaForSequenceClassification)
 
 
 def kill_all(pids: Path) -> None:
@@ -36,21 +40,18 @@ def kill_all(pids: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(call: str, pattern: str, count: int, pids: Path) -> None:
-    """Have the count-th such call be the last thing that the run does."""
+def arm(call: str, pattern: str, pids: Path) -> None:
+    """Have such a call be the last thing that the run does."""
     owner, name = TARGETS[call]
     original: Callable = getattr(owner, name)
-    left = [count]
 
-    def counted(source, target, *args, **kwargs):
+    def fatal(source, target, *args, **kwargs):
         result = original(source, target, *args, **kwargs)
         if fnmatch.fnmatch(str(target), pattern):
-            left[0] -= 1
-            if left[0] == 0:
-                kill_all(pids)
+            kill_all(pids)
         return result
 
-    setattr(owner, name, counted)
+    setattr(owner, name, fatal)
 
 
 def child(item: dict, folder: Path, rank: int) -> None:
@@ -73,11 +74,14 @@ def child(item: dict, folder: Path, rank: int) -> None:
 
 def main() -> None:
     """Run them all, whatever comes of each."""
-    plan, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
+    plan, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    os.chdir(plan.parent)
     results = []
     for number, item in enumerate(json.loads(plan.read_text())):
         folder = plan.with_name(f"run-{number}")
         (folder / "pids").mkdir(parents=True, exist_ok=True)
+        if item["shell"] and rank == 0:
+            subprocess.run(item["shell"], shell=True, check=True)
         start = time.perf_counter()
         pid = os.fork()
         if pid == 0:

@@ -18,8 +18,8 @@ LEVELS = [
     "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.raw_datasets "
     "utils.data.tokenise utils.data.collators utils.data.data_utils utils.checkpoint utils.utils "
     "cli",
-    "utils.engine utils.evaluation utils.startup utils.progress utils.resume_checks "
-    "utils.training_state rlhf.rollout rlhf.ema",
+    "utils.engine utils.evaluation utils.startup utils.progress utils.training_plan "
+    "utils.restored utils.training_state rlhf.rollout rlhf.ema",
     "rlhf.rlhf_engine",
     "rlhf.ppo_trainer rlhf.ppo_log",
     "arguments quickstart",

@@ -17,6 +17,7 @@ from typing import Any
 from dschat.errors import UserError
 
 RECORD = "state.json"
+FORMAT = 1  # of the folder; raise it when older states cannot be resumed any more
 NEWEST = "newest"  # the value of --resume without one
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -80,7 +81,7 @@ def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record, with the size of every file beside it."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
-    text = json.dumps({**record, "files": files}, indent=1, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **record, "files": files}, indent=1, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
@@ -93,13 +94,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     remedy = "remove the folder, or name another with --resume"
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        files = record["files"].items()
+        version, files = record["format"], record["files"].items()
     except FileNotFoundError as error:
         raise UserError(
             f"resume {folder}: has no {RECORD}, so it is no training state; give a step-... folder"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"resume {folder}: {RECORD} cannot be read; {remedy}") from error
+    if version != FORMAT:
+        raise UserError(f"resume {folder}: of format {version}, this code reads format {FORMAT}")
     for name, size in files:
         path = folder / name
         if not path.is_file():

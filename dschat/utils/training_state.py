@@ -27,15 +27,14 @@ from dschat.utils.distributed import (
 )
 from dschat.utils.metrics import Continued
 from dschat.utils.optim import group_rates
-from dschat.utils.resume_checks import (
-    Plan,
+from dschat.utils.restored import (
     check_frozen,
     check_groups,
-    check_plan,
     check_restored_rates,
     frozen_checksum,
     set_rates,
 )
+from dschat.utils.training_plan import Plan, check_plan
 
 METRICS = "metrics.jsonl"
 

@@ -29,8 +29,8 @@ from dschat.utils.engine import backward, build_engine, num_windows, windows
 from dschat.utils.evaluation import answer_loss, evaluate_answers, trained_tokens
 from dschat.utils.model.model_utils import check_context, create_hf_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
-from dschat.utils.resume_checks import Course, EnginePlan, Plan
 from dschat.utils.startup import start
+from dschat.utils.training_plan import Course, EnginePlan, Plan
 from dschat.utils.training_state import TrainingStates
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     total_steps = run.num_train_epochs * num_windows(len(train_loader), window_size)
     course = Course.of(len(train_loader), window_size, total_steps)
     engines = {"model": EnginePlan.of(engine_config, recipe)}
-    plan = Plan.of("step 1, SFT", settings, begun.dtype_name, data.key, course, engines)
+    plan = Plan.of("step 1 (SFT)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, begun.distributed)
     model = create_hf_model(
         name, tokenizer, begun.dtype, ds_config=ds_config, dropout=model_settings.dropout

@@ -28,8 +28,8 @@ from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, create_critic_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
-from dschat.utils.resume_checks import Course, EnginePlan, Plan
 from dschat.utils.startup import start
+from dschat.utils.training_plan import Course, EnginePlan, Plan
 from dschat.utils.training_state import TrainingStates
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     total_steps = run.num_train_epochs * num_windows(len(train_loader), window_size)
     course = Course.of(len(train_loader), window_size, total_steps)
     engines = {"model": EnginePlan.of(engine_config, recipe)}
-    plan = Plan.of("step 2, reward model", settings, begun.dtype_name, data.key, course, engines)
+    plan = Plan.of("step 2 (reward model)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, begun.distributed)
     model = create_critic_model(
         name,

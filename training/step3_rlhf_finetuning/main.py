@@ -31,8 +31,8 @@ from dschat.utils.engine import windows
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, check_reward_head
 from dschat.utils.model.tokenizer import check_same_tokenizer
-from dschat.utils.resume_checks import Course, EnginePlan, Plan
 from dschat.utils.startup import start
+from dschat.utils.training_plan import Course, EnginePlan, Plan
 from dschat.utils.training_state import TrainingStates
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         "critic": EnginePlan.of(critic.engine, critic.recipe, "critic_"),
     }
     course = Course.of(len(prompts), settings.ppo.generation_batches, iterations)
-    plan = Plan.of("step 3, PPO", settings, begun.dtype_name, data.key, course, engines)
+    plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, distributed)
 
     # 2. the roles

@@ -1,22 +1,17 @@
-"""What a resumed run must share with the run that it continues, and what tells them apart."""
+"""What a run is going to do, and whether that continues what a training state was saved by."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from dschat.cli import flag_values
 from dschat.errors import UserError
 from dschat.utils.ds_utils import EngineConfig, read_user_config
 from dschat.utils.engine import Recipe, num_windows
-from dschat.utils.optim import OptimizerConfig, check_rates, group_rates
-from dschat.utils.zero import full_shape, gathered
+from dschat.utils.optim import OptimizerConfig
 
 # Flags that a resumed run may give otherwise. Models and data are compared by content instead, and
 # rates by what they come to in each group; every other flag must be what it was.
@@ -197,7 +192,9 @@ def _setting_message(
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "empty"
-    return {None: "not given", True: "on", False: "off"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not given" if value is None else str(value)
 
 
 def _check_asked_rates(place: str, saved: Mapping[str, Any], plan: EnginePlan) -> None:
@@ -216,74 +213,4 @@ def _check_asked_rates(place: str, saved: Mapping[str, Any], plan: EnginePlan) -
                 f"resume {place}: saved with a {plan.flag_prefix}learning rate of {rate:g} for "
                 f"{group}, now {asked:g}; give the rate flags as they were, or {OVERRIDE} to go on "
                 f"with {asked:g}"
-            )
-
-
-def check_groups(
-    place: str, name: str, saved: Mapping[str, float], optimizer: torch.optim.Optimizer
-) -> None:
-    """Stop unless the optimizer has the groups that were saved, in their order."""
-    present = list(group_rates(optimizer))
-    if list(saved) != present:
-        raise UserError(
-            f"resume {place}: the {name} was saved with parameter groups {', '.join(saved)}, now "
-            f"there are {', '.join(present)}; nothing overrides it, train what was trained"
-        )
-
-
-def check_frozen(place: str, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
-    """Stop unless the weights that no state holds are those of the first start."""
-    for name in sorted({*saved, *present}):
-        if saved.get(name) != present.get(name):
-            raise UserError(
-                f"resume {place}: the {name}'s frozen weights, or its architecture, are not those "
-                "that the run began with; give the same model folder"
-            )
-
-
-def frozen_checksum(module: nn.Module) -> str:
-    """SHA-256 over names and shapes of all parameters, and the contents of the frozen ones.
-
-    A content enters as the exact sum of its bit patterns, which neither the device nor the order of
-    summation changes. Under ZeRO-3 a collective call.
-    """
-    total = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        content = 0
-        if not parameter.requires_grad:
-            with gathered([parameter]):
-                bits = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
-                content = parameter.detach().view(bits).sum(dtype=torch.int64).item()
-        total.update(repr((name, [*full_shape(parameter)], content)).encode())
-    return total.hexdigest()
-
-
-def set_rates(
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    config: OptimizerConfig,
-) -> None:
-    """Give every group its configured peak rate, at the present point of the schedule."""
-    for i, group in enumerate(optimizer.param_groups):
-        peak = config.rate(group["name"])
-        group["initial_lr"] = schedule.base_lrs[i] = peak
-        group["lr"] = peak * schedule.lr_lambdas[i](schedule.last_epoch)
-
-
-def check_restored_rates(
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    config: OptimizerConfig,
-) -> None:
-    """Stop unless rates are the configured ones, now and in the schedule's steps to come.
-
-    Raises:
-        RuntimeError: loading has brought other rates back.
-    """
-    check_rates(optimizer, config)
-    for group, peak in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        if peak != group["initial_lr"]:
-            raise RuntimeError(
-                f"the schedule would set {group['name']} by a peak of {peak:g}, not by the "
-                f"configured {group['initial_lr']:g}"
             )
