@@ -1,10 +1,10 @@
 """One rank that runs shipped programs in turn, each in a process of its own that may be killed.
 
 Started with one argument: a JSON file that holds a list of runs (`resume_runs.Run`, and a port).
-Each is a fork of this process, which has imported everything already, in the folder of that file. On
-rank 0, `shell` is run before it, and the first `torch.save` or `os.rename` to a path that `kill`
-describes is the last thing that happens; then SIGKILL ends all ranks. What came of the runs goes
-into `results.<rank>.json` beside the list.
+Each is a fork of this process, which has imported everything already, in the folder of that file.
+On rank 0, `shell` is run before it, and the first `torch.save` or `os.rename` to a path like the
+one of `kill` is the last thing that happens; then SIGKILL ends all ranks. What came of the runs
+goes into `results.<rank>.json` beside the list.
 """
 
 from __future__ import annotations

@@ -63,9 +63,10 @@ ONE_RANK = {
     **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
     **interrupted([*PPO_COMMON, *SAMPLING], "ppo", save_steps=1, killed=3),
 }
-SHARDED = ["--dtype", "bf16", "--critic_lora_dim", "4"]
+# Two iterations: generation that gathers every layer from two ranks takes its time.
+SHARDED = ["--dtype", "bf16", "--critic_lora_dim", "4", "--max_train_samples", "8"]
 SHARDED += ["--actor_zero_stage", "3", "--critic_zero_stage", "2"]
-TWO_RANKS = interrupted([*PPO_COMMON, *SHARDED], "ppo", save_steps=1, killed=3)
+TWO_RANKS = interrupted([*PPO_COMMON, *SHARDED], "ppo", save_steps=1, killed=2)
 
 
 @pytest.fixture(scope="module")

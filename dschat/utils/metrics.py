@@ -146,8 +146,8 @@ class MetricLogger:
         self._file = path.open("a", encoding="utf-8")
         if tensorboard_dir is not None:
             module = importlib.import_module("torch.utils.tensorboard")
-            purge = None if continued is None else continued.step + 1
-            self._tensorboard = module.SummaryWriter(log_dir=str(tensorboard_dir), purge_step=purge)
+            hidden = {} if continued is None else {"purge_step": continued.step + 1}
+            self._tensorboard = module.SummaryWriter(log_dir=str(tensorboard_dir), **hidden)
         if wandb_project is not None:
             module = importlib.import_module("wandb")
             self._wandb = module.init(project=wandb_project, name=run_name, dir=str(output_dir))
