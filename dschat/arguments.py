@@ -43,30 +43,41 @@ class LoraArguments:
         "A", "the matrix that starts random, the other is zero", choices=["A", "B"]
     )
     use_rslora: bool = flag(False, "scale by alpha / sqrt(dim)", **SWITCH)
+    use_dora: bool = flag(False, "DoRA: train the lengths of the weights' rows too", **SWITCH)
     lora_module_name: list[str] = flag(
         [ALL_LINEAR],
-        "substrings of layer names that get adapters, or all-linear",
+        "substrings of layer names that get adapters, or all-linear; embeddings by their name",
         nargs="+",
         type=str,
+    )
+    modules_to_save: list[str] = flag(
+        [], "names of modules that train whole, beside the adapters", nargs="+", type=str
     )
     lora_learning_rate: float | None = flag(
         None, "learning rate of A (default: the model's learning rate)", type=float
     )
     loraplus_lr_ratio: float = flag(16.0, "LoRA+: learning rate of B over that of A")
+    lora_embedding_learning_rate: float = flag(1e-6, "learning rate of adapters on embeddings")
 
     def config(self) -> LoraConfig | None:
         """The adapters asked for, or None."""
         if self.lora_dim == 0:
             return None
-        names = tuple(part for name in self.lora_module_name for part in name.split(",") if part)
         return LoraConfig(
             dim=self.lora_dim,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             init=self.lora_init,
             use_rslora=self.use_rslora,
-            module_names=names,
+            module_names=_parts(self.lora_module_name),
+            use_dora=self.use_dora,
+            modules_to_save=_parts(self.modules_to_save),
         )
+
+
+def _parts(names: list[str]) -> tuple[str, ...]:
+    """Given apart or with commas between them."""
+    return tuple(part for name in names for part in name.split(",") if part)
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,7 @@ class ModelArguments:
             weight_decay=self.weight_decay,
             lora_learning_rate=self.lora.lora_learning_rate,
             loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
+            lora_embedding_learning_rate=self.lora.lora_embedding_learning_rate,
             head_learning_rate=self.head_learning_rate,
         )
 

@@ -15,7 +15,8 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.utils.zero import full_numel
 
-GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_embedding", "head")
+GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embedding", "head")
+UNDECAYED = ("no_decay", "lora_magnitude")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class OptimizerConfig:
             "learning_rate": self.learning_rate,
             "lora_learning_rate": self.lora_learning_rate,
             "loraplus_lr_ratio": self.loraplus_lr_ratio,
+            "lora_embedding_learning_rate": self.lora_embedding_learning_rate,
             "head_learning_rate": self.head_learning_rate,
         }
         for name, value in rates.items():
@@ -52,6 +54,7 @@ class OptimizerConfig:
         return {
             "lora_A": self.lora_A_rate,
             "lora_B": self.loraplus_lr_ratio * self.lora_A_rate,
+            "lora_magnitude": self.lora_A_rate,
             "lora_embedding": self.lora_embedding_learning_rate,
             "head": self.head_learning_rate or self.learning_rate,
         }.get(group, self.learning_rate)
@@ -65,7 +68,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def classify(module_name: str, module: nn.Module, leaf: str) -> str:
     """The group of the parameter `leaf` that sits directly on `module`."""
-    if leaf in ("lora_A", "lora_B"):
+    if leaf in ("lora_A", "lora_B", "lora_magnitude"):
         return "lora_embedding" if isinstance(module, nn.Embedding) else leaf
     if leaf.startswith("lora_embedding"):
         return "lora_embedding"
@@ -95,13 +98,12 @@ def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) 
     assert seen == trainable, "a trainable parameter is in no group"
     if not trainable:
         raise UserError("no parameter is trainable: check lora_dim and the options that freeze")
-    decayed = {"decay", "lora_A", "lora_B", "head"}
     return [
         {
             "name": group,
             "params": list(parameters.values()),
             "lr": config.rate(group),
-            "weight_decay": config.weight_decay if group in decayed else 0.0,
+            "weight_decay": config.weight_decay if group not in UNDECAYED else 0.0,
         }
         for group, parameters in members.items()
         if parameters
