@@ -22,6 +22,7 @@ from dschat.errors import UserError
 from dschat.utils.zero import full_shape, gathered
 
 ALL_LINEAR = "all-linear"
+ROWS_AT_ONCE = 1024  # of a weight in fp32, where DoRA measures its rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class LoRALayer(nn.Module):
         self.reset_adapter()
         if config.use_dora:
             with torch.no_grad(), gathered([self.weight]):
-                lengths = row_lengths(self.rows(self.weight).float())
+                lengths = self.row_lengths()
             self.lora_magnitude = nn.Parameter(lengths.to(**like))
 
     @property
@@ -135,34 +136,34 @@ class LoRALayer(nn.Module):
         rows = self.rows(weight).float() + delta * self.scaling
         magnitude = tensors.get(self.MAGNITUDE_NAME)
         if magnitude is not None:
-            rows *= magnitude_scale(magnitude, rows).float().unsqueeze(1)
+            lengths = torch.linalg.vector_norm(rows, dim=1).to(magnitude.dtype)
+            rows *= (magnitude / lengths).float().unsqueeze(1)
         return self.rows(rows).to(weight.dtype).contiguous()
 
     @torch.no_grad()
-    def _magnitude_scale(self) -> torch.Tensor:
-        """(out,) lengths of the rows of W + s B A, a constant to the gradient as in the paper."""
-        delta = self.B.float() @ self.A.float()
-        return row_lengths(self.rows(self.weight).float() + delta * self.scaling)
+    def row_lengths(self) -> torch.Tensor:
+        """(out,) fp32 lengths of the rows of W + s B A, without a whole copy of W.
+
+        A constant to the gradient, as DoRA's authors propose.
+        """
+        weight, lora_A = self.rows(self.weight), self.A.float()
+        starts = range(0, self.out_features, ROWS_AT_ONCE)
+        blocks = [slice(start, start + ROWS_AT_ONCE) for start in starts]
+        rows = (
+            torch.addmm(weight[b].float(), self.B[b].float(), lora_A, alpha=self.scaling)
+            for b in blocks
+        )
+        return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in rows])
 
     def rescaled(self, y: torch.Tensor) -> torch.Tensor:
         """(..., out) without bias: DoRA's rescaling by magnitude over present row length."""
-        return y * (self.lora_magnitude / self._magnitude_scale().to(y.dtype))
+        return y * (self.lora_magnitude / self.row_lengths().to(y.dtype))
 
     def extra_repr(self) -> str:
         """Shapes and scaling, as `print(model)` shows them."""
         dora = ", DoRA" if self.lora_magnitude is not None else ""
         shape = f"in={self.in_features}, out={self.out_features}"
         return f"{shape}, r={self.rank}, s={self.scaling:g}{dora}"
-
-
-def row_lengths(rows: torch.Tensor) -> torch.Tensor:
-    """(out, in) -> (out,) Euclidean lengths."""
-    return torch.linalg.vector_norm(rows, dim=1)
-
-
-def magnitude_scale(magnitude: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(out,) trained over present length, in the magnitude's dtype: exactly 1 at the start."""
-    return magnitude / row_lengths(rows).to(magnitude.dtype)
 
 
 def affine(
@@ -244,8 +245,10 @@ class LoRALinear(LoRALayer):
         if frozen and not (self.training and getattr(self.dropout, "p", 0.0)):
             adapter = self.lora_A, self.lora_B, self.scaling
             return LoRAMatmul.apply(x, self.weight, bias, self.transposed, *adapter)
+        # In this order, so that the backward pass frees what dropout keeps before it needs more.
+        y = affine(x, self.weight, bias, self.transposed)
         down = F.linear(self.dropout(x), self.lora_A) * self.scaling
-        return affine(x, self.weight, bias, self.transposed).addmm_(down, self.lora_B.t())
+        return y.addmm_(down, self.lora_B.t())
 
 
 class LoRAEmbedding(LoRALayer):
@@ -269,7 +272,7 @@ class LoRAEmbedding(LoRALayer):
         y = F.embedding(ids, self.weight, self.padding_idx)
         if not self.adapter_enabled:
             return y
-        down = F.embedding(ids, self.lora_embedding_A.t())  # (..., r)
+        down = F.embedding(ids, self.lora_embedding_A.t(), self.padding_idx)  # (..., r)
         y = y + F.linear(down, self.lora_embedding_B) * self.scaling
         return y if self.lora_magnitude is None else self.rescaled(y)
 
