@@ -157,9 +157,25 @@ def main() -> None:
     add("--warm_up", type=int, default=5, help="turns before them")
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where")
     args = parser.parse_args()
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"in = out = {args.features}, {args.tokens} tokens, forward and backward, {where}\n")
-    head = ["dtype", "r", "kind", "ms", "PEFT", "ratio", "peak MiB", "PEFT", "ratio", "kept MiB", "PEFT"]
+    head = [
+        "dtype",
+        "r",
+        "kind",
+        "ms",
+        "PEFT",
+        "ratio",
+        "peak MiB",
+        "PEFT",
+        "ratio",
+        "kept MiB",
+        "PEFT",
+    ]
     print("| " + " | ".join(head) + " |")
     print("| " + " | ".join("---" for _ in head) + " |")
     for dtype in args.dtypes:

@@ -40,7 +40,7 @@ def build(cell: cells.Cell, folder: str, ds_config: dict) -> nn.Module:
 
 def loss_and_count(engine: nn.Module, cell: cells.Cell, rows: list[int]) -> tuple:
     """This rank's summed loss as a function to call, and how many terms it sums."""
-    if cell.model == "causal":
+    if cell.model != "reward":
         ids, mask, loss_mask = cells.sft_batch(rows)
 
         def sft() -> torch.Tensor:

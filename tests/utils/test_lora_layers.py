@@ -1,4 +1,4 @@
-"""Adapted layers against the formula and against PEFT's layers: outputs, gradients, what is kept."""
+"""Adapted layers against the formula and PEFT's layers: outputs, gradients, what is kept."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_matmul_has_the_gradients_of_the_formula(transposed: bool, bias: bool):
     nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
-    def through(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def through(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(layer, {"lora_A": lora_A, "lora_B": lora_B}, (x,))
 
     weight = layer.weight.T if transposed else layer.weight
