@@ -11,6 +11,7 @@ from dschat.rlhf.ppo_log import AnswerPrinting
 from dschat.rlhf.ppo_trainer import PPOConfig
 from dschat.rlhf.rlhf_engine import RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
+from dschat.utils.advice import FULL_TO_LORA_RATE
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.ds_utils import EngineConfig
@@ -28,7 +29,6 @@ SCHEDULES = [
     "constant",
     "constant_with_warmup",
 ]
-FULL_TO_LORA_RATE = 3.0  # adapters start from two to three times full fine-tuning's rate
 SWITCH = {"action": "store_true"}
 
 
@@ -109,6 +109,7 @@ class ModelArguments:
             loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
             lora_embedding_learning_rate=self.lora.lora_embedding_learning_rate,
             head_learning_rate=self.head_learning_rate,
+            full_rate=self.full_rate,
         )
 
 

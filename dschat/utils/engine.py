@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dschat.errors import UserError
+from dschat.utils.advice import lora_advice
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_utils import (
     EngineConfig,
@@ -131,7 +132,8 @@ def build_engine(
     recipe.apply(module)
     optimizer_config = recipe.optimizer
     groups = get_optimizer_grouped_parameters(module, optimizer_config)
-    print_rank_0(group_table(groups, module, title))
+    advice = lora_advice(recipe.lora, optimizer_config, config, world_size)
+    print_rank_0("\n".join([group_table(groups, module, title), *advice]))
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:

@@ -31,6 +31,7 @@ class OptimizerConfig:
     head_learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    full_rate: float | None = None  # what training all weights would take; advice alone reads it
 
     def __post_init__(self):
         rates = {
