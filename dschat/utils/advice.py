@@ -34,6 +34,10 @@ def lora_advice(
         )
     if rates.full_rate is not None:
         start = FULL_TO_LORA_RATE * rates.full_rate
+        lowered = start * FIRST_RATIO / ratio
+        remedy = f"loraplus_lr_ratio {FIRST_RATIO:g}"
+        if lowered > rates.full_rate:
+            remedy = f"lora_learning_rate {lowered:.3g} or {remedy}"
         if rate_A <= rates.full_rate:
             lines.append(
                 f"A's learning rate {rate_A:.3g} is no more than full fine-tuning would take "
@@ -43,8 +47,7 @@ def lora_advice(
         elif ratio > FIRST_RATIO and ratio * rate_A > 1.001 * FIRST_RATIO * start:
             lines.append(
                 f"loraplus_lr_ratio {ratio:g} raises B's rate to {ratio * rate_A:.3g} while A's is "
-                f"still {rate_A:.3g}: a larger ratio wants a smaller rate of A; try "
-                f"lora_learning_rate {start * FIRST_RATIO / ratio:.3g}"
+                f"still {rate_A:.3g}: a larger ratio wants a smaller rate of A; try {remedy}"
             )
     if lora.dim >= LARGE_DIM and world_size == 1 and engine.gradient_accumulation_steps == 1:
         lines.append(

@@ -33,9 +33,9 @@ def test_the_rules_of_thumb_themselves_are_quiet():
     assert lora_advice(None, replace(RATES, learning_rate=1e-9), ENGINE, 1) == []
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0, 64.0])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0, 40.0])
 def test_ratio_outside_the_authors_range(ratio: float):
-    found = advice(loraplus_lr_ratio=ratio, lora_learning_rate=1.5e-5)
+    found = advice(loraplus_lr_ratio=ratio, lora_learning_rate=1.1e-5)
     assert found.count("\n") == 0 and f"loraplus_lr_ratio {ratio:g}" in found and "16" in found
     assert ("more slowly than A" in found) == (ratio < 1)
     assert ("plain LoRA" in found) == (ratio == 1)
@@ -52,6 +52,9 @@ def test_ratio_raised_with_a_as_it_was():
     assert "B's rate to 0.00096 while A's is still 3e-05" in found
     assert "lora_learning_rate 1.5e-05" in found
     assert advice(loraplus_lr_ratio=32.0, lora_learning_rate=1.5e-5) == ""
+    # Where the lowered rate would be full fine-tuning's, it is not what is proposed.
+    found = advice(loraplus_lr_ratio=64.0)
+    assert "try loraplus_lr_ratio 16" in found and "lora_learning_rate" not in found
 
 
 def test_many_directions_on_one_device_without_accumulation():
