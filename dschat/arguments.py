@@ -53,6 +53,12 @@ class LoraArguments:
     modules_to_save: list[str] = flag(
         [], "names of modules that train whole, beside the adapters", nargs="+", type=str
     )
+    quantize_base: str | None = flag(
+        None,
+        "keep the wrapped weights in so many bits (needs bitsandbytes; ZeRO 0 to 2)",
+        type=str,
+        choices=["4bit", "8bit"],
+    )
     lora_learning_rate: float | None = flag(
         None, "learning rate of A (default: the model's learning rate)", type=float
     )
@@ -72,6 +78,7 @@ class LoraArguments:
             module_names=_parts(self.lora_module_name),
             use_dora=self.use_dora,
             modules_to_save=_parts(self.modules_to_save),
+            quantize=self.quantize_base,
         )
 
 
@@ -171,9 +178,25 @@ class RunArguments:
             train_base=self.train_base_model,
             gradient_checkpointing=model.gradient_checkpointing,
         )
+        if model.lora.quantize_base is not None:
+            self._check_quantized(model)
         if self.deepspeed_config is not None:
             check_optimizer_block(self.deepspeed_config, recipe.optimizer)
         return recipe
+
+    def _check_quantized(self, model: ModelArguments) -> None:
+        """Stop where frozen weights in few bits cannot serve."""
+        given = f"quantize_base {model.lora.quantize_base}"
+        if model.lora.lora_dim == 0:
+            raise UserError(f"{given}: packed weights cannot train; add adapters with lora_dim")
+        if self.train_base_model:
+            raise UserError(f"{given}: packed weights cannot train; drop train_base_model")
+        if model.zero_stage == 3:
+            raise UserError(
+                f"{given}: ZeRO-3 shards what weights it can gather, and packed ones it cannot; "
+                "use zero_stage 0, 1 or 2"
+            )
+        require_package("bitsandbytes", "--quantize_base")
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule over so many optimizer steps."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import full_numel
 
 GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embedding", "head")
@@ -179,6 +180,7 @@ def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
         for r in rows
     ]
     trainable = sum(full_numel(p) for g in groups for p in g["params"])
-    total = sum(full_numel(p) for p in model.parameters())
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLoRALinear)]
+    total = sum(full_numel(p) for p in model.parameters()) + sum(m.weight_numel for m in packed)
     share = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"
     return "\n".join([title, *lines, share])

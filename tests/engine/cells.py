@@ -39,6 +39,7 @@ class Cell:
     accumulation: int = 1
     full: bool = False  # all weights, no adapters
     everything: bool = False  # the adapters' every option at once
+    quantize: str | None = None
     built_from: str = "module"  # folder: from files, under ZeRO-3 in shards from the start
     dtype: str = "fp32"
     user_json: bool = False  # an optimizer block of the user's own
@@ -73,10 +74,10 @@ class Cell:
         """The adapters."""
         if self.full:
             return None
-        options = {}
+        options = {"quantize": self.quantize}
         if self.everything:
             table = "wte" if self.model == "gpt2" else "embed_tokens"
-            options = {
+            options |= {
                 "init": "B",
                 "use_rslora": True,
                 "use_dora": True,
@@ -111,6 +112,9 @@ def all_cells() -> list[Cell]:
         cells.append(Cell(f"causal-z{stage}-json", "causal", stage, user_json=True))
         cells.append(Cell(f"causal-z{stage}-full", "causal", stage, full=True))
         cells.append(Cell(f"causal-z{stage}-bf16", "causal", stage, dtype="bf16"))
+    for stage in (0, 1, 2):
+        cells.append(Cell(f"causal-z{stage}-4bit", "causal", stage, quantize="4bit"))
+    cells.append(Cell("reward-z2-8bit", "reward", 2, quantize="8bit", offload=True))
     for stage in (0, 3):
         cells.append(Cell(f"gpt2-z{stage}", "gpt2", stage))
         cells.append(Cell(f"gpt2-z{stage}-everything", "gpt2", stage, everything=True))

@@ -49,6 +49,21 @@ class PlainLora(nn.Module):
         return x @ rows.T + (self.bias if hasattr(self, "bias") else 0.0)
 
 
+@torch.no_grad()
+def round_weights(module: nn.Module, bits: str) -> None:
+    """Every linear layer of the blocks to what 4 or 8 bits can hold."""
+    from bitsandbytes import functional as bnb
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and name not in ("lm_head", "v_head"):
+            if bits == "4bit":
+                packed = bnb.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
+                layer.weight.copy_(bnb.dequantize_4bit(*packed))
+            else:
+                packed, scale, _ = bnb.int8_vectorwise_quant(layer.weight.half())
+                layer.weight.copy_(bnb.int8_vectorwise_dequant(packed, scale))
+
+
 def add_adapters(module: nn.Module, drawn_in: torch.dtype, everything: bool) -> None:
     """On every linear layer of the blocks, in the order of the model's text; then the table."""
     torch.manual_seed(cells.ADAPTER_SEED)
@@ -109,6 +124,8 @@ def train(cell: cells.Cell, steps: int) -> tuple[dict, list[float], list[float]]
     """
     dtype = torch_dtype(cell.dtype)
     module = cells.build_module(cell.model).to(dtype).float().train()
+    if cell.quantize is not None:
+        round_weights(module, cell.quantize)
     if not cell.full:
         add_adapters(module, dtype, cell.everything)
     groups = groups_of(module, cell)

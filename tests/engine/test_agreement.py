@@ -60,7 +60,7 @@ def plain(cell: cells.Cell, steps: int):
 
 def expected(cell: cells.Cell, steps: int = cells.STEPS):
     """The reference's result: one for all cells that differ in how a step is spread."""
-    same = ("model", "full", "everything", "accumulation", "dtype")
+    same = ("model", "full", "everything", "quantize", "accumulation", "dtype")
     return plain(cells.Cell("", stage=0, **{key: getattr(cell, key) for key in same}), steps)
 
 

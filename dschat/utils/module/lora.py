@@ -21,6 +21,7 @@ from dschat.utils.module.lora_layers import (
     LoRALayer,
     LoRALinear,
 )
+from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import gathered
 
 HEAD_NAMES = ("lm_head", "embed_out", "v_head", "reward_head", "score")
@@ -131,12 +132,17 @@ def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Mod
     """Put an adapter on every matching layer, in place, and freeze what it wraps."""
     for name in match_layers(model, config.module_names, config.modules_to_save):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        base = getattr(parent, leaf)
-        layer = (LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear)(base, config)
+        layer = _layer_class(getattr(parent, leaf), config)(getattr(parent, leaf), config)
         for leaf_name, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(leaf_name in layer.adapter)
         setattr(parent, leaf, layer)
     return model
+
+
+def _layer_class(base: nn.Module, config: LoraConfig) -> type[LoRALayer]:
+    if isinstance(base, nn.Embedding):
+        return LoRAEmbedding
+    return LoRALinear if config.quantize is None else QuantizedLoRALinear
 
 
 def only_optimize_lora_parameters(
@@ -188,14 +194,17 @@ def shared_weights(model: nn.Module) -> set[int]:
 def fused_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, adapters are folded into the weights; afterwards the base is back bit for bit.
 
-    Adapters that are disabled stay out; those on a weight that another module uses as well stay
-    adapters. A copy of every weight is kept for the way back. Not for ZeRO-3 shards.
+    Adapters that are disabled stay out; those on a quantised weight, or on one that another module
+    uses as well, stay adapters. A copy of every weight is kept for the way back. Not for ZeRO-3
+    shards.
     """
     shared = shared_weights(model)
     layers = [
         layer
         for layer in lora_layers(model).values()
-        if layer.adapter_enabled and id(layer.weight) not in shared
+        if layer.adapter_enabled
+        and not isinstance(layer, QuantizedLoRALinear)
+        and id(layer.weight) not in shared
     ]
     kept = [layer.weight.detach().clone() for layer in layers]
     with torch.no_grad():
@@ -225,7 +234,11 @@ def merged_state_dict(
     """
     merged = {key: tensor for key, tensor in state.items() if not is_adapter_key(key)}
     for name, layer in lora_layers(model).items():
-        tensors = {leaf: state[f"{name}.{leaf}"] for leaf in ("weight", *layer.adapter)}
+        tensors = {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapter}
+        if isinstance(layer, QuantizedLoRALinear):  # its weight is in no state dict
+            tensors["weight"] = layer.dense_weight().to(tensors["lora_A"].device)
+        else:
+            tensors["weight"] = state[f"{name}.weight"]
         merged[f"{name}.weight"] = layer.merged(tensors)
     return merged
 
@@ -235,10 +248,12 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
     """Replace adapted layers by plain ones with the merged weight, in place (also under ZeRO-3).
 
     Raises:
-        UserError: a weight is shared with a module that has no adapter, and would change with it.
+        UserError: a weight is quantised, or shared with a module that would change with it.
     """
     shared = shared_weights(model)
     for name, layer in lora_layers(model).items():
+        if isinstance(layer, QuantizedLoRALinear):
+            raise UserError(f"{name}: a quantised weight cannot be merged in place; save the model")
         if id(layer.weight) in shared:
             raise UserError(
                 f"{name}: its weight is tied to another module's, so that it cannot be merged in "

@@ -37,12 +37,15 @@ class LoraConfig:
     module_names: tuple[str, ...] = (ALL_LINEAR,)
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()  # trained whole, beside the adapters
+    quantize: str | None = None  # 4bit, 8bit: how the wrapped weights are kept
 
     def __post_init__(self):
         if self.dim < 1:
             raise UserError(f"lora_dim is {self.dim}: give a rank of at least 1")
         if self.init not in ("A", "B"):
             raise UserError(f"lora_init is {self.init!r}: choose A or B")
+        if self.quantize not in (None, "4bit", "8bit"):
+            raise UserError(f"quantize_base is {self.quantize!r}: choose 4bit or 8bit")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora_dropout is {self.dropout}: give a share in [0, 1)")
         if self.alpha is not None and not 0.0 < self.alpha < math.inf:
@@ -74,9 +77,13 @@ class LoRALayer(nn.Module):
         self.in_features, self.out_features = shape if transposed else reversed(shape)
         self.scaling, self.init, self.rank = config.scaling, config.init, config.dim
         self.adapter_enabled = True
-        self.weight = base.weight
+        self._keep_weight(base.weight, config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.register_parameter(self.MAGNITUDE_NAME, None)
+
+    def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
+        """Hold the base's weight; here as it is."""
+        self.weight = weight
 
     def _add_adapter(self, config: LoraConfig, dtype: torch.dtype, device: torch.device) -> None:
         like = {"dtype": dtype, "device": device}
@@ -87,7 +94,7 @@ class LoRALayer(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(shape, **like)))
         self.reset_adapter()
         if config.use_dora:
-            with torch.no_grad(), gathered([self.weight]):
+            with gathered([*self.parameters(recurse=False)]):
                 lengths = self.row_lengths()
             self.lora_magnitude = nn.Parameter(lengths.to(**like))
 
@@ -106,6 +113,10 @@ class LoRALayer(nn.Module):
     def B(self) -> nn.Parameter:  # noqa: N802
         """(out, r), under whichever name."""
         return getattr(self, self.B_NAME)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The frozen weight as the layer computes with it, in its stored layout."""
+        return self.weight
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """A stored weight as (out, in)."""
@@ -146,11 +157,11 @@ class LoRALayer(nn.Module):
 
         A constant to the gradient, as DoRA's authors propose.
         """
-        weight, lora_A = self.rows(self.weight), self.A.float()
+        weight, lora_A = self.rows(self.dense_weight()), self.A.float()
         starts = range(0, self.out_features, ROWS_AT_ONCE)
         blocks = [slice(start, start + ROWS_AT_ONCE) for start in starts]
         rows = (
-            torch.addmm(weight[b].float(), self.B[b].float(), lora_A, alpha=self.scaling)
+            torch.addmm(weight[b].to(lora_A), self.B[b].float(), lora_A, alpha=self.scaling)
             for b in blocks
         )
         return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in rows])
@@ -221,7 +232,7 @@ class LoRALinear(LoRALayer):
         """(..., in) -> (..., out)."""
         flat = x.reshape(-1, x.shape[-1])
         if not self.adapter_enabled:
-            y = affine(flat, self.weight, self.bias, self.transposed)
+            y = self._base(flat, self.bias)
         elif self.lora_magnitude is None:
             y = self._update(flat, self.bias)
         else:
@@ -239,16 +250,23 @@ class LoRALinear(LoRALayer):
         layer.weight, layer.bias = self.weight, self.bias
         return layer
 
+    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(N, in) -> (N, out) by W."""
+        return affine(x, self.weight, bias, self.transposed)
+
     def _update(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(N, in) -> (N, out) by W + s B A."""
-        frozen = not (self.weight.requires_grad or (bias is not None and bias.requires_grad))
-        if frozen and not (self.training and getattr(self.dropout, "p", 0.0)):
+        drops = self.training and getattr(self.dropout, "p", 0.0) > 0.0
+        if not drops and self._can_run_in_one(bias):
             adapter = self.lora_A, self.lora_B, self.scaling
             return LoRAMatmul.apply(x, self.weight, bias, self.transposed, *adapter)
         # In this order, so that the backward pass frees what dropout keeps before it needs more.
-        y = affine(x, self.weight, bias, self.transposed)
+        y = self._base(x, bias)
         down = F.linear(self.dropout(x), self.lora_A) * self.scaling
         return y.addmm_(down, self.lora_B.t())
+
+    def _can_run_in_one(self, bias: torch.Tensor | None) -> bool:
+        return not (self.weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class LoRAEmbedding(LoRALayer):
