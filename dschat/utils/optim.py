@@ -165,7 +165,7 @@ def check_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
 
 
 def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
-    """The start table: group, learning rate, weight decay, tensors, parameters, trainable share."""
+    """The start table: every group's rate, weight decay and size; the trainable share; B over A."""
     rows = [("group", "learning rate", "weight decay", "tensors", "parameters")]
     for group in groups:
         count = sum(full_numel(p) for p in group["params"])
@@ -183,4 +183,7 @@ def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
     packed = [m for m in model.modules() if isinstance(m, QuantizedLoRALinear)]
     total = sum(full_numel(p) for p in model.parameters()) + sum(m.weight_numel for m in packed)
     share = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"
+    rates = {group["name"]: group["lr"] for group in groups}
+    if "lora_A" in rates and "lora_B" in rates:
+        share += f"; B learns at {rates['lora_B'] / rates['lora_A']:g} times A's rate"
     return "\n".join([title, *lines, share])

@@ -211,7 +211,8 @@ def test_table_shows_each_group_and_the_share():
     assert [head.strip() for head in re.split("  +", lines[1])] == heads
     assert lines[2].split() == ["lora_A", "0.001", "0.1", "14", "1,920"]
     assert lines[3].split() == ["lora_B", "0.016", "0.1", "14", "1,792"]
-    assert lines[4] == (f"trainable 3,712 of {total:,} parameters ({100 * 3712 / total:.2f} %)")
+    share = f"trainable 3,712 of {total:,} parameters ({100 * 3712 / total:.2f} %)"
+    assert lines[4] == f"{share}; B learns at 16 times A's rate"
     assert len(lines) == 5
 
 
