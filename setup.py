@@ -50,7 +50,8 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.15", "peft>=0.19"],
+        "test": ["pytest>=8", "ruff>=0.15", "peft>=0.19", "bitsandbytes>=0.49"],
+        "quantize": ["bitsandbytes>=0.49"],
         "wandb": ["wandb>=0.18"],
     },
 )

@@ -11,6 +11,7 @@ from dschat.rlhf.ppo_log import AnswerPrinting
 from dschat.rlhf.ppo_trainer import PPOConfig
 from dschat.rlhf.rlhf_engine import RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
+from dschat.utils.advice import FULL_TO_LORA_RATE
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.ds_utils import EngineConfig
@@ -30,7 +31,6 @@ SCHEDULES = [
     "constant",
     "constant_with_warmup",
 ]
-FULL_TO_LORA_RATE = 3.0  # adapters start from two to three times full fine-tuning's rate
 SWITCH = {"action": "store_true"}
 
 
@@ -45,30 +45,48 @@ class LoraArguments:
         "A", "the matrix that starts random, the other is zero", choices=["A", "B"]
     )
     use_rslora: bool = flag(False, "scale by alpha / sqrt(dim)", **SWITCH)
+    use_dora: bool = flag(False, "DoRA: train the lengths of the weights' rows too", **SWITCH)
     lora_module_name: list[str] = flag(
         [ALL_LINEAR],
-        "substrings of layer names that get adapters, or all-linear",
+        "substrings of layer names that get adapters, or all-linear; embeddings by their name",
         nargs="+",
         type=str,
+    )
+    modules_to_save: list[str] = flag(
+        [], "names of modules that train whole, beside the adapters", nargs="+", type=str
+    )
+    quantize_base: str | None = flag(
+        None,
+        "keep the wrapped weights in so many bits (needs bitsandbytes; ZeRO 0 to 2)",
+        type=str,
+        choices=["4bit", "8bit"],
     )
     lora_learning_rate: float | None = flag(
         None, "learning rate of A (default: the model's learning rate)", type=float
     )
     loraplus_lr_ratio: float = flag(16.0, "LoRA+: learning rate of B over that of A")
+    lora_embedding_learning_rate: float = flag(1e-6, "learning rate of adapters on embeddings")
 
     def config(self) -> LoraConfig | None:
         """The adapters asked for, or None."""
         if self.lora_dim == 0:
             return None
-        names = tuple(part for name in self.lora_module_name for part in name.split(",") if part)
         return LoraConfig(
             dim=self.lora_dim,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             init=self.lora_init,
             use_rslora=self.use_rslora,
-            module_names=names,
+            module_names=_parts(self.lora_module_name),
+            use_dora=self.use_dora,
+            modules_to_save=_parts(self.modules_to_save),
+            quantize=self.quantize_base,
         )
+
+
+def _parts(names: list[str]) -> tuple[str, ...]:
+    """Given apart or with commas between them."""
+    return tuple(part for name in names for part in name.split(",") if part)
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,9 @@ class ModelArguments:
             weight_decay=self.weight_decay,
             lora_learning_rate=self.lora.lora_learning_rate,
             loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
+            lora_embedding_learning_rate=self.lora.lora_embedding_learning_rate,
             head_learning_rate=self.head_learning_rate,
+            full_rate=self.full_rate,
         )
 
 
@@ -196,9 +216,25 @@ class RunArguments:
             train_base=self.train_base_model,
             gradient_checkpointing=model.gradient_checkpointing,
         )
+        if model.lora.quantize_base is not None:
+            self._check_quantized(model)
         if self.deepspeed_config is not None:
             check_optimizer_block(self.deepspeed_config, recipe.optimizer)
         return recipe
+
+    def _check_quantized(self, model: ModelArguments) -> None:
+        """Stop where frozen weights in few bits cannot serve."""
+        given = f"quantize_base {model.lora.quantize_base}"
+        if model.lora.lora_dim == 0:
+            raise UserError(f"{given}: packed weights cannot train; add adapters with lora_dim")
+        if self.train_base_model:
+            raise UserError(f"{given}: packed weights cannot train; drop train_base_model")
+        if model.zero_stage == 3:
+            raise UserError(
+                f"{given}: ZeRO-3 shards what weights it can gather, and packed ones it cannot; "
+                "use zero_stage 0, 1 or 2"
+            )
+        require_package("bitsandbytes", "--quantize_base")
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule over so many optimizer steps."""

@@ -259,3 +259,49 @@ def test_retired_flags_say_so(capsys, build, name):
     build(f"--{name}", *(["1"] if name in WITH_VALUE else []))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"--{name} does nothing: ")
+
+
+def test_every_option_of_adapters_reaches_its_model():
+    options = (
+        "--{0}lora_dim 8 --{0}lora_alpha 4 --{0}lora_init B --{0}use_rslora --{0}use_dora "
+        "--{0}lora_module_name all-linear,embed_tokens --{0}modules_to_save norm lm_head "
+        "--{0}lora_learning_rate 2e-4 --{0}loraplus_lr_ratio 8 "
+        "--{0}lora_embedding_learning_rate 3e-6"
+    )
+    for recipe in (
+        (one := sft(*options.format("").split())).run.recipe(one.model),
+        (two := reward(*options.format("").split())).run.recipe(two.model),
+        (three := rlhf(*options.format("actor_").split())).run.recipe(three.actor),
+        (four := rlhf(*options.format("critic_").split())).run.recipe(four.critic),
+    ):
+        lora, rates = recipe.lora, recipe.optimizer
+        assert (lora.dim, lora.scaling, lora.init) == (8, pytest.approx(4 / 8**0.5), "B")
+        assert lora.use_dora and lora.module_names == ("all-linear", "embed_tokens")
+        assert lora.modules_to_save == ("norm", "lm_head")
+        assert rates.rate("lora_A") == rates.rate("lora_magnitude") == 2e-4
+        assert rates.rate("lora_B") == pytest.approx(16e-4)
+        assert rates.rate("lora_embedding") == 3e-6
+        assert not recipe.base_is_frozen  # what trains whole changes with adapters off as well
+    assert four.actor.lora.config() is None and three.critic.lora.config() is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "packed weights cannot train; add adapters with lora_dim"),
+        ("--lora_dim 8 --train_base_model", "drop train_base_model"),
+        ("--lora_dim 8 --zero_stage 3", "use zero_stage 0, 1 or 2"),
+    ],
+)
+def test_quantised_base_where_it_cannot_serve(argv: str, words: str):
+    settings = sft("--quantize_base", "4bit", *argv.split())
+    with pytest.raises(UserError, match=f"quantize_base 4bit: .*{words}"):
+        settings.run.recipe(settings.model)
+
+
+def test_quantised_base_needs_its_package(monkeypatch):
+    settings = sft("--quantize_base", "8bit", "--lora_dim", "8")
+    assert settings.run.recipe(settings.model).lora.quantize == "8bit"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bitsandbytes is not installed; run `pip install"):
+        settings.run.recipe(settings.model)

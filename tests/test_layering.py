@@ -14,7 +14,8 @@ LEVELS = [
     "losses rlhf.returns rlhf.experience utils.data.splits utils.ds_utils utils.flops "
     "utils.gpu_peaks utils.perf",
     "utils.zero utils.distributed utils.metrics utils.state_folder",
-    "utils.module.lora utils.optim utils.model.model_utils utils.model.reward_model "
+    "utils.module.lora_layers utils.module.quantized utils.module.lora utils.optim utils.advice "
+    "utils.model.model_utils utils.model.reward_model "
     "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.raw_datasets "
     "utils.data.tokenise utils.data.collators utils.data.data_utils utils.checkpoint utils.utils "
     "cli",

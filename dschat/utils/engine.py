@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dschat.errors import UserError
+from dschat.utils.advice import lora_advice
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_utils import (
     EngineConfig,
@@ -86,7 +87,7 @@ class Recipe:
     @property
     def base_is_frozen(self) -> bool:
         """Whether switching the adapters off gives the model back that training started from."""
-        return self.lora is not None and not self.train_base
+        return self.lora is not None and not self.train_base and not self.lora.modules_to_save
 
     def check(
         self, model_name_or_path: str, build: Callable[[PretrainedConfig], nn.Module]
@@ -96,7 +97,7 @@ class Recipe:
         with torch.device("meta"):
             module = build(config)
         if self.lora is not None:
-            match_layers(module, self.lora.module_names)
+            match_layers(module, self.lora.module_names, self.lora.modules_to_save)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Adapters on, base frozen, checkpointing on, in place: ready for `build_engine`."""
@@ -105,7 +106,7 @@ class Recipe:
             if self.train_base:
                 module.requires_grad_(True)
             else:
-                only_optimize_lora_parameters(module)
+                only_optimize_lora_parameters(module, self.lora.modules_to_save)
         if self.gradient_checkpointing:
             make_model_gradient_checkpointing_compatible(module)
         return module
@@ -131,7 +132,8 @@ def build_engine(
     recipe.apply(module)
     optimizer_config = recipe.optimizer
     groups = get_optimizer_grouped_parameters(module, optimizer_config)
-    print_rank_0(group_table(groups, module, title))
+    advice = lora_advice(recipe.lora, optimizer_config, config, world_size)
+    print_rank_0("\n".join([group_table(groups, module, title), *advice]))
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import full_numel
 
-GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_embedding", "head")
+GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embedding", "head")
+UNDECAYED = ("no_decay", "lora_magnitude")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class OptimizerConfig:
     head_learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    full_rate: float | None = None  # what training all weights would take; advice alone reads it
 
     def __post_init__(self):
         rates = {
             "learning_rate": self.learning_rate,
             "lora_learning_rate": self.lora_learning_rate,
             "loraplus_lr_ratio": self.loraplus_lr_ratio,
+            "lora_embedding_learning_rate": self.lora_embedding_learning_rate,
             "head_learning_rate": self.head_learning_rate,
         }
         for name, value in rates.items():
@@ -52,6 +56,7 @@ class OptimizerConfig:
         return {
             "lora_A": self.lora_A_rate,
             "lora_B": self.loraplus_lr_ratio * self.lora_A_rate,
+            "lora_magnitude": self.lora_A_rate,
             "lora_embedding": self.lora_embedding_learning_rate,
             "head": self.head_learning_rate or self.learning_rate,
         }.get(group, self.learning_rate)
@@ -65,7 +70,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def classify(module_name: str, module: nn.Module, leaf: str) -> str:
     """The group of the parameter `leaf` that sits directly on `module`."""
-    if leaf in ("lora_A", "lora_B"):
+    if leaf in ("lora_A", "lora_B", "lora_magnitude"):
         return "lora_embedding" if isinstance(module, nn.Embedding) else leaf
     if leaf.startswith("lora_embedding"):
         return "lora_embedding"
@@ -95,13 +100,12 @@ def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) 
     assert seen == trainable, "a trainable parameter is in no group"
     if not trainable:
         raise UserError("no parameter is trainable: check lora_dim and the options that freeze")
-    decayed = {"decay", "lora_A", "lora_B", "head"}
     return [
         {
             "name": group,
             "params": list(parameters.values()),
             "lr": config.rate(group),
-            "weight_decay": config.weight_decay if group in decayed else 0.0,
+            "weight_decay": config.weight_decay if group not in UNDECAYED else 0.0,
         }
         for group, parameters in members.items()
         if parameters
@@ -161,7 +165,7 @@ def check_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
 
 
 def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
-    """The start table: group, learning rate, weight decay, tensors, parameters, trainable share."""
+    """The start table: every group's rate, weight decay and size; the trainable share; B over A."""
     rows = [("group", "learning rate", "weight decay", "tensors", "parameters")]
     for group in groups:
         count = sum(full_numel(p) for p in group["params"])
@@ -176,6 +180,10 @@ def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
         for r in rows
     ]
     trainable = sum(full_numel(p) for g in groups for p in g["params"])
-    total = sum(full_numel(p) for p in model.parameters())
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLoRALinear)]
+    total = sum(full_numel(p) for p in model.parameters()) + sum(m.weight_numel for m in packed)
     share = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)"
+    rates = {group["name"]: group["lr"] for group in groups}
+    if "lora_A" in rates and "lora_B" in rates:
+        share += f"; B learns at {rates['lora_B'] / rates['lora_A']:g} times A's rate"
     return "\n".join([title, *lines, share])

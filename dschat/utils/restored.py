@@ -40,18 +40,26 @@ def check_frozen(place: str, saved: Mapping[str, str], present: Mapping[str, str
 def frozen_checksum(module: nn.Module) -> str:
     """SHA-256 over names and shapes of all parameters, and the contents of the frozen ones.
 
-    A content enters as the exact sum of its bit patterns, which neither the device nor the order of
-    summation changes. Under ZeRO-3 a collective call.
+    Buffers of whole numbers count as frozen: weights packed in few bits are such. A content enters
+    as the exact sum of its bit patterns, which neither the device nor the order of summation
+    changes. Under ZeRO-3 a collective call.
     """
     total = hashlib.sha256()
     for name, parameter in module.named_parameters():
         content = 0
         if not parameter.requires_grad:
             with gathered([parameter]):
-                bits = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
-                content = parameter.detach().view(bits).sum(dtype=torch.int64).item()
+                content = _sum_of_bits(parameter.detach())
         total.update(repr((name, [*full_shape(parameter)], content)).encode())
+    for name, buffer in module.named_buffers():
+        if not buffer.is_floating_point():
+            total.update(repr((name, [*buffer.shape], _sum_of_bits(buffer))).encode())
     return total.hexdigest()
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64).item()
 
 
 def set_rates(

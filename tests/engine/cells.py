@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from tiny import padded, tiny_llama, token_rows
+from tiny import padded, tiny_gpt2, tiny_llama, token_rows
 from torch import nn
 
 from dschat.utils.ds_utils import EngineConfig
@@ -15,7 +15,8 @@ from dschat.utils.model.reward_model import RewardModel
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig
 
-BASE_RATE, RATIO, HEAD_RATE, WEIGHT_DECAY = 1e-3, 16.0, 4e-3, 0.1
+BASE_RATE, RATIO, WEIGHT_DECAY = 1e-3, 16.0, 0.1
+HEAD_RATE, EMBEDDING_RATE = 4e-3, 2e-3
 RANK, ALPHA = 4, 8.0
 WARM_UP, TOTAL_STEPS, STEPS = 2, 6, 4
 CLIP = 1.1  # between the causal model's gradient norms: some steps are clipped, some not
@@ -31,12 +32,14 @@ class Cell:
     """One training run: what, and how it is spread."""
 
     name: str
-    model: str  # causal, reward
+    model: str  # causal, reward, gpt2
     stage: int
     checkpointing: bool = False
     offload: bool = False
     accumulation: int = 1
     full: bool = False  # all weights, no adapters
+    everything: bool = False  # the adapters' every option at once
+    quantize: str | None = None
     built_from: str = "module"  # folder: from files, under ZeRO-3 in shards from the start
     dtype: str = "fp32"
     user_json: bool = False  # an optimizer block of the user's own
@@ -60,34 +63,67 @@ class Cell:
             learning_rate=BASE_RATE,
             weight_decay=0.0 if self.first_steps else WEIGHT_DECAY,
             loraplus_lr_ratio=RATIO,
+            lora_embedding_learning_rate=EMBEDDING_RATE,
             head_learning_rate=HEAD_RATE,
             betas=BETAS,
             eps=1e-10 if self.first_steps else EPS,
         )
-        lora = None if self.full else LoraConfig(dim=RANK, alpha=ALPHA)
-        return Recipe(rates, lora, gradient_checkpointing=self.checkpointing)
+        return Recipe(rates, self.lora(), gradient_checkpointing=self.checkpointing)
+
+    def lora(self) -> LoraConfig | None:
+        """The adapters."""
+        if self.full:
+            return None
+        options = {"quantize": self.quantize}
+        if self.everything:
+            table = "wte" if self.model == "gpt2" else "embed_tokens"
+            options |= {
+                "init": "B",
+                "use_rslora": True,
+                "use_dora": True,
+                "module_names": ("all-linear", table),
+                "modules_to_save": ("ln_f",) if self.model == "gpt2" else ("norm",),
+            }
+        return LoraConfig(dim=RANK, alpha=ALPHA, **options)
+
+
+def matrix() -> list[Cell]:
+    """Models by ZeRO stages, each without and (where DeepSpeed has it) with offload to the CPU."""
+    return [
+        Cell(f"{model}-z{stage}{'-offload' * offload}", model, stage, offload=offload)
+        for model in ("causal", "reward")
+        for stage in range(4)
+        for offload in ((False, True) if stage > 0 else (False,))
+    ]
 
 
 def all_cells() -> list[Cell]:
-    """Stages by models by checkpointing, then what is tried once or at each stage."""
+    """The matrix, without and with gradient checkpointing; then what is tried at some stages."""
     cells = [
-        Cell(f"{model}-z{stage}{'-ckpt' if ckpt else ''}", model, stage, checkpointing=ckpt)
-        for model in ("causal", "reward")
-        for stage in range(4)
+        replace(cell, name=cell.name + "-ckpt" * ckpt, checkpointing=ckpt)
+        for cell in matrix()
         for ckpt in (False, True)
     ]
+    cells += [replace(cell, name=f"{cell.name}-first", first_steps=True) for cell in matrix()]
     for stage in range(4):
         cells.append(Cell(f"causal-z{stage}-windows", "causal", stage, accumulation=2))
-        cells.append(Cell(f"causal-z{stage}-first", "causal", stage, first_steps=True))
+        cells.append(Cell(f"causal-z{stage}-everything", "causal", stage, everything=True))
     for stage in (0, 2, 3):
         cells.append(Cell(f"causal-z{stage}-json", "causal", stage, user_json=True))
         cells.append(Cell(f"causal-z{stage}-full", "causal", stage, full=True))
         cells.append(Cell(f"causal-z{stage}-bf16", "causal", stage, dtype="bf16"))
-    cells.append(Cell("causal-z2-offload", "causal", 2, offload=True))
-    cells.append(Cell("causal-z3-offload", "causal", 3, offload=True))
+    for stage in (0, 1, 2):
+        cells.append(Cell(f"causal-z{stage}-4bit", "causal", stage, quantize="4bit"))
+    cells.append(Cell("reward-z2-8bit", "reward", 2, quantize="8bit", offload=True))
+    for stage in (0, 3):
+        cells.append(Cell(f"gpt2-z{stage}", "gpt2", stage))
+        cells.append(Cell(f"gpt2-z{stage}-everything", "gpt2", stage, everything=True))
+        cells.append(Cell(f"reward-z{stage}-everything", "reward", stage, everything=True))
     cells.append(Cell("reward-z2-windows", "reward", 2, accumulation=2))
     cells.append(Cell("causal-z3-folder", "causal", 3, built_from="folder"))
     cells.append(Cell("reward-z3-folder", "reward", 3, built_from="folder"))
+    every = {"everything": True, "checkpointing": True, "offload": True, "built_from": "folder"}
+    cells.append(Cell("causal-z3-folder-everything", "causal", 3, **every))
     return cells
 
 
@@ -99,6 +135,8 @@ def cell_steps(cell: Cell) -> list[list[int]]:
 
 def build_module(model: str) -> nn.Module:
     """The same weights at every call."""
+    if model == "gpt2":
+        return tiny_gpt2(MODEL_SEED)
     causal = tiny_llama(MODEL_SEED)
     if model == "causal":
         return causal

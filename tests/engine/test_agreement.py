@@ -54,14 +54,14 @@ def runs(tmp_path_factory) -> dict[int, SimpleNamespace]:
 
 
 @functools.cache
-def plain(model: str, full: bool, accumulation: int, dtype: str, steps: int = cells.STEPS):
-    return reference.train(
-        cells.Cell("", model, 0, full=full, accumulation=accumulation, dtype=dtype), steps
-    )
+def plain(cell: cells.Cell, steps: int):
+    return reference.train(cell, steps)
 
 
 def expected(cell: cells.Cell, steps: int = cells.STEPS):
-    return plain(cell.model, cell.full, cell.accumulation, cell.dtype, steps)
+    """The reference's result: one for all cells that differ in how a step is spread."""
+    same = ("model", "full", "everything", "quantize", "accumulation", "dtype")
+    return plain(cells.Cell("", stage=0, **{key: getattr(cell, key) for key in same}), steps)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -74,12 +74,16 @@ def test_weights_are_plain_pytorchs(runs, name: str, ranks: int):
     assert weights.keys() == ours.keys()
     for key, tensor in weights.items():
         distance = (tensor - ours[key]).abs().max()
-        assert distance <= 1e-5 * ours[key].abs().max(), key
+        # A token that occurs once gives its column of A a gradient of about Adam's eps, where the
+        # gradient's rounding moves most: float64 differs from either side by up to 2.4e-5.
+        tolerance = 3e-5 if key.endswith("lora_embedding_A") else 1e-5
+        assert distance <= tolerance * ours[key].abs().max(), key
         moved = (ours[key] - start[key]).norm()
         if moved == 0:
             assert torch.equal(tensor, start[key]), key
         else:  # the path, not only its end: the tensors themselves are much longer than it
-            assert (tensor - ours[key]).norm() <= 5e-5 * moved, key
+            rounding = torch.finfo(torch.float32).eps * ours[key].norm()
+            assert (tensor - ours[key]).norm() <= 5e-5 * moved + rounding, key
     assert runs[ranks].stories[name]["losses"] == pytest.approx(losses, rel=1e-6)
 
 
@@ -106,9 +110,15 @@ def test_rates_follow_the_schedule_at_the_ratio(runs, name: str, ranks: int):
         decays = {"decay": 0.1, "no_decay": 0.0}
     else:
         peaks = {"lora_A": 1e-3, "lora_B": 16e-3}
+        if cell.everything:
+            peaks["lora_embedding"] = 2e-3
         decays = dict.fromkeys(peaks, 0.0 if cell.first_steps else 0.1)
         if cell.model == "reward":
-            peaks["head"], decays["head"] = 4e-3, 0.1
+            peaks["head"], decays["head"] = 4e-3, 0.0 if cell.first_steps else 0.1
+        if cell.everything:
+            undecayed = {"lora_magnitude": 1e-3, "no_decay": 1e-3}
+            peaks |= undecayed
+            decays |= dict.fromkeys(undecayed, 0.0)
     factors = [1.0] * 5 if cell.first_steps else [0.0, 0.5, 1.0, 0.75, 0.5]
     assert story["groups"] == decays
     assert len(story["rates"]) == len(factors)
@@ -124,13 +134,13 @@ def test_optimizer_of_the_users_json_is_used(runs, stage: int):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("stage", range(4))
-def test_first_steps_are_as_large_as_the_rates(runs, stage: int, ranks: int):
+@pytest.mark.parametrize("name", [f"{cell.name}-first" for cell in cells.matrix()])
+def test_first_steps_are_as_large_as_the_rates(runs, name: str, ranks: int):
     """Adam's first step is the rate itself, B moves by it; A has a gradient only from step 2 on.
 
     A's moments then are m = 0.1 g / (1 - 0.9^2), v = 0.05 g^2 / (1 - 0.95^2): m / sqrt(v) = 0.735.
     """
-    first, second, *_ = runs[ranks].stories[f"causal-z{stage}-first"]["moves"]
+    first, second, *_ = runs[ranks].stories[name]["moves"]
     assert first["lora_B"] == pytest.approx([16e-3, 16e-3], rel=1e-3)
     assert first["lora_A"] == [0.0, 0.0]
     assert second["lora_A"] == pytest.approx([0.735e-3, 0.735e-3], rel=2e-3)

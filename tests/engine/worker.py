@@ -21,6 +21,7 @@ from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import backward, build_engine, torch_dtype, windows
 from dschat.utils.model.model_utils import create_hf_model, forward_inputs
 from dschat.utils.model.reward_model import create_critic_model, scores_at_end
+from dschat.utils.module.lora import lora_layers
 from dschat.utils.optim import group_rates, schedule_factory
 
 
@@ -40,7 +41,7 @@ def build(cell: cells.Cell, folder: str, ds_config: dict) -> nn.Module:
 
 def loss_and_count(engine: nn.Module, cell: cells.Cell, rows: list[int]) -> tuple:
     """This rank's summed loss as a function to call, and how many terms it sums."""
-    if cell.model == "causal":
+    if cell.model != "reward":
         ids, mask, loss_mask = cells.sft_batch(rows)
 
         def sft() -> torch.Tensor:
@@ -104,6 +105,9 @@ def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict
             story["moves"].append(moves(before, after))
             before = after
     weights = zero.consolidated_state_dict(engine.module, peers.rank)
+    if cell.quantize is not None:
+        packed = lora_layers(engine.module).items()
+        weights |= {f"{name}.weight": layer.dense_weight() for name, layer in packed}
     engine.destroy()
     return weights, story
 

@@ -24,6 +24,7 @@ from dschat.utils.module.lora import (
     match_layers,
     merged_state_dict,
     only_optimize_lora_parameters,
+    whole_modules,
 )
 
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}
@@ -149,10 +150,35 @@ def test_no_match_says_what_could():
     assert "lm_head" not in message
 
 
-def test_head_tied_to_the_embeddings_is_refused():
-    """Merged, the update would have to change the embeddings too."""
-    with pytest.raises(UserError, match="lm_head, whose weight is also the input embedding"):
-        match_layers(tiny.tiny_llama(tie_word_embeddings=True), ("q_proj", "lm_head"))
+def test_embeddings_are_named_by_the_end_of_their_name():
+    model = tiny.tiny_opt()
+    table = "model.decoder.embed_tokens"
+    assert match_layers(model, ("embed_tokens",)) == [table]
+    assert set(match_layers(model, ("all-linear", "embed_tokens"))) == {
+        table,
+        *match_layers(model, ("all-linear",)),
+    }
+    assert table not in match_layers(model, ("decoder.",))  # a part of a name is a linear layer's
+    with pytest.raises(UserError, match=r"embed_positions \(OPT.*modules_to_save"):
+        match_layers(model, ("embed_positions",))  # adds an offset to its ids
+
+
+def test_what_trains_whole_gets_no_adapter():
+    model = tiny.tiny_llama()
+    assert match_layers(model, ("q_proj", "lm_head"), ("lm_head",)) == match_layers(
+        model, ("q_proj",)
+    )
+    convert_linear_layer_to_lora(model, LoraConfig(4, modules_to_save=("norm", "layers.1.mlp")))
+    only_optimize_lora_parameters(model, ("norm", "layers.1.mlp"))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    mlp = {f"model.layers.1.mlp.{leaf}_proj.weight" for leaf in ("gate", "up", "down")}
+    assert trained == {"model.norm.weight", *mlp}
+    assert len(lora_layers(model)) == 14 - 3
+    with pytest.raises(UserError, match=r"modules_to_save 'norms' names no module.* norm"):
+        whole_modules(model, ("norms",))
+    with pytest.raises(UserError, match="'score' names no module"):
+        whole_modules(model, ("score",))
+    assert whole_modules(tiny.reward_model(), ("score",)) == []  # it trains in any case
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,9 @@ from dschat.utils.optim import (
 IDS, MASK = tiny.padded(tiny.token_rows(4, seed=6))
 
 
-def adapted_llama(init: str = "A") -> nn.Module:
+def adapted_llama(**options: object) -> nn.Module:
     torch.manual_seed(3)
-    model = convert_linear_layer_to_lora(tiny.tiny_llama(), LoraConfig(dim=4, init=init))
+    model = convert_linear_layer_to_lora(tiny.tiny_llama(), LoraConfig(dim=4, **options))
     return only_optimize_lora_parameters(model)
 
 
@@ -108,10 +108,9 @@ def test_rates_and_decays_of_each_group():
         loraplus_lr_ratio=8.0,
         head_learning_rate=3e-4,
     )
-    model = RewardModel(adapted_llama().model)
+    names = ("all-linear", "embed_tokens")
+    model = RewardModel(adapted_llama(use_dora=True, module_names=names).model)
     model.requires_grad_(True)
-    model.embedding = nn.Embedding(3, 2)
-    model.embedding.lora_A = nn.Parameter(torch.zeros(2, 3))
     groups = by_name(get_optimizer_grouped_parameters(model, config))
     found = {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()}
     assert found == {
@@ -119,9 +118,12 @@ def test_rates_and_decays_of_each_group():
         "no_decay": (1e-4, 0.0),
         "lora_A": (2e-4, 0.1),
         "lora_B": (pytest.approx(16e-4), 0.1),
-        "lora_embedding": (1e-6, 0.0),
+        "lora_magnitude": (2e-4, 0.0),
+        "lora_embedding": (1e-6, 0.1),
         "head": (3e-4, 0.1),
     }
+    assert {p.ndim for p in groups["lora_magnitude"]["params"]} == {1}
+    assert len(groups["lora_embedding"]["params"]) == 2
     assert groups["head"]["params"] == [model.v_head.weight]
     assert {p.shape[0] for p in groups["lora_A"]["params"]} == {4}
     assert {p.shape[1] for p in groups["lora_B"]["params"]} == {4}
@@ -155,7 +157,7 @@ def test_rates_must_be_positive(name: str):
 def test_ratio_1_is_plain_lora_step_for_step(init: str):
     """Against one group of torch's AdamW over all adapters: equal to the last bit."""
     config = OptimizerConfig(1e-3, weight_decay=0.1, loraplus_lr_ratio=1.0, betas=(0.9, 0.99))
-    ours = adapted_llama(init)
+    ours = adapted_llama(init=init)
     plain = copy.deepcopy(ours)
     optimizer = build_optimizer(get_optimizer_grouped_parameters(ours, config), config)
     one_group = torch.optim.AdamW(
@@ -209,7 +211,8 @@ def test_table_shows_each_group_and_the_share():
     assert [head.strip() for head in re.split("  +", lines[1])] == heads
     assert lines[2].split() == ["lora_A", "0.001", "0.1", "14", "1,920"]
     assert lines[3].split() == ["lora_B", "0.016", "0.1", "14", "1,792"]
-    assert lines[4] == (f"trainable 3,712 of {total:,} parameters ({100 * 3712 / total:.2f} %)")
+    share = f"trainable 3,712 of {total:,} parameters ({100 * 3712 / total:.2f} %)"
+    assert lines[4] == f"{share}; B learns at 16 times A's rate"
     assert len(lines) == 5
 
 

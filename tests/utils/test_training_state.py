@@ -193,6 +193,14 @@ def test_the_checksum_is_of_what_is_frozen(dtype):
     assert frozen_checksum(module) != first
 
 
+def test_the_checksum_sees_packed_weights():
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("packed", torch.tensor([3, 200], dtype=torch.uint8), persistent=False)
+    first = frozen_checksum(module)
+    module.packed[1] = 201
+    assert frozen_checksum(module) != first
+
+
 def test_random_generators_go_on():
     def draw() -> tuple:
         return random.random(), np.random.normal(), torch.rand(3).tolist()

@@ -1,146 +1,126 @@
-"""LoRA: y = x W^T + b + s * B A dropout(x), after Hu et al. 2021 (arXiv:2106.09685).
+"""Adapters on a model: put on, freeze around, switch off, fuse, merge.
 
-The names are the paper's: `lora_A` is (r, in) and is applied first, `lora_B` is (out, r). The layer
-keeps `weight` and `bias` under the names of the layer it replaces, so that a state dict without its
-`lora_` entries is the base model's own.
+The layers themselves are in `lora_layers.py`; PEFT's files are in `adapter.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
-from dschat.utils.zero import full_shape, gathered
+from dschat.utils.module.lora_layers import (
+    ALL_LINEAR,
+    LoraConfig,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+)
+from dschat.utils.module.quantized import QuantizedLoRALinear
+from dschat.utils.zero import gathered
 
-ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "v_head", "reward_head", "score")
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """What an adapter is: rank, scaling, dropout, initialisation and the layers that carry it."""
-
-    dim: int
-    alpha: float | None = None  # None: alpha = dim, a scaling of 1
-    dropout: float = 0.0
-    init: str = "A"  # the matrix that starts random; the other starts at zero
-    use_rslora: bool = False
-    module_names: tuple[str, ...] = (ALL_LINEAR,)
-
-    def __post_init__(self):
-        if self.dim < 1:
-            raise UserError(f"lora_dim is {self.dim}: give a rank of at least 1")
-        if self.init not in ("A", "B"):
-            raise UserError(f"lora_init is {self.init!r}: choose A or B")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"lora_dropout is {self.dropout}: give a share in [0, 1)")
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732)."""
-        alpha = self.dim if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+REWARD_HEADS = ("v_head", "reward_head", "score")  # of one row: they train whole
 
 
-class LoRALinear(nn.Module):
-    """A linear layer (or GPT-2's Conv1D) with a frozen weight and a trainable low-rank update."""
-
-    def __init__(self, base: nn.Linear | Conv1D, config: LoraConfig):
-        super().__init__()
-        self.transposed = isinstance(base, Conv1D)  # Conv1D stores (in, out)
-        shape = full_shape(base.weight)
-        self.in_features, self.out_features = shape if self.transposed else reversed(shape)
-        self.scaling = config.scaling
-        self.init = config.init
-        self.adapter_enabled = True
-        self.weight, self.bias = base.weight, base.bias
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(config.dim, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.dim, **like))
-        self.reset_adapter()
-        self.train(base.training)
-
-    @torch.no_grad()
-    def reset_adapter(self) -> None:
-        """Random A uniform in ±1/sqrt(in), or random B of variance 1/r; the other matrix zero."""
-        if self.init == "A":
-            bound = 1.0 / math.sqrt(self.in_features)
-            self.lora_A.uniform_(-bound, bound)
-            self.lora_B.zero_()
-        else:
-            self.lora_A.zero_()
-            self.lora_B.normal_(std=1.0 / math.sqrt(self.lora_B.shape[1]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        weight = self.weight.t() if self.transposed else self.weight
-        y = F.linear(x, weight, self.bias)
-        if not self.adapter_enabled:
-            return y
-        return y + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scaling
-
-    def extra_repr(self) -> str:
-        """Shapes and scaling, as `print(model)` shows them."""
-        rank = full_shape(self.lora_B)[1]
-        return f"in={self.in_features}, out={self.out_features}, r={rank}, s={self.scaling:g}"
-
-
-def merged_weight(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, layer: LoRALinear
-) -> torch.Tensor:
-    """W + s * B A, computed in fp32 on a copy and cast once to the weight's dtype."""
-    delta = (lora_B.float() @ lora_A.float()) * layer.scaling
-    return (weight.float() + (delta.t() if layer.transposed else delta)).to(weight.dtype)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Every adapted layer by its full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
-def match_layers(model: nn.Module, module_names: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that adapters go on; never the output head under `all-linear`.
+def match_layers(
+    model: nn.Module, module_names: Iterable[str], modules_to_save: Iterable[str] = ()
+) -> list[str]:
+    """Names of the layers that adapters go on.
 
     Args:
         model: any module; only names, types and identity are looked at, so `meta` will do.
-        module_names: substrings of full layer names, or `all-linear`.
+        module_names: substrings of the full names of linear layers; `all-linear` for all of them
+            but the output head; the end of an embedding's name (`embed_tokens`) for its table.
+        modules_to_save: what trains whole and therefore gets no adapter; see `whole_modules`.
 
     Raises:
-        UserError: nothing matches (the message lists what could), or a match shares its weight with
-            the embeddings, where a merged update could not be stored.
+        UserError: nothing matches (the message lists what could), or an embedding does more than
+            look up rows.
     """
-    heads = {id(_output_head(m)) for m in model.modules()} - {id(None)}
-    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    names = tuple(module_names)
     modules = dict(model.named_modules())
-    body = [n for n in linear if n.split(".")[-1] not in HEAD_NAMES and id(modules[n]) not in heads]
-    if tuple(module_names) == (ALL_LINEAR,):
-        matched = body
-    else:
-        matched = [n for n in linear if any(part in n for part in module_names)]
+    whole = whole_modules(model, modules_to_save)
+    free = {
+        name: m
+        for name, m in modules.items()
+        if not any(name == w or name.startswith(f"{w}.") for w in whole)
+        and name.split(".")[-1] not in REWARD_HEADS
+    }
+    heads = {id(_output_head(m)) for m in modules.values()} - {id(None)}
+    linear = [n for n, m in free.items() if isinstance(m, (nn.Linear, Conv1D))]
+    body = [n for n in linear if n.split(".")[-1] not in HEAD_NAMES and id(free[n]) not in heads]
+    embeddings = [n for n, m in free.items() if isinstance(m, nn.Embedding)]
+    matched = [
+        *(n for n in linear if any(_names_linear(part, n, n in body) for part in names)),
+        *(n for n in embeddings if any(_ends_with(n, part) for part in names)),
+    ]
     if not matched:
-        leaves = ", ".join(sorted({n.split(".")[-1] for n in body})) or "none"
-        example = f" (a full name: {body[0]})" if body else ""
-        raise UserError(
-            f"lora_module_name {' '.join(module_names)!r} matches no linear layer: use all-linear, "
-            f"or part of a layer's name; this model's layers are {leaves}{example}"
-        )
-    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    tied = [n for n in matched if id(modules[n].weight) in embeddings]
-    if tied:
-        raise UserError(
-            f"lora_module_name {' '.join(module_names)!r} matches {tied[0]}, whose weight is also "
-            "the input embedding: name other layers, or use all-linear"
-        )
+        raise UserError(_no_match(names, body, embeddings))
+    for name in matched:
+        module = free[name]
+        if isinstance(module, nn.Embedding) and (
+            type(module).forward is not nn.Embedding.forward or module.max_norm is not None
+        ):
+            raise UserError(
+                f"lora_module_name: {name} ({type(module).__name__}) does more than look up rows, "
+                f"so no adapter can go on it; train it whole with modules_to_save {name}"
+            )
     return matched
+
+
+def _names_linear(part: str, name: str, in_body: bool) -> bool:
+    return in_body if part == ALL_LINEAR else part in name
+
+
+def _ends_with(name: str, part: str) -> bool:
+    return name == part or name.endswith(f".{part}")
+
+
+def _no_match(names: tuple[str, ...], body: list[str], embeddings: list[str]) -> str:
+    leaves = ", ".join(sorted({n.split(".")[-1] for n in body})) or "none"
+    tables = ", ".join(sorted({n.split(".")[-1] for n in embeddings})) or "none"
+    example = f" (a full name: {body[0]})" if body else ""
+    return (
+        f"lora_module_name {' '.join(names)!r} matches no layer: use all-linear, or part of a "
+        f"layer's name; this model's linear layers are {leaves}{example}, its embeddings {tables}"
+    )
+
+
+def whole_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
+    """Full names of the modules that train whole; each entry is a name or the end of one.
+
+    A reward or value head trains whole in any case; naming it is allowed.
+
+    Raises:
+        UserError: an entry names no module (the message lists what could).
+    """
+    found: list[str] = []
+    modules = [name for name, m in model.named_modules() if name and [*m.parameters()]]
+    has_head = any(name.split(".")[-1] in REWARD_HEADS for name in modules)
+    for part in modules_to_save:
+        matched = [name for name in modules if _ends_with(name, part)]
+        if not matched and not (part in REWARD_HEADS and has_head):
+            leaves = dict.fromkeys(n.split(".")[-1] for n in modules)
+            some = ", ".join(leaf for leaf in leaves if not leaf.isdigit())
+            raise UserError(
+                f"modules_to_save {part!r} names no module: give a module's name or its end; "
+                f"this model has {some}"
+            )
+        found += matched
+    return found
 
 
 def _output_head(module: nn.Module) -> nn.Module | None:
@@ -149,22 +129,31 @@ def _output_head(module: nn.Module) -> nn.Module | None:
 
 
 def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Put an adapter on every matching linear layer, in place, and freeze what it wraps."""
-    for name in match_layers(model, config.module_names):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        layer = LoRALinear(getattr(parent, name.rpartition(".")[2]), config)
-        for frozen in (layer.weight, layer.bias):
-            if frozen is not None:
-                frozen.requires_grad_(False)
-        setattr(parent, name.rpartition(".")[2], layer)
+    """Put an adapter on every matching layer, in place, and freeze what it wraps."""
+    for name in match_layers(model, config.module_names, config.modules_to_save):
+        parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        layer = _layer_class(getattr(parent, leaf), config)(getattr(parent, leaf), config)
+        for leaf_name, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(leaf_name in layer.adapter)
+        setattr(parent, leaf, layer)
     return model
 
 
-def only_optimize_lora_parameters(model: nn.Module) -> nn.Module:
-    """Leave only adapters and a reward or value head trainable."""
+def _layer_class(base: nn.Module, config: LoraConfig) -> type[LoRALayer]:
+    if isinstance(base, nn.Embedding):
+        return LoRAEmbedding
+    return LoRALinear if config.quantize is None else QuantizedLoRALinear
+
+
+def only_optimize_lora_parameters(
+    model: nn.Module, modules_to_save: Iterable[str] = ()
+) -> nn.Module:
+    """Leave only adapters, a reward or value head, and the modules named trainable."""
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_(parts[-1].startswith("lora_") or "v_head" in parts)
+    for name in whole_modules(model, modules_to_save):
+        model.get_submodule(name).requires_grad_(True)
     return model
 
 
@@ -195,51 +184,84 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer.adapter_enabled = enabled
 
 
+def shared_weights(model: nn.Module) -> set[int]:
+    """Identities of the weights that several modules use, such as tied embeddings."""
+    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return {identity for identity, count in users.items() if count > 1}
+
+
 @contextlib.contextmanager
 def fused_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, adapters are folded into the weights; afterwards the base is back bit for bit.
 
-    Adapters that are disabled stay out. A copy of every weight is kept for the way back. Not for
-    ZeRO-3 shards.
+    Adapters that are disabled stay out; those on a quantised weight, or on one that another module
+    uses as well, stay adapters. A copy of every weight is kept for the way back. Not for ZeRO-3
+    shards.
     """
-    layers = {n: layer for n, layer in lora_layers(model).items() if layer.adapter_enabled}
-    kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    shared = shared_weights(model)
+    layers = [
+        layer
+        for layer in lora_layers(model).values()
+        if layer.adapter_enabled
+        and not isinstance(layer, QuantizedLoRALinear)
+        and id(layer.weight) not in shared
+    ]
+    kept = [layer.weight.detach().clone() for layer in layers]
     with torch.no_grad():
-        for layer in layers.values():
-            fused = merged_weight(layer.weight, layer.lora_A, layer.lora_B, layer)
-            layer.weight.copy_(fused)
+        for layer in layers:
+            layer.weight.copy_(layer.merged(dict(layer.named_parameters(recurse=False))))
+            layer.adapter_enabled = False
     try:
-        with adapters_disabled(model):
-            yield
+        yield
     finally:
         with torch.no_grad():
-            for name, layer in layers.items():
-                layer.weight.copy_(kept[name])
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.weight.copy_(weight)
+                layer.adapter_enabled = True
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a state dict's key is an adapter's own tensor."""
+    return key.split(".")[-1].startswith("lora_")
 
 
 def merged_state_dict(
     state: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """A consolidated state dict with its adapters merged away; the live model is not touched."""
-    merged = {n: t for n, t in state.items() if not n.split(".")[-1].startswith("lora_")}
+    """A consolidated state dict with its adapters merged away; the live model is not touched.
+
+    Of two tied weights only the one that carries an adapter changes: they part.
+    """
+    merged = {key: tensor for key, tensor in state.items() if not is_adapter_key(key)}
     for name, layer in lora_layers(model).items():
-        weight, lora_A, lora_B = (state[f"{name}.{k}"] for k in ("weight", "lora_A", "lora_B"))
-        merged[f"{name}.weight"] = merged_weight(weight, lora_A, lora_B, layer)
+        tensors = {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapter}
+        if isinstance(layer, QuantizedLoRALinear):  # its weight is in no state dict
+            tensors["weight"] = layer.dense_weight().to(tensors["lora_A"].device)
+        else:
+            tensors["weight"] = state[f"{name}.weight"]
+        merged[f"{name}.weight"] = layer.merged(tensors)
     return merged
 
 
 @torch.no_grad()
 def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
-    """Replace adapted layers by plain ones with the merged weight, in place (also under ZeRO-3)."""
+    """Replace adapted layers by plain ones with the merged weight, in place (also under ZeRO-3).
+
+    Raises:
+        UserError: a weight is quantised, or shared with a module that would change with it.
+    """
+    shared = shared_weights(model)
     for name, layer in lora_layers(model).items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        with gathered([layer.weight, layer.lora_A, layer.lora_B], modifier_rank=0):
-            layer.weight.copy_(merged_weight(layer.weight, layer.lora_A, layer.lora_B, layer))
-        with torch.device("meta"):
-            if layer.transposed:
-                plain = Conv1D(layer.out_features, layer.in_features)
-            else:
-                plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        plain.weight, plain.bias = layer.weight, layer.bias
-        setattr(parent, name.rpartition(".")[2], plain)
+        if isinstance(layer, QuantizedLoRALinear):
+            raise UserError(f"{name}: a quantised weight cannot be merged in place; save the model")
+        if id(layer.weight) in shared:
+            raise UserError(
+                f"{name}: its weight is tied to another module's, so that it cannot be merged in "
+                "place; save the model instead, which parts the two"
+            )
+        parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        own = dict(layer.named_parameters(recurse=False))
+        with gathered(list(own.values()), modifier_rank=0):
+            layer.weight.copy_(layer.merged(own))
+        setattr(parent, leaf, layer.plain())
     return model

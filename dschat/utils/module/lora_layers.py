@@ -1,0 +1,302 @@
+"""The layers of LoRA: y = x W^T + b + s * B A dropout(x), after Hu et al. 2021 (arXiv:2106.09685).
+
+The names are the paper's: `lora_A` is (r, in) and is applied first, `lora_B` is (out, r). A layer
+keeps `weight` and `bias` under the names of the layer it replaces, so that a state dict without its
+`lora_` entries is the base model's own. With DoRA (arXiv:2402.09353) the rows of W + s B A are
+rescaled to the trained lengths `lora_magnitude`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from dschat.errors import UserError
+from dschat.utils.zero import full_shape, gathered
+
+ALL_LINEAR = "all-linear"
+ROWS_AT_ONCE = 1024  # of a weight in fp32, where DoRA measures its rows
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter is: rank, scaling, dropout, initialisation and the layers that carry it."""
+
+    dim: int
+    alpha: float | None = None  # None: alpha = dim, a scaling of 1
+    dropout: float = 0.0
+    init: str = "A"  # the matrix that starts random; the other starts at zero
+    use_rslora: bool = False
+    module_names: tuple[str, ...] = (ALL_LINEAR,)
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()  # trained whole, beside the adapters
+    quantize: str | None = None  # 4bit, 8bit: how the wrapped weights are kept
+
+    def __post_init__(self):
+        if self.dim < 1:
+            raise UserError(f"lora_dim is {self.dim}: give a rank of at least 1")
+        if self.init not in ("A", "B"):
+            raise UserError(f"lora_init is {self.init!r}: choose A or B")
+        if self.quantize not in (None, "4bit", "8bit"):
+            raise UserError(f"quantize_base is {self.quantize!r}: choose 4bit or 8bit")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora_dropout is {self.dropout}: give a share in [0, 1)")
+        if self.alpha is not None and not 0.0 < self.alpha < math.inf:
+            raise UserError(f"lora_alpha is {self.alpha}: give a number above 0")
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732)."""
+        alpha = self.dim if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+
+
+class LoRALayer(nn.Module):
+    """What adapted layers share: a frozen `weight`, a scaling, a switch, a way to merge.
+
+    Attributes:
+        A_NAME, B_NAME: the leaf names of A (r, in) and B (out, r).
+        transposed: whether `weight` is stored as (in, out).
+    """
+
+    A_NAME, B_NAME = "lora_A", "lora_B"
+    MAGNITUDE_NAME = "lora_magnitude"
+    lora_magnitude: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, config: LoraConfig, transposed: bool):
+        super().__init__()
+        self.transposed = transposed
+        shape = full_shape(base.weight)
+        self.in_features, self.out_features = shape if transposed else reversed(shape)
+        self.scaling, self.init, self.rank = config.scaling, config.init, config.dim
+        self.adapter_enabled = True
+        self._keep_weight(base.weight, config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.register_parameter(self.MAGNITUDE_NAME, None)
+
+    def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
+        """Hold the base's weight; here as it is."""
+        self.weight = weight
+
+    def _add_adapter(self, config: LoraConfig, dtype: torch.dtype, device: torch.device) -> None:
+        like = {"dtype": dtype, "device": device}
+        for name, shape in (
+            (self.A_NAME, (config.dim, self.in_features)),
+            (self.B_NAME, (self.out_features, config.dim)),
+        ):
+            setattr(self, name, nn.Parameter(torch.empty(shape, **like)))
+        self.reset_adapter()
+        if config.use_dora:
+            with gathered([*self.parameters(recurse=False)]):
+                lengths = self.row_lengths()
+            self.lora_magnitude = nn.Parameter(lengths.to(**like))
+
+    @property
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by leaf name."""
+        own = {name: p for name, p in self.named_parameters(recurse=False)}
+        return {name: p for name, p in own.items() if name.startswith("lora_")}
+
+    @property
+    def A(self) -> nn.Parameter:  # noqa: N802
+        """(r, in), under whichever name."""
+        return getattr(self, self.A_NAME)
+
+    @property
+    def B(self) -> nn.Parameter:  # noqa: N802
+        """(out, r), under whichever name."""
+        return getattr(self, self.B_NAME)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The frozen weight as the layer computes with it, in its stored layout."""
+        return self.weight
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """A stored weight as (out, in)."""
+        return weight.t() if self.transposed else weight
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Random A uniform in ±1/sqrt(in), or random B of variance 1/r; the other matrix zero."""
+        if self.init == "A":
+            bound = 1.0 / math.sqrt(self.in_features)
+            self.A.uniform_(-bound, bound)
+            self.B.zero_()
+        else:
+            self.A.zero_()
+            self.B.normal_(std=1.0 / math.sqrt(self.rank))
+
+    def merged(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight with the adapter in it, computed in fp32 on a copy and cast once.
+
+        Args:
+            tensors: `weight` and the adapter's tensors by leaf name, whole, not shards.
+
+        Returns:
+            In the weight's layout and dtype: W + s B A, with DoRA rescaled row by row.
+        """
+        weight = tensors["weight"]
+        delta = tensors[self.B_NAME].float() @ tensors[self.A_NAME].float()
+        rows = self.rows(weight).float() + delta * self.scaling
+        magnitude = tensors.get(self.MAGNITUDE_NAME)
+        if magnitude is not None:
+            lengths = torch.linalg.vector_norm(rows, dim=1).to(magnitude.dtype)
+            rows *= (magnitude / lengths).float().unsqueeze(1)
+        return self.rows(rows).to(weight.dtype).contiguous()
+
+    @torch.no_grad()
+    def row_lengths(self) -> torch.Tensor:
+        """(out,) fp32 lengths of the rows of W + s B A, without a whole copy of W.
+
+        A constant to the gradient, as DoRA's authors propose.
+        """
+        weight, lora_A = self.rows(self.dense_weight()), self.A.float()
+        starts = range(0, self.out_features, ROWS_AT_ONCE)
+        blocks = [slice(start, start + ROWS_AT_ONCE) for start in starts]
+        rows = (
+            torch.addmm(weight[b].to(lora_A), self.B[b].float(), lora_A, alpha=self.scaling)
+            for b in blocks
+        )
+        return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in rows])
+
+    def rescaled(self, y: torch.Tensor) -> torch.Tensor:
+        """(..., out) without bias: DoRA's rescaling by magnitude over present row length."""
+        return y * (self.lora_magnitude / self.row_lengths().to(y.dtype))
+
+    def extra_repr(self) -> str:
+        """Shapes and scaling, as `print(model)` shows them."""
+        dora = ", DoRA" if self.lora_magnitude is not None else ""
+        shape = f"in={self.in_features}, out={self.out_features}"
+        return f"{shape}, r={self.rank}, s={self.scaling:g}{dora}"
+
+
+def affine(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
+) -> torch.Tensor:
+    """(N, in) -> (N, out) by a weight stored as (out, in), or as (in, out) when `transposed`."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+class LoRAMatmul(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T with W and b frozen; keeps x and the (N, r) product, no more.
+
+    The update is added inside the matrix product (no second (N, out) tensor), in the backward pass
+    likewise for the gradient of x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, transposed, lora_A, lora_B, scaling):
+        """(N, in) -> (N, out)."""
+        down = torch.mm(x, lora_A.t()).mul_(scaling)  # (N, r)
+        ctx.transposed, ctx.scaling = transposed, scaling
+        # Parameters, not views of them: a view would keep what ZeRO-3 has gathered alive.
+        ctx.save_for_backward(x, weight, lora_A, lora_B, down)
+        return affine(x, weight, bias, transposed).addmm_(down, lora_B.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """(N, out) -> gradients of x, A and B."""
+        x, weight, lora_A, lora_B, down = ctx.saved_tensors
+        grad_down = torch.mm(grad, lora_B).mul_(ctx.scaling)  # (N, r)
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, weight.t() if ctx.transposed else weight)
+            grad_x.addmm_(grad_down, lora_A)
+        if ctx.needs_input_grad[4]:
+            grad_A = torch.mm(grad_down.t(), x)
+        if ctx.needs_input_grad[5]:
+            grad_B = torch.mm(grad.t(), down)
+        return grad_x, None, None, None, grad_A, grad_B, None
+
+
+class LoRALinear(LoRALayer):
+    """A linear layer (or GPT-2's Conv1D) with a frozen weight and a trainable low-rank update."""
+
+    def __init__(self, base: nn.Linear | Conv1D, config: LoraConfig):
+        super().__init__(base, config, transposed=isinstance(base, Conv1D))
+        self.bias = base.bias
+        self._add_adapter(config, base.weight.dtype, base.weight.device)
+        self.train(base.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        flat = x.reshape(-1, x.shape[-1])
+        if not self.adapter_enabled:
+            y = self._base(flat, self.bias)
+        elif self.lora_magnitude is None:
+            y = self._update(flat, self.bias)
+        else:
+            y = self.rescaled(self._update(flat, None))
+            y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def plain(self) -> nn.Module:
+        """The layer without its adapter, on the same weight and bias."""
+        with torch.device("meta"):
+            if self.transposed:
+                layer: nn.Module = Conv1D(self.out_features, self.in_features)
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=False)
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(N, in) -> (N, out) by W."""
+        return affine(x, self.weight, bias, self.transposed)
+
+    def _update(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(N, in) -> (N, out) by W + s B A."""
+        drops = self.training and getattr(self.dropout, "p", 0.0) > 0.0
+        if not drops and self._can_run_in_one(bias):
+            adapter = self.lora_A, self.lora_B, self.scaling
+            return LoRAMatmul.apply(x, self.weight, bias, self.transposed, *adapter)
+        # In this order, so that the backward pass frees what dropout keeps before it needs more.
+        y = self._base(x, bias)
+        down = F.linear(self.dropout(x), self.lora_A) * self.scaling
+        return y.addmm_(down, self.lora_B.t())
+
+    def _can_run_in_one(self, bias: torch.Tensor | None) -> bool:
+        return not (self.weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+class LoRAEmbedding(LoRALayer):
+    """An embedding with a frozen table and a trainable low-rank update of its rows.
+
+    A is (r, vocabulary) and starts at zero, B is (width, r) and starts random, whichever matrix the
+    config names: a row of the table moves only when its token occurs.
+    """
+
+    A_NAME, B_NAME = "lora_embedding_A", "lora_embedding_B"
+
+    def __init__(self, base: nn.Embedding, config: LoraConfig):
+        super().__init__(base, config, transposed=True)
+        self.init = "B"
+        self.padding_idx = base.padding_idx
+        self._add_adapter(config, base.weight.dtype, base.weight.device)
+        self.train(base.training)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) ids -> (..., width)."""
+        y = F.embedding(ids, self.weight, self.padding_idx)
+        if not self.adapter_enabled:
+            return y
+        down = F.embedding(ids, self.lora_embedding_A.t(), self.padding_idx)  # (..., r)
+        y = y + F.linear(down, self.lora_embedding_B) * self.scaling
+        return y if self.lora_magnitude is None else self.rescaled(y)
+
+    def plain(self) -> nn.Module:
+        """The embedding without its adapter, on the same table."""
+        with torch.device("meta"):
+            layer = nn.Embedding(self.in_features, self.out_features, self.padding_idx)
+        layer.weight = self.weight
+        return layer

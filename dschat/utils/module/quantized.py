@@ -1,0 +1,82 @@
+"""LoRA over frozen weights in 4 or 8 bits, with the formats and kernels of `bitsandbytes`.
+
+4bit is NF4 with double quantisation (QLoRA, arXiv:2305.14314), about half a byte a weight; 8bit
+keeps a scale for each row. The matrix product is that of the de-quantised weight, made anew in the
+forward and in the backward pass and never kept: what is saved, scored and merged is what trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from dschat.utils.module.lora_layers import LoraConfig, LoRALinear
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x W^T of a weight that is made when it is needed; keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, rows: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """(N, in) -> (N, out)."""
+        ctx.rows = rows
+        return torch.mm(x, rows().t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """(N, out) -> the gradient of x."""
+        return torch.mm(grad, ctx.rows()), None
+
+
+class QuantizedLoRALinear(LoRALinear):
+    """A linear layer whose frozen weight is quantised; its adapter is as everywhere else.
+
+    The packed weight is no parameter and in no state dict: it comes from the base model's files
+    each time. It is packed on the device that trains, layer by layer.
+    """
+
+    def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
+        from bitsandbytes import functional as bnb
+
+        self.dtype, self.bits = weight.dtype, config.quantize
+        device = weight.device
+        if device.type == "cpu":  # models load there; packing belongs to the device that trains
+            from deepspeed.accelerator import get_accelerator
+
+            device = torch.device(get_accelerator().current_device_name())
+        rows = self.rows(weight.detach()).contiguous().to(device)
+        if self.bits == "4bit":
+            packed, self._state = bnb.quantize_4bit(
+                rows, quant_type="nf4", compress_statistics=True
+            )
+        else:
+            packed, self._state, _ = bnb.int8_vectorwise_quant(rows.half())
+        self.register_buffer("packed", packed, persistent=False)
+
+    @torch.no_grad()
+    def dense_weight(self) -> torch.Tensor:
+        """The weight that the layer computes with, in the layout and dtype of the base's."""
+        from bitsandbytes import functional as bnb
+
+        unpack = bnb.dequantize_4bit if self.bits == "4bit" else bnb.int8_vectorwise_dequant
+        return self.rows(unpack(self.packed, self._state).to(self.dtype))
+
+    @property
+    def weight_numel(self) -> int:
+        """How many weights are packed."""
+        return self.in_features * self.out_features
+
+    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = _FrozenMatmul.apply(x, lambda: self.rows(self.dense_weight()))
+        return y if bias is None else y + bias
+
+    def _can_run_in_one(self, bias: torch.Tensor | None) -> bool:
+        return False
+
+    def extra_repr(self) -> str:
+        """Shapes, scaling and bits, as `print(model)` shows them."""
+        return f"{super().extra_repr()}, {self.bits}"
