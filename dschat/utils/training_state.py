@@ -156,7 +156,9 @@ class TrainingStates:
     def _restore_engine(self, place: str, name: str, engine: nn.Module) -> None:
         config = self.plan.engines[name].optimizer
         check_groups(place, name, self._record["engines"][name]["peak_rates"], engine.optimizer)
-        engine.load_checkpoint(place, tag=name, custom_load_fn=_load_trained)
+        loaded, _ = engine.load_checkpoint(place, tag=name, custom_load_fn=_load_trained)
+        if loaded is None:  # DeepSpeed says no more than that
+            raise RuntimeError(f"{place}: DeepSpeed found nothing to load for the {name}")
         if self.config.with_new_rates:
             set_rates(engine.optimizer, engine.lr_scheduler, config)
         check_restored_rates(engine.optimizer, engine.lr_scheduler, config)
