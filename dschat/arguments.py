@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 
 from dschat.cli import flag, group
 from dschat.errors import UserError
@@ -19,6 +20,7 @@ from dschat.utils.metrics import require_package
 from dschat.utils.module.lora import ALL_LINEAR, LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from dschat.utils.progress import LogConfig
+from dschat.utils.save_plan import SavePlan, plan_saving
 
 SCHEDULES = [
     "linear",
@@ -131,6 +133,11 @@ class RunArguments:
     )
     only_optimize_lora: bool = flag(False, "train adapters and heads only (the default)", **SWITCH)
     train_base_model: bool = flag(False, "with LoRA: train the base weights as well", **SWITCH)
+    lora_save: str = flag(
+        "both",
+        "with LoRA, write merged weights, the adapter in PEFT's format, or both",
+        choices=["both", "merged", "adapter"],
+    )
     deepspeed_config: str | None = flag(None, "DeepSpeed JSON merged over ours", type=str)
     enable_tensorboard: bool = flag(False, "write TensorBoard events", **SWITCH)
     tensorboard_path: str = flag("tensorboard", "folder of the TensorBoard events")
@@ -173,6 +180,19 @@ class RunArguments:
         if self.deepspeed_config is not None:
             check_optimizer_block(self.deepspeed_config, recipe.optimizer)
         return recipe
+
+    def save_plan(self, model_name: str, recipe: Recipe, *inside: str) -> SavePlan:
+        """What one model's folder will hold; it is output_dir, or each of these folders inside."""
+        folders = (
+            [Path(self.output_dir, name) for name in inside or ("",)] if self.output_dir else []
+        )
+        return plan_saving(
+            self.lora_save,
+            model_name,
+            recipe.lora,
+            train_base=recipe.train_base,
+            output_dirs=folders,
+        )
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule over so many optimizer steps."""
