@@ -23,7 +23,7 @@ LEVELS = [
     "utils.engine utils.evaluation utils.startup utils.progress rlhf.rollout rlhf.ema",
     "rlhf.rlhf_engine",
     "rlhf.ppo_trainer rlhf.ppo_log",
-    "arguments quickstart",
+    "arguments merge quickstart",
 ]
 LEVEL_OF = {f"dschat.{room}": i for i, rooms in enumerate(LEVELS) for room in rooms.split()}
 # What can be read, tested and reused with torch alone.
