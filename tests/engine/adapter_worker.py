@@ -27,6 +27,7 @@ from dschat.utils.optim import OptimizerConfig, schedule_factory
 from dschat.utils.save_plan import plan_saving
 
 CONFIG = EngineConfig(zero_stage=3, dtype="fp32", micro_batch_size=1)
+PARTED = "adapter-dora-embedding"  # its head is a whole parameter, which an engine must take too
 LORA = LoraConfig(dim=4, alpha=6.0, use_dora=True, module_names=("q_proj", "embed_tokens"))
 
 
@@ -53,11 +54,12 @@ def main() -> None:
     made, output = map(Path, sys.argv[1:])
     peers, tokenizer = init_distributed(), byte_tokenizer()
     for folder in sorted(made.glob("adapter-*")):
-        engine = engine_of(load(str(folder), peers), peers)
-        state = zero.consolidated_state_dict(engine.module, peers.rank)
+        module = load(str(folder), peers)
+        state = zero.consolidated_state_dict(module, peers.rank)
         if peers.is_main:
             torch.save(state, output / f"{folder.name}.pt")
-        engine.destroy()
+        if folder.name == PARTED:
+            engine_of(module, peers).destroy()
     try:
         load(str(made / "misfit"), peers)
     except UserError as error:

@@ -156,7 +156,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         raise UserError(f"adapter {name}: holds no {WEIGHT_FILE}; copy the whole folder")
     _refuse(raw, name)
     try:
-        return AdapterConfig(
+        config = AdapterConfig(
             base=base,
             task=raw.get("task_type"),
             rank=int(raw.get("r", 8)),
@@ -167,8 +167,12 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             alpha_pattern=dict(raw.get("alpha_pattern") or {}),
             modules_to_save=tuple(raw.get("modules_to_save") or ()),
         )
+        LoraConfig(config.rank, config.alpha)  # for its checks
     except (TypeError, ValueError) as error:
-        raise UserError(f"adapter {name}: {CONFIG_FILE} is malformed ({error})") from error
+        raise UserError(
+            f"adapter {name}: {CONFIG_FILE} is malformed ({error}); save the adapter again"
+        ) from error
+    return config
 
 
 def _refuse(raw: dict[str, Any], name: str) -> None:
