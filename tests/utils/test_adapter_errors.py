@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -208,24 +209,32 @@ def test_tokenizer_is_the_adapters_own_or_its_bases(folder: Path, made: Path):
     assert load_config(str(folder)).vocab_size == tiny.VOCABULARY
 
 
-def test_adapter_on_the_hub(folder: Path, tmp_path: Path, monkeypatch):
+def test_adapter_on_the_hub(folder: Path, monkeypatch):
     """Found by its config; a name without one is a model as before."""
+    asked = []
+
+    def cached(name: str, file: str) -> str | None:
+        here = {("whole/cached", "config.json"), ("adapter/cached", "adapter_config.json")}
+        return str(folder / file) if (name, file) in here else None
 
     def download(name: str, file: str) -> str:
+        asked.append(name)
         if name != "some/adapter":
             raise FileNotFoundError(name)
         return str(folder / file)
 
+    monkeypatch.setattr(source, "try_to_load_from_cache", cached)
     monkeypatch.setattr(source, "hf_hub_download", download)
     monkeypatch.setattr(source, "snapshot_download", lambda name, **_: str(folder))
-    source._hub_adapter.cache_clear()
-    found = resolve_model("some/adapter")
-    assert [(a.name, a.path) for a in found.adapters] == [("some/adapter", folder)]
-    assert resolve_model("some/model") == source.ModelSource("some/model", "some/model")
+    monkeypatch.setattr(source, "_hub_adapter", functools.cache(source._hub_adapter.__wrapped__))
+    for name in ("some/adapter", "adapter/cached"):
+        found = resolve_model(name)
+        assert [(a.name, a.path) for a in found.adapters] == [(name, folder)]
+    for name in ("some/model", "whole/cached"):
+        assert resolve_model(name) == source.ModelSource(name, name)
+    assert asked == ["some/adapter", "some/model"]
     model = create_hf_model("some/adapter", load_hf_tokenizer("some/adapter"), torch.float32)
-    ours = create_hf_model(str(folder), tiny.byte_tokenizer(), torch.float32)
-    assert torch.equal(model.lm_head.weight, ours.lm_head.weight)
-    source._hub_adapter.cache_clear()
+    assert torch.equal(model.lm_head.weight, load_model(folder).lm_head.weight)
 
 
 def plan_of(mode: str, name: object, output: Path, lora=LORA, train_base: bool = False):

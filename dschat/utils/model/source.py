@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import GenerationConfig
 
@@ -118,7 +118,10 @@ def _adapter_path(name: str) -> Path | None:
 def _hub_adapter(name: str) -> Path | None:
     """The files of a hub repository that holds an adapter, in the local cache."""
     try:
-        hf_hub_download(name, CONFIG_FILE)
+        if not isinstance(try_to_load_from_cache(name, CONFIG_FILE), str):
+            if isinstance(try_to_load_from_cache(name, "config.json"), str):
+                return None  # a whole model that is here already: no need to ask the hub
+            hf_hub_download(name, CONFIG_FILE)
     except (OSError, ValueError, HfHubHTTPError):  # not there, not reachable, or no hub id
         return None
     try:
