@@ -35,6 +35,11 @@ LEAVES = {  # key behind the layer's name: which tensor, and whether of an embed
 }
 
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+UNDERSTOOD = {
+    *("peft_type", "task_type", "base_model_name_or_path", "init_lora_weights"),
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    "modules_to_save",
+}
 WITHOUT_EFFECT = {  # on what a trained adapter computes
     *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "ensure_weight_tying"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -189,10 +194,8 @@ def _refuse(raw: dict[str, Any], name: str) -> None:
             f"adapter {name}: task_type is {raw['task_type']!r}; give one of {CAUSAL_LM} or of "
             f"{REWARD} with one label"
         )
-    known = WITHOUT_EFFECT | {*AdapterConfig.__dataclass_fields__, "r", "lora_alpha"}
-    known |= {"peft_type", "task_type", "base_model_name_or_path", "init_lora_weights"}
     for key, value in raw.items():
-        if key not in known and value and value != "none":
+        if key not in UNDERSTOOD | WITHOUT_EFFECT and value and value != "none":
             reason = REFUSED.get(key, "this option is not supported here")
             raise UserError(f"adapter {name}: {key} is {value!r}: {reason}; {remedy}")
 
