@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 
 from dschat.cli import flag, group
 from dschat.errors import UserError
@@ -20,6 +21,7 @@ from dschat.utils.metrics import Continued, require_package
 from dschat.utils.module.lora import ALL_LINEAR, LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from dschat.utils.progress import LogConfig
+from dschat.utils.save_plan import SavePlan, plan_saving
 from dschat.utils.state_folder import NEWEST
 from dschat.utils.training_state import StateConfig
 
@@ -171,6 +173,11 @@ class RunArguments:
     )
     only_optimize_lora: bool = flag(False, "train adapters and heads only (the default)", **SWITCH)
     train_base_model: bool = flag(False, "with LoRA: train the base weights as well", **SWITCH)
+    lora_save: str = flag(
+        "both",
+        "with LoRA, write merged weights, the adapter in PEFT's format, or both",
+        choices=["both", "merged", "adapter"],
+    )
     deepspeed_config: str | None = flag(None, "DeepSpeed JSON merged over ours", type=str)
     enable_tensorboard: bool = flag(False, "write TensorBoard events", **SWITCH)
     tensorboard_path: str = flag("tensorboard", "folder of the TensorBoard events")
@@ -235,6 +242,19 @@ class RunArguments:
                 "use zero_stage 0, 1 or 2"
             )
         require_package("bitsandbytes", "--quantize_base")
+
+    def save_plan(self, model_name: str, recipe: Recipe, *inside: str) -> SavePlan:
+        """What one model's folder will hold; it is output_dir, or each of these folders inside."""
+        folders = (
+            [Path(self.output_dir, name) for name in inside or ("",)] if self.output_dir else []
+        )
+        return plan_saving(
+            self.lora_save,
+            model_name,
+            recipe.lora,
+            train_base=recipe.train_base,
+            output_dirs=folders,
+        )
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule over so many optimizer steps."""

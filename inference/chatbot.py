@@ -41,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class ChatSettings:
     """What the command line of the chatbot takes."""
 
-    path: str = flag(dataclasses.MISSING, "folder of a trained model", type=str)
+    path: str = flag(dataclasses.MISSING, "folder of a trained model, or of an adapter", type=str)
     max_new_tokens: int = flag(128, "longest answer")
     temperature: float = flag(0.7, "of sampling; 0 takes the likeliest token each time")
     top_p: float = flag(0.95, "sample among the likeliest tokens of this total probability")

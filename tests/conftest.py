@@ -1,6 +1,11 @@
 """Shared by all tests: this folder becomes importable, so `launch` and `tiny` are."""
 
+import os
+
 import pytest
+
+# Read when huggingface_hub is first imported: a name that is no folder must not wait for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture

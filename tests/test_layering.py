@@ -14,8 +14,9 @@ LEVELS = [
     "losses rlhf.returns rlhf.experience utils.data.splits utils.ds_utils utils.flops "
     "utils.gpu_peaks utils.perf",
     "utils.zero utils.distributed utils.metrics utils.state_folder",
-    "utils.module.lora_layers utils.module.quantized utils.module.lora utils.optim utils.advice "
-    "utils.model.model_utils utils.model.reward_model "
+    "utils.module.lora_layers utils.module.quantized utils.module.lora utils.module.adapter "
+    "utils.module.adapter_merge utils.module.adapter_write utils.optim utils.advice "
+    "utils.model.source utils.model.model_utils utils.model.reward_model utils.save_plan "
     "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.raw_datasets "
     "utils.data.tokenise utils.data.collators utils.data.data_utils utils.checkpoint utils.utils "
     "cli",
@@ -23,7 +24,7 @@ LEVELS = [
     "utils.restored utils.training_state rlhf.rollout rlhf.ema",
     "rlhf.rlhf_engine",
     "rlhf.ppo_trainer rlhf.ppo_log",
-    "arguments quickstart",
+    "arguments merge quickstart",
 ]
 LEVEL_OF = {f"dschat.{room}": i for i, rooms in enumerate(LEVELS) for room in rooms.split()}
 # What can be read, tested and reused with torch alone.

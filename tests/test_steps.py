@@ -1,5 +1,6 @@
 """The three steps end to end, in miniature: one rank, two ranks, and the deepspeed launcher."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -60,20 +61,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(inputs: Path) -> Run:
-    """All three steps and both evaluations: fp32, LoRA+, no ZeRO."""
+    """All three steps and both evaluations: fp32, LoRA+, no ZeRO; the later ones from adapters."""
     folder = inputs / "one"
     fp32 = [*DATA, *cache(folder), "--dtype", "fp32"]
     batch = ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "4"]
     generation = ["--per_device_generation_batch_size", "8", "--num_warmup_steps", "0"]
     generation += ["--per_device_training_batch_size", "4", "--gradient_accumulation_steps", "2"]
     sft, reward, tensorboard = folder / "sft", folder / "reward", folder / "tensorboard"
-    models = ["--actor_model_name_or_path", sft, "--critic_model_name_or_path", reward]
-    compared = ["--model_name_or_path_baseline", "model", "--model_name_or_path_finetune", sft]
+    actor, critic = sft / "adapter", reward / "adapter"
+    models = ["--actor_model_name_or_path", actor, "--critic_model_name_or_path", critic]
+    compared = ["--model_name_or_path_baseline", "model", "--model_name_or_path_finetune", actor]
     plan = [
         [*sft_fp32(folder, 1), "--enable_tensorboard", "--tensorboard_path", tensorboard],
         [REWARD, "--model_name_or_path", sft, *fp32, *SHORT, *LORA, *batch, "--output_dir", reward],
         [PPO, *models, *fp32, *PPO_LENGTHS, *PPO_RATES, *generation, "--actor_lora_dim", "4"],
-        [REWARD_EVALUATION, "--model_name_or_path", reward, *fp32, "--max_seq_len", "64"],
+        [REWARD_EVALUATION, "--model_name_or_path", critic, *fp32, "--max_seq_len", "64"],
         [PROMPT_EVALUATION, *compared, "--prompts", "1 and 2?", "--max_new_tokens", "3"],
     ]
     plan[2] += ["--critic_lora_dim", "4", "--output_dir", folder / "ppo"]
@@ -85,7 +87,13 @@ def two_ranks(inputs: Path, one_rank: Run) -> Run:
     """Under torchrun: the same step 1 in ZeRO 2; the reward model again in ZeRO 3; then bf16."""
     folder = inputs / "two"
     data = [*DATA, *cache(folder)]
-    again = ["--model_name_or_path", one_rank.folder / "reward", "--zero_stage", "3", *SHORT]
+    again = [
+        "--model_name_or_path",
+        one_rank.folder / "reward/adapter",
+        "--zero_stage",
+        "3",
+        *SHORT,
+    ]
     again += ["--dtype", "fp32", "--per_device_eval_batch_size", "3", "--max_train_samples", "8"]
     saving = ["--dtype", "bf16", "--gradient_accumulation_steps", "2"]
     frugal = [*saving, *SHORT, "--gradient_checkpointing", "--learning_rate", "1e-3"]
@@ -184,6 +192,16 @@ def test_ppo_on_one_rank(one_rank: Run):
     assert moved == {name for name in before if "_proj." in name}  # what carries adapters
     load(AutoModelForSequenceClassification, one_rank.folder / "ppo" / "critic")
     assert not (one_rank.folder / "ppo" / "actor_ema").exists()
+
+
+def test_adapters_lie_beside_merged_models_whose_base_is_whole(one_rank: Run, inputs: Path):
+    for name, base in (("sft", inputs / "model"), ("reward", one_rank.folder / "sft")):
+        config = json.loads((one_rank.folder / name / "adapter/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+    for role in ("actor", "critic"):  # trained on an adapter
+        assert not (one_rank.folder / "ppo" / role / "adapter").exists()
+    notes = re.findall(r"^only the merged model will be saved.*$", one_rank.printed, re.MULTILINE)
+    assert len(notes) == 2
 
 
 def test_every_program_runs_on_two_ranks(two_ranks: Run):

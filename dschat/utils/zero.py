@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -76,15 +76,20 @@ def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
         parameter.partition()
 
 
-def consolidated_state_dict(module: nn.Module, rank: int) -> dict[str, torch.Tensor]:
+def consolidated_state_dict(
+    module: nn.Module, rank: int, wanted: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
     """The module's whole state on rank 0 as CPU tensors, {} on other ranks; all ranks must call.
 
-    Tied parameters stay tied (one tensor under both names). Parameters are gathered one by one,
-    so the peak is one parameter, not the model.
+    With `wanted`, only the entries of these names are gathered. Tied parameters stay tied (one
+    tensor under both names). Parameters are gathered one by one, so the peak is one parameter, not
+    the model.
     """
     state: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
+        if wanted is not None and name not in wanted:
+            continue
         if id(parameter) not in copies:
             with gathered([parameter]):
                 if rank == 0:
@@ -96,6 +101,6 @@ def consolidated_state_dict(module: nn.Module, rank: int) -> dict[str, torch.Ten
     if rank == 0:
         persistent = module.state_dict().keys()
         for name, buffer in module.named_buffers():
-            if name in persistent:
+            if name in persistent and (wanted is None or name in wanted):
                 state[name] = buffer.detach().to("cpu", copy=True)
     return state

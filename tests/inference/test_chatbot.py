@@ -8,12 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from adapters import ALONE, plan, with_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dschat.cli import run_cli
 from dschat.errors import UserError
-from inference.chatbot import Chatbot, ChatSettings, _Answer, main, pick_device, prompt_room
+from dschat.utils.checkpoint import save_hf_format
+from dschat.utils.module.lora_layers import LoraConfig
+from inference.chatbot import (
+    Chatbot,
+    ChatSettings,
+    _Answer,
+    load_chatbot,
+    main,
+    pick_device,
+    prompt_room,
+)
 from inference.conversation import Turn, fit_conversation, format_conversation, settled_part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,6 +253,25 @@ def test_terminal_session(tokenizer, tmp_path, monkeypatch, capsys):
     assert out.count("You: Assistant:") == 1  # the empty line is not asked
     assert out.count("You: ") == 4  # the empty line asks again
     assert "(forgotten)" in out
+
+
+def test_a_folder_that_holds_an_adapter_alone(tokenizer, tmp_path):
+    """Its base, with the adapter merged in, answers; the dtype is the base's own."""
+    base, lora = tmp_path / "base", LoraConfig(dim=2)
+    model = tiny_llama().bfloat16()
+    save_hf_format(model, tokenizer, base, ALONE)
+    with_adapter(model, lora)
+    for mode in ("merged", "adapter"):
+        output = tmp_path / mode
+        save_hf_format(model, tokenizer, output, ALONE, plan(mode, str(base), lora, output))
+    options = {"temperature": 0.0, "max_new_tokens": 8, "dtype": "bf16", "device": "cpu"}
+    adapted, merged, plain = (
+        load_chatbot(ChatSettings(path=str(folder), **options))
+        for folder in (tmp_path / "adapter", tmp_path / "merged", base)
+    )
+    answers = [bot.ask("Hello?", lambda piece: None) for bot in (adapted, merged, plain)]
+    assert answers[0] == answers[1] != answers[2]
+    assert adapted.max_prompt_len == 120
 
 
 def test_quit_leaves(tokenizer, tmp_path, monkeypatch, capsys):

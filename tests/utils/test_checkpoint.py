@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from adapters import ALONE, plan, save_base, with_adapter
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,15 +21,14 @@ from transformers import (
 )
 
 from dschat.errors import UserError
+from dschat.utils import checkpoint
 from dschat.utils.checkpoint import check_output_dir, save_hf_format
 from dschat.utils.distributed import Distributed
 from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.model.reward_model import RewardModel, create_critic_model, scores_at_end
-from dschat.utils.module.lora import (
-    lora_layers,
-)
+from dschat.utils.module.lora import lora_layers
+from dschat.utils.module.lora_layers import LoraConfig
 
-ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 ROWS = tiny.token_rows(3, seed=8)
 IDS, MASK = tiny.padded(ROWS)
 
@@ -129,6 +129,71 @@ def test_folder_with_logs_keeps_them_and_loses_old_weights(tmp_path: Path, tiny_
     assert torch.equal(logits_of(loaded), logits_of(tiny.tiny_llama(seed=1)))
     assert (out / "metrics.jsonl").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_each_kind_of_output_leaves_nothing_of_another(tmp_path: Path, tiny_tokenizer):
+    """One folder, written in each mode after each other: what lies there is of the last alone."""
+    base, out, lora = save_base(tmp_path / "base", "llama"), tmp_path / "out", LoraConfig(dim=4)
+    model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("kept")
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    merged = {"config.json", "model.safetensors", "generation_config.json"} | tokenizer
+    expected = {
+        "merged": merged,
+        "adapter": adapter | tokenizer,
+        "both": merged | {f"adapter/{name}" for name in adapter | tokenizer},
+    }
+    for mode in ("merged", "adapter", "both", "adapter", "merged", "both", "merged"):
+        save_hf_format(model, tiny_tokenizer, out, ALONE, plan(mode, base, lora, out))
+        assert files(out).keys() == expected[mode] | {"metrics.jsonl"}, mode
+        ours = create_hf_model(str(out), tiny_tokenizer, torch.float32).eval()
+        torch.testing.assert_close(logits_of(ours), logits_of(model), rtol=1e-5, atol=1e-5)
+    (out / "adapter").mkdir()
+    (out / "adapter/notes.txt").write_text("of the user")
+    (out / "adapter_model.bin").write_text("of an older model")
+    save_hf_format(model, tiny_tokenizer, out, ALONE)
+    assert files(out).keys() == merged | {"metrics.jsonl", "adapter/notes.txt"}
+
+
+def test_adapter_alone_gathers_its_own_tensors_only(tmp_path: Path, tiny_tokenizer, monkeypatch):
+    gathered = []
+    original = checkpoint.consolidated_state_dict
+
+    def consolidated(module, rank, wanted=None):
+        state = original(module, rank, wanted)
+        gathered.append(state.keys())
+        return state
+
+    monkeypatch.setattr(checkpoint, "consolidated_state_dict", consolidated)
+    base, lora = save_base(tmp_path / "base", "llama"), LoraConfig(dim=4)
+    model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
+    for mode in ("adapter", "both"):
+        out = tmp_path / mode
+        save_hf_format(model, tiny_tokenizer, out, ALONE, plan(mode, base, lora, out))
+    assert gathered[0] == {name for name in model.state_dict() if ".lora_" in name}
+    assert gathered[1] == model.state_dict().keys()
+
+
+def test_failure_while_writing_an_adapter_changes_nothing(
+    tmp_path: Path, tiny_tokenizer, monkeypatch
+):
+    base, out, lora = save_base(tmp_path / "base", "llama"), tmp_path / "out", LoraConfig(dim=4)
+    model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
+    save_hf_format(model, tiny_tokenizer, out, ALONE, plan("both", base, lora, out))
+    before = files(out)
+
+    def fail(outline, state, folder):
+        (folder / "adapter_config.json").write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_adapter", fail)
+    for mode in ("both", "adapter"):
+        with pytest.raises(OSError, match="No space left"):
+            save_hf_format(model, tiny_tokenizer, out, ALONE, plan(mode, base, lora, out))
+    assert files(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
 def test_link_to_a_folder_stays_a_link(tmp_path: Path, tiny_tokenizer):

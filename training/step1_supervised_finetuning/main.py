@@ -55,6 +55,7 @@ def main() -> None:
     recipe = run.recipe(model_settings)
     recipe.check(name, AutoModelForCausalLM.from_config)
     check_context(name, batch_sizes.max_seq_len, "max_seq_len")
+    save_plan = run.save_plan(name, recipe)
     sft_only = tuple(settings.sft_only_data_path)
     spec = settings.data.spec(run.seed, batch_sizes.max_seq_len, sft_only_data_path=sft_only)
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 1, is_writer=w))
@@ -109,7 +110,7 @@ def main() -> None:
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:
-        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed)
+        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed, save_plan)
     log.close()
 
 

@@ -54,6 +54,7 @@ def main() -> None:
     recipe = run.recipe(model_settings)
     recipe.check(name, RewardModel.from_config)
     check_context(name, batch_sizes.max_seq_len, "max_seq_len")
+    save_plan = run.save_plan(name, recipe)
     spec = settings.data.spec(run.seed, batch_sizes.max_seq_len)
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 2, is_writer=w))
     print_rank_0("\n".join(data.report.lines()))
@@ -121,7 +122,7 @@ def main() -> None:
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:
-        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed)
+        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed, save_plan)
     log.close()
 
 

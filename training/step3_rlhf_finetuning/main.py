@@ -58,8 +58,11 @@ def main() -> None:
     spec = settings.data_spec()
     for name in (actor_name, critic_name):
         check_context(name, spec.max_seq_len, "max_prompt_seq_len and max_answer_seq_len")
-    run.recipe(settings.actor).check(actor_name, AutoModelForCausalLM.from_config)
-    run.recipe(settings.critic).check(critic_name, RewardModel.from_config)
+    actor_recipe, critic_recipe = run.recipe(settings.actor), run.recipe(settings.critic)
+    actor_recipe.check(actor_name, AutoModelForCausalLM.from_config)
+    critic_recipe.check(critic_name, RewardModel.from_config)
+    actor_plan = run.save_plan(actor_name, actor_recipe, "actor", "actor_ema")
+    critic_plan = run.save_plan(critic_name, critic_recipe, "critic")
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 3, is_writer=w))
     print_rank_0("\n".join(data.report.lines()))
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
@@ -118,12 +121,12 @@ def main() -> None:
 
     # 4. model folders that transformers loads
     if run.output_dir is not None:
-        save_hf_format(roles.actor, tokenizer, Path(run.output_dir) / "actor", distributed)
-        save_hf_format(roles.critic, tokenizer, Path(run.output_dir) / "critic", distributed)
+        output = Path(run.output_dir)
+        save_hf_format(roles.actor, tokenizer, output / "actor", distributed, actor_plan)
+        save_hf_format(roles.critic, tokenizer, output / "critic", distributed, critic_plan)
         if roles.ema is not None:
             with roles.ema.applied() as averaged:
-                folder = Path(run.output_dir) / "actor_ema"
-                save_hf_format(averaged, tokenizer, folder, distributed)
+                save_hf_format(averaged, tokenizer, output / "actor_ema", distributed, actor_plan)
     log.close()
 
 

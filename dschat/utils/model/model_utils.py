@@ -20,18 +20,24 @@ from transformers.utils import logging as hf_logging
 
 from dschat.errors import UserError
 from dschat.utils import zero
+from dschat.utils.model.source import resolve_model
+from dschat.utils.module.adapter import REWARD
+from dschat.utils.module.adapter_merge import merge_adapter
 
 VOCABULARY_MULTIPLE = 8  # matrix units like embeddings in multiples of 8 rows
 
 
 def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
-    """The model's configuration, with every dropout probability set when one is given."""
+    """The model's configuration, with every dropout probability set when one is given.
+
+    An adapter folder's is its base's.
+    """
+    source = resolve_model(model_name_or_path)
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        config = AutoConfig.from_pretrained(source.base)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model {model_name_or_path}: no readable config.json ({_first_line(error)}); "
-            "give a model folder or a hub id"
+            f"model {source.label}: no readable config.json ({_first_line(error)}); {source.remedy}"
         ) from error
     if dropout is not None:
         for name, value in config.to_dict().items():
@@ -66,22 +72,32 @@ def create_hf_model(
     ds_config: dict | None = None,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A causal language model whose vocabulary holds the tokenizer's.
+    """A causal language model whose vocabulary holds the tokenizer's; adapters are merged in.
 
     Args:
         ds_config: the engine's DeepSpeed config; with ZeRO-3 the model is built partitioned.
         dropout: sets every dropout probability of the config; None keeps the config's own.
 
     Raises:
-        UserError: the folder holds no model, or its weights do not fit its config.
+        UserError: the folder holds no model, or its weights do not fit its config, or an adapter
+            does not fit its base.
     """
     config = load_config(model_name_or_path, dropout)
+    source = resolve_model(model_name_or_path)
+    adapters = source.read_adapters()
+    for adapter in adapters:
+        if adapter.is_reward:
+            raise UserError(
+                f"adapter {adapter.name}: is a reward model's ({REWARD}); give a language model"
+            )
     with zero.init_context(ds_config), quiet_loading():
-        model, info = load_weights(
-            AutoModelForCausalLM, model_name_or_path, config=config, dtype=dtype
-        )
-        check_loading(model_name_or_path, info)
+        model, info = load_weights(AutoModelForCausalLM, source.base, config=config, dtype=dtype)
+        check_loading(source.label, info)
+        for adapter in adapters:
+            merge_adapter(model, adapter)
         grow_vocabulary(model, len(tokenizer))
+    if (generation := source.generation_config()) is not None:
+        model.generation_config = generation
     adopt_special_tokens(model, tokenizer)
     return model
 

@@ -34,9 +34,12 @@ from dschat.utils.model.model_utils import (
     load_weights,
     quiet_loading,
 )
+from dschat.utils.model.source import resolve_model
+from dschat.utils.module.adapter import REWARD_HEAD
+from dschat.utils.module.adapter_merge import merge_adapter
 
 TRUNK, HEAD = "rwtransformer", "v_head.weight"
-DISK_HEAD = "score.weight"
+DISK_HEAD = f"{REWARD_HEAD}.weight"
 
 
 class RewardModel(nn.Module):
@@ -98,7 +101,9 @@ def create_critic_model(
     dropout: float | None = None,
     init_head: bool = False,
 ) -> RewardModel:
-    """A reward model from a folder or hub id.
+    """A reward model from a folder or hub id; adapters are merged into the trunk.
+
+    The adapter of a language model gives its trunk, that of a reward model its head as well.
 
     Args:
         init_head: True starts a fresh head on a model without one (step 2); False demands that the
@@ -108,18 +113,23 @@ def create_critic_model(
         UserError: the head is missing, or keys are missing or unexpected.
     """
     config = load_config(model_name_or_path, dropout)
-    bin_state = _read_bin(model_name_or_path)
+    source = resolve_model(model_name_or_path)
+    adapters = source.read_adapters()
+    bin_state = _read_bin(source.base)
     old_state = _predecessor_state(bin_state)
-    head = old_state.pop(HEAD, None) if old_state else _stored_head(model_name_or_path, bin_state)
+    head = old_state.pop(HEAD, None) if old_state else _stored_head(source.base, bin_state)
+    head = next((a.head for a in reversed(adapters) if a.head is not None), head)
     del bin_state
     if head is None and not init_head:
         raise UserError(_no_head(model_name_or_path))
     base_class = AutoModel._model_mapping[type(config)]
     with zero.init_context(ds_config), quiet_loading():
         base, info = load_weights(
-            base_class, model_name_or_path, state_dict=old_state, config=config, dtype=dtype
+            base_class, source.base, state_dict=old_state, config=config, dtype=dtype
         )
-        check_loading(model_name_or_path, info, ("lm_head", "embed_out", DISK_HEAD))
+        check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD))
+        for adapter in adapters:
+            merge_adapter(base, adapter, trunk=base.base_model_prefix)
         grow_vocabulary(base, len(tokenizer))
     adopt_special_tokens(base, tokenizer)
     model = RewardModel(base)
@@ -140,7 +150,10 @@ def check_reward_head(model_name_or_path: str) -> None:
     Raises:
         UserError: what `create_critic_model` raises without `init_head`.
     """
-    if _stored_head(model_name_or_path, _read_bin(model_name_or_path)) is None:
+    source = resolve_model(model_name_or_path)
+    if any(adapter.head is not None for adapter in source.read_adapters()):
+        return
+    if _stored_head(source.base, _read_bin(source.base)) is None:
         raise UserError(_no_head(model_name_or_path))
 
 
@@ -192,17 +205,26 @@ def disk_format(
     """The sequence-classification twin (on `meta`) and the state dict under its names."""
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    mapping = AutoModelForSequenceClassification._model_mapping
-    if type(config) not in mapping:
-        raise UserError(
-            f"reward model of type {config.model_type!r}: transformers has no sequence classifier "
-            "for it, so its head cannot be saved in a loadable form"
-        )
     with torch.device("meta"):
-        twin = mapping[type(config)](config)
-    state = {k: v for k, v in state.items() if not k.startswith("reward_head.")}
-    renamed = {
-        DISK_HEAD if k == HEAD else f"{twin.base_model_prefix}.{k.removeprefix(TRUNK + '.')}": v
-        for k, v in state.items()
-    }
-    return twin, renamed
+        twin = disk_class(model)(config)
+    names = {k: disk_name(k, twin.base_model_prefix) for k in state}
+    return twin, {names[k]: tensor for k, tensor in state.items() if names[k] is not None}
+
+
+def disk_class(model: RewardModel) -> type[PreTrainedModel]:
+    """The class of transformers that a saved reward model loads as."""
+    mapping = AutoModelForSequenceClassification._model_mapping
+    if type(model.config) not in mapping:
+        raise UserError(
+            f"reward model of type {model.config.model_type!r}: transformers has no sequence "
+            "classifier for it, so its head cannot be saved in a loadable form"
+        )
+    return mapping[type(model.config)]
+
+
+def disk_name(name: str, trunk: str) -> str | None:
+    """A module's or tensor's name there, the trunk being called `trunk`; None: not saved."""
+    first, _, rest = name.partition(".")
+    if first == "reward_head":
+        return None
+    return ".".join(filter(None, [{TRUNK: trunk, "v_head": REWARD_HEAD}[first], rest]))

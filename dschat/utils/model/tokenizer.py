@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
+from dschat.utils.model.source import is_local, resolve_model
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -28,8 +29,8 @@ def load_hf_tokenizer(
     Raises:
         UserError: no such folder or Hub name, no tokenizer files in it, or no end token.
     """
-    name = os.path.expanduser(model_name_or_path)
-    if _is_local(name) and not any((Path(name) / file).is_file() for file in VOCABULARY_FILES):
+    name = tokenizer_home(model_name_or_path)
+    if is_local(name) and not _has_tokenizer(name):
         state = "holds no tokenizer files" if Path(name).is_dir() else "is not a folder"
         raise UserError(
             f"tokenizer {model_name_or_path!r} {state}: give a folder that holds tokenizer.json, "
@@ -51,11 +52,17 @@ def load_hf_tokenizer(
     return tokenizer
 
 
-def _is_local(name: str) -> bool:
-    """Whether `name` means a folder: it is one, is spelt like one, or its parent is one."""
-    path = Path(name)
-    spelt_as_path = name.startswith((".", os.sep, "~"))
-    return path.is_dir() or spelt_as_path or (os.sep in name and path.parent.is_dir())
+def tokenizer_home(model_name_or_path: str) -> str:
+    """Where the tokenizer is: an adapter folder that holds none uses its base's."""
+    source = resolve_model(model_name_or_path)
+    for folder in reversed(source.adapters):
+        if _has_tokenizer(folder.path):
+            return str(folder.path)
+    return os.path.expanduser(source.base)
+
+
+def _has_tokenizer(folder: str | Path) -> bool:
+    return any((Path(folder) / file).is_file() for file in VOCABULARY_FILES)
 
 
 def _set_special_tokens(

@@ -1,6 +1,7 @@
 """Adapters on a model: put on, freeze around, switch off, fuse, merge.
 
-The layers themselves are in `lora_layers.py`; PEFT's files are in `adapter.py`.
+The layers themselves are in `lora_layers.py`; PEFT's files are in `adapter.py`,
+`adapter_merge.py` and `adapter_write.py`.
 """
 
 from __future__ import annotations

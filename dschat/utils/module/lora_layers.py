@@ -142,14 +142,14 @@ class LoRALayer(nn.Module):
         Returns:
             In the weight's layout and dtype: W + s B A, with DoRA rescaled row by row.
         """
-        weight = tensors["weight"]
-        delta = tensors[self.B_NAME].float() @ tensors[self.A_NAME].float()
-        rows = self.rows(weight).float() + delta * self.scaling
-        magnitude = tensors.get(self.MAGNITUDE_NAME)
-        if magnitude is not None:
-            lengths = torch.linalg.vector_norm(rows, dim=1).to(magnitude.dtype)
-            rows *= (magnitude / lengths).float().unsqueeze(1)
-        return self.rows(rows).to(weight.dtype).contiguous()
+        return merged_weight(
+            tensors["weight"],
+            tensors[self.A_NAME],
+            tensors[self.B_NAME],
+            scaling=self.scaling,
+            magnitude=tensors.get(self.MAGNITUDE_NAME),
+            transposed=self.transposed,
+        )
 
     @torch.no_grad()
     def row_lengths(self) -> torch.Tensor:
@@ -175,6 +175,28 @@ class LoRALayer(nn.Module):
         dora = ", DoRA" if self.lora_magnitude is not None else ""
         shape = f"in={self.in_features}, out={self.out_features}"
         return f"{shape}, r={self.rank}, s={self.scaling:g}{dora}"
+
+
+def merged_weight(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    scaling: float,
+    magnitude: torch.Tensor | None,
+    transposed: bool,
+) -> torch.Tensor:
+    """W + s B A in fp32, with DoRA's (out,) magnitude rescaled row by row, cast once.
+
+    Args:
+        weight: (out, in), or (in, out) when `transposed`; the result has its layout and dtype.
+    """
+    rows = (weight.t() if transposed else weight).float()
+    rows = rows + (lora_B.float() @ lora_A.float()) * scaling
+    if magnitude is not None:
+        lengths = torch.linalg.vector_norm(rows, dim=1).to(magnitude.dtype)
+        rows *= (magnitude / lengths).float().unsqueeze(1)
+    return (rows.t() if transposed else rows).to(weight.dtype).contiguous()
 
 
 def affine(

@@ -1,0 +1,90 @@
+"""Merge an adapter into its base: a folder that loads without PEFT and without the base.
+
+    python -m dschat.merge ./output/adapter ./merged
+    python -m dschat.merge some-name/some-adapter ./merged --dtype bf16
+
+The adapter may be this package's or PEFT's own, of a causal language model or of a reward model (a
+sequence classifier with one label); one that does not say of which is a reward model's where it
+holds a `score` head. The sum is computed in fp32 and cast once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dschat.cli import OneLineParser, run_cli
+from dschat.errors import UserError
+from dschat.utils.checkpoint import check_output_dir, save_hf_format
+from dschat.utils.distributed import Distributed
+from dschat.utils.engine import torch_dtype
+from dschat.utils.model.model_utils import create_hf_model, load_config
+from dschat.utils.model.reward_model import create_critic_model
+from dschat.utils.model.source import ModelSource, resolve_model
+from dschat.utils.model.tokenizer import load_hf_tokenizer
+
+
+def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
+    """Write the merged model folder, tokenizer included, under its name only once it is whole.
+
+    Args:
+        adapter: a folder or hub id. dtype: fp32, bf16, fp16, or auto for the base's own.
+
+    Raises:
+        UserError: no adapter there, its base is gone or does not fit, or an unusable output folder.
+    """
+    source = resolve_model(adapter)
+    if not source.adapters:
+        raise UserError(
+            f"{adapter}: is no adapter (it has no adapter_config.json); give the folder or hub id "
+            "of one"
+        )
+    _check_apart(source, output_dir)
+    saved = load_config(adapter).dtype or torch.float32
+    tokenizer = load_hf_tokenizer(adapter)
+    is_reward = any(part.is_reward for part in source.read_adapters())
+    check_output_dir(output_dir)
+    create = create_critic_model if is_reward else create_hf_model
+    model = create(adapter, tokenizer, saved if dtype == "auto" else torch_dtype(dtype))
+    alone = Distributed(0, 1, 0, torch.device("cpu"))
+    save_hf_format(model, tokenizer, output_dir, alone)
+
+
+def _check_apart(source: ModelSource, output_dir: str) -> None:
+    """Stop when what is read would be replaced by what is written."""
+    target = Path(output_dir).resolve()
+    read = [folder.path for folder in source.adapters]
+    read += [Path(source.base).expanduser().resolve()]
+    for folder in read:
+        if folder.is_relative_to(target):
+            raise UserError(
+                f"output folder {output_dir}: holds {folder}, which the merge reads; give another"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and merge."""
+    parser = OneLineParser(
+        prog="python -m dschat.merge",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("adapter", help="folder or hub id of an adapter")
+    parser.add_argument("output_dir", help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="of the merged weights; auto is the base's own (default: auto)",
+    )
+    given = parser.parse_args(argv)
+    merge(given.adapter, given.output_dir, given.dtype)
+    print(f"{given.adapter} merged into {given.output_dir}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,176 @@
+"""PEFT's adapter files written from a live model: names, `adapter_config.json`, tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from dschat.utils.module.adapter import CONFIG_FILE, MAGNITUDE_LEAF, PREFIX, REWARD, WEIGHT_FILE
+from dschat.utils.module.lora import lora_layers, whole_modules
+from dschat.utils.module.lora_layers import LoraConfig, LoRAEmbedding, LoRALayer
+from dschat.utils.zero import full_shape
+
+VALUE_HEAD = "v_head"
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """What an adapter was trained on and how: all that its folder has to say beside its tensors.
+
+    Attributes:
+        base: a hub id or an absolute path. vocabulary: rows of the base's own embedding; tables
+            that have grown beyond them go into the folder.
+    """
+
+    base: str
+    lora: LoraConfig
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class AdapterOutline:
+    """What goes into an adapter's folder: names in the live model → keys there, and the config."""
+
+    tensors: dict[str, str]
+    config: dict[str, Any]
+
+
+def outline_of(
+    module: nn.Module,
+    origin: AdapterOrigin,
+    task: str,
+    saved_as: type[PreTrainedModel],
+    disk_name: Callable[[str], str | None],
+) -> AdapterOutline:
+    """Plan the files; looks at names, types and shapes only.
+
+    Args:
+        task: CAUSAL_LM or SEQ_CLS. saved_as: the class that the adapter's base loads as.
+        disk_name: a module's name in the live model → in that class; None: not saved.
+    """
+    layers = lora_layers(module)
+    whole, tied = _whole(module, origin.lora.modules_to_save, task)
+    whole = [name for name in whole if disk_name(name) is not None]
+    keys = {}
+    for name, layer in layers.items():
+        for own, leaf in _leaves(layer).items():
+            keys[f"{name}.{own}"] = f"{disk_name(name)}.{leaf}"
+    for name in whole:
+        keys |= {
+            f"{name}.{leaf}": f"{disk_name(name)}.{leaf}"
+            for leaf in module.get_submodule(name).state_dict()
+        }
+    for name in _grown_tables(module, origin.vocabulary):
+        inside = ".base_layer" if name in layers else ""
+        for leaf, _ in module.get_submodule(name).named_parameters(recurse=False):
+            if not leaf.startswith("lora_"):
+                keys.setdefault(f"{name}.{leaf}", f"{disk_name(name)}{inside}.{leaf}")
+    targets = [disk_name(name) for name in layers]
+    others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
+    config = {
+        "auto_mapping": {
+            "base_model_class": saved_as.__name__,
+            "parent_library": saved_as.__module__,
+            # PEFT has no name for a random B. It keeps this mapping as it is, without a warning,
+            # and uses it only where no task_type is given.
+            "lora_init": origin.lora.init,
+        },
+        "base_model_name_or_path": origin.base,
+        "bias": "none",
+        "ensure_weight_tying": tied,
+        "fan_in_fan_out": any(
+            layer.transposed and not isinstance(layer, LoRAEmbedding) for layer in layers.values()
+        ),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _whole_number(origin.lora.alpha or origin.lora.dim),
+        "lora_dropout": origin.lora.dropout,
+        "modules_to_save": [disk_name(name) for name in whole] or None,
+        "peft_type": "LORA",
+        "r": origin.lora.dim,
+        "target_modules": _exactly(targets, [name for name in others if name]),
+        "task_type": task,
+        "use_dora": origin.lora.use_dora,
+        "use_rslora": origin.lora.use_rslora,
+    }
+    return AdapterOutline(keys, config)
+
+
+def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write config and tensors into an existing folder.
+
+    Args:
+        state: the live model's tensors by their names there; more than is needed does no harm.
+    """
+    tensors = {PREFIX + key: state[name].contiguous() for name, key in outline.tensors.items()}
+    # Two names of one tensor are not allowed in the file.
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    save_file(tensors, folder / WEIGHT_FILE, metadata={"format": "pt"})
+    text = json.dumps(outline.config, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _leaves(layer: LoRALayer) -> dict[str, str]:
+    """A layer's own names of its trained tensors → PEFT's."""
+    linear = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    names = linear | {LoRALayer.MAGNITUDE_NAME: MAGNITUDE_LEAF}
+    return {leaf: names.get(leaf, leaf) for leaf in layer.adapter}
+
+
+def _whole(
+    module: nn.Module, modules_to_save: tuple[str, ...], task: str
+) -> tuple[list[str], bool]:
+    """Modules that trained whole, the reward head included, and whether any of them is tied.
+
+    Who shares a parameter with one of them trained with it, and is one of them.
+    """
+    named = [*whole_modules(module, modules_to_save), *([VALUE_HEAD] if task == REWARD else [])]
+    named = list(dict.fromkeys(named))
+    outer = [n for n in named if not any(n.startswith(f"{other}.") for other in named)]
+    trained = {id(p) for name in outer for p in module.get_submodule(name).parameters()}
+    partners = [
+        name
+        for name, other in module.named_modules()
+        if any(id(p) in trained for p in other.parameters(recurse=False))
+        and not any(name == n or name.startswith(f"{n}.") for n in outer)
+    ]
+    everyone = [*outer, *partners]
+    separate = sum(len({*module.get_submodule(n).parameters()}) for n in everyone)
+    return everyone, separate > len(trained)
+
+
+def _grown_tables(module: nn.Module, vocabulary: int) -> list[str]:
+    """Embedding and untied output head, where the tokenizer has more tokens than the base."""
+    model = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if full_shape(embedding.weight)[0] <= vocabulary:
+        return []
+    tables = {id(embedding)}
+    if head is not None and head.weight is not embedding.weight:
+        tables.add(id(head))
+    return [name for name, m in module.named_modules() if id(m) in tables]
+
+
+def _exactly(targets: list[str], others: list[str]) -> list[str] | str:
+    """The names; as one pattern where PEFT, which takes ends of names too, would find more."""
+    ends = tuple(f".{name}" for name in targets)
+    if not any(name.endswith(ends) for name in others):
+        return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(targets))
+
+
+def _whole_number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
