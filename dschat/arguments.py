@@ -19,20 +19,12 @@ from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.engine import Recipe, Schedule, check_optimizer_block, num_windows
 from dschat.utils.metrics import Continued, require_package
 from dschat.utils.module.lora import ALL_LINEAR, LoraConfig
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim import SCHEDULES, OptimizerConfig, schedule_factory
 from dschat.utils.progress import LogConfig
 from dschat.utils.save_plan import SavePlan, plan_saving
 from dschat.utils.state_folder import NEWEST
 from dschat.utils.training_state import StateConfig
 
-SCHEDULES = [
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-]
 SWITCH = {"action": "store_true"}
 
 
@@ -166,7 +158,7 @@ class RunArguments:
     num_train_epochs: int = flag(1, "passes over the training data")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     gradient_clipping: float = flag(1.0, "largest gradient norm")
-    lr_scheduler_type: str = flag("cosine", "shape of the schedule", choices=SCHEDULES)
+    lr_scheduler_type: str = flag("cosine", "shape of the schedule", choices=list(SCHEDULES))
     num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
     offload: bool = flag(
         False, "keep optimizer states on the CPU (parameters too at ZeRO-3)", **SWITCH

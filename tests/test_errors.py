@@ -94,16 +94,16 @@ CASES = {
     ),
     "no layer for LoRA in step 1": Case(
         [*STEP1, "--lora_dim", "4", "--lora_module_name", "decoder.layers."],
-        r"lora_module_name 'decoder\.layers\.' matches no linear layer: use all-linear, .*"
+        r"lora_module_name 'decoder\.layers\.' matches no layer: use all-linear, .*"
         r"layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
     ),
     "no layer for LoRA in step 2": Case(
         [*STEP2, "--lora_dim", "4", "--lora_module_name", "fc1"],
-        r"lora_module_name 'fc1' matches no linear layer: .*q_proj",
+        r"lora_module_name 'fc1' matches no layer: .*q_proj",
     ),
     "no layer for the actor's LoRA": Case(
         [*STEP3, "--actor_lora_dim", "4", "--actor_lora_module_name", "fc1"],
-        r"lora_module_name 'fc1' matches no linear layer: .*q_proj",
+        r"lora_module_name 'fc1' matches no layer: .*q_proj",
     ),
     "fp16 on the CPU": Case(
         [*STEP1, "--dtype", "fp16"],

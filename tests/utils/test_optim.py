@@ -240,6 +240,28 @@ def test_levelled_rates_stop_the_run():
         check_rates(scheduled, config)
 
 
+@pytest.mark.parametrize("warm_up", [0, 3])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_those_of_transformers(name: str, warm_up: int):
+    from transformers import get_scheduler
+
+    pair = []
+    for build in (
+        schedule_factory(name, warm_up, 10),
+        lambda optimizer: get_scheduler(name, optimizer, warm_up, 10),
+    ):
+        groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": rate} for rate in (1e-3, 16e-3)]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        scheduler = build(optimizer)
+        rates = [scheduler.get_last_lr()]
+        for _ in range(10):
+            optimizer.step()
+            scheduler.step()
+            rates.append(scheduler.get_last_lr())
+        pair.append(rates)
+    assert pair[0] == [pytest.approx(rates, rel=1e-9, abs=1e-18) for rates in pair[1]]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_keep_the_ratio(name: str):
     """Through warm-up and decay every group is its own rate times one common factor."""
