@@ -12,7 +12,7 @@ from dschat.rlhf.ppo_log import AnswerPrinting
 from dschat.rlhf.ppo_trainer import PPOConfig
 from dschat.rlhf.rlhf_engine import RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
-from dschat.utils.advice import FULL_TO_LORA_RATE
+from dschat.utils.advice import first_lora_rate
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.ds_utils import EngineConfig
@@ -56,7 +56,9 @@ class LoraArguments:
         choices=["4bit", "8bit"],
     )
     lora_learning_rate: float | None = flag(
-        None, "learning rate of A (default: the model's learning rate)", type=float
+        None,
+        "learning rate of A (default: the learning rate given, else what suits the ratio)",
+        type=float,
     )
     loraplus_lr_ratio: float = flag(16.0, "LoRA+: learning rate of B over that of A")
     lora_embedding_learning_rate: float = flag(1e-6, "learning rate of adapters on embeddings")
@@ -92,7 +94,7 @@ class ModelArguments:
     dropout: float | None = flag(None, "override every dropout probability", type=float)
     learning_rate: float | None = flag(
         None,
-        "learning rate (default: {full_rate:g}, with LoRA three times that)",
+        "learning rate of all that trains (default: {full_rate:g}, of adapters another)",
         type=float,
     )
     weight_decay: float = flag(0.0, "weight decay, except on biases and normalisation")
@@ -103,16 +105,20 @@ class ModelArguments:
     lora: LoraArguments = group(LoraArguments)
 
     def optimizer_config(self) -> OptimizerConfig:
-        """Rates of every group; LoRA's default is a multiple of full fine-tuning's."""
-        default = self.full_rate * (FULL_TO_LORA_RATE if self.lora.lora_dim else 1.0)
+        """Rates of every group; where none is given, those that suit the step and the ratio."""
+        given, lora_given = self.learning_rate, self.lora.lora_learning_rate
+        first = first_lora_rate(self.full_rate, self.lora.loraplus_lr_ratio)
+        rates_A = [rate for rate in (lora_given, given, first) if rate is not None]
+        # Beside a rate of the adapters' own, the other one is that of what trains whole.
+        full_is_given = given is not None and lora_given is not None
         return OptimizerConfig(
-            learning_rate=default if self.learning_rate is None else self.learning_rate,
+            learning_rate=self.full_rate if given is None else given,
             weight_decay=self.weight_decay,
-            lora_learning_rate=self.lora.lora_learning_rate,
+            lora_learning_rate=rates_A[0],
             loraplus_lr_ratio=self.lora.loraplus_lr_ratio,
             lora_embedding_learning_rate=self.lora.lora_embedding_learning_rate,
             head_learning_rate=self.head_learning_rate,
-            full_rate=self.full_rate,
+            full_rate=given if full_is_given else self.full_rate,
         )
 
 

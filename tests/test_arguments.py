@@ -60,8 +60,12 @@ def test_the_rate_with_and_without_adapters():
     rates = sft().model.optimizer_config()
     assert rates.rate("decay") == 9.65e-6
     rates = sft("--lora_dim", "8").model.optimizer_config()
-    assert rates.rate("lora_A") == pytest.approx(3 * 9.65e-6)
-    assert rates.rate("lora_B") == pytest.approx(16 * 3 * 9.65e-6)
+    # Three times the full rate is the geometric mean of A's and B's.
+    assert rates.rate("lora_A") == pytest.approx(3 / 4 * 9.65e-6)
+    assert rates.rate("lora_B") == pytest.approx(3 * 4 * 9.65e-6)
+    assert rates.rate("decay") == 9.65e-6  # of what trains whole beside the adapters
+    rates = sft("--lora_dim", "8", "--loraplus_lr_ratio", "1").model.optimizer_config()
+    assert rates.rate("lora_A") == rates.rate("lora_B") == pytest.approx(3 * 9.65e-6)
     both = ["--lora_dim", "8", "--learning_rate", "1e-3", "--loraplus_lr_ratio", "4"]
     rates = sft(*both).model.optimizer_config()
     assert (rates.rate("lora_A"), rates.rate("lora_B")) == (1e-3, 4e-3)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from shell import STEP1, STEP2, STEP3, TRAINING, fake_launchers, started
 
+from dschat.utils.advice import lora_advice
+
 SCRIPTS = sorted(TRAINING.rglob("*.sh"))
 RECIPES = [script for script in SCRIPTS if "training_scripts" in script.parts]
 BASH = shutil.which("bash")
@@ -160,3 +162,16 @@ def test_step_1_on_one_gpu_keeps_accumulation_and_rank(shell):
     assert settings.batch.model_name_or_path == "facebook/opt-1.3b"
     assert settings.run.gradient_accumulation_steps == 8
     assert settings.model.lora.lora_dim == 128
+
+
+@pytest.mark.parametrize("script", [s for s in RECIPES if "opt" in s.parts], ids=name_of)
+def test_adapters_of_shipped_scripts_follow_the_advice(script: Path, shell):
+    """The quickstart is left out: its rates are tuned to its own small model."""
+    models = [f"some/{name.lower()}" for name in positional(script)[0]]
+    settings = started(shell(BASH, str(script), *models)).settings()
+    roles = [getattr(settings, role, None) for role in ("model", "actor", "critic")]
+    ranks = 1 if "single_gpu" in script.parts else 8
+    for model in filter(None, roles):
+        engine = settings.run.engine_config(model, "bf16", micro_batch=1)
+        rates = model.optimizer_config()
+        assert lora_advice(model.lora.config(), rates, engine, ranks) == []

@@ -8,14 +8,15 @@ import pytest
 
 from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
 from dschat.cli import parse
-from dschat.utils.advice import lora_advice
+from dschat.utils.advice import first_lora_rate, lora_advice
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_layers import LoraConfig
 from dschat.utils.optim import OptimizerConfig
 
 FULL = 1e-5
+START = 3 / 4 * FULL  # at a ratio of 16
 LORA = LoraConfig(dim=16)
-RATES = OptimizerConfig(learning_rate=3e-5, full_rate=FULL)
+RATES = OptimizerConfig(learning_rate=START, full_rate=FULL)
 ENGINE = EngineConfig(dtype="bf16")
 
 
@@ -26,35 +27,44 @@ def advice(lora: LoraConfig = LORA, engine: dict | None = None, ranks: int = 1, 
 
 
 def test_the_rules_of_thumb_themselves_are_quiet():
+    assert first_lora_rate(FULL, 16.0) == pytest.approx(START)
+    assert first_lora_rate(FULL, 1.0) == pytest.approx(3 * FULL)
     assert advice() == ""
-    assert advice(loraplus_lr_ratio=8.0) == advice(loraplus_lr_ratio=16.0) == ""
-    assert advice(loraplus_lr_ratio=32.0, lora_learning_rate=1.5e-5) == ""
-    assert advice(lora_learning_rate=2e-5) == ""
+    for ratio in (8.0, 16.0, 32.0):
+        rate = first_lora_rate(FULL, ratio)
+        assert advice(loraplus_lr_ratio=ratio, lora_learning_rate=rate) == ""
     assert lora_advice(None, replace(RATES, learning_rate=1e-9), ENGINE, 1) == []
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0, 40.0])
 def test_ratio_outside_the_authors_range(ratio: float):
-    found = advice(loraplus_lr_ratio=ratio, lora_learning_rate=1.1e-5)
+    rate = first_lora_rate(FULL, ratio)
+    found = advice(loraplus_lr_ratio=ratio, lora_learning_rate=rate)
     assert found.count("\n") == 0 and f"loraplus_lr_ratio {ratio:g}" in found and "16" in found
     assert ("more slowly than A" in found) == (ratio < 1)
     assert ("plain LoRA" in found) == (ratio == 1)
 
 
-def test_adapters_at_full_fine_tunings_rate():
-    assert "no more than full fine-tuning would take (1e-05)" in advice(lora_learning_rate=FULL)
-    assert "two to three times" in advice(learning_rate=FULL / 2)
-    assert advice(lora_learning_rate=FULL * 1.01) == ""
+def test_adapters_no_faster_than_the_whole_model_would_be():
+    """At a ratio of 16 the mean of A's rate and B's is four times A's."""
+    slow = advice(lora_learning_rate=FULL / 4)
+    assert "at 2.5e-06 and 4e-05, in the mean no faster than full fine-tuning would (1e-05)" in slow
+    assert "two to three times its rate: start from lora_learning_rate 7.5e-06" in slow
+    assert advice(lora_learning_rate=FULL / 3.9) == ""
+    plain = advice(lora_learning_rate=FULL, loraplus_lr_ratio=1.0)
+    assert "at 1e-05 and 1e-05, in the mean no faster" in plain and "plain LoRA" in plain
+    assert "in the mean" not in advice(lora_learning_rate=1.01 * FULL, loraplus_lr_ratio=1.0)
 
 
 def test_ratio_raised_with_a_as_it_was():
-    found = advice(loraplus_lr_ratio=32.0)
-    assert "B's rate to 0.00096 while A's is still 3e-05" in found
-    assert "lora_learning_rate 1.5e-05" in found
-    assert advice(loraplus_lr_ratio=32.0, lora_learning_rate=1.5e-5) == ""
-    # Where the lowered rate would be full fine-tuning's, it is not what is proposed.
-    found = advice(loraplus_lr_ratio=64.0)
-    assert "try loraplus_lr_ratio 16" in found and "lora_learning_rate" not in found
+    """On top of what plain LoRA would take, or of what suits a ratio of 16."""
+    found = advice(lora_learning_rate=2 * FULL)
+    assert "loraplus_lr_ratio 16 raises B's rate to 0.00032, and A's is still 2e-05" in found
+    assert found.endswith("start from lora_learning_rate 7.5e-06")
+    found = advice(loraplus_lr_ratio=32.0, lora_learning_rate=START)
+    assert found.endswith("start from lora_learning_rate 5.3e-06")
+    assert advice(lora_learning_rate=1.9 * FULL) == ""
+    assert advice(loraplus_lr_ratio=32.0, lora_learning_rate=0.9 * START) == ""
 
 
 def test_many_directions_on_one_device_without_accumulation():

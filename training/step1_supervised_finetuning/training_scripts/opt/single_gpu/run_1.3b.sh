@@ -9,15 +9,14 @@ ZERO_STAGE="${2:-0}"
 shift "$(($# < 2 ? $# : 2))"
 mkdir -p "$OUTPUT"
 
-# Full fine-tuning of this model takes 9.65e-6. Adapters want a larger rate, because they start from
-# no effect at all and change the weights only through a product of small matrices: two to three
-# times the full rate is where to start. This is A's rate; LoRA+ trains B at 16 times it
-# (--loraplus_lr_ratio).
+# Full fine-tuning of this model takes 9.65e-6. Adapters start from three times that, which is the
+# geometric mean of A's rate, given here, and of B's, which LoRA+ makes 16 times as large
+# (--loraplus_lr_ratio; docs/lora_plus.md has the measurements).
 deepspeed --num_gpus 1 "$STEP_DIR/main.py" \
   --model_name_or_path facebook/opt-1.3b \
   --gradient_accumulation_steps 8 \
   --lora_dim 128 \
-  --learning_rate 2.5e-5 \
+  --learning_rate 7.2e-6 \
   --loraplus_lr_ratio 16 \
   --zero_stage "$ZERO_STAGE" \
   --enable_tensorboard \

@@ -9,10 +9,9 @@ ZERO_STAGE="${2:-0}"
 shift "$(($# < 2 ? $# : 2))"
 mkdir -p "$OUTPUT"
 
-# Full fine-tuning of this model takes 9.65e-6. Adapters want a larger rate, because they start from
-# no effect at all and change the weights only through a product of small matrices: two to three
-# times the full rate is where to start. This is A's rate; LoRA+ trains B at 16 times it
-# (--loraplus_lr_ratio).
+# Full fine-tuning of this model takes 9.65e-6. Adapters start from three times that, which is the
+# geometric mean of A's rate, given here, and of B's, which LoRA+ makes 16 times as large
+# (--loraplus_lr_ratio; docs/lora_plus.md has the measurements).
 deepspeed "$STEP_DIR/main.py" \
   --data_path \
     Dahoas/rm-static \
@@ -24,7 +23,7 @@ deepspeed "$STEP_DIR/main.py" \
   --per_device_train_batch_size 8 \
   --per_device_eval_batch_size 8 \
   --max_seq_len 512 \
-  --learning_rate 2.5e-5 \
+  --learning_rate 7.2e-6 \
   --weight_decay 0.1 \
   --num_train_epochs 16 \
   --gradient_accumulation_steps 1 \

@@ -12,10 +12,9 @@ OUTPUT="${5:-./output}"
 shift "$(($# < 5 ? $# : 5))"
 mkdir -p "$OUTPUT"
 
-# Full fine-tuning of this model takes 9.65e-6. Adapters want a larger rate, because they start from
-# no effect at all and change the weights only through a product of small matrices: two to three
-# times the full rate is where to start. This is A's rate; LoRA+ trains B at 16 times it
-# (--loraplus_lr_ratio).
+# Full fine-tuning of this model takes 9.65e-6. Adapters start from three times that, which is the
+# geometric mean of A's rate, given here, and of B's, which LoRA+ makes 16 times as large
+# (--loraplus_lr_ratio; docs/lora_plus.md has the measurements).
 deepspeed --num_gpus 1 "$STEP_DIR/main.py" \
   --actor_model_name_or_path "$ACTOR_MODEL_PATH" \
   --critic_model_name_or_path "$CRITIC_MODEL_PATH" \
@@ -24,7 +23,7 @@ deepspeed --num_gpus 1 "$STEP_DIR/main.py" \
   --critic_zero_stage "$CRITIC_ZERO_STAGE" \
   --gradient_accumulation_steps 2 \
   --actor_lora_dim 128 \
-  --actor_learning_rate 2.5e-5 \
+  --actor_learning_rate 7.2e-6 \
   --actor_loraplus_lr_ratio 16 \
   --actor_gradient_checkpointing \
   --actor_dropout 0.0 \

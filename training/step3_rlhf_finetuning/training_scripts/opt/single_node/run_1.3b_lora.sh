@@ -12,10 +12,9 @@ OUTPUT="${5:-./output}"
 shift "$(($# < 5 ? $# : 5))"
 mkdir -p "$OUTPUT"
 
-# Full fine-tuning of this model takes 9.65e-6. Adapters want a larger rate, because they start from
-# no effect at all and change the weights only through a product of small matrices: two to three
-# times the full rate is where to start. This is A's rate; LoRA+ trains B at 16 times it
-# (--loraplus_lr_ratio).
+# Full fine-tuning of this model takes 9.65e-6. Adapters start from three times that, which is the
+# geometric mean of A's rate, given here, and of B's, which LoRA+ makes 16 times as large
+# (--loraplus_lr_ratio; docs/lora_plus.md has the measurements).
 deepspeed --master_port 12346 "$STEP_DIR/main.py" \
   --data_path Dahoas/rm-static \
   --data_split 2,4,4 \
@@ -28,7 +27,7 @@ deepspeed --master_port 12346 "$STEP_DIR/main.py" \
   --ppo_epochs 1 \
   --max_answer_seq_len 256 \
   --max_prompt_seq_len 256 \
-  --actor_learning_rate 2.5e-5 \
+  --actor_learning_rate 7.2e-6 \
   --critic_learning_rate 5e-6 \
   --num_train_epochs 1 \
   --lr_scheduler_type cosine \
