@@ -31,8 +31,8 @@ from benchmarks.lora_plus.training import Run
 from dschat.cli import parse, run_cli
 from dschat.errors import UserError
 
-RATIOS = [2.0**k for k in range(-3, 7)]  # lambdas whose optimum must lie inside the lattice
-ALPHA_RATIOS = (1.0, 16.0)
+RATIOS = [2.0**k for k in range(7)]  # lambdas whose optimum must lie inside the lattice
+ALPHA_RATIOS = [2.0**k for k in range(7)]  # lambdas whose optimum must lie inside the lattice
 SHARES = (0.25, 0.5, 0.75)
 GROWTHS = 4  # rounds in which a diagonal whose best cell is its first or last may grow
 
@@ -52,7 +52,10 @@ def run_cells(
     ratios: Iterable[float],
     alpha: float = 1.0,
 ) -> report.Grid:
-    """Mean losses of the cells, and of more until no line of `ratios` is best at its end."""
+    """Mean losses of the cells, and of more until no line of `ratios` is best at its end.
+
+    The line of the best cell of all is grown as well, whatever its lambda.
+    """
     s = bench.settings
     done: list[report.Cell] = []
     missing = list(cells)
@@ -60,7 +63,9 @@ def run_cells(
         bench.run(title, cells_runs(init, missing, s.grid_seeds, s.budget, alpha))
         done += missing
         grid = report.grid_means(bench.results, init, done, s.grid_seeds, s.budget, alpha)
-        missing = [cell for ratio in ratios if (cell := report.cell_beyond(grid, ratio))]
+        best = report.best_cell(grid)
+        lines = {*ratios, best[1] / best[0]} if best else {*ratios}
+        missing = [cell for ratio in sorted(lines) if (cell := report.cell_beyond(grid, ratio))]
         title = f"{title.removesuffix(', grown')}, grown"
         if not missing:
             break

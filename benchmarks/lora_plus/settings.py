@@ -30,7 +30,7 @@ PRESETS = {
         batch_size=16,
         max_seq_len=64,
         eta_A={"A": (-10, -5), "B": (-10, -5)},
-        eta_B={"A": (-8, -2), "B": (-8, -2)},
+        eta_B={"A": (-7, -2), "B": (-7, -2)},
         eta_full=(-10, -5),
     ),
     "hh": Preset(
