@@ -57,7 +57,7 @@ class GridSettings:
     rank: int = flag(8, "rank of the adapters")
     steps: int | None = flag(None, "optimizer steps of a run (default: the task's)", type=int)
     grid_seeds: list[int] = flag([1, 2, 3], "seeds of the grid", nargs="+", type=int)
-    fresh_seeds: list[int] = flag([11, 12, 13, 14], "seeds of the winners", nargs="+", type=int)
+    fresh_seeds: list[int] = flag([11, 12, 13], "seeds of the winners", nargs="+", type=int)
     eta_A: list[int] | None = flag(  # noqa: N815
         None, "first and last exponent of two (default: the task's)", nargs=2, type=int
     )
