@@ -32,7 +32,7 @@ from dschat.cli import parse, run_cli
 from dschat.errors import UserError
 
 RATIOS = [2.0**k for k in range(7)]  # lambdas whose optimum must lie inside the lattice
-ALPHA_RATIOS = [2.0**k for k in range(7)]  # lambdas whose optimum must lie inside the lattice
+ALPHA_RATIOS = (1.0, 16.0)
 SHARES = (0.25, 0.5, 0.75)
 GROWTHS = 4  # rounds in which a diagonal whose best cell is its first or last may grow
 

@@ -29,8 +29,8 @@ PRESETS = {
         steps=50,
         batch_size=16,
         max_seq_len=64,
-        eta_A={"A": (-10, -5), "B": (-10, -5)},
-        eta_B={"A": (-7, -2), "B": (-7, -2)},
+        eta_A={"A": (-10, -5), "B": (-9, -6)},
+        eta_B={"A": (-7, -2), "B": (-7, -3)},
         eta_full=(-10, -5),
     ),
     "hh": Preset(

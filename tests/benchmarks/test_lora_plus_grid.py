@@ -87,6 +87,7 @@ def test_winners_are_found_inside_the_grid_and_judged_on_fresh_seeds(
     fresh = {run.seed for run in trained if run.eval_every or run.steps < BUDGET}
     assert fresh == {11, 12, 13}
     alphas = {(row["ratio"], row["alpha"]): row for row in found["alpha"]}
+    assert set(alphas) == {(1, 1), (1, 2), (16, 1), (16, 2)}
     assert alphas[1, 1]["loss"] == pytest.approx(2.2)  # 2^-7: 0.1 (1 + 1)
     assert alphas[1, 2]["loss"] == pytest.approx(2.1)  # 2^-7 and 2^-8: 0.1 (1 + 0)
     text = capsys.readouterr().out
