@@ -1,9 +1,12 @@
 """Runs of the LoRA+ grid on tiny models: what is learned, from where, and how it is measured."""
 
+import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import PAD, padded, tiny_llama, token_rows
 
 from benchmarks.lora_plus import tasks, training
@@ -94,3 +97,28 @@ def test_the_embedded_task_is_pretrained_once(tmp_path, monkeypatch):
     again = tasks.embedded_task(tmp_path, max_seq_len=64)
     pairs = zip(task.model.parameters(), again.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_run_of_all_weights_is_plain_adamw_on_the_mean_answer_loss(tiny_task):
+    small = replace(tiny_task, model=tiny_llama(initializer_range=0.02))
+    steps, rate = 4, 2.0**-9
+    run = Run("full", rate, rate, seed=5, steps=steps)
+    model = copy.deepcopy(small.model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step, numbers in enumerate(training.batch_order(24, 8, steps, seed=5)):
+        # one step of warm-up from 0, then cosine over the three that are left
+        share = 0.5 * (1 + math.cos(math.pi * (step - 1) / 3)) if step else 0.0
+        optimizer.param_groups[0]["lr"] = rate * share
+        losses = []
+        for row in (small.train[number] for number in numbers):
+            ids = torch.tensor(row["input_ids"])
+            logits, start_at = model(ids[None]).logits[0], row["prompt_len"]
+            losses.append(
+                F.cross_entropy(logits[start_at - 1 : -1], ids[start_at:], reduction="none")
+            )
+        optimizer.zero_grad()
+        torch.cat(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    expected = training.evaluate(model, small.evaluation)
+    assert train_once(small, run, rank=4, batch_size=8).loss == pytest.approx(expected, abs=1e-5)
