@@ -99,7 +99,10 @@ def test_the_embedded_task_is_pretrained_once(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_run_of_all_weights_is_plain_adamw_on_the_mean_answer_loss(tiny_task):
+def test_a_run_of_all_weights_is_plain_adamw_on_the_mean_answer_loss(tiny_task, monkeypatch):
+    # Norms here are 1.08 to 1.25: clipped at every step, a sum could not be told from a mean.
+    limit = 1.15
+    monkeypatch.setattr(training, "CLIPPING", limit)
     small = replace(tiny_task, model=tiny_llama(initializer_range=0.02))
     steps, rate = 4, 2.0**-9
     run = Run("full", rate, rate, seed=5, steps=steps)
@@ -118,7 +121,7 @@ def test_a_run_of_all_weights_is_plain_adamw_on_the_mean_answer_loss(tiny_task):
             )
         optimizer.zero_grad()
         torch.cat(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
     expected = training.evaluate(model, small.evaluation)
     assert train_once(small, run, rank=4, batch_size=8).loss == pytest.approx(expected, abs=1e-5)
