@@ -1,0 +1,139 @@
+"""One run of the LoRA+ grid: a model, rows to learn, a budget of steps, the loss at the end."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dschat.losses import sft_loss, window_scale
+from dschat.utils.data.collators import SFTBatch, SFTCollator
+from dschat.utils.module.lora import (
+    LoraConfig,
+    convert_linear_layer_to_lora,
+    only_optimize_lora_parameters,
+)
+from dschat.utils.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    get_optimizer_grouped_parameters,
+    schedule_factory,
+)
+
+WARMUP = 0.05  # share of the steps
+CLIPPING = 1.0
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The model that every run starts from (never trained itself) and the rows it is to learn."""
+
+    name: str
+    model: PreTrainedModel
+    train: list[Row]
+    evaluation: list[SFTBatch]
+    collator: SFTCollator
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that tells one run from another within one benchmark.
+
+    `init` is the adapter matrix that starts random, or `full`: all weights train at `eta_A`.
+    `alpha` is a multiple of the rank, so it is the adapters' scaling itself.
+    """
+
+    init: str
+    eta_A: float  # noqa: N815
+    eta_B: float  # noqa: N815
+    seed: int
+    steps: int
+    alpha: float = 1.0
+    eval_every: int = 0  # steps between evaluations; 0 evaluates at the end alone
+
+    @property
+    def ratio(self) -> float:
+        """lambda = eta_B / eta_A."""
+        return self.eta_B / self.eta_A
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Evaluation losses in nats per answer token; `loss` is None where training diverged."""
+
+    loss: float | None
+    curve: tuple[tuple[int, float], ...]  # (steps done, evaluation loss), the last one included
+
+
+def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each step: every row once an epoch, in an order that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += torch.randperm(rows, generator=generator).tolist()
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def _loss_sum(model: PreTrainedModel, batch: SFTBatch) -> torch.Tensor:
+    # Without a padding mask: padding is on the right, where no real token looks.
+    logits = model(batch.input_ids, use_cache=False).logits
+    return sft_loss(logits, batch.input_ids, batch.loss_mask)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, batches: list[SFTBatch]) -> float:
+    """Mean loss over all answer tokens, in nats."""
+    total = sum(_loss_sum(model, batch).item() for batch in batches)
+    return total / sum(int(batch.loss_mask.sum()) for batch in batches)
+
+
+def train_once(task: Task, run: Run, rank: int, batch_size: int) -> Outcome:
+    """One run from the task's model: adapters, or all weights where `run.init` is `full`."""
+    torch.manual_seed(run.seed)
+    model = copy.deepcopy(task.model)
+    if run.init != "full":
+        adapters = LoraConfig(dim=rank, alpha=run.alpha * rank, init=run.init)
+        convert_linear_layer_to_lora(model, adapters)
+        only_optimize_lora_parameters(model)
+    config = OptimizerConfig(run.eta_A, loraplus_lr_ratio=run.ratio)
+    return fit(task, model, config, run, batch_size)
+
+
+def fit(
+    task: Task,
+    model: PreTrainedModel,
+    config: OptimizerConfig,
+    run: Run,
+    batch_size: int,
+) -> Outcome:
+    """Train in place by the recipes' rules: AdamW, clipping, warm-up and cosine, answer loss."""
+    optimizer = build_optimizer(get_optimizer_grouped_parameters(model, config), config)
+    warmup = max(1, round(WARMUP * run.steps))
+    scheduler = schedule_factory("cosine", warmup, run.steps)(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    curve: list[tuple[int, float]] = []
+    model.train()
+    rows = batch_order(len(task.train), batch_size, run.steps, run.seed)
+    for step, numbers in enumerate(rows, start=1):
+        batch = task.collator([task.train[number] for number in numbers])
+        loss = _loss_sum(model, batch) * window_scale(int(batch.loss_mask.sum()), world_size=1)
+        if not math.isfinite(loss.item()):
+            return Outcome(None, tuple(curve))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIPPING)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step == run.steps or (run.eval_every and step % run.eval_every == 0):
+            curve.append((step, evaluate(model, task.evaluation)))
+    final = curve[-1][1]
+    return Outcome(final if math.isfinite(final) else None, tuple(curve))
