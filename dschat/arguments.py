@@ -14,6 +14,9 @@ from dschat.rlhf.rlhf_engine import RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.advice import first_lora_rate
 from dschat.utils.data.data_utils import DataSpec
+from dschat.utils.data.formats import PROMPT_FORMATS
+from dschat.utils.data.sources import Reading
+from dschat.utils.data.tokenise import TRAIN_ON
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.engine import Recipe, Schedule, check_optimizer_block, num_windows
@@ -301,6 +304,23 @@ class DataArguments:
     )
     data_split: str = flag("2,4,4", "proportions of the training data for steps 1, 2 and 3")
     data_output_path: str = flag("/tmp/data_files/", "cache of tokenised data")
+    dataset_columns: list[str] = flag(
+        [],
+        "which columns hold what: prompt=question.text chosen=best rejected=worst "
+        "(default: recognised)",
+        nargs="+",
+        type=str,
+    )
+    dataset_function: str | None = flag(
+        None, "module:name of your function from a row to prompt, chosen, rejected", type=str
+    )
+    prompt_format: str | None = flag(
+        None,
+        "dschat: Human: and Assistant:; chat: the chat template (default: the model's own, else "
+        "chat where the tokenizer has a template)",
+        type=str,
+        choices=list(PROMPT_FORMATS),
+    )
     max_train_samples: int | None = flag(None, "use at most so many training rows", type=int)
     max_eval_samples: int | None = flag(None, "use at most so many evaluation rows", type=int)
 
@@ -314,6 +334,7 @@ class DataArguments:
             max_seq_len=max_seq_len,
             max_train_samples=self.max_train_samples,
             max_eval_samples=self.max_eval_samples,
+            reading=Reading(tuple(self.dataset_columns), self.dataset_function),
             **more,
         )
 
@@ -364,6 +385,13 @@ class SFTSettings:
     run: RunArguments = group(RunArguments, tensorboard_path="step1_tensorboard")
     sft_only_data_path: list[str] = flag(
         [], "data used in this step alone (prompt and response)", nargs="*", type=str
+    )
+    train_on: str | None = flag(
+        None,
+        "which answers of a conversation train (default: all_turns where rows are conversations, "
+        "last_turn where they are prompt and answer)",
+        type=str,
+        choices=list(TRAIN_ON),
     )
     train_on_prompt: bool = flag(False, "train on prompt tokens as well", **SWITCH)
     print_loss: bool = flag(False, "print the loss of every optimizer step", **SWITCH)

@@ -29,10 +29,11 @@ if __name__ == "__main__":  # run as a file: the checkout is not on the path
 
 from dschat.cli import flag, parse, run_cli
 from dschat.errors import UserError
+from dschat.utils.data.formats import choose_format
 from dschat.utils.data.tokenise import cut_left
 from dschat.utils.model.model_utils import create_hf_model, load_config
 from dschat.utils.model.tokenizer import encode, load_hf_tokenizer
-from inference.conversation import QUESTION, Turn, fit_conversation, settled_part
+from inference.conversation import Turn, fit_conversation, settled_part
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -124,6 +125,7 @@ class Chatbot:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
     ):
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.form = choose_format(tokenizer)
         self.turns: list[Turn] = []
         self.max_prompt_len = prompt_room(model.config, settings.max_new_tokens)
 
@@ -138,16 +140,18 @@ class Chatbot:
         """
         bos_id = self.tokenizer.bos_token_id
         if self.settings.raw:
-            ids = self._encode(text)
+            (ids,) = encode(self.tokenizer, [text])
             room = len(ids) if self.max_prompt_len is None else self.max_prompt_len
             return self._generate(cut_left(ids, room, bos_id), None, show)
-        ids = fit_conversation(self.turns, text, self._encode, self.max_prompt_len, bos_id)
-        answer = self._generate(ids, QUESTION.rstrip(), show)
+        ids = fit_conversation(
+            self.turns, text, self._encode, self.max_prompt_len, bos_id, self.form
+        )
+        answer = self._generate(ids, self.form.stop, show)
         self.turns.append(Turn(text, answer.rstrip()))
         return answer
 
     def _encode(self, text: str) -> list[int]:
-        return encode(self.tokenizer, [text])[0]
+        return encode(self.tokenizer, [text], self.form.adds_special)[0]
 
     @torch.inference_mode()
     def _generate(self, ids: list[int], stop: str | None, show: Callable[[str], None]) -> str:
@@ -230,7 +234,7 @@ def converse(chatbot: Chatbot) -> None:
             chatbot.clear()
             print("(forgotten)")
         elif text:
-            show("" if chatbot.settings.raw else "Assistant:")
+            show("" if chatbot.settings.raw else f"Assistant:{chatbot.form.opening}")
             chatbot.ask(text, show)
             print()
 

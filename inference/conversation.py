@@ -3,23 +3,32 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dschat.utils.data.conversations import Turn as Said
+from dschat.utils.data.formats import DschatFormat, PromptFormat
 from dschat.utils.data.tokenise import cut_left
-
-QUESTION, ANSWER = "\n\nHuman: ", "\n\nAssistant:"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and the answer it got, which starts with its own space."""
+    """One question and the answer it got, as it was generated."""
 
     question: str
     answer: str
 
 
-def format_conversation(turns: Sequence[Turn], question: str) -> str:
-    """Return the prompt of the training data: turns, the question, and an open answer."""
-    past = "".join(QUESTION + t.question + ANSWER + t.answer for t in turns)
-    return past + QUESTION + question + ANSWER
+def format_conversation(
+    turns: Sequence[Turn], question: str, form: PromptFormat | None = None
+) -> str:
+    """Return the prompt of the training data: turns, the question, and an open answer.
+
+    `form` is the model's prompt format, dschat unless given.
+    """
+    said = [
+        Said(role, text)
+        for turn in turns
+        for role, text in (("user", turn.question), ("assistant", turn.answer))
+    ]
+    return (form or DschatFormat()).prompt((*said, Said("user", question)))
 
 
 def fit_conversation(
@@ -28,6 +37,7 @@ def fit_conversation(
     encode_text: Callable[[str], list[int]],
     max_len: int | None,
     bos_id: int | None,
+    form: PromptFormat | None = None,
 ) -> list[int]:
     """Return the prompt's token ids in at most `max_len` (None: any number).
 
@@ -35,7 +45,7 @@ def fit_conversation(
     a leading `bos_id`.
     """
     for first in range(len(turns) + 1):
-        ids = encode_text(format_conversation(turns[first:], question))
+        ids = encode_text(format_conversation(turns[first:], question, form))
         if max_len is None or len(ids) <= max_len:
             return ids
     return cut_left(ids, max_len, bos_id)

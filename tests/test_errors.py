@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from data_error_cases import WRONG_DATA, WRONG_FLAGS, file_of, write_wrong_data
 from steps import (
     PPO,
     PROMPT_EVALUATION,
@@ -144,6 +145,19 @@ CASES = {
         ],
         r"'\./nowhere' is not a folder",
     ),
+    "format that the model never learned": Case(
+        [*STEP2, "--prompt_format", "chat"],
+        r"--prompt_format chat: .*model was trained with the format 'dschat'; leave the flag out",
+    ),
+    "two prompt formats": Case(
+        [*STEP3, "--critic_model_name_or_path", "other-format"],
+        r"other-format: trained with the prompt format 'chat', but .*model with 'dschat'; train",
+    ),
+    **{
+        name: Case([*STEP1, "--data_path", file_of(name), *flags], re.escape(file_of(name)) + says)
+        for name, (_, flags, says) in WRONG_DATA.items()
+    },
+    **{name: Case([*STEP1, *flags], says) for name, (flags, says) in WRONG_FLAGS.items()},
 }
 
 
@@ -164,6 +178,13 @@ def write_wrong_inputs(folder: Path) -> None:
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(folder / "other-tokenizer")
     write_reward_folder(folder / "reward")
+    write_wrong_data(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.init_kwargs["prompt_format"] = "chat"
+    tokenizer.save_pretrained(folder / "other-format")
+    tokenizer.chat_template = None
+    del tokenizer.init_kwargs["prompt_format"]
+    tokenizer.save_pretrained(folder / "no-template")
 
 
 def write_reward_folder(folder: Path) -> None:
@@ -192,7 +213,7 @@ def test_wrong_input_ends_with_one_line_before_weights_are_read(
     assert result.code == 2, result.stderr
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
-    assert re.match(f"error: .*{CASES[name].says}", lines[0]), lines[0]
+    assert re.match(f"error: .*({CASES[name].says})", lines[0]), lines[0]
     assert result.read == []
 
 

@@ -17,9 +17,11 @@ LEVELS = [
     "utils.module.lora_layers utils.module.quantized utils.module.lora utils.module.adapter "
     "utils.module.adapter_merge utils.module.adapter_write utils.optim utils.advice "
     "utils.model.source utils.model.model_utils utils.model.reward_model utils.save_plan "
-    "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.raw_datasets "
-    "utils.data.tokenise utils.data.collators utils.data.data_utils utils.checkpoint utils.utils "
-    "cli",
+    "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.conversations "
+    "utils.data.row_shapes utils.data.named_sources utils.data.own_reader utils.data.sources "
+    "utils.data.row_store "
+    "utils.data.raw_datasets utils.data.formats utils.data.tokenise utils.data.collators "
+    "utils.data.data_utils utils.checkpoint utils.utils cli",
     "utils.engine utils.evaluation utils.startup utils.progress utils.training_plan "
     "utils.restored utils.training_state rlhf.rollout rlhf.ema",
     "rlhf.rlhf_engine",

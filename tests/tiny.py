@@ -36,6 +36,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
+        prompt_format="dschat",  # the template is there to be kept, not used: it names no roles
     )
 
 

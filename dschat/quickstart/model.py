@@ -74,6 +74,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT_TEMPLATE,
+        prompt_format="dschat",  # of its data; the template, for others, writes the same text
     )
 
 

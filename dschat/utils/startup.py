@@ -8,7 +8,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dschat.utils.checkpoint import check_output_dir
-from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
+from dschat.utils.data.formats import CONFIG_KEY, choose_format, describe_format
+from dschat.utils.distributed import (
+    Distributed,
+    init_distributed,
+    print_rank_0,
+    set_random_seed,
+)
 from dschat.utils.engine import resolve_dtype, torch_dtype
 from dschat.utils.model.tokenizer import load_hf_tokenizer
 from dschat.utils.perf import Gpus
@@ -57,20 +63,30 @@ def start(
     seed: int,
     output_dir: str | None,
     eot_token: str | None,
+    prompt_format: str | None = None,
+    teaches_format: bool = False,
 ) -> Startup:
     """Join the process group and check what can be checked without data or weights.
 
     Args:
         eot_token: the token that ends answers instead of the tokenizer's eos; None keeps that.
+        prompt_format: asked for; None takes the one stored with the model, or its default.
+        teaches_format: the model may learn another format than the stored one.
 
     Raises:
-        UserError: a dtype the device lacks, no tokenizer, an output folder that is none.
+        UserError: a dtype the device lacks, no tokenizer, an output folder that is none, a prompt
+            format that the model cannot have.
     """
     name = resolve_dtype(dtype)
     check_output_dir(output_dir)
     tokenizer = load_hf_tokenizer(
         model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
     )
+    stored = tokenizer.init_kwargs.get(CONFIG_KEY)
+    form = choose_format(
+        tokenizer, prompt_format, teaches=teaches_format, end_is_given=eot_token is not None
+    )
     distributed = init_distributed()
+    print_rank_0(describe_format(form, tokenizer, stored), distributed.rank)
     set_random_seed(seed)
     return Startup(distributed, name, tokenizer)

@@ -7,6 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dschat.utils.data.raw_datasets import load_source
+from dschat.utils.data.sources import Reading
+
 MERGES_BYTE = [("Ġ", "w"), ("h", "i"), ("Ċ", "Ċ"), ("l", "o"), ("Ġw", "e")]
 MERGES_SPACE = [("▁", "a"), ("▁", "w"), ("n", "d"), ("▁a", "nd"), ("h", "i"), ("l", "o")]
 
@@ -66,3 +69,15 @@ def write_rows(tmp_path: Path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def load(write_rows, tmp_path):
+    """The source of some rows, which are its train and its test rows alike."""
+
+    def read(*rows, **reading):
+        write_rows(rows, "set/train.jsonl")
+        write_rows(rows, "set/test.jsonl")
+        return load_source(str(tmp_path / "set"), 1, tmp_path / "cache", Reading(**reading))
+
+    return read

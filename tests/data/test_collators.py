@@ -14,7 +14,8 @@ PAD = EOS = 2
 
 
 def _sft(ids, prompt_len, **more):
-    return {"input_ids": ids, "prompt_len": prompt_len, "length": len(ids), **more}
+    row = {"input_ids": ids, "prompt_len": prompt_len, "length": len(ids)}
+    return {**row, "trained": [prompt_len, len(ids)], **more}
 
 
 def test_sft_masks_come_from_lengths_where_pad_is_eos():
@@ -32,6 +33,12 @@ def test_first_token_is_never_a_target():
     batch = SFTCollator(PAD, train_on_prompt=True)(rows)
     assert batch.loss_mask.int().tolist() == [[0, 1, 1], [0, 1, 0]]
     assert SFTCollator(PAD)(rows).loss_mask.int().tolist() == [[0, 0, 1], [0, 1, 0]]
+
+
+def test_several_turns_train_apart():
+    rows = [_sft([9, 5, EOS, 6, 7, EOS], 4, trained=[1, 3, 4, 6]), _sft([8, 5, EOS], 1)]
+    batch = SFTCollator(PAD)(rows)
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0]]
 
 
 def test_pairs_are_stacked_chosen_first():

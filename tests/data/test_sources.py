@@ -138,7 +138,8 @@ def test_a_failed_read_leaves_nothing_behind(write_rows, tmp_path):
     [
         ({"prompt": "a", "chosen": 3}, "column 'chosen' is int, needs text"),
         ({"prompt": None, "chosen": "a"}, "column 'prompt' is NoneType, needs text"),
-        ({"prompt": ["a"], "chosen": "a"}, "column 'prompt' is list, needs text"),
+        ({"prompt": ["a"], "chosen": "a"}, "column 'prompt', message 1: needs an object with"),
+        ({"prompt": {"a": 1}, "chosen": "a"}, "column 'prompt' is dict, needs text"),
         ({"question": "a"}, "no column 'prompt' (columns: question)"),
         ({"prompt": "\ud800"}, "column 'prompt' holds half a surrogate pair"),
         (["prompt", "a"], "is list, needs an object"),

@@ -47,6 +47,8 @@ def main() -> None:
         seed=run.seed,
         output_dir=run.output_dir,
         eot_token=run.answer_end,
+        prompt_format=settings.data.prompt_format,
+        teaches_format=True,
     )
     device, world_size, tokenizer = begun.device, begun.world_size, begun.tokenizer
     micro_batch = batch_sizes.per_device_train_batch_size
@@ -56,8 +58,12 @@ def main() -> None:
     recipe.check(name, AutoModelForCausalLM.from_config)
     check_context(name, batch_sizes.max_seq_len, "max_seq_len")
     save_plan = run.save_plan(name, recipe)
-    sft_only = tuple(settings.sft_only_data_path)
-    spec = settings.data.spec(run.seed, batch_sizes.max_seq_len, sft_only_data_path=sft_only)
+    spec = settings.data.spec(
+        run.seed,
+        batch_sizes.max_seq_len,
+        sft_only_data_path=tuple(settings.sft_only_data_path),
+        train_on=settings.train_on,
+    )
     data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 1, is_writer=w))
     print_rank_0("\n".join(data.report.lines()))
 

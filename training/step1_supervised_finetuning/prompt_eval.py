@@ -16,10 +16,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dschat.cli import flag, parse, run_cli
 from dschat.errors import UserError
+from dschat.utils.data.conversations import Turn
+from dschat.utils.data.formats import choose_format
 from dschat.utils.distributed import set_random_seed
 from dschat.utils.engine import resolve_dtype, torch_dtype
 from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.utils.model.tokenizer import encode, load_hf_tokenizer
 
 QUESTIONS = {
     "English": (
@@ -86,15 +88,15 @@ class PromptEvaluation:
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: list[int],
     config: GenerationConfig,
 ) -> list[str]:
-    """The answers to one prompt, without special tokens."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    """The answers to the token ids of one prompt, without special tokens."""
+    input_ids = torch.tensor([prompt], device=model.device)
     ids = model.generate(
-        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, generation_config=config
+        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
     )
-    return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(ids[:, len(prompt) :], skip_special_tokens=True)
 
 
 def main() -> None:
@@ -115,10 +117,18 @@ def main() -> None:
         model = create_hf_model(path, tokenizers[label], dtype)
         models[label] = model.to(device).eval(), tokenizers[label]
 
+    # Each model is asked in the format it was trained with
+    formats = {
+        label: choose_format(tokenizer, end_is_given=settings.add_eot_token)
+        for label, tokenizer in tokenizers.items()
+    }
     for question in settings.prompts or QUESTIONS[settings.language]:
-        prompt = question if settings.raw else f"\n\nHuman: {question}\n\nAssistant:"
-        print(f"\n== {prompt.strip()}")
+        shown = question if settings.raw else formats["finetune"].prompt((Turn("user", question),))
+        print(f"\n== {shown.strip()}")
         for label, (model, tokenizer) in models.items():
+            form = formats[label]
+            text = question if settings.raw else form.prompt((Turn("user", question),))
+            (prompt,) = encode(tokenizer, [text], settings.raw or form.adds_special)
             for kind, config in settings.generation_configs(tokenizer).items():
                 set_random_seed(settings.seed)
                 for answer in answers(model, tokenizer, prompt, config):

@@ -46,6 +46,7 @@ def main() -> None:
         seed=run.seed,
         output_dir=run.output_dir,
         eot_token=run.answer_end,
+        prompt_format=settings.data.prompt_format,
     )
     device, world_size, tokenizer = begun.device, begun.world_size, begun.tokenizer
     micro_batch = batch_sizes.per_device_train_batch_size

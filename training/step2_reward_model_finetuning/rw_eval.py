@@ -42,6 +42,7 @@ def main() -> None:
         seed=flags.seed,
         output_dir=None,
         eot_token=flags.answer_end,
+        prompt_format=settings.data.prompt_format,
     )
     tokenizer = begun.tokenizer
     check_reward_head(flags.model_name_or_path)

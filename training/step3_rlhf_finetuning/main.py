@@ -48,6 +48,7 @@ def main() -> None:
         seed=run.seed,
         output_dir=run.output_dir,
         eot_token=run.answer_end,
+        prompt_format=settings.data.prompt_format,
     )
     tokenizer, distributed = begun.tokenizer, begun.distributed
     actor_name = settings.ppo.actor_model_name_or_path

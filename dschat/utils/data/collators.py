@@ -60,9 +60,10 @@ class SFTCollator:
         """Pad to the longest row; raises KeyError on rows of another phase."""
         input_ids, attention_mask = _pad([row["input_ids"] for row in rows], self.pad_token_id)
         real = _real(rows)
+        spans = [[0, row["length"]] if self.train_on_prompt else row["trained"] for row in rows]
+        loss_mask = _within(spans, attention_mask) & real[:, None]
         # The first token of a sequence has nothing before it to be predicted from.
-        starts = [1 if self.train_on_prompt else max(1, row["prompt_len"]) for row in rows]
-        loss_mask = _from(starts, attention_mask) & real[:, None]
+        loss_mask[:, 0] = False
         return SFTBatch(input_ids, attention_mask, real, loss_mask)
 
 
@@ -113,6 +114,15 @@ def _from(starts: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
     """The part of a right-padded mask that lies at or behind each row's start, (N, T) bool."""
     columns = torch.arange(attention_mask.shape[1])
     return attention_mask & (columns >= torch.tensor(starts)[:, None])
+
+
+def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> torch.Tensor:
+    """The part of a right-padded mask inside each row's [start, stop, start, stop, ...], (N, T)."""
+    inside = torch.zeros_like(attention_mask)
+    for row, bounds in enumerate(spans):
+        for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
+            inside[row, start:stop] = True
+    return attention_mask & inside
 
 
 def _real(rows: Sequence[Row]) -> torch.Tensor:

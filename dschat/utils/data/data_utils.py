@@ -14,15 +14,17 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
+from dschat.utils.data.formats import choose_format
 from dschat.utils.data.raw_datasets import Source, load_source
 from dschat.utils.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.utils.data.row_files import digest
+from dschat.utils.data.sources import Reading
 from dschat.utils.data.splits import PHASES, parse_proportions, phase_split
-from dschat.utils.data.tokenise import tokenise
+from dschat.utils.data.tokenise import TRAIN_ON, tokenise
 from dschat.utils.model.tokenizer import tokenizer_fingerprint
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 NEEDED_COLUMNS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
@@ -40,6 +42,8 @@ class DataSpec:
     max_prompt_len: int | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    reading: Reading = Reading()
+    train_on: str | None = None
 
     def __post_init__(self) -> None:
         parse_proportions(self.data_split)
@@ -48,6 +52,8 @@ class DataSpec:
         # Below four tokens a truncated row could hold no prompt or no answer beside its end token.
         if self.max_seq_len < 4:
             raise UserError(f"--max_seq_len {self.max_seq_len} is too small: give 4 or more")
+        if self.train_on not in (None, *TRAIN_ON):
+            raise UserError(f"--train_on {self.train_on}: give one of {', '.join(TRAIN_ON)}")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is negative: give 0 or more")
         for name in ("max_prompt_len", "max_train_samples", "max_eval_samples"):
@@ -77,12 +83,15 @@ def create_prompt_dataset(
     """Tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
 
     Every source's train rows are divided among the phases by `spec.data_split`; its test rows are
-    evaluated on in every phase and never trained on. With several processes, `is_writer` holds on
-    one per node, and the others read behind `barrier` what it wrote.
+    evaluated on in every phase and never trained on. Prompts have the format that the tokenizer
+    carries (`formats.choose_format`), which is settled here if it was not before. With several
+    processes, `is_writer` holds on one per node, and the others read behind `barrier` what it
+    wrote.
 
     Raises:
         UserError: bad input (on the writer, before the barrier), or no rows left.
     """
+    choose_format(tokenizer)
     if is_writer:
         folder = _prepare(spec, tokenizer, phase, may_write=True)
     if barrier is not None:
@@ -116,7 +125,7 @@ def _prepare(
     root = Path(spec.data_output_path).expanduser()
     only = spec.sft_only_data_path if phase == 1 else ()
     sources = [
-        (load_source(name, spec.seed, root / "sources"), proportions)
+        (load_source(name, spec.seed, root / "sources", spec.reading), proportions)
         for names, proportions in ((spec.data_path, spec.data_split), (only, "1"))
         for name in names
     ]
@@ -156,7 +165,7 @@ def _key(
 ) -> str:
     contents = [[source.name, source.fingerprint, split] for source, split in sources]
     lengths = [spec.max_seq_len, spec.max_prompt_len]
-    recipe = [RECIPE_VERSION, phase, spec.seed, lengths, contents]
+    recipe = [RECIPE_VERSION, phase, spec.seed, lengths, contents, spec.train_on]
     return digest(tokenizer_fingerprint(tokenizer), json.dumps(recipe))
 
 
@@ -190,10 +199,11 @@ def _write(
             if split == "train":
                 chosen = phase_split(len(source.train), spec.seed, parse_proportions(text), phase)
                 rows = source.train.select(chosen)
-            report = SourceReport(source.name, split, len(rows), 0)
+            skipped = source.skipped.get("train" if split == "train" else "test", {})
+            report = SourceReport(source.name, split, len(rows), 0, skipped=skipped)
             if len(rows):
                 part = folder / f"{split}-{number}.arrow"
-                tokens, counts = tokenise(rows, tokenizer, phase, max_len, part)
+                tokens, counts = tokenise(rows, tokenizer, phase, max_len, part, spec.train_on)
                 parts.append(tokens)
                 report = replace(report, used=len(tokens), **counts)
             reports.append(report)

@@ -1,10 +1,8 @@
-"""Where rows come from: files, folders and Hub sets, all read into one checked record."""
+"""Where rows come from: files, folders and Hub sets, found by name and divided into two."""
 
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +11,51 @@ import pyarrow as pa
 
 from dschat.errors import UserError
 from dschat.utils.data.row_files import SUFFIXES, Rows, digest, digest_files, file_rows
+from dschat.utils.data.row_store import READER_VERSION, NamedReading, store
+from dschat.utils.data.sources import LOCAL_JSON, ON_THE_HUB, Reading
 from dschat.utils.data.splits import holdout_split
 
-# Part of every stored file's key: raise it when the same bytes are to be read differently.
-READER_VERSION = 1
-
-TRAIN_NAMES = ("train",)
-# The first name that is present is the test set.
-TEST_NAMES = ("test", "eval", "validation", "val", "dev")
-LOCAL_JSON = "local/jsonfile"
-
-# `place` says where a row stands ("train.jsonl line 17"), for every later message about it.
-SCHEMA = pa.schema([(column, pa.string()) for column in ("prompt", "chosen", "rejected", "place")])
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row of any source: a prompt, its answer, and the answer it was preferred to."""
-
-    prompt: str
-    chosen: str | None
-    rejected: str | None
+# The first name that is present is the set; those behind are how some sets name their parts.
+TRAIN_NAMES = ("train", "train_prefs", "train_sft")
+TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source ready for use: columns prompt, chosen, rejected (null if absent) and place."""
+    """A source ready for use, its rows with the columns of `row_store.SCHEMA`.
+
+    `skipped` counts, by reason, rows of the source's own train and test parts that it has no use
+    for; they are in neither set.
+    """
 
     name: str
     train: datasets.Dataset
     test: datasets.Dataset
     fingerprint: str
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def read_standard(row: Mapping[str, Any]) -> Example:
-    """Columns prompt, chosen (or response) and rejected, as they stand."""
-    if "prompt" not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise UserError(
-            f"no column 'prompt' (columns: {found}); "
-            "rename the columns to prompt, chosen or response, rejected"
-        )
-    chosen = row.get("chosen")
-    return Example(
-        row["prompt"], row.get("response") if chosen is None else chosen, row.get("rejected")
-    )
-
-
-# Sources whose columns are named otherwise: name → how one row of it becomes an Example.
-READERS: dict[str, Callable[[Mapping[str, Any]], Example]] = {}
-
-
-def load_source(name: str, seed: int, cache_dir: str | Path | None = None) -> Source:
+def load_source(
+    name: str, seed: int, cache_dir: str | Path | None = None, reading: Reading | None = None
+) -> Source:
     """Read a source by file, folder or Hub name; without a test set, a seeded tenth becomes it.
 
     A file is .jsonl, .json or .parquet; a folder holds train and test (eval, validation, val, dev)
     files of one such kind, or was written by `datasets`; `local/jsonfile` is data/train.json and
     data/eval.json under the current directory, else under the repository's root. Checked rows are
-    kept as Arrow under `cache_dir` (default: the `datasets` cache), keyed by content.
+    kept as Arrow under `cache_dir` (default: the `datasets` cache), keyed by content and reading.
 
     Raises:
         UserError: nothing there, no rows, or a malformed row, named by file and line.
     """
     train_rows, test_rows = _find(name)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
-    reader = READERS.get(name, read_standard)
-    train = _store(train_rows, reader, folder)
+    read = NamedReading(name, reading or Reading())
+    train, skipped = store(train_rows, read, folder)
+    counts = {"train": skipped}
     if test_rows is not None:
-        test, digests = _store(test_rows, reader, folder), [train_rows.digest, test_rows.digest]
+        test, counts["test"] = store(test_rows, read, folder)
+        digests = [train_rows.digest, test_rows.digest]
     else:
         if len(train) < 2:
             raise UserError(
@@ -89,7 +64,7 @@ def load_source(name: str, seed: int, cache_dir: str | Path | None = None) -> So
         kept, held_out = holdout_split(len(train), seed)
         train, test = train.select(kept), train.select(held_out)
         digests = [train_rows.digest, f"holdout {seed}"]
-    return Source(name, train, test, digest(*digests, str(READER_VERSION)))
+    return Source(name, train, test, digest(*digests, read.key, str(READER_VERSION)), counts)
 
 
 def _find(name: str) -> tuple[Rows, Rows | None]:
@@ -105,7 +80,7 @@ def _find(name: str) -> tuple[Rows, Rows | None]:
     if spelt_as_path or (os.sep in name and path.parent.is_dir()):
         raise UserError(f"--data_path {name}: no such file or folder; check the path")
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(*ON_THE_HUB.get(name, (name,)))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
@@ -183,67 +158,8 @@ def _splits(
 
         return Rows(f"{label} {split}", digests[split], read)
 
-    if "train" not in loaded:
+    train = next((split for split in TRAIN_NAMES if split in loaded), None)
+    if train is None:
         raise UserError(f"--data_path {label}: no split 'train' (splits: {', '.join(loaded)})")
     test = next((split for split in TEST_NAMES if split in loaded), None)
-    return rows("train"), rows(test) if test else None
-
-
-def _check(reader: Callable[[Mapping[str, Any]], Example], place: str, row: Any) -> dict[str, Any]:
-    """One stored row, or a UserError that names the place and the column."""
-    if not isinstance(row, Mapping):
-        raise UserError(f"{place}: is {type(row).__name__}, needs an object with the key 'prompt'")
-    try:
-        example = reader(row)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-    values = {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected}
-    for column, value in values.items():
-        if value is None and column != "prompt":
-            continue
-        if not isinstance(value, str):
-            raise UserError(
-                f"{place}: column {column!r} is {type(value).__name__}, needs text; "
-                "mend or drop the row"
-            )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{place}: column {column!r} holds half a surrogate pair; mend or drop the row"
-            ) from error
-    return {**values, "place": place}
-
-
-def _store(
-    rows: Rows, reader: Callable[[Mapping[str, Any]], Example], folder: Path
-) -> datasets.Dataset:
-    """Checked rows as memory-mapped Arrow, written once per content and reader."""
-    key = digest(rows.digest, rows.label, reader.__qualname__, str(READER_VERSION))
-    target = folder / f"{key}.arrow"
-    if not target.is_file():
-        part = folder / f"{key}.{uuid.uuid4().hex}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            part.touch()
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}): give another --data_output_path"
-            ) from error
-        try:
-            _write(rows, reader, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(target))
-
-
-def _write(rows: Rows, reader: Callable[[Mapping[str, Any]], Example], path: Path) -> None:
-    checked = (_check(reader, place, row) for place, row in rows.read())
-    count = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        while batch := list(islice(checked, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
-            count += len(batch)
-    if not count:
-        raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
+    return rows(train), rows(test) if test else None

@@ -1,7 +1,7 @@
 """What became of every row: counts by source, and the lines that say so at the start."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PHASE_NAMES = {1: "supervised fine-tuning", 2: "preference pairs", 3: "PPO prompts"}
 
@@ -11,7 +11,9 @@ class SourceReport:
     """What became of the rows of one source: rows = used + identical_pairs + empty_answers.
 
     Pairs are dropped when equal (from the start or after the cut), empty answers in phase 1 alone;
-    the cuts of dropped pairs are counted too.
+    the cuts of dropped pairs are counted too. `turns_cut` are earlier answers that lost their
+    beginning and so do not train. `skipped` rows, by reason, were of no use to any phase and are
+    not among `rows`; those of a source without a test set all stand with its train rows.
     """
 
     name: str
@@ -22,6 +24,20 @@ class SourceReport:
     answers_cut: int = 0
     identical_pairs: int = 0
     empty_answers: int = 0
+    turns_cut: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """What happened, in one line."""
+        line = (
+            f"{self.name} {self.split}: {self.used} of {self.rows} rows used, "
+            f"{self.prompts_cut} prompts and {self.answers_cut} answers cut, dropped "
+            f"{self.identical_pairs} identical pairs and {self.empty_answers} empty answers"
+        )
+        if self.turns_cut:
+            line += f"; {self.turns_cut} earlier answers lost their beginning and do not train"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        return f"{line}; of no use: {reasons}" if reasons else line
 
 
 @dataclass(frozen=True)
@@ -35,12 +51,7 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """One readable line a source and split, and one for the sets in use."""
-        lines = [
-            f"{s.name} {s.split}: {s.used} of {s.rows} rows used, {s.prompts_cut} prompts and "
-            f"{s.answers_cut} answers cut, dropped {s.identical_pairs} identical pairs and "
-            f"{s.empty_answers} empty answers"
-            for s in self.sources
-        ]
+        lines = [source.line() for source in self.sources]
         name = PHASE_NAMES[self.phase]
         return [*lines, f"{name}: {self.train_rows} rows to train on, {self.eval_rows} to evaluate"]
 

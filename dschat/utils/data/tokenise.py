@@ -1,22 +1,35 @@
 """Text rows to token rows: encode, cut to length with the end token kept, drop and count."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
-from dschat.utils.model.tokenizer import encode, encode_answers
+from dschat.utils.data.conversations import Prompt, Turn
+from dschat.utils.data.formats import PromptFormat, choose_format
+from dschat.utils.model.tokenizer import encode, encode_answers, encode_turns
+
+Batch = dict[str, list[Any]]
+T = TypeVar("T")
+
+# Which answers of a row are targets; without a choice, those of whole conversations all are, and
+# of other rows the last one.
+TRAIN_ON = ("all_turns", "last_turn")
 
 _IDS, _COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 # `length` is that of the longest sequence of a row: loaders group by it without reading tokens.
+# `trained` holds the token spans that are targets, flat: start, stop, start, stop, ...; an answer's
+# end token is in its span.
 FEATURES = {
-    1: datasets.Features({"input_ids": _IDS, "prompt_len": _COUNT, "length": _COUNT}),
+    1: datasets.Features(
+        {"input_ids": _IDS, "trained": _IDS, "prompt_len": _COUNT, "length": _COUNT}
+    ),
     2: datasets.Features(
         {"chosen_ids": _IDS, "rejected_ids": _IDS, "prompt_len": _COUNT, "length": _COUNT}
     ),
@@ -62,22 +75,68 @@ def cut_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]:
     return ids[len(ids) - max_len :]
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """What makes token rows out of text rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    form: PromptFormat
+    max_len: int
+    train_on: str | None
+
+    def prompts(self, batch: Batch) -> list[tuple[Prompt, str]]:
+        """Each row's prompt and its text."""
+        pairs = []
+        for text, turns, place in zip(batch["prompt"], batch["turns"], batch["place"], strict=True):
+            prompt = text if turns is None else tuple(Turn(t["role"], t["text"]) for t in turns)
+            pairs.append((prompt, _at(place, self.form.prompt, prompt)))
+        return pairs
+
+    def answers(self, batch: Batch, side: str, prompts: list[tuple[Prompt, str]]) -> list[str]:
+        """The texts of one side's answers."""
+        rows = zip(batch["place"], prompts, batch[side], strict=True)
+        return [_at(place, self.form.answer, *prompt, text) for place, prompt, text in rows]
+
+    def pieces(self, prompt: tuple[Prompt, str], whole: bool, place: str) -> list[str]:
+        """A prompt's text, cut where answers that train begin and end, if there are any."""
+        if self.train_on == "last_turn" or (self.train_on is None and not whole):
+            return [prompt[1]]
+        return _at(place, self.form.earlier, prompt[0])
+
+    def cut(self, prompt: list[int], answers: list[list[int]], counts: Counter[str]) -> Cut:
+        """`truncate` to the longest allowed, counted."""
+        cut = truncate(prompt, answers, self.max_len, self.tokenizer.bos_token_id)
+        counts["prompts_cut"] += cut.prompt_cut
+        counts["answers_cut"] += cut.answers_cut
+        return cut
+
+
+def _at(place: str, function: Callable[..., T], *args: Any) -> T:
+    """What a function of a format returns; its errors name the row."""
+    try:
+        return function(*args)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
 def tokenise(
     rows: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     phase: int,
     max_len: int,
     arrow_file: Path,
+    train_on: str | None = None,
 ) -> tuple[datasets.Dataset, Counter[str]]:
     """Token rows of a phase (columns `FEATURES[phase]`) kept in `arrow_file`, and the counts.
 
     `max_len` is that of prompt and answer together, in phase 3 of the prompt. The counts are
-    prompts_cut, answers_cut, identical_pairs and empty_answers, where there are any.
+    prompts_cut, answers_cut, turns_cut, identical_pairs and empty_answers, where there are any.
     """
-    convert = {1: _sft_rows, 2: _pair_rows, 3: _prompt_rows}[phase]
     counts: Counter[str] = Counter()
+    recipe = _Recipe(tokenizer, choose_format(tokenizer), max_len, train_on)
+    convert = {1: _sft_rows, 2: _pair_rows, 3: _prompt_rows}[phase]
     tokens = rows.map(
-        partial(convert, tokenizer=tokenizer, max_len=max_len, counts=counts),
+        partial(convert, recipe=recipe, counts=counts),
         batched=True,
         remove_columns=rows.column_names,
         features=FEATURES[phase],
@@ -90,44 +149,71 @@ def tokenise(
     return tokens, counts
 
 
-def _sft_rows(
-    batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
-    counts: Counter[str],
-) -> dict[str, list[Any]]:
-    prompts = encode(tokenizer, batch["prompt"])
-    answers = encode_answers(tokenizer, batch["prompt"], prompts, batch["chosen"])
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES[1]}
-    for prompt, answer in zip(prompts, answers, strict=True):
+def _sft_rows(batch: Batch, recipe: _Recipe, counts: Counter[str]) -> Batch:
+    prompts = recipe.prompts(batch)
+    answers = recipe.answers(batch, "chosen", prompts)
+    turns = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        pieces = recipe.pieces(prompt, batch["whole"][row], batch["place"][row])
+        turns.append(list(zip(pieces[::2], [*pieces[1::2], answer], strict=True)))
+    columns: Batch = {name: [] for name in FEATURES[1]}
+    for pairs in encode_turns(recipe.tokenizer, turns, recipe.form.adds_special):
+        prompt, spans = _joined(pairs)
+        answer = pairs[-1][1]
         if len(answer) == 1:  # the end token alone
             counts["empty_answers"] += 1
             continue
-        cut = truncate(prompt, [answer], max_len, tokenizer.bos_token_id)
-        counts["prompts_cut"] += cut.prompt_cut
-        counts["answers_cut"] += cut.answers_cut
+        cut = recipe.cut(prompt, [answer], counts)
+        kept = shift_spans(spans, len(prompt) - len(cut.prompt))
+        counts["turns_cut"] += (len(spans) - len(kept)) // 2
+        start, length = len(cut.prompt), len(cut.prompt) + len(cut.answers[0])
         columns["input_ids"].append(cut.prompt + cut.answers[0])
-        columns["prompt_len"].append(len(cut.prompt))
-        columns["length"].append(len(cut.prompt) + len(cut.answers[0]))
+        columns["trained"].append([*kept, start, length])
+        columns["prompt_len"].append(start)
+        columns["length"].append(length)
     return columns
 
 
-def _pair_rows(
-    batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
-    counts: Counter[str],
-) -> dict[str, list[Any]]:
-    prompts = encode(tokenizer, batch["prompt"])
-    sides = [
-        encode_answers(tokenizer, batch["prompt"], prompts, batch[side])
-        for side in ("chosen", "rejected")
+def _joined(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """Ids of all before the last answer, and the spans of earlier answers that say something."""
+    ids: list[int] = []
+    spans: list[int] = []
+    for context, answer in pairs[:-1]:
+        ids += context
+        if len(answer) > 1:
+            spans += [len(ids), len(ids) + len(answer)]
+        ids += answer
+    return ids + pairs[-1][0], spans
+
+
+def shift_spans(spans: list[int], shift: int) -> list[int]:
+    """Spans of a prompt that lost `shift` tokens on the left, without those that are not whole.
+
+    An answer that lost its beginning is context like any other text: it would be learnt as the
+    answer to nothing. The token in front of an answer must be there too, since it predicts it.
+    """
+    if not shift:
+        return spans
+    return [
+        bound - shift
+        for start, stop in zip(spans[::2], spans[1::2], strict=True)
+        if start > shift
+        for bound in (start, stop)
     ]
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES[2]}
-    for prompt, *pair in zip(prompts, *sides, strict=True):
-        cut = truncate(prompt, pair, max_len, tokenizer.bos_token_id)
-        counts["prompts_cut"] += cut.prompt_cut
-        counts["answers_cut"] += cut.answers_cut
+
+
+def _pair_rows(batch: Batch, recipe: _Recipe, counts: Counter[str]) -> Batch:
+    prompts = recipe.prompts(batch)
+    opened = [text for _, text in prompts]
+    ids = encode(recipe.tokenizer, opened, recipe.form.adds_special)
+    sides = []
+    for side in ("chosen", "rejected"):
+        texts = recipe.answers(batch, side, prompts)
+        special = recipe.form.adds_special
+        sides.append(encode_answers(recipe.tokenizer, opened, ids, texts, special))
+    columns: Batch = {name: [] for name in FEATURES[2]}
+    for prompt, *pair in zip(ids, *sides, strict=True):
+        cut = recipe.cut(prompt, pair, counts)
         chosen, rejected = cut.answers
         if chosen == rejected:
             counts["identical_pairs"] += 1
@@ -139,17 +225,14 @@ def _pair_rows(
     return columns
 
 
-def _prompt_rows(
-    batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
-    counts: Counter[str],
-) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES[3]}
-    for ids, place in zip(encode(tokenizer, batch["prompt"]), batch["place"], strict=True):
+def _prompt_rows(batch: Batch, recipe: _Recipe, counts: Counter[str]) -> Batch:
+    columns: Batch = {name: [] for name in FEATURES[3]}
+    opened = [text for _, text in recipe.prompts(batch)]
+    all_ids = encode(recipe.tokenizer, opened, recipe.form.adds_special)
+    for ids, place in zip(all_ids, batch["place"], strict=True):
         if not ids:
             raise UserError(f"{place}: the prompt gives no tokens to generate from; drop the row")
-        kept = cut_left(ids, max_len, tokenizer.bos_token_id)
+        kept = cut_left(ids, recipe.max_len, recipe.tokenizer.bos_token_id)
         counts["prompts_cut"] += len(kept) < len(ids)
         columns["prompt_ids"].append(kept)
         columns["length"].append(len(kept))

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
+from dschat.utils.data.formats import CONFIG_KEY, choose_format
 from dschat.utils.model.source import is_local, resolve_model
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -93,14 +94,27 @@ def _set_special_tokens(
 def check_same_tokenizer(
     tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, eot_token: str | None = None
 ) -> None:
-    """Stop when a second model reads other token ids than the first.
+    """Stop when a second model reads other token ids or another prompt format than the first.
 
     Raises:
-        UserError: the model's own tokenizer differs in vocabulary or special tokens.
+        UserError: the model's own tokenizer differs in vocabulary, special tokens or format.
     """
+    shared = choose_format(tokenizer, end_is_given=eot_token is not None).name
     other = load_hf_tokenizer(
         model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
     )
+    stored = other.init_kwargs.get(CONFIG_KEY, shared)
+    if stored != shared:
+        raise UserError(
+            f"{model_name_or_path}: trained with the prompt format {stored!r}, but "
+            f"{tokenizer.name_or_path} with {shared!r}; train both with one --prompt_format"
+        )
+    choose_format(other, shared, end_is_given=eot_token is not None)
+    if shared == "chat" and other.chat_template != tokenizer.chat_template:
+        raise UserError(
+            f"{model_name_or_path}: its chat template is not that of {tokenizer.name_or_path}; "
+            "train both with one template, or with --prompt_format dschat"
+        )
     same_ends = other.eos_token_id == tokenizer.eos_token_id
     if other.get_vocab() != tokenizer.get_vocab() or not same_ends:
         raise UserError(
@@ -110,13 +124,15 @@ def check_same_tokenizer(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of all that decides ids: the backend's definition and the special ids."""
+    """SHA-256 (hex) of all that decides ids: backend, special ids, a chat template in use."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # What an earlier call asked for, not part of the tokenizer: padding and truncation are
     # switched on and off in the backend by each call.
     for transient in ("padding", "truncation"):
         backend.pop(transient, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if tokenizer.init_kwargs.get(CONFIG_KEY) == "chat":
+        special.append(tokenizer.chat_template)
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
 
 
@@ -140,11 +156,13 @@ def encode_answers(
     prompts: list[str],
     prompt_ids: list[list[int]],
     answers: list[str],
+    special: bool = True,
 ) -> list[list[int]]:
     """Token ids of each answer as the continuation of its prompt, ending in exactly one eos.
 
-    The prompt's ids stay those of the prompt alone (what generation sees), no token straddles the
-    boundary, and prompt ids + answer ids decode to prompt + answer.
+    The prompt's ids stay those of the prompt alone (what generation sees; `special` as they were
+    encoded with), no token straddles the boundary, and prompt ids + answer ids decode to
+    prompt + answer.
     """
     eos = tokenizer.eos_token
     bare = []
@@ -152,7 +170,7 @@ def encode_answers(
         while answer.endswith(eos):
             answer = answer[: -len(eos)]
         bare.append(answer)
-    joined = encode(tokenizer, [p + a for p, a in zip(prompts, bare, strict=True)])
+    joined = encode(tokenizer, [p + a for p, a in zip(prompts, bare, strict=True)], special)
     answer_ids, merged = [], []
     for row, (whole, head) in enumerate(zip(joined, prompt_ids, strict=True)):
         answer_ids.append(whole[len(head) :])
@@ -164,6 +182,42 @@ def encode_answers(
     for row, ids in zip(merged, replacements, strict=True):
         answer_ids[row] = ids
     return [[*ids, tokenizer.eos_token_id] for ids in answer_ids]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, rows: list[list[tuple[str, str]]], special: bool = True
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Token ids of conversations, each a list of (context, answer) texts in their order.
+
+    Each answer ends in one eos and is the continuation of its context, as in `encode_answers`; a
+    context behind an answer has the ids of a text behind that eos.
+    """
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    first = _encode_pairs(tokenizer, [row[0] for row in rows], special)
+    later_texts = [(eos + context, answer) for row in rows for context, answer in row[1:]]
+    later = iter(_encode_pairs(tokenizer, later_texts, special=False))
+    conversations = []
+    for row, pair in zip(rows, first, strict=True):
+        pairs = [pair]
+        for _ in row[1:]:
+            context, answer = next(later)
+            if context[0] != eos_id:
+                raise UserError(
+                    f"tokenizer {tokenizer.name_or_path!r}: its end token {eos!r} is not one token "
+                    "inside a text; save it as a special token, or use --train_on last_turn"
+                )
+            pairs.append((context[1:], answer))
+        conversations.append(pairs)
+    return conversations
+
+
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], special: bool
+) -> list[tuple[list[int], list[int]]]:
+    contexts, answers = [context for context, _ in pairs], [answer for _, answer in pairs]
+    ids = encode(tokenizer, contexts, special)
+    replies = encode_answers(tokenizer, contexts, ids, answers, special)
+    return list(zip(ids, replies, strict=True))
 
 
 def _encode_apart(

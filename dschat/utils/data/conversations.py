@@ -1,0 +1,176 @@
+"""What a row says: turns of a conversation, and the checks that lists and transcripts must pass."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from dschat.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+# How lists of messages name their roles: OpenAI's and ShareGPT's words.
+SPEAKERS = {
+    **{role: role for role in ROLES},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
+}
+
+_MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one of `ROLES` said."""
+
+    role: str
+    text: str
+
+
+# A prompt is a conversation, or a text that the dschat format takes as it stands.
+Prompt = str | tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of any source: a prompt, its answer, and the answer it was preferred to.
+
+    `whole` says that the prompt's own answers are worth training on too: the row is a conversation
+    to imitate, not the context of one answer.
+    """
+
+    prompt: Prompt
+    chosen: str | None = None
+    rejected: str | None = None
+    whole: bool = False
+
+
+class Skip(Exception):  # noqa: N818  (no error: the row is sound)
+    """Raised by a reader for a sound row that it has no use for; the text is the reason."""
+
+
+def question(text: Any) -> tuple[Turn, ...]:
+    """A conversation of one question; anything but text is left to the caller's check."""
+    return (Turn("user", text),)
+
+
+def has_markers(text: str) -> bool:
+    """Whether a text is a transcript with `Human:` in it."""
+    return any(match[1] == "Human" for match in _MARKER.finditer(text))
+
+
+def parse_transcript(text: str) -> tuple[Turn, ...]:
+    """The turns of a `Human:` and `Assistant:` transcript, stripped, neighbours of a role merged.
+
+    Text before the first marker is a system turn. An open `Assistant:` at the end is no turn.
+    """
+    marks = list(_MARKER.finditer(text))
+    pieces = [("system", text[: marks[0].start()] if marks else text)]
+    for mark, after in zip(marks, [*marks[1:], None], strict=True):
+        role = "user" if mark[1] == "Human" else "assistant"
+        pieces.append((role, text[mark.end() : after.start() if after else len(text)]))
+    return merge(Turn(role, piece.strip()) for role, piece in pieces)
+
+
+def answers_within(text: str) -> list[str]:
+    """A transcript as context, answer, context, …: joined, the text again; it ends in a context."""
+    marks = list(_MARKER.finditer(text))
+    pieces, at = [], 0
+    for mark, after in pairwise(marks):
+        if mark[1] == "Assistant" and text[mark.end() : after.start()].strip():
+            pieces += [text[at : mark.end()], text[mark.end() : after.start()]]
+            at = after.start()
+    return [*pieces, text[at:]]
+
+
+def merge(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """Turns without the empty ones, and with neighbours of one role as one turn."""
+    merged: list[Turn] = []
+    for turn in turns:
+        if not turn.text:
+            continue
+        if merged and merged[-1].role == turn.role:
+            merged[-1] = Turn(turn.role, f"{merged[-1].text}\n\n{turn.text}")
+        else:
+            merged.append(turn)
+    return tuple(merged)
+
+
+def as_turns(prompt: Prompt) -> tuple[Turn, ...]:
+    """A prompt as a conversation: a transcript is parsed, any other text is one question."""
+    if not isinstance(prompt, str):
+        return prompt
+    if has_markers(prompt):
+        return parse_transcript(prompt)
+    return question(prompt.strip()) if prompt.strip() else ()
+
+
+def read_messages(
+    value: Any, column: str, role: str = "role", text: str = "content"
+) -> tuple[Turn, ...]:
+    """`parse_messages` of a conversation from its start, whose roles must take turns.
+
+    Raises:
+        UserError: malformed messages, or roles that do not alternate from user on (one system
+            message may come first).
+    """
+    turns = parse_messages(value, column, role, text)
+    check_order(turns, column)
+    return turns
+
+
+def parse_messages(
+    value: Any, column: str, role: str = "role", text: str = "content"
+) -> tuple[Turn, ...]:
+    """A list of messages as turns, each message an object with the keys `role` and `text`.
+
+    Raises:
+        UserError: no list, empty, a message that is none, an unknown role, text that is none.
+    """
+    if not isinstance(value, list | tuple):
+        raise UserError(f"column {column!r} is {type(value).__name__}, needs a list of messages")
+    if not value:
+        raise UserError(f"column {column!r} holds no messages; mend or drop the row")
+    turns = []
+    for number, message in enumerate(value, 1):
+        place = f"column {column!r}, message {number}"
+        if not isinstance(message, Mapping) or role not in message or text not in message:
+            raise UserError(f"{place}: needs an object with the keys {role!r} and {text!r}")
+        speaker = SPEAKERS.get(message[role]) if isinstance(message[role], str) else None
+        if speaker is None:
+            known = ", ".join(SPEAKERS)
+            raise UserError(f"{place}: role {message[role]!r} is unknown; use one of {known}")
+        if not isinstance(message[text], str):
+            kind = type(message[text]).__name__
+            raise UserError(f"{place}: {text!r} is {kind}, needs text; mend or drop the row")
+        turns.append(Turn(speaker, message[text]))
+    return tuple(turns)
+
+
+def check_order(turns: Sequence[Turn], column: str) -> None:
+    """Stop unless user and assistant take turns, user first, behind at most one system turn."""
+    start = int(bool(turns) and turns[0].role == "system")
+    for number, turn in enumerate(turns[start:], start):
+        expected = ("user", "assistant")[(number - start) % 2]
+        if turn.role != expected:
+            raise UserError(
+                f"column {column!r}, message {number + 1}: is from {turn.role} where {expected} "
+                "should speak; after at most one system message, user and assistant take turns"
+            )
+
+
+def split_answer(turns: tuple[Turn, ...]) -> Example:
+    """A conversation to imitate: its last answer, and what came before as the prompt.
+
+    Raises:
+        Skip: it ends in a question although it holds answers.
+        UserError: it holds nothing but a system message.
+    """
+    if turns[-1].role == "assistant":
+        return Example(turns[:-1], turns[-1].text, whole=True)
+    if any(turn.role == "assistant" for turn in turns):
+        raise Skip("conversation ends without an answer")
+    if turns[-1].role == "system":
+        raise UserError("the conversation holds a system message alone; mend or drop the row")
+    return Example(turns)

@@ -1,0 +1,90 @@
+"""The user's own function from a row to an Example: found, called, and what it returns checked."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dschat.errors import UserError
+from dschat.utils.data.conversations import Example, Skip, Turn, check_order, read_messages
+
+TARGETS = ("prompt", "chosen", "rejected")
+
+
+def load_function(name: str) -> Callable[[Mapping[str, Any]], Example]:
+    """The user's function, wrapped so that what it returns becomes an Example.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    module, attribute, place = (
+        module_of(name),
+        name.partition(":")[2],
+        f"--dataset_function {name}",
+    )
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"{place}: {module.__name__} has no function {attribute!r}")
+
+    def read(row: Mapping[str, Any]) -> Example:
+        try:
+            result = function(dict(row))
+        except (UserError, Skip):
+            raise
+        except Exception as error:  # whatever the user's function raises, with the row's place
+            raise UserError(f"{place} fails ({_brief(error)}); mend it or the row") from error
+        return _as_example(result, place)
+
+    return read
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of `module:name`, looked for in the current folder too."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"--dataset_function {name}: give module:name, as in my_data:read_row")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is read
+        raise UserError(
+            f"--dataset_function {name}: {module_name} does not import ({_brief(error)})"
+        ) from error
+    finally:
+        sys.path.remove(here)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _as_example(result: Any, place: str) -> Example:
+    if result is None:
+        raise Skip("left out by --dataset_function")
+    if isinstance(result, Mapping) and result.keys() <= set(TARGETS) and "prompt" in result:
+        result = Example(result["prompt"], result.get("chosen"), result.get("rejected"))
+    if not isinstance(result, Example):
+        raise UserError(
+            f"{place} returned {type(result).__name__}: return an Example, None to leave the row "
+            "out, or a dict with prompt and maybe chosen and rejected"
+        )
+    if isinstance(result.prompt, list):
+        turns = read_messages(result.prompt, "prompt")
+        result = Example(turns, result.chosen, result.rejected, result.whole)
+    _check(result)
+    return result
+
+
+def _check(example: Example) -> None:
+    """Stop unless a user's function gave turns that a conversation can have."""
+    if not isinstance(example.prompt, tuple):
+        return
+    for number, turn in enumerate(example.prompt, 1):
+        if not isinstance(turn, Turn) or not isinstance(turn.text, str):
+            raise UserError(f"column 'prompt', message {number}: is {turn!r}, needs a Turn of text")
+    check_order(example.prompt, "prompt")
+    if not example.prompt or example.prompt[-1].role != "user":
+        raise UserError("column 'prompt' does not end with the user's turn; mend or drop the row")
