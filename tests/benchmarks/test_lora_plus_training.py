@@ -37,7 +37,10 @@ def test_every_row_comes_once_an_epoch_in_the_seeds_order():
 @pytest.fixture(scope="module")
 def tiny_task() -> Task:
     collator = SFTCollator(PAD)
-    rows = [{"input_ids": ids, "prompt_len": 2, "length": len(ids)} for ids in token_rows(24, 3)]
+    rows = [
+        {"input_ids": ids, "trained": [2, len(ids)], "prompt_len": 2, "length": len(ids)}
+        for ids in token_rows(24, 3)
+    ]
     return Task("tiny", tiny_llama(), rows, [collator(rows[:4]), collator(rows[4:6])], collator)
 
 
