@@ -15,6 +15,7 @@ from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.advice import first_lora_rate
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.data.formats import PROMPT_FORMATS
+from dschat.utils.data.grouping import ByRows, ByTokens, Grouping, Packed
 from dschat.utils.data.sources import Reading
 from dschat.utils.data.tokenise import TRAIN_ON
 from dschat.utils.distributed import launched_rank, print_rank_0
@@ -321,8 +322,45 @@ class DataArguments:
         type=str,
         choices=list(PROMPT_FORMATS),
     )
+    preprocessing_num_workers: int | None = flag(
+        None,
+        "processes that tokenise, on each node (default: by cores, 1 for small sets)",
+        type=int,
+    )
+    streaming: bool = flag(
+        False,
+        "tokenise rows as they are read and keep nothing on disk; needs --max_steps",
+        **SWITCH,
+    )
     max_train_samples: int | None = flag(None, "use at most so many training rows", type=int)
     max_eval_samples: int | None = flag(None, "use at most so many evaluation rows", type=int)
+
+    def check_streaming(self, run: RunArguments, max_steps: int, batching: str | None) -> None:
+        """Stop where rows that nobody has counted cannot serve.
+
+        Args:
+            batching: the flag that asks for batches other than by rows.
+        """
+        if not self.streaming:
+            return
+        refused = {
+            "max_train_samples": (self.max_train_samples is not None, "give max_steps alone"),
+            "preprocessing_num_workers": (
+                self.preprocessing_num_workers is not None,
+                "each rank tokenises its own rows; drop it",
+            ),
+            "num_train_epochs": (run.num_train_epochs > 1, "max_steps is the only limit; drop it"),
+            "save_steps or resume": (
+                run.state_config().in_use,
+                "a stream cannot go on from its middle, nor be told from an edited one; drop it",
+            ),
+            batching: (batching is not None, "it needs all lengths of an epoch; drop it"),
+        }
+        if max_steps < 1:
+            raise UserError("streaming: nobody knows how many rows there are; give max_steps")
+        for name, (is_given, why) in refused.items():
+            if is_given:
+                raise UserError(f"streaming and {name}: {why}")
 
     def spec(self, seed: int, max_seq_len: int, **more) -> DataSpec:
         """What the data room needs to know."""
@@ -335,6 +373,8 @@ class DataArguments:
             max_train_samples=self.max_train_samples,
             max_eval_samples=self.max_eval_samples,
             reading=Reading(tuple(self.dataset_columns), self.dataset_function),
+            workers=self.preprocessing_num_workers,
+            streaming=self.streaming,
             **more,
         )
 
@@ -348,11 +388,50 @@ class BatchArguments:
     per_device_eval_batch_size: int = flag(16, "rows per device in evaluation")
     max_seq_len: int = flag(512, "tokens of prompt and answer together")
     eval_interval: int = flag(0, "optimizer steps between evaluations; 0: per epoch only")
+    max_steps: int = flag(0, "stop after so many optimizer steps; 0: after the data")
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "training batches of as many rows as fit, padded, in so many tokens per device, in place "
+        "of --per_device_train_batch_size",
+        type=int,
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self)[1:4]:
             if getattr(self, field.name) < 1:
                 raise UserError(f"{field.name} is {getattr(self, field.name)}: give at least 1")
+        if self.max_steps < 0:
+            raise UserError(f"max_steps is {self.max_steps}: give 0 (no limit) or more")
+        self.grouping()
+
+    @property
+    def own_batching(self) -> str | None:
+        """The flag that asks for batches other than by rows."""
+        return None if self.max_tokens_per_batch is None else "max_tokens_per_batch"
+
+    def grouping(self, sequences: int = 1, packing: bool = False) -> Grouping:
+        """How training rows become batches; `sequences` is how many a row becomes.
+
+        Raises:
+            UserError: too few tokens for the longest row, or two ways at once.
+        """
+        limit, longest = self.max_tokens_per_batch, sequences * self.max_seq_len
+        if limit is not None and limit < longest:
+            of_what = "a pair" if sequences == 2 else "a row"
+            raise UserError(
+                f"max_tokens_per_batch is {limit}: {of_what} may have {longest} tokens; give at "
+                "least that, or a smaller max_seq_len"
+            )
+        if packing and limit is not None:
+            raise UserError(
+                "packing and max_tokens_per_batch: packed rows are all of max_seq_len already; "
+                "drop one, per_device_train_batch_size counts packed rows"
+            )
+        if packing:
+            return Packed(self.per_device_train_batch_size, self.max_seq_len)
+        if limit is not None:
+            return ByTokens(limit, sequences)
+        return ByRows(self.per_device_train_batch_size)
 
 
 @dataclass(frozen=True)
@@ -394,7 +473,19 @@ class SFTSettings:
         choices=list(TRAIN_ON),
     )
     train_on_prompt: bool = flag(False, "train on prompt tokens as well", **SWITCH)
+    packing: bool = flag(
+        False, "train on rows packed to --max_seq_len, kept apart by mask and positions", **SWITCH
+    )
     print_loss: bool = flag(False, "print the loss of every optimizer step", **SWITCH)
+
+    def __post_init__(self):
+        self.grouping()
+        batching = "packing" if self.packing else self.batch.own_batching
+        self.data.check_streaming(self.run, self.batch.max_steps, batching)
+
+    def grouping(self) -> Grouping:
+        """How training rows become batches."""
+        return self.batch.grouping(packing=self.packing)
 
 
 @dataclass(frozen=True)
@@ -411,6 +502,14 @@ class RewardSettings:
         None, "evaluation batches at --eval_interval (default: all)", type=int
     )
     num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
+
+    def __post_init__(self):
+        self.grouping()
+        self.data.check_streaming(self.run, self.batch.max_steps, self.batch.own_batching)
+
+    def grouping(self) -> Grouping:
+        """How training pairs become batches."""
+        return self.batch.grouping(sequences=2)
 
 
 @dataclass(frozen=True)
@@ -485,15 +584,13 @@ class RLHFSettings:
     align_overflow: bool = flag(
         False, "each engine skips its own overflows", retired=True, **SWITCH
     )
-    preprocessing_num_workers: int | None = flag(
-        None, "tokenising is batched", retired=True, type=int
-    )
     num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
 
     def __post_init__(self):
         for name in ("unsupervised_dataset_name", "unsupervised_dataset_config_name"):
             if getattr(self, name) is not None:
                 raise UserError(f"{name}: PPO mixes in no language modelling; drop the flag")
+        self.data.check_streaming(self.run, self.ppo.max_steps, None)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: give a number in [0, 1)")
         # What they are made of is checked as well, before the data is read.
@@ -543,10 +640,12 @@ class RLHFSettings:
             seed=self.run.seed,
         )
 
-    def iterations(self, batches_per_epoch: int) -> int:
-        """How many iterations the data, or an earlier stop, make."""
-        per_epoch = num_windows(batches_per_epoch, self.ppo.generation_batches)
-        limits = [self.run.num_train_epochs * per_epoch]
+    def iterations(self, batches_per_epoch: int | None) -> int:
+        """How many iterations the data, if it is counted, or an earlier stop make."""
+        limits = []
+        if batches_per_epoch is not None:
+            per_epoch = num_windows(batches_per_epoch, self.ppo.generation_batches)
+            limits.append(self.run.num_train_epochs * per_epoch)
         if self.ppo.max_steps:
             limits.append(self.ppo.max_steps)
         if self.enable_test_mode and self.test_stop_step:

@@ -7,6 +7,7 @@ import pytest
 from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
 from dschat.cli import parse
 from dschat.errors import UserError
+from dschat.utils.data.grouping import ByRows, ByTokens, Packed
 
 
 def sft(*argv: str) -> SFTSettings:
@@ -114,6 +115,18 @@ def test_iterations_over_seven_batches(argv, iterations):
     assert rlhf(*argv).iterations(7) == iterations
 
 
+def test_how_training_rows_become_batches():
+    assert sft("--per_device_train_batch_size", "3").grouping() == ByRows(3)
+    assert sft("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096)
+    assert reward("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096, sequences=2)
+    packed = sft("--packing", "--per_device_train_batch_size", "3", "--max_seq_len", "256")
+    assert packed.grouping() == Packed(3, 256)
+    with pytest.raises(UserError, match=r"packing and max_tokens_per_batch: .*drop one"):
+        sft("--packing", "--max_tokens_per_batch", "4096")
+    with pytest.raises(UserError, match="max_tokens_per_batch is 1000: a pair may have 1024"):
+        reward("--max_tokens_per_batch", "1000")
+
+
 def test_seed_and_length_of_the_data():
     spec = rlhf("--max_prompt_seq_len", "100", "--max_answer_seq_len", "30").data_spec()
     assert (spec.max_prompt_len, spec.max_seq_len, spec.seed) == (100, 130, 1234)
@@ -145,6 +158,8 @@ def test_what_every_step_refuses(build, argv, message):
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
         (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size is 0"),
         (["--max_seq_len", "0"], "max_seq_len is 0"),
+        (["--max_steps", "-1"], "max_steps is -1: give 0 (no limit) or more"),
+        (["--max_tokens_per_batch", "511"], "max_tokens_per_batch is 511: a row may have 512"),
         (["--zero_stage", "4"], "argument --zero_stage: invalid choice: 4"),
         (["--lora_init", "C"], "argument --lora_init: invalid choice: 'C'"),
     ],
@@ -243,7 +258,6 @@ RETIRED = {
         "tp_gather_partition_size",
         "enable_mixed_precision_lora",
         "align_overflow",
-        "preprocessing_num_workers",
         "num_padding_at_beginning",
     ],
 }
@@ -251,7 +265,6 @@ WITH_VALUE = {
     "unsup_coef",
     "inference_tp_size",
     "tp_gather_partition_size",
-    "preprocessing_num_workers",
     "num_padding_at_beginning",
 }
 

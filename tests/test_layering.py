@@ -11,22 +11,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a file imports from its own line or from those above it here.
 LEVELS = [
     "errors",
-    "losses rlhf.returns rlhf.experience utils.data.splits utils.ds_utils utils.flops "
-    "utils.gpu_peaks utils.perf",
+    "losses rlhf.returns rlhf.experience utils.data.splits utils.data.grouping utils.ds_utils "
+    "utils.flops utils.gpu_peaks utils.perf",
     "utils.zero utils.distributed utils.metrics utils.state_folder",
     "utils.module.lora_layers utils.module.quantized utils.module.lora utils.module.adapter "
     "utils.module.adapter_merge utils.module.adapter_write utils.optim utils.advice "
-    "utils.model.source utils.model.model_utils utils.model.reward_model utils.save_plan "
-    "utils.model.tokenizer utils.data.report utils.data.row_files utils.data.conversations "
-    "utils.data.row_shapes utils.data.named_sources utils.data.own_reader utils.data.sources "
-    "utils.data.row_store "
-    "utils.data.raw_datasets utils.data.formats utils.data.tokenise utils.data.collators "
-    "utils.data.data_utils utils.checkpoint utils.utils cli",
+    "utils.model.source utils.model.model_utils utils.model.reward_model utils.model.packing "
+    "utils.save_plan utils.model.tokenizer utils.data.report utils.data.row_files utils.data.cache "
+    "utils.data.conversations utils.data.row_shapes utils.data.named_sources utils.data.own_reader "
+    "utils.data.sources utils.data.row_store utils.data.raw_datasets utils.data.formats "
+    "utils.data.tokenise utils.data.collators utils.data.stream utils.data.loaders "
+    "utils.data.data_utils utils.data.survey utils.checkpoint utils.utils cli",
     "utils.engine utils.evaluation utils.startup utils.progress utils.training_plan "
     "utils.restored utils.training_state rlhf.rollout rlhf.ema",
     "rlhf.rlhf_engine",
     "rlhf.ppo_trainer rlhf.ppo_log",
-    "arguments merge quickstart",
+    "arguments merge quickstart data",
 ]
 LEVEL_OF = {f"dschat.{room}": i for i, rooms in enumerate(LEVELS) for room in rooms.split()}
 # What can be read, tested and reused with torch alone.

@@ -52,6 +52,17 @@ def sft_fp32(folder: Path, ranks: int) -> list[object]:
     return [*argv, "--dtype", "fp32", "--output_dir", folder / "sft"]
 
 
+def sft_in_other_batches(folder: Path, ranks: int) -> list[list[object]]:
+    """Step 1 on packed rows; on batches by tokens, two of them a step on either; on a stream."""
+    argv = sft_fp32(folder, ranks)[:-1]
+    packed = [*argv, folder / "sft-packed", "--packing"]
+    packed += ["--per_device_train_batch_size", 2 // ranks, "--max_seq_len", "80"]
+    tokens = [*argv, folder / "sft-tokens", "--max_tokens_per_batch", "160"]
+    tokens += ["--gradient_accumulation_steps", 2 // ranks, "--max_steps", "5"]
+    stream = [*argv, folder / "sft-stream", "--streaming", "--max_steps", "6"]
+    return [packed, tokens, [*stream, "--num_train_epochs", "1"]]
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
@@ -79,6 +90,7 @@ def one_rank(inputs: Path) -> Run:
         [PROMPT_EVALUATION, *compared, "--prompts", "1 and 2?", "--max_new_tokens", "3"],
     ]
     plan[2] += ["--critic_lora_dim", "4", "--output_dir", folder / "ppo"]
+    plan += sft_in_other_batches(folder, 1)
     return Run(folder, *run_worker(plan, inputs, ranks=1, timeout=180))
 
 
@@ -115,11 +127,12 @@ def two_ranks(inputs: Path, one_rank: Run) -> Run:
     ]
     plan[3] += ["--output_dir", sft]
     plan[4] += ["--output_dir", reward]
+    plan += sft_in_other_batches(folder, 2)
     return Run(folder, *run_worker(plan, inputs, ranks=2, timeout=300))
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
-    assert [result.code for result in one_rank.results] == [0, 0, 0, 0, 0]
+    assert [result.code for result in one_rank.results] == 8 * [0]
     for name in ("sft", "reward", "ppo"):
         assert_all_finite(one_rank.folder / name)
     assert list((one_rank.folder / "tensorboard").glob("events.out.tfevents.*"))
@@ -141,7 +154,7 @@ def test_every_role_carries_the_same_adapters(one_rank: Run):
     """Seven in each of two layers: none on an output head, a value head or a copy of one."""
     rows = re.findall(r"^(lora_[AB]) .* (\d+)  +([\d,]+)$", one_rank.printed, re.MULTILINE)
     # r = 4: A has 4 x (6 x 32 + 48) numbers a layer, B has 4 x (32 + 16 + 16 + 32 + 48 + 48 + 32).
-    assert rows == 4 * [("lora_A", "14", "1,920"), ("lora_B", "14", "1,792")]
+    assert rows == 7 * [("lora_A", "14", "1,920"), ("lora_B", "14", "1,792")]
 
 
 def test_the_saved_language_model_has_the_loss_that_was_reported(one_rank: Run, inputs: Path):
@@ -205,7 +218,7 @@ def test_adapters_lie_beside_merged_models_whose_base_is_whole(one_rank: Run, in
 
 
 def test_every_program_runs_on_two_ranks(two_ranks: Run):
-    assert [result.code for result in two_ranks.results] == [2, 0, 0, 0, 0, 0]
+    assert [result.code for result in two_ranks.results] == [2, *(8 * [0])]
     for name in ("sft", "reward-again", "sft-bf16", "reward-bf16", "ppo"):
         assert_all_finite(two_ranks.folder / name)
 
@@ -229,6 +242,42 @@ def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Ru
     weights = load_file(one / "model.safetensors")
     for name, tensor in load_file(two / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft-packed", "sft-tokens"])
+def test_other_batches_are_the_same_on_one_and_on_two_ranks(
+    one_rank: Run, two_ranks: Run, name: str
+):
+    """Packs and micro-batches by tokens are dealt; what an optimizer step averages over is one."""
+    one, two = one_rank.folder / name, two_ranks.folder / name
+    for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
+        found, expected = (column(records(folder, kind), *names) for folder in (two, one))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    losses = column(records(one, "eval"), "loss")
+    assert losses[-1] < losses[0]
+    # Before training, evaluation by rows is that of the run in rows.
+    torch.testing.assert_close(
+        losses[0], column(records(one_rank.folder / "sft", "eval"), "loss")[0]
+    )
+
+
+def test_a_stream_trains_until_max_steps(one_rank: Run, two_ranks: Run):
+    for folder in (one_rank.folder, two_ranks.folder):
+        train, evaluation = (records(folder / "sft-stream", kind) for kind in ("train", "eval"))
+        assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+        losses = column(evaluation, "loss")
+        # The evaluation set is the same as without a stream, and the model starts the same.
+        expected = column(records(one_rank.folder / "sft", "eval"), "loss")[0]
+        torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
+        assert losses[-1] < losses[0]
+
+
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(one_rank: Run):
+    train = records(one_rank.folder / "sft-tokens", "train")
+    evaluation = records(one_rank.folder / "sft-tokens", "eval")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5]
+    assert evaluation[-1]["step"] == 5
+    assert train[-1]["lr/lora_A"] < 0.2 * train[0]["lr/lora_A"]  # the schedule ends there too
 
 
 def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Run):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,28 +69,55 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def local_main_first(work: Callable[[bool], Result]) -> Result:
-    """Run `work(True)` on the first process of each node, then `work(False)` on the others.
+def from_local_main(work: Callable[[], str]) -> str:
+    """What `work()` gives on the first process of each node, on all processes of that node.
+
+    The others wait by asking now and then, so work of hours runs into no collective's time limit;
+    all come back when all nodes are done.
 
     Raises:
-        UserError: on every rank, when any rank met one: all stop with the same line.
+        UserError: on every rank, when any `work` met one: all stop with the same line.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return work(True)
-    is_local_main = int(os.environ["LOCAL_RANK"]) == 0
-    result, problem = None, None
-    for turn in (True, False):
-        if turn == is_local_main:
-            try:
-                result = work(turn)
-            except UserError as error:
-                problem = str(error)
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        for found in problems:
-            if found is not None:
-                raise UserError(found)
+        return work()
+    store, turn = _default_store(), next(_turns)
+    node = dist.get_rank() - int(os.environ["LOCAL_RANK"])  # by its first rank
+    names = (node, "problem", "arrived", "informed")
+    done, problem, arrived, informed = (f"dschat/{turn}/{name}" for name in names)
+    if dist.get_rank() == node:
+        try:
+            result = work()
+        except UserError as error:
+            result = ""
+            store.set(problem, str(error))
+        store.set(done, result)
+    _until(lambda: store.check([done]))
+    store.add(arrived, 1)
+    _until(lambda: store.add(arrived, 0) == dist.get_world_size())
+    found = store.get(problem).decode() if store.check([problem]) else None
+    result = store.get(done).decode()
+    store.add(informed, 1)
+    if dist.get_rank() == 0:  # it holds the store: stopping now would leave the others unheard
+        _until(lambda: store.add(informed, 0) == dist.get_world_size())
+    if found is not None:
+        raise UserError(found)
     return result
+
+
+_turns = itertools.count()  # every rank takes the same ones
+
+
+def _default_store() -> dist.Store:
+    """What the process group was made by: keys and values that all ranks see."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _until(is_true: Callable[[], bool], longest_wait: float = 1.0) -> None:
+    """Ask again and again, at growing intervals in seconds."""
+    wait = 0.01
+    while not is_true():
+        time.sleep(wait)
+        wait = min(2 * wait, longest_wait)
 
 
 def decided_by_main(work: Callable[[], Result]) -> Result:

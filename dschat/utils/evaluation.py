@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from dschat.losses import sft_loss
-from dschat.utils.data.collators import Loader, PairBatch, SFTBatch
+from dschat.utils.data.collators import PackedBatch, PairBatch, SFTBatch
+from dschat.utils.data.loaders import Loader
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.model.model_utils import forward_inputs
+from dschat.utils.model.packing import packed_inputs
 from dschat.utils.model.reward_model import scores_at_end
 
 
 def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
     """The summed loss of a batch's trained tokens."""
-    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
+    if isinstance(batch, PackedBatch):
+        inputs = packed_inputs(model, batch.input_ids, batch.position_ids)
+    else:
+        inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
     logits = model(**inputs, use_cache=False).logits
     return sft_loss(logits, batch.input_ids, batch.loss_mask)
 

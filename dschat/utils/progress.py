@@ -103,7 +103,7 @@ def window_counts(window: Sequence[Any], targets: Callable[[Any], torch.Tensor])
         rows = batch.attention_mask.unflatten(0, (-1, len(batch.real)))[:, batch.real]
         counts[0] += targets(batch).item()
         counts[1] += rows.sum().item()
-        counts[2] += rows.shape[0] * rows.shape[1]
+        counts[2] += batch.sequences
     return counts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ FREE_FLAGS = frozenset(
         *("log_every", "print_loss", "print_answers", "print_answers_interval"),
         *("enable_tensorboard", "tensorboard_path", "wandb_project"),
         *("deepspeed", "local_rank", "only_optimize_lora", "data_output_path"),
+        "preprocessing_num_workers",
         *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
         *("deepspeed_config", "dtype"),  # compared by what they come to
     )
@@ -34,17 +35,29 @@ class Course:
     """The way of a whole run: windows are optimizer steps, in step 3 iterations."""
 
     total_steps: int
-    windows_per_epoch: int
+    epoch_windows: tuple[int, ...]  # of each epoch; they differ where lengths decide the batches
     window_size: int  # batches
 
     @classmethod
-    def of(cls, batches: int, window_size: int, total_steps: int) -> Course:
-        """The course of a loader of so many batches."""
-        return cls(total_steps, num_windows(batches, window_size), window_size)
+    def of(cls, batches: Sequence[int | None], window_size: int, max_steps: int = 0) -> Course:
+        """The course over a loader's batches of each epoch; 0 `max_steps` is no limit.
+
+        Batches that nobody has counted (None) make epochs until `max_steps`.
+        """
+        if None in batches:
+            return cls(max_steps, (), window_size)
+        windows = tuple(num_windows(count, window_size) for count in batches)
+        total = sum(windows)
+        return cls(min(total, max_steps) if max_steps else total, windows, window_size)
+
+    @property
+    def epochs(self) -> int:
+        """At most; after `total_steps` a run ends anyway."""
+        return len(self.epoch_windows) or self.total_steps
 
     def batches_of(self, step: int, epoch: int) -> int:
         """The batches of this epoch that are used up after a step in it."""
-        return (step - epoch * self.windows_per_epoch) * self.window_size
+        return (step - sum(self.epoch_windows[:epoch])) * self.window_size
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Plan:
             fixed = {"betas": plan.optimizer.betas, "eps": plan.optimizer.eps}
             kept |= _flat(name, fixed)
         kept |= {"dtype": dtype, "rows": data, "total_steps": course.total_steps}
-        kept |= {"windows_per_epoch": course.windows_per_epoch}
+        kept |= {"epoch_windows": course.epoch_windows}
         # As they come back from a file: tuples become lists.
         return cls(kind, json.loads(json.dumps(kept)), engines, course)
 
@@ -170,7 +183,7 @@ def _differences(
 
 
 # Settings without a flag; of two differences the one that has a flag is told.
-_DERIVED = ("total_steps", "windows_per_epoch")
+_DERIVED = ("total_steps", "epoch_windows")
 
 
 def _setting_message(

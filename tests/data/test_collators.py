@@ -6,8 +6,8 @@ from dschat.utils.data.collators import (
     PairCollator,
     PromptCollator,
     SFTCollator,
-    build_loader,
 )
+from dschat.utils.data.loaders import build_loader
 from dschat.utils.model.model_utils import position_ids_from
 
 PAD = EOS = 2

@@ -1,4 +1,3 @@
-import threading
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,7 @@ def _texts(rows, column, tokenizer):
 
 def _folders(spec):
     root = data_utils.Path(spec.data_output_path)
-    return sorted(path for path in root.iterdir() if path.name != "sources")
+    return sorted(path for path in root.iterdir() if path.name not in ("sources", ".locks"))
 
 
 def test_rows_fit_as_they_are():
@@ -147,7 +146,11 @@ def test_cache_is_reused_and_every_change_makes_another(spec, write_rows, byte_t
     create_prompt_dataset(spec, byte_tokenizer, 2)
     assert _folders(spec) == [folder]
     assert (folder / "report.json").stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in folder.iterdir()) == ["eval", "report.json", "train"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "eval-000.arrow",
+        "report.json",
+        "train-000.arrow",
+    ]
     changes = (replace(spec, seed=5), replace(spec, max_seq_len=32), replace(spec, data_split="1"))
     for count, changed in enumerate(changes, 2):
         create_prompt_dataset(changed, byte_tokenizer, 2)
@@ -161,52 +164,47 @@ def test_cache_is_reused_and_every_change_makes_another(spec, write_rows, byte_t
     assert byte_tokenizer.decode(edited.eval[0]["chosen_ids"]) == "hi 0 new<end>"
 
 
-def test_interrupted_write_is_never_read(spec, byte_tokenizer, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data_utils.os, "rename", stop)
-    with pytest.raises(KeyboardInterrupt):
-        create_prompt_dataset(spec, byte_tokenizer, 1)
-    assert _folders(spec) == []
-
-
-def test_losing_the_race_reads_the_winner(spec, byte_tokenizer, monkeypatch):
-    rename = data_utils.os.rename
-
-    def late(part, folder):
-        data_utils.shutil.copytree(part, folder)
-        rename(part, folder)
-
-    monkeypatch.setattr(data_utils.os, "rename", late)
-    assert len(create_prompt_dataset(spec, byte_tokenizer, 1).train) == 2
-    assert len(_folders(spec)) == 1
-
-
-def test_others_wait_for_the_writer(spec, byte_tokenizer):
-    with pytest.raises(RuntimeError, match="was not written"):
-        create_prompt_dataset(spec, byte_tokenizer, 2, is_writer=False)
-    barrier, got = threading.Barrier(2, timeout=60), {}
-
-    def rank(number):
-        got[number] = create_prompt_dataset(
-            spec, byte_tokenizer, 2, is_writer=number == 0, barrier=barrier.wait
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_several_processes_write_and_count_what_one_does(spec, write_rows, byte_tokenizer, phase):
+    rows = [
+        {"prompt": "p" * (n % 9), "chosen": f" {n}", "rejected": f" {n + n % 2}"} for n in range(60)
+    ]
+    write_rows([{**row, "prompt": "q" + row["prompt"]} for row in rows], "set/train.jsonl")
+    found = []
+    for workers in (1, 3):
+        out = f"{spec.data_output_path}-{workers}"
+        several = replace(
+            spec, data_split="1", max_seq_len=8, max_prompt_len=6, data_output_path=out
         )
+        found.append(
+            create_prompt_dataset(replace(several, workers=workers), byte_tokenizer, phase)
+        )
+    one, three = found
+    assert three.train.to_list() == one.train.to_list()
+    assert three.report == one.report and three.key == one.key
+    report = one.report.sources[0]
+    assert report.prompts_cut > 0 and (phase == 3 or report.used + report.identical_pairs == 60)
+    assert len(list(data_utils.Path(out, one.key).glob("train-*.arrow"))) == 3
 
-    other = threading.Thread(target=rank, args=(1,))
-    other.start()
-    rank(0)
-    other.join()
-    assert got[0].train.to_list() == got[1].train.to_list()
-    assert got[0].report == got[1].report
+
+def test_a_choice_of_processes():
+    assert [data_utils.choose_workers(None, rows) for rows in (1, 5_000)] == [1, 1]
+    assert data_utils.choose_workers(8, 5) == 5
+    assert data_utils.choose_workers(None, 10**9) == len(data_utils.os.sched_getaffinity(0))
 
 
-def test_writer_reports_bad_input_before_the_barrier(spec, write_rows, byte_tokenizer):
-    write_rows([{"prompt": 3}], "set/train.jsonl")
-    reached = []
-    with pytest.raises(UserError, match=r"train\.jsonl line 1"):
-        create_prompt_dataset(spec, byte_tokenizer, 1, barrier=lambda: reached.append(1))
-    assert reached == []
+def test_others_take_what_one_has_written(spec, byte_tokenizer):
+    """What `once` gives is the folder: a rank that did not write it needs no source."""
+    done = []
+
+    def first(work):
+        done.append(work())
+        return done[0]
+
+    one = create_prompt_dataset(spec, byte_tokenizer, 2, once=first)
+    elsewhere = replace(spec, data_path=("gone.jsonl",))
+    other = create_prompt_dataset(elsewhere, byte_tokenizer, 2, once=lambda work: done[0])
+    assert other.train.to_list() == one.train.to_list() and other.report == one.report
 
 
 def _refused(spec, tokenizer, phase):
@@ -245,6 +243,7 @@ def test_no_rows_left_is_refused(spec, write_rows, byte_tokenizer):
         ({"data_split": "a"}, "--data_split 'a'"),
         ({"seed": -1}, "--seed -1"),
         ({"max_train_samples": 0}, "--max_train_samples 0"),
+        ({"workers": 0}, "--preprocessing_num_workers 0"),
     ],
 )
 def test_bad_settings_are_refused(change, words, spec):

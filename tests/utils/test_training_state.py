@@ -13,7 +13,8 @@ import torch
 from dschat.arguments import SCHEDULES, RLHFSettings, SFTSettings
 from dschat.cli import parse
 from dschat.errors import UserError
-from dschat.utils.data.collators import PromptCollator, build_loader
+from dschat.utils.data.collators import PromptCollator
+from dschat.utils.data.loaders import build_loader
 from dschat.utils.distributed import RandomState, set_random_seed
 from dschat.utils.metrics import Continued, MetricLogger
 from dschat.utils.optim import OptimizerConfig, build_optimizer, group_rates, schedule_factory
@@ -29,7 +30,7 @@ from dschat.utils.training_state import Position
 
 OLD = OptimizerConfig(1e-3, loraplus_lr_ratio=16.0)
 NEW = OptimizerConfig(2e-3, loraplus_lr_ratio=8.0)
-COURSE = Course(total_steps=14, windows_per_epoch=7, window_size=2)
+COURSE = Course(total_steps=14, epoch_windows=(7, 7), window_size=2)
 
 
 def sft(*argv: str) -> SFTSettings:

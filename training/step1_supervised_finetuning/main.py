@@ -16,18 +16,20 @@ from dschat.arguments import SFTSettings
 from dschat.cli import parse, run_cli
 from dschat.losses import window_scale
 from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import SFTCollator, build_loader
+from dschat.utils.data.collators import PackedCollator, SFTCollator
 from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.data.loaders import build_loader
 from dschat.utils.distributed import (
     all_reduce_sum,
-    local_main_first,
+    from_local_main,
     print_rank_0,
     set_random_seed,
 )
 from dschat.utils.ds_utils import get_train_ds_config
-from dschat.utils.engine import backward, build_engine, num_windows, windows
+from dschat.utils.engine import backward, build_engine, windows
 from dschat.utils.evaluation import answer_loss, evaluate_answers, trained_tokens
 from dschat.utils.model.model_utils import check_context, create_hf_model
+from dschat.utils.model.packing import check_packing, prove_packing
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
 from dschat.utils.startup import start
 from dschat.utils.training_plan import Course, EnginePlan, Plan
@@ -57,6 +59,8 @@ def main() -> None:
     recipe = run.recipe(model_settings)
     recipe.check(name, AutoModelForCausalLM.from_config)
     check_context(name, batch_sizes.max_seq_len, "max_seq_len")
+    if settings.packing:
+        check_packing(name, batch_sizes.max_seq_len)
     save_plan = run.save_plan(name, recipe)
     spec = settings.data.spec(
         run.seed,
@@ -64,18 +68,20 @@ def main() -> None:
         sft_only_data_path=tuple(settings.sft_only_data_path),
         train_on=settings.train_on,
     )
-    data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 1, is_writer=w))
+    data = create_prompt_dataset(spec, tokenizer, 1, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
 
     # 2. data, model, engine
-    collator = SFTCollator(tokenizer.pad_token_id, settings.train_on_prompt)
+    collators = [SFTCollator, PackedCollator if settings.packing else SFTCollator]
+    padded, collator = (c(tokenizer.pad_token_id, settings.train_on_prompt) for c in collators)
     ranks = {"rank": begun.rank, "world_size": world_size, "seed": run.seed}
-    train_loader = build_loader(data.train, collator, micro_batch, shuffle=True, **ranks)
+    train_loader = build_loader(data.train, collator, settings.grouping(), shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
-    eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
+    eval_loader = build_loader(data.eval, padded, eval_batch, shuffle=False, **ranks)
     window_size = run.gradient_accumulation_steps
-    total_steps = run.num_train_epochs * num_windows(len(train_loader), window_size)
-    course = Course.of(len(train_loader), window_size, total_steps)
+    batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
+    course = Course.of(batches, window_size, batch_sizes.max_steps)
+    total_steps = course.total_steps
     engines = {"model": EnginePlan.of(engine_config, recipe)}
     plan = Plan.of("step 1 (SFT)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, begun.distributed)
@@ -84,6 +90,8 @@ def main() -> None:
     )
     schedule = run.schedule(total_steps)
     engine = build_engine(model, engine_config, recipe, schedule, world_size, "step 1, SFT")
+    if settings.packing:
+        prove_packing(engine, device)
     shape = WorkShape.of(engine, recipe, begun.gpus)
     log = TrainingLog(run.log_config(states.continued), engine, shape, total_steps, begun.rank)
     set_random_seed(run.seed + begun.rank)
@@ -93,9 +101,11 @@ def main() -> None:
     step = at.step
     if step == 0:
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
-    for epoch in range(at.epoch, run.num_train_epochs):
+    for epoch in range(at.epoch, course.epochs):
         train_loader.set_epoch(epoch, skip=at.batches(epoch))
         for window in windows(train_loader, window_size):
+            if step == total_steps:
+                break
             window = [batch.to(device) for batch in window]
             counts = all_reduce_sum(window_counts(window, trained_tokens))
             scale, loss_sum = window_scale(counts[0], world_size), 0.0
@@ -113,6 +123,8 @@ def main() -> None:
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
             states.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
+        if step == total_steps:
+            break
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:

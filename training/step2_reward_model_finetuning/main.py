@@ -14,16 +14,17 @@ from dschat.arguments import RewardSettings
 from dschat.cli import parse, run_cli
 from dschat.losses import pairwise_loss, window_scale
 from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import PairCollator, build_loader
+from dschat.utils.data.collators import PairCollator
 from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.data.loaders import build_loader
 from dschat.utils.distributed import (
     all_reduce_sum,
-    local_main_first,
+    from_local_main,
     print_rank_0,
     set_random_seed,
 )
 from dschat.utils.ds_utils import get_train_ds_config
-from dschat.utils.engine import backward, build_engine, num_windows, windows
+from dschat.utils.engine import backward, build_engine, windows
 from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, create_critic_model
@@ -57,13 +58,13 @@ def main() -> None:
     check_context(name, batch_sizes.max_seq_len, "max_seq_len")
     save_plan = run.save_plan(name, recipe)
     spec = settings.data.spec(run.seed, batch_sizes.max_seq_len)
-    data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 2, is_writer=w))
+    data = create_prompt_dataset(spec, tokenizer, 2, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
 
     # 2. data, model, engine
     collator = PairCollator(tokenizer.pad_token_id)
     ranks = {"rank": begun.rank, "world_size": world_size, "seed": run.seed}
-    train_loader = build_loader(data.train, collator, micro_batch, shuffle=True, **ranks)
+    train_loader = build_loader(data.train, collator, settings.grouping(), shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
     sample = data.eval
@@ -72,8 +73,9 @@ def main() -> None:
         sample = sample.shuffle(run.seed).select(range(rows))
     sample_loader = build_loader(sample, collator, eval_batch, shuffle=False, **ranks)
     window_size = run.gradient_accumulation_steps
-    total_steps = run.num_train_epochs * num_windows(len(train_loader), window_size)
-    course = Course.of(len(train_loader), window_size, total_steps)
+    batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
+    course = Course.of(batches, window_size, batch_sizes.max_steps)
+    total_steps = course.total_steps
     engines = {"model": EnginePlan.of(engine_config, recipe)}
     plan = Plan.of("step 2 (reward model)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, begun.distributed)
@@ -98,9 +100,11 @@ def main() -> None:
     step = at.step
     if step == 0:
         log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
-    for epoch in range(at.epoch, run.num_train_epochs):
+    for epoch in range(at.epoch, course.epochs):
         train_loader.set_epoch(epoch, skip=at.batches(epoch))
         for window in windows(train_loader, window_size):
+            if step == total_steps:
+                break
             window = [batch.to(device) for batch in window]
             counts = all_reduce_sum(window_counts(window, pairs))
             scale, loss_sum = window_scale(counts[0], world_size), 0.0
@@ -120,6 +124,8 @@ def main() -> None:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
             states.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
+        if step == total_steps:
+            break
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:

@@ -12,8 +12,9 @@ import torch
 
 from dschat.arguments import DataArguments, EvaluationArguments
 from dschat.cli import flag, group, parse, run_cli
-from dschat.utils.data.collators import PairCollator, build_loader
+from dschat.utils.data.collators import PairCollator
 from dschat.utils.data.data_utils import create_prompt_dataset
+from dschat.utils.data.loaders import build_loader
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.evaluation import evaluate_pairs, pair_scores
 from dschat.utils.metrics import format_value

@@ -23,9 +23,10 @@ from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import PromptCollator, build_loader
+from dschat.utils.data.collators import PromptCollator
 from dschat.utils.data.data_utils import create_prompt_dataset
-from dschat.utils.distributed import local_main_first, print_rank_0, set_random_seed
+from dschat.utils.data.loaders import build_loader
+from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import windows
 from dschat.utils.model.model_utils import check_context
@@ -64,13 +65,14 @@ def main() -> None:
     critic_recipe.check(critic_name, RewardModel.from_config)
     actor_plan = run.save_plan(actor_name, actor_recipe, "actor", "actor_ema")
     critic_plan = run.save_plan(critic_name, critic_recipe, "critic")
-    data = local_main_first(lambda w: create_prompt_dataset(spec, tokenizer, 3, is_writer=w))
+    data = create_prompt_dataset(spec, tokenizer, 3, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
     ranks = {"rank": begun.rank, "world_size": begun.world_size, "seed": run.seed}
     prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
     held_out = build_loader(data.eval, collator, rollout_batch, shuffle=False, **ranks)
-    iterations = settings.iterations(len(prompts))
+    batches = prompts.batches_in(0)  # those of every epoch
+    iterations = settings.iterations(batches)
     actor, critic = settings.roles(begun.dtype_name, iterations)
     for role in (actor, critic):
         get_train_ds_config(role.engine, begun.world_size)
@@ -78,7 +80,9 @@ def main() -> None:
         "actor": EnginePlan.of(actor.engine, actor.recipe, "actor_"),
         "critic": EnginePlan.of(critic.engine, critic.recipe, "critic_"),
     }
-    course = Course.of(len(prompts), settings.ppo.generation_batches, iterations)
+    course = Course.of(
+        run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
+    )
     plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, distributed)
 
@@ -102,7 +106,7 @@ def main() -> None:
     iteration = at.step
     if iteration == 0:
         log.evaluation(iteration, trainer.evaluate(held_out))
-    for epoch in range(at.epoch, run.num_train_epochs):
+    for epoch in range(at.epoch, course.epochs):
         prompts.set_epoch(epoch, skip=at.batches(epoch))
         for batches in windows(prompts, settings.ppo.generation_batches):
             if iteration == iterations:

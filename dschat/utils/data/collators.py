@@ -1,20 +1,14 @@
-"""Rows to padded batches, and batches to ranks: every row once an epoch, like lengths together."""
+"""Rows of tokens to padded or packed batches of tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, TypeVar
 
-import datasets
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")
-
-# Rows of like length are sought within this many global batches: enough to save most padding,
-# few enough that which rows meet in a batch still differs from epoch to epoch.
-_BATCHES_PER_CHUNK = 50
 
 
 @dataclass(frozen=True)
@@ -24,6 +18,11 @@ class Batch:
     input_ids: torch.Tensor  # int64
     attention_mask: torch.Tensor  # bool, shaped like input_ids; True = not padding
     real: torch.Tensor  # (B,) bool
+
+    @property
+    def sequences(self) -> int:
+        """How many real sequences it holds."""
+        return int(self.real.sum()) * (len(self.input_ids) // len(self.real))
 
     def to(self: BatchT, device: torch.device | str) -> BatchT:
         """The same batch with every tensor on `device`."""
@@ -35,6 +34,19 @@ class SFTBatch(Batch):
     """Prompts with their answers, right-padded, all (B, T)."""
 
     loss_mask: torch.Tensor  # (B, T) bool; [b, t] True = token t is a target to be predicted
+
+
+@dataclass(frozen=True)
+class PackedBatch(SFTBatch):
+    """Sequences one behind the other in each row: what each may see is its own beginning."""
+
+    position_ids: torch.Tensor  # (B, T) int64; 0 where a sequence begins, and on padding
+
+    @property
+    def sequences(self) -> int:
+        """How many real sequences it holds."""
+        begins = self.attention_mask & (self.position_ids == 0)
+        return int(begins[self.real].sum())
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,29 @@ class SFTCollator:
         # The first token of a sequence has nothing before it to be predicted from.
         loss_mask[:, 0] = False
         return SFTBatch(input_ids, attention_mask, real, loss_mask)
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packs of phase-1 rows → PackedBatch, each pack one row of it."""
+
+    pad_token_id: int
+    train_on_prompt: bool = False
+
+    def __call__(self, packs: Sequence[Sequence[Row]]) -> PackedBatch:
+        """Join each pack and pad to the longest; raises KeyError on rows of another phase."""
+        parts = [SFTCollator(self.pad_token_id, self.train_on_prompt)(pack) for pack in packs]
+        joined = [list(chain.from_iterable(row["input_ids"] for row in pack)) for pack in packs]
+        input_ids, attention_mask = _pad(joined, self.pad_token_id)
+        loss_mask = torch.zeros_like(attention_mask)
+        position_ids = torch.zeros_like(input_ids)
+        for row, part in enumerate(parts):
+            at = part.attention_mask
+            size = int(at.sum())
+            loss_mask[row, :size] = part.loss_mask[at]
+            position_ids[row, :size] = torch.arange(at.shape[1]).expand_as(at)[at]
+        real = torch.stack([part.real.all() for part in parts])
+        return PackedBatch(input_ids, attention_mask, real, loss_mask, position_ids)
 
 
 @dataclass(frozen=True)
@@ -127,110 +162,3 @@ def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> tor
 
 def _real(rows: Sequence[Row]) -> torch.Tensor:
     return torch.tensor([row.get("real", True) for row in rows])
-
-
-class Loader:
-    """Batches of one rank: the same number on every rank, each row of the set once an epoch."""
-
-    def __init__(self, batches: DataLoader, sampler: "_RankBatches") -> None:
-        self._batches = batches
-        self._sampler = sampler
-
-    def __len__(self) -> int:
-        """Batches an epoch, the same on every rank."""
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Draw the order of this epoch from (seed, epoch); no effect without shuffling.
-
-        Its first `skip` batches, which a resumed run has had, are left out and never read.
-        """
-        self._sampler.epoch, self._sampler.skip = epoch, skip
-
-
-def build_loader(
-    dataset: datasets.Dataset,
-    collator: Callable[[Sequence[Row]], Any],
-    batch_size: int,
-    *,
-    rank: int,
-    world_size: int,
-    seed: int,
-    shuffle: bool,
-) -> Loader:
-    """A loader of this rank's batches of at most `batch_size` rows.
-
-    Each global batch of `batch_size * world_size` rows is dealt among the ranks, so the same rows
-    meet in it for any split into ranks. A rank left without rows by the last one gets a single
-    filler row with `real` False. Without `shuffle`, rows come by length.
-
-    Raises:
-        ValueError: no rows, or sizes that make no sense.
-    """
-    if not len(dataset) or batch_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"{len(dataset)} rows, batch size {batch_size}, rank {rank}/{world_size}")
-    lengths = np.asarray(dataset.with_format("numpy")["length"][:])
-    sampler = _RankBatches(lengths, batch_size, rank, world_size, seed if shuffle else None)
-    batches = DataLoader(
-        _Rows(dataset),
-        batch_sampler=sampler,
-        collate_fn=collator,
-        # Its own, unused: without one, each epoch would take a draw from the global state.
-        generator=torch.Generator(),
-    )
-    return Loader(batches, sampler)
-
-
-@dataclass
-class _RankBatches:
-    """Batch sampler: (row, real) keys of this rank's batches; `seed` None means by length."""
-
-    lengths: np.ndarray
-    batch_size: int
-    rank: int
-    world_size: int
-    seed: int | None
-    epoch: int = 0
-    skip: int = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        for rows in self._global_batches()[self.skip :]:
-            mine = rows[self.rank :: self.world_size]
-            yield [(int(row), True) for row in mine] or [(int(rows[0]), False)]
-
-    def _global_batches(self) -> list[np.ndarray]:
-        size = self.batch_size * self.world_size
-        if self.seed is None:
-            order = np.argsort(self.lengths, kind="stable")
-            return [order[at : at + size] for at in range(0, len(order), size)]
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
-        # The rows of the short last batch leave before the sorting, lest they be the longest.
-        whole, rest = np.split(order, [len(order) // size * size])
-        batches = []
-        for at in range(0, len(whole), size * _BATCHES_PER_CHUNK):
-            chunk = whole[at : at + size * _BATCHES_PER_CHUNK]
-            chunk = chunk[np.argsort(self.lengths[chunk], kind="stable")]
-            batches.extend(chunk.reshape(-1, size))
-        batches = [batches[at] for at in rng.permutation(len(batches))]
-        return [*batches, rest] if len(rest) else batches
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The dataset under (row, real) keys."""
-
-    dataset: datasets.Dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, bool]) -> Row:
-        row, real = key
-        return {**self.dataset[row], "real": real}

@@ -2,11 +2,12 @@
 
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,17 +15,24 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
+from dschat.utils.data.cache import written_once
 from dschat.utils.data.formats import choose_format
-from dschat.utils.data.raw_datasets import Source, load_source
+from dschat.utils.data.raw_datasets import Source, load_source, stream_source
 from dschat.utils.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.utils.data.row_files import digest
 from dschat.utils.data.sources import Reading
 from dschat.utils.data.splits import PHASES, parse_proportions, phase_split
-from dschat.utils.data.tokenise import TRAIN_ON, tokenise
+from dschat.utils.data.stream import RowStream, columns_of, complete, in_turns, rows_of_phase
+from dschat.utils.data.tokenise import FEATURES, TRAIN_ON, converter, tokenise
 from dschat.utils.model.tokenizer import tokenizer_fingerprint
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
 RECIPE_VERSION = 2
+
+# Below so many rows a further process takes longer to start than it saves.
+_ROWS_PER_WORKER = 5_000
+# Of a stream, unless --max_eval_samples says otherwise: they are in memory.
+_STREAMED_EVAL_ROWS = 1_000
 
 NEEDED_COLUMNS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
@@ -44,6 +52,8 @@ class DataSpec:
     max_eval_samples: int | None = None
     reading: Reading = Reading()
     train_on: str | None = None
+    streaming: bool = False  # tokenise while reading, keep nothing
+    workers: int | None = None  # processes that tokenise; None: `choose_workers`
 
     def __post_init__(self) -> None:
         parse_proportions(self.data_split)
@@ -56,6 +66,10 @@ class DataSpec:
             raise UserError(f"--train_on {self.train_on}: give one of {', '.join(TRAIN_ON)}")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is negative: give 0 or more")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(
+                f"--preprocessing_num_workers {self.workers} is too small: give 1 or more"
+            )
         for name in ("max_prompt_len", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -66,7 +80,7 @@ class DataSpec:
 class PromptData:
     """Token rows of one phase (columns: `tokenise.FEATURES`), and what became of every row."""
 
-    train: datasets.Dataset
+    train: datasets.Dataset | RowStream
     eval: datasets.Dataset
     report: DataReport
     key: str  # digest of the rows' content, tokenizer and recipe
@@ -77,34 +91,83 @@ def create_prompt_dataset(
     tokenizer: PreTrainedTokenizerBase,
     phase: int,
     *,
-    is_writer: bool = True,
-    barrier: Callable[[], None] | None = None,
+    once: Callable[[Callable[[], str]], str] | None = None,
 ) -> PromptData:
     """Tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
 
     Every source's train rows are divided among the phases by `spec.data_split`; its test rows are
     evaluated on in every phase and never trained on. Prompts have the format that the tokenizer
-    carries (`formats.choose_format`), which is settled here if it was not before. With several
-    processes, `is_writer` holds on one per node, and the others read behind `barrier` what it
-    wrote.
+    carries (`formats.choose_format`), which is settled here if it was not before. A set is
+    tokenised once by one process, also when independent runs want it at the same time. With
+    several ranks, `once` makes its work done by one of each node and gives all of them the result
+    (`distributed.from_local_main`).
 
     Raises:
-        UserError: bad input (on the writer, before the barrier), or no rows left.
+        UserError: bad input, a full disk, or no rows left.
     """
     choose_format(tokenizer)
-    if is_writer:
-        folder = _prepare(spec, tokenizer, phase, may_write=True)
-    if barrier is not None:
-        barrier()
-    if not is_writer:
-        folder = _prepare(spec, tokenizer, phase, may_write=False)
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase} is none of {PHASES}")
+    if phase == 3 and spec.max_prompt_len is None:
+        raise UserError("phase 3 (PPO prompts) needs --max_prompt_len: give its length in tokens")
+
+    if spec.streaming:
+        return stream_prompt_dataset(spec, tokenizer, phase)
+
+    def prepare() -> str:
+        return str(_prepare(spec, tokenizer, phase))
+
+    folder = Path(prepare() if once is None else once(prepare))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     sources = tuple(SourceReport(**counts) for counts in report)
-    sets = {split: datasets.load_from_disk(str(folder / split)) for split in ("train", "eval")}
-    train = _limit(sets["train"], spec.max_train_samples, spec.seed)
-    evaluation = _limit(sets["eval"], spec.max_eval_samples, spec.seed)
+    train, evaluation = (_read(folder, split) for split in ("train", "eval"))
+    train = _limit(train, spec.max_train_samples, spec.seed)
+    evaluation = _limit(evaluation, spec.max_eval_samples, spec.seed)
     counts = DataReport(phase, sources, len(train), len(evaluation))
     return PromptData(train, evaluation, counts, key=folder.name)
+
+
+def stream_prompt_dataset(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, phase: int
+) -> PromptData:
+    """Train rows that are tokenised as they are read, and a set of the first test rows."""
+    only = spec.sft_only_data_path if phase == 1 else ()
+    trained, tested, skipped = [], [], Counter()
+    for names, text in ((spec.data_path, spec.data_split), (only, "1")):
+        for name in names:
+            train, test = stream_source(name, spec.reading, skipped)
+            if test is None:
+                raise UserError(
+                    f"--streaming: {name} has no test rows, and none can be held out of a stream; "
+                    "put a test file beside the train file, or drop --streaming"
+                )
+            trained.append((train, parse_proportions(text)))
+            tested.append(test)
+
+    def read() -> Iterator[dict[str, Any]]:
+        parts = [rows_of_phase(train(), spec.seed, share, phase) for train, share in trained]
+        return complete(in_turns(parts), NEEDED_COLUMNS[phase], phase)
+
+    max_len = spec.max_prompt_len if phase == 3 else spec.max_seq_len
+    convert, counts = converter(tokenizer, phase, max_len, spec.train_on), Counter()
+    limit = spec.max_eval_samples or _STREAMED_EVAL_ROWS
+    parts = in_turns([test() for test in tested])
+    rows = list(complete(islice(parts, limit), NEEDED_COLUMNS[phase], phase))
+    if not rows:
+        raise UserError("--streaming: the test files hold no rows; give at least one")
+    evaluation = datasets.Dataset.from_dict(convert(columns_of(rows), counts), FEATURES[phase])
+    names = ", ".join((*spec.data_path, *only))
+    told = SourceReport(names, "eval", len(rows), len(evaluation), skipped=dict(skipped), **counts)
+    if not len(evaluation):
+        raise UserError(nothing_left([told], "eval", spec.data_split, phase))
+    report = DataReport(phase, (told,), None, len(evaluation))
+    return PromptData(RowStream(read, convert, skipped), evaluation, report, key="streamed")
+
+
+def _read(folder: Path, split: str) -> datasets.Dataset:
+    """The rows of all its files, memory-mapped."""
+    files = sorted(folder.glob(f"{split}-*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
 
 
 def _limit(rows: datasets.Dataset, maximum: int | None, seed: int) -> datasets.Dataset:
@@ -114,14 +177,8 @@ def _limit(rows: datasets.Dataset, maximum: int | None, seed: int) -> datasets.D
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:maximum]))
 
 
-def _prepare(
-    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, phase: int, *, may_write: bool
-) -> Path:
+def _prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, phase: int) -> Path:
     """The folder of the tokenised set, written first if it is not there yet."""
-    if phase not in PHASES:
-        raise ValueError(f"phase {phase} is none of {PHASES}")
-    if phase == 3 and spec.max_prompt_len is None:
-        raise UserError("phase 3 (PPO prompts) needs --max_prompt_len: give its length in tokens")
     root = Path(spec.data_output_path).expanduser()
     only = spec.sft_only_data_path if phase == 1 else ()
     sources = [
@@ -129,32 +186,13 @@ def _prepare(
         for names, proportions in ((spec.data_path, spec.data_split), (only, "1"))
         for name in names
     ]
-    folder = root / _key(sources, spec, tokenizer, phase)
-    if folder.is_dir():
-        return folder
-    if not may_write:
-        raise RuntimeError(f"{folder} was not written: data or tokenizer differ between processes")
-    for source, _ in sources:
-        _require_columns(source, phase)
-    # Renamed when whole, so a folder under the final name is never half-written.
-    part = root / f"{folder.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        part.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"{root} cannot be written ({error.strerror}): give another --data_output_path"
-        ) from error
-    try:
-        _write(part, sources, spec, tokenizer, phase)
-        try:
-            os.rename(part, folder)
-        except OSError:
-            # Another writer was first with the same content: its folder serves.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
+
+    def write(folder: Path) -> None:
+        for source, _ in sources:
+            _require_columns(source, phase)
+        _write(folder, sources, spec, tokenizer, phase)
+
+    return written_once(root, _key(sources, spec, tokenizer, phase), write)
 
 
 def _key(
@@ -189,29 +227,36 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     phase: int,
 ) -> None:
-    """Tokenise into `folder`: train/, eval/ and report.json."""
+    """Tokenise into the new `folder`: train-*.arrow, eval-*.arrow and report.json."""
+    folder.mkdir()
     reports: list[SourceReport] = []
     max_len = spec.max_prompt_len if phase == 3 else spec.max_seq_len
     for split in ("train", "eval"):
-        parts = []
         for number, (source, text) in enumerate(sources):
             rows = source.test
             if split == "train":
                 chosen = phase_split(len(source.train), spec.seed, parse_proportions(text), phase)
-                rows = source.train.select(chosen)
+                rows = source.train.select(np.sort(chosen))  # read from front to back
             skipped = source.skipped.get("train" if split == "train" else "test", {})
             report = SourceReport(source.name, split, len(rows), 0, skipped=skipped)
             if len(rows):
-                part = folder / f"{split}-{number}.arrow"
-                tokens, counts = tokenise(rows, tokenizer, phase, max_len, part, spec.train_on)
-                parts.append(tokens)
-                report = replace(report, used=len(tokens), **counts)
+                part = folder / f"{split}-{number:03d}.arrow"
+                workers = choose_workers(spec.workers, len(rows))
+                used, counts = tokenise(
+                    rows, tokenizer, phase, max_len, part, spec.train_on, workers
+                )
+                report = replace(report, used=used, **counts)
             reports.append(report)
-        if not sum(map(len, parts)):
+        if not any(report.used for report in reports if report.split == split):
             raise UserError(nothing_left(reports, split, spec.data_split, phase))
-        datasets.concatenate_datasets(parts).save_to_disk(str(folder / split))
-    for part in folder.glob("*.arrow"):
-        part.unlink()
     (folder / "report.json").write_text(
         json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8"
     )
+
+
+def choose_workers(asked: int | None, rows: int) -> int:
+    """Processes to tokenise so many rows: as asked for, else by rows and cores."""
+    if asked is not None:
+        return min(asked, rows)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, rows // _ROWS_PER_WORKER))

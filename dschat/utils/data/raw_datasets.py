@@ -1,8 +1,10 @@
 """Where rows come from: files, folders and Hub sets, found by name and divided into two."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from dschat.utils.data.splits import holdout_split
 # The first name that is present is the set; those behind are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
 TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
+
+
+RowReader = Callable[[], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,25 @@ def load_source(
     return Source(name, train, test, digest(*digests, read.key, str(READER_VERSION)), counts)
 
 
-def _find(name: str) -> tuple[Rows, Rows | None]:
-    """The train rows of a source, and its test rows if it has some."""
+def stream_source(
+    name: str, reading: Reading, skipped: Counter[str]
+) -> tuple[RowReader, RowReader | None]:
+    """What reads the checked rows of a source, train and test, without keeping any.
+
+    Rows that the source has no use for are counted by reason in `skipped`, at every reading.
+
+    Raises:
+        UserError: nothing there; from reading, a malformed row, named by file and line.
+    """
+    read = NamedReading(name, reading)
+    train, test = (
+        rows and partial(read.rows, rows, skipped) for rows in _find(name, streaming=True)
+    )
+    return train, test
+
+
+def _find(name: str, streaming: bool = False) -> tuple[Rows, Rows | None]:
+    """The train rows of a source, and its test rows if it has some; from the Hub, downloaded."""
     path = Path(name).expanduser()
     if name == LOCAL_JSON:
         return _local_json()
@@ -79,15 +101,16 @@ def _find(name: str) -> tuple[Rows, Rows | None]:
     spelt_as_path = name.startswith((".", os.sep, "~")) or path.suffix in SUFFIXES
     if spelt_as_path or (os.sep in name and path.parent.is_dir()):
         raise UserError(f"--data_path {name}: no such file or folder; check the path")
+    options = {"streaming": True} if streaming else {}
     try:
-        loaded = datasets.load_dataset(*ON_THE_HUB.get(name, (name,)))
+        loaded = datasets.load_dataset(*ON_THE_HUB.get(name, (name,)), **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"--data_path {name}: not a file or folder here, and the Hub did not give it "
             f"({reason}); check the name and the connection, or download it and give its folder"
         ) from error
-    digests = {split: rows._fingerprint for split, rows in loaded.items()}
+    digests = {split: partial(getattr, rows, "_fingerprint") for split, rows in loaded.items()}
     return _splits(name, loaded, digests)
 
 
@@ -140,16 +163,17 @@ def _saved(path: Path) -> tuple[Rows, Rows | None]:
         ) from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict(train=loaded)
-        digests = {"train": digest_files(sorted(path.glob("data-*.arrow")))}
+        digests = {"train": partial(digest_files, sorted(path.glob("data-*.arrow")))}
     else:
         digests = {
-            split: digest_files(sorted((path / split).glob("data-*.arrow"))) for split in loaded
+            split: partial(digest_files, sorted((path / split).glob("data-*.arrow")))
+            for split in loaded
         }
     return _splits(path.name, loaded, digests)
 
 
 def _splits(
-    label: str, loaded: datasets.DatasetDict, digests: Mapping[str, str]
+    label: str, loaded: datasets.DatasetDict, digests: Mapping[str, Callable[[], str]]
 ) -> tuple[Rows, Rows | None]:
     def rows(split: str) -> Rows:
         def read() -> Iterator[tuple[str, Any]]:

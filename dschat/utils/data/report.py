@@ -46,14 +46,15 @@ class DataReport:
 
     phase: int
     sources: tuple[SourceReport, ...]
-    train_rows: int
+    train_rows: int | None  # None: not counted, they are streamed
     eval_rows: int
 
     def lines(self) -> list[str]:
         """One readable line a source and split, and one for the sets in use."""
         lines = [source.line() for source in self.sources]
         name = PHASE_NAMES[self.phase]
-        return [*lines, f"{name}: {self.train_rows} rows to train on, {self.eval_rows} to evaluate"]
+        train = "rows streamed" if self.train_rows is None else f"{self.train_rows} rows"
+        return [*lines, f"{name}: {train} to train on, {self.eval_rows} to evaluate"]
 
 
 def nothing_left(reports: Sequence[SourceReport], split: str, data_split: str, phase: int) -> str:

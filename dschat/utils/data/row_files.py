@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows not yet read: what they are called, a digest of their content, and how to read them."""
+    """Rows not yet read: what they are called, how to digest their content and how to read them."""
 
     label: str
-    digest: str
+    digest_of: Callable[[], str]
     read: Callable[[], Iterator[tuple[str, Any]]]  # yields (place, row)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content; the first time, all of it is read."""
+        return self.digest_of()
 
 
 def file_rows(paths: Sequence[Path]) -> Rows:
@@ -38,7 +44,7 @@ def file_rows(paths: Sequence[Path]) -> Rows:
                 f"give one of {', '.join(SUFFIXES)}"
             )
     label = ", ".join(map(_name, paths))
-    return Rows(label, digest_files(paths), lambda: chain.from_iterable(map(_read, paths)))
+    return Rows(label, lambda: digest_files(paths), lambda: chain.from_iterable(map(_read, paths)))
 
 
 def digest_files(paths: Sequence[Path]) -> str:

@@ -1,7 +1,6 @@
 """Rows read into one checked record, kept as memory-mapped Arrow under their content's key."""
 
 import json
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import datasets
 import pyarrow as pa
 
 from dschat.errors import UserError
+from dschat.utils.data.cache import written_once
 from dschat.utils.data.conversations import Example, Skip
 from dschat.utils.data.row_files import Rows, digest
 from dschat.utils.data.sources import Reader, Reading
@@ -68,25 +68,16 @@ class NamedReading:
 def store(rows: Rows, read: NamedReading, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
     """Checked rows as memory-mapped Arrow, written once per content and reading; the skipped."""
     key = digest(rows.digest, rows.label, read.key, str(READER_VERSION))
-    target, counts = folder / f"{key}.arrow", folder / f"{key}.json"
-    if not target.is_file():
-        part = folder / f"{key}.{uuid.uuid4().hex}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            part.touch()
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}): give another --data_output_path"
-            ) from error
-        try:
-            skipped = _write(rows, read, part)
-            # First the counts, and both whole: whoever finds the rows finds them too.
-            part_counts = part.with_suffix(".counts.tmp")
-            part_counts.write_text(json.dumps(skipped), encoding="utf-8")
-            part_counts.replace(counts)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+    counts = folder / f"{key}.json"
+
+    def write(part: Path) -> None:
+        skipped = _write(rows, read, part)
+        # First the counts, and both whole: whoever finds the rows finds them too.
+        part_counts = part.with_suffix(".counts")
+        part_counts.write_text(json.dumps(skipped), encoding="utf-8")
+        part_counts.replace(counts)
+
+    target = written_once(folder, f"{key}.arrow", write)
     skipped = json.loads(counts.read_text(encoding="utf-8"))
     return datasets.Dataset.from_file(str(target)), skipped
 

@@ -1,5 +1,8 @@
 """Text rows to token rows: encode, cut to length with the end token kept, drop and count."""
 
+import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,27 +129,79 @@ def tokenise(
     max_len: int,
     arrow_file: Path,
     train_on: str | None = None,
-) -> tuple[datasets.Dataset, Counter[str]]:
-    """Token rows of a phase (columns `FEATURES[phase]`) kept in `arrow_file`, and the counts.
+    workers: int = 1,
+) -> tuple[int, Counter[str]]:
+    """Write token rows of a phase (columns `FEATURES[phase]`); how many there are, and the counts.
 
-    `max_len` is that of prompt and answer together, in phase 3 of the prompt. The counts are
-    prompts_cut, answers_cut, turns_cut, identical_pairs and empty_answers, where there are any.
+    They are in `arrow_file`, or with several workers in one file for each, in the order of their
+    names, which begin with its stem. `max_len` is that of prompt and answer together, in phase 3 of
+    the prompt. The counts are prompts_cut, answers_cut, turns_cut, identical_pairs and
+    empty_answers, where there are any.
     """
-    counts: Counter[str] = Counter()
+    convert = {1: _sft_rows, 2: _pair_rows, 3: _prompt_rows}[phase]
+    recipe = _Recipe(tokenizer, choose_format(tokenizer), max_len, train_on)
+    counts = _Counts(arrow_file.with_suffix(".counts"))
+    try:
+        tokens = rows.map(
+            partial(_counted, counts=counts, convert=convert, recipe=recipe),
+            batched=True,
+            remove_columns=rows.column_names,
+            features=FEATURES[phase],
+            cache_file_name=str(arrow_file),
+            # Always run: a reused result would leave the counts at zero.
+            load_from_cache_file=False,
+            new_fingerprint=arrow_file.stem,
+            num_proc=workers if workers > 1 else None,
+            desc="tokenising",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise UserError(
+            f"tokenising: one of {workers} processes was killed, most likely for memory; give a "
+            "smaller --preprocessing_num_workers"
+        ) from error
+    return len(tokens), counts.total()
+
+
+def converter(
+    tokenizer: PreTrainedTokenizerBase, phase: int, max_len: int, train_on: str | None
+) -> Callable[[Batch, Counter[str]], Batch]:
+    """What makes token rows of a batch of text rows, adding to the counts that it is given."""
     recipe = _Recipe(tokenizer, choose_format(tokenizer), max_len, train_on)
     convert = {1: _sft_rows, 2: _pair_rows, 3: _prompt_rows}[phase]
-    tokens = rows.map(
-        partial(convert, recipe=recipe, counts=counts),
-        batched=True,
-        remove_columns=rows.column_names,
-        features=FEATURES[phase],
-        cache_file_name=str(arrow_file),
-        # Always run, in this process: a reused result would leave the counts at zero.
-        load_from_cache_file=False,
-        new_fingerprint=arrow_file.stem,
-        desc="tokenising",
-    )
-    return tokens, counts
+    return lambda batch, counts: convert(batch, recipe, counts)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Counts of any number of processes: each adds lines to a file of its own in `folder`."""
+
+    folder: Path
+
+    def add(self, counts: Counter[str]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        with (self.folder / str(os.getpid())).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(counts) + "\n")
+
+    def total(self) -> Counter[str]:
+        """Their sum; the files go."""
+        total: Counter[str] = Counter()
+        for file in self.folder.iterdir():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                total.update(json.loads(line))
+        shutil.rmtree(self.folder)
+        return total
+
+
+def _counted(
+    batch: Batch, counts: _Counts, convert: Callable[..., Batch], recipe: _Recipe
+) -> Batch:
+    """The token rows of one batch; what was cut and dropped in it is added to the counts."""
+    here: Counter[str] = Counter()
+    rows = convert(batch, recipe, here)
+    counts.add(here)
+    return rows
 
 
 def _sft_rows(batch: Batch, recipe: _Recipe, counts: Counter[str]) -> Batch:

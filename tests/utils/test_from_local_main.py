@@ -1,0 +1,69 @@
+"""Work done once a node while the others wait for longer than a collective may take."""
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from steps import free_port
+
+from dschat.errors import UserError
+from dschat.utils.distributed import from_local_main
+
+RANKS, PER_NODE = 4, 2
+
+
+def _rank(rank: int, port: str, folder: Path, slow: bool, bad_node: int | None) -> None:
+    local, node = rank % PER_NODE, rank // PER_NODE
+    os.environ["LOCAL_RANK"] = str(local)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=1),  # of collectives
+    )
+
+    def work() -> str:
+        if slow and node == 0:
+            time.sleep(2.5)
+        if node == bad_node:
+            raise UserError(f"bad data of node {node}")
+        return f"made by {rank}"
+
+    try:
+        said = [from_local_main(work), from_local_main(lambda: f"again {rank}")]
+    except UserError as error:
+        said = [f"error: {error}"]
+    (folder / str(rank)).write_text("\n".join(said))
+
+
+def _said(folder: Path, slow: bool = False, bad_node: int | None = None) -> list[list[str]]:
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [
+        fork.Process(target=_rank, args=(rank, port, folder, slow, bad_node))
+        for rank in range(RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return [(folder / str(rank)).read_text().split("\n") for rank in range(RANKS)]
+
+
+def test_the_first_of_each_node_works_and_all_wait_for_the_slowest(tmp_path):
+    first, second = ["made by 0", "again 0"], ["made by 2", "again 2"]
+    assert _said(tmp_path, slow=True) == [first, first, second, second]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_bad_input_of_one_node_stops_all_with_its_line(tmp_path, node):
+    assert _said(tmp_path, bad_node=node) == 4 * [[f"error: bad data of node {node}"]]
+
+
+def test_alone_it_is_the_work():
+    assert from_local_main(lambda: "done") == "done"
