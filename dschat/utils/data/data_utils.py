@@ -27,7 +27,12 @@ from dschat.utils.data.tokenise import FEATURES, TRAIN_ON, converter, tokenise
 from dschat.utils.model.tokenizer import tokenizer_fingerprint
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
+
+# Below so many rows a further process takes longer to start than it saves.
+_ROWS_PER_WORKER = 5_000
+# Of a stream, unless --max_eval_samples says otherwise: they are in memory.
+_STREAMED_EVAL_ROWS = 1_000
 
 # Below so many rows a further process takes longer to start than it saves.
 _ROWS_PER_WORKER = 5_000
