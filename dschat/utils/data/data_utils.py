@@ -34,11 +34,6 @@ _ROWS_PER_WORKER = 5_000
 # Of a stream, unless --max_eval_samples says otherwise: they are in memory.
 _STREAMED_EVAL_ROWS = 1_000
 
-# Below so many rows a further process takes longer to start than it saves.
-_ROWS_PER_WORKER = 5_000
-# Of a stream, unless --max_eval_samples says otherwise: they are in memory.
-_STREAMED_EVAL_ROWS = 1_000
-
 NEEDED_COLUMNS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
 
