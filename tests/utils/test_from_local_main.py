@@ -19,6 +19,8 @@ RANKS, PER_NODE = 4, 2
 def _rank(rank: int, port: str, folder: Path, slow: bool, bad_node: int | None) -> None:
     local, node = rank % PER_NODE, rank // PER_NODE
     os.environ["LOCAL_RANK"] = str(local)
+    # Other tests may have left a process group; its forked copy here is nobody's.
+    dist.GroupMember.WORLD = None
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
