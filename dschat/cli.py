@@ -16,6 +16,7 @@ from dschat.errors import UserError
 from dschat.utils.distributed import launched_rank, print_rank_0
 
 Settings = TypeVar("Settings")
+SWITCH = {"action": "store_true"}  # options of a flag without a value
 
 
 def flag(default: Any, help: str, *, retired: bool = False, **argparse_options: Any) -> Any:

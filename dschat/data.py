@@ -18,8 +18,8 @@ from dataclasses import MISSING, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.arguments import SWITCH, DataArguments
-from dschat.cli import flag, group, parse, run_cli
+from dschat.arguments import DataArguments
+from dschat.cli import SWITCH, flag, group, parse, run_cli
 from dschat.errors import UserError
 from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
 from dschat.utils.data.formats import choose_format

@@ -21,6 +21,7 @@ class Experience:
     ref_logprobs: torch.Tensor  # (B, A) fp32
     values: torch.Tensor  # (B, A) fp32, of the state before each token; 0 outside the mask
     scores: torch.Tensor  # (B,) fp32, the reward model's
+    group: torch.Tensor  # (B,) int64: answers to one prompt share a number
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
     generation_seconds: float = 0.0

@@ -175,5 +175,6 @@ def make_experience(
         ended,
         prompts.real,
         **scored,
+        group=torch.arange(len(sequences), device=sequences.device),
         generation_seconds=seconds,
     )

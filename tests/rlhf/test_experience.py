@@ -23,6 +23,7 @@ def experience(rows: int, first: int = 0, prompt: int = 3, answer: int = 4) -> E
         ref_logprobs=full(answer).float() + 0.25,
         values=full(answer).float() + 0.5,
         scores=names.float(),
+        group=names.long(),
         generation_seconds=1.5,
     )
 

@@ -27,6 +27,7 @@ def synthetic(**columns: list) -> Experience:
         ref_logprobs=zeros,
         values=zeros,
         scores=torch.zeros(2),
+        group=torch.arange(2),
     )
     return dataclasses.replace(e, **{n: torch.tensor(c) for n, c in columns.items()})
 

@@ -11,7 +11,6 @@ import tiny
 import torch
 from torch import nn
 
-from dschat.arguments import SCHEDULES
 from dschat.errors import UserError
 from dschat.utils.model.reward_model import RewardModel
 from dschat.utils.module.lora import (
@@ -20,6 +19,7 @@ from dschat.utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from dschat.utils.optim import (
+    SCHEDULES,
     OptimizerConfig,
     build_optimizer,
     check_rates,

@@ -10,14 +10,20 @@ import pytest
 import tiny
 import torch
 
-from dschat.arguments import SCHEDULES, RLHFSettings, SFTSettings
+from dschat.arguments import RLHFSettings, SFTSettings
 from dschat.cli import parse
 from dschat.errors import UserError
 from dschat.utils.data.collators import PromptCollator
 from dschat.utils.data.loaders import build_loader
 from dschat.utils.distributed import RandomState, set_random_seed
 from dschat.utils.metrics import Continued, MetricLogger
-from dschat.utils.optim import OptimizerConfig, build_optimizer, group_rates, schedule_factory
+from dschat.utils.optim import (
+    SCHEDULES,
+    OptimizerConfig,
+    build_optimizer,
+    group_rates,
+    schedule_factory,
+)
 from dschat.utils.restored import (
     check_frozen,
     check_groups,

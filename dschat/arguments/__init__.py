@@ -1,0 +1,21 @@
+"""Every flag once: frozen settings of each step, checked before any work starts."""
+
+from dschat.arguments.data import BatchArguments, DataArguments, EvaluationArguments
+from dschat.arguments.models import LoraArguments, ModelArguments
+from dschat.arguments.rlhf import PPOArguments, RLHFSettings
+from dschat.arguments.run import RunArguments, StateArguments
+from dschat.arguments.steps import RewardSettings, SFTSettings
+
+__all__ = [
+    "BatchArguments",
+    "DataArguments",
+    "EvaluationArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "PPOArguments",
+    "RLHFSettings",
+    "RewardSettings",
+    "RunArguments",
+    "SFTSettings",
+    "StateArguments",
+]
