@@ -28,6 +28,11 @@ class PPOArguments:
     per_device_training_batch_size: int = flag(16, "rows per device and training micro-batch")
     generation_batches: int = flag(1, "rollouts between updates")
     ppo_epochs: int = flag(1, "passes over each set of rollouts")
+    advantage_estimator: str = flag(
+        "gae",
+        "gae learns from a critic; rloo and grpo compare answers to one prompt",
+        choices=["gae", "rloo", "grpo"],
+    )
     max_prompt_seq_len: int = flag(256, "tokens of a prompt; longer ones lose their beginning")
     max_answer_seq_len: int = flag(256, "tokens of an answer")
     temperature: float = flag(1.0, "sampling temperature")
