@@ -31,8 +31,9 @@ from dschat.cli import flag, parse, run_cli
 from dschat.errors import UserError
 from dschat.utils.data.formats import choose_format
 from dschat.utils.data.tokenise import cut_left
+from dschat.utils.model.encoding import encode
 from dschat.utils.model.model_utils import create_hf_model, load_config
-from dschat.utils.model.tokenizer import encode, load_hf_tokenizer
+from dschat.utils.model.tokenizer import load_hf_tokenizer
 from inference.conversation import Turn, fit_conversation, settled_part
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,12 +4,8 @@ from transformers import AutoTokenizer
 
 from dschat.errors import UserError
 from dschat.utils.model import tokenizer as module
-from dschat.utils.model.tokenizer import (
-    encode,
-    encode_answers,
-    load_hf_tokenizer,
-    tokenizer_fingerprint,
-)
+from dschat.utils.model.encoding import encode, encode_answers
+from dschat.utils.model.tokenizer import load_hf_tokenizer, tokenizer_fingerprint
 
 PROMPTS = ["hi", "hi ", "hi:", "hi\n", "hi.\n\n", "", "  hi", "is it so?  "]
 ANSWERS = ["we", " we", "we and lo", " and", "\nlo", "\n\n we", " ", "a", ":", "hi.", " a\n"]

@@ -20,8 +20,9 @@ from dschat.utils.data.conversations import Turn
 from dschat.utils.data.formats import choose_format
 from dschat.utils.distributed import set_random_seed
 from dschat.utils.engine import resolve_dtype, torch_dtype
+from dschat.utils.model.encoding import encode
 from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.tokenizer import encode, load_hf_tokenizer
+from dschat.utils.model.tokenizer import load_hf_tokenizer
 
 QUESTIONS = {
     "English": (

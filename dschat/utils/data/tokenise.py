@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.errors import UserError
 from dschat.utils.data.conversations import Prompt, Turn
 from dschat.utils.data.formats import PromptFormat, choose_format
-from dschat.utils.model.tokenizer import encode, encode_answers, encode_turns
+from dschat.utils.model.encoding import encode, encode_answers, encode_turns
 
 Batch = dict[str, list[Any]]
 T = TypeVar("T")
@@ -87,6 +87,11 @@ class _Recipe:
     max_len: int
     train_on: str | None
 
+    @cached_property
+    def bos_id(self) -> int | None:
+        """Looked up once: transformers takes microseconds for it."""
+        return self.tokenizer.bos_token_id
+
     def prompts(self, batch: Batch) -> list[tuple[Prompt, str]]:
         """Each row's prompt and its text."""
         pairs = []
@@ -108,7 +113,7 @@ class _Recipe:
 
     def cut(self, prompt: list[int], answers: list[list[int]], counts: Counter[str]) -> Cut:
         """`truncate` to the longest allowed, counted."""
-        cut = truncate(prompt, answers, self.max_len, self.tokenizer.bos_token_id)
+        cut = truncate(prompt, answers, self.max_len, self.bos_id)
         counts["prompts_cut"] += cut.prompt_cut
         counts["answers_cut"] += cut.answers_cut
         return cut

@@ -1,0 +1,203 @@
+"""Token ids of texts from those of their words: each word goes through the tokenizer once.
+
+Byte-pair tokenizers of today's models cut a text in front of a space that follows anything but
+white space, whatever the rest of the text is, and merge nothing across that cut. Where a tokenizer
+is known to do so, the ids of a text are those of its words one behind the other, and a dictionary
+finds them many times faster than the tokenizer computes them. Everywhere else there is no cache.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterable
+from itertools import islice
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
+
+# Cuts a text at each space that follows no white space; these spaces are gone.
+_CUT = re.compile(r" (?<!\s )").split
+_MAX_WORDS = 1_000_000  # about 200 MB; a set with more begins anew
+_WORDS_PER_CALL = 64
+_SENTINEL = "x"
+
+# Split patterns (of Llama 3, Qwen 2 and GPT-4, GPT-4o) that begin a token at such a space: none of
+# their branches has a space behind another character.
+_PATTERNS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + rest
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+    for rest in (r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
+}
+# What a text must come through unharmed before a cache is trusted.
+_PROBES = (
+    "It's a test,  isn't it?\n\nHuman: I’d say 12345 times \n\n Yes!\r\n\tÀ ü é 漢字 かな 🙂👍🏽 ",
+    " a b  c   d\n e\t f \u3000g\u00a0h \u200bi <b>x</b> $5.00 #1 ... ''s 'S don'T x_y x-y\\n ",
+    "def f(x):\n    return x  # Kommentar\n\n\n\nÅngström e\u0301a \u0308b ½ ² ٣ Ⅳ 1 2 34 567 8901",
+)
+
+
+class WordCache:
+    """Ids of the words that one tokenizer has seen; get it with `word_cache`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.backend = tokenizer.backend_tokenizer
+        added = [re.escape(token) for token in tokenizer.get_added_vocab()]
+        # Metaspace tokenizers write a space as ▁; one in the text could not be told from it.
+        self._special = re.compile("|".join([*added, "▁"])).search
+        self._first_chars = {token[0] for token in tokenizer.get_added_vocab()} | {"▁"}
+        # Packed as int32: a row is joined from them many times faster than from lists of numbers.
+        self._words: dict[str, bytes] = {}  # behind a space, which is theirs
+        self._heads: dict[tuple[str, bool], bytes] = {}  # at the beginning of a text
+        self._sentinel = len(self._encode([_SENTINEL])[0])
+
+    def fits(self, text: str) -> bool:
+        """Whether the ids of `text` are those of its words: no special token is in it."""
+        return not (any(c in text for c in self._first_chars) and self._special(text))
+
+    def encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        """Ids of texts that `fits` holds for."""
+        rows = [_CUT(text) for text in texts]
+        # Where a text begins there is no cut: some tokenizers put a space of their own there.
+        rows = [row if row[0] or not row[1:] else [f" {row[1]}", *row[2:]] for row in rows]
+        heads = [self._head(row[0], special) for row in rows]
+        tails = self._tails(rows)
+        return [_unpacked(head + tail) for head, tail in zip(heads, tails, strict=True)]
+
+    def encode_behind(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that begin with a space, behind another text that does not end in one."""
+        return [_unpacked(tail) for tail in self._tails([_CUT(text) for text in texts])]
+
+    def _tails(self, rows: list[list[str]]) -> list[bytes]:
+        """Ids of all words but the first of each row."""
+        if len(self._words) > _MAX_WORDS:
+            self._words.clear()
+        get, missing = self._words.get, set()
+        for row in rows:
+            if None in map(get, islice(row, 1, None)):
+                missing.update(islice(row, 1, None))
+        self._learn(missing.difference(self._words))
+        return [b"".join(map(get, islice(row, 1, None))) for row in rows]
+
+    def _head(self, word: str, special: bool) -> bytes:
+        if (word, special) not in self._heads:
+            if len(self._heads) > _MAX_WORDS:
+                self._heads.clear()
+            self._heads[word, special] = _packed(self._encode([word], special)[0])
+        return self._heads[word, special]
+
+    def _learn(self, words: Iterable[str]) -> None:
+        """Encode new words, many behind one another in each text, and tell them apart again."""
+        # Behind white space a space is no cut.
+        last = [word for word in words if word[-1:].isspace() or not word]
+        inner = [word for word in words if word and not word[-1].isspace()]
+        groups = [inner[i : i + _WORDS_PER_CALL] for i in range(0, len(inner), _WORDS_PER_CALL)]
+        groups += [[word] for word in last]
+        self._plain()
+        texts = [" ".join([_SENTINEL, *group]) for group in groups]
+        for group, encoded in zip(groups, self._batch(texts), strict=True):
+            ids, ends = encoded.ids, [stop for _, stop in encoded.offsets]
+            start, stop = self._sentinel, len(_SENTINEL)
+            for word in group[:-1]:
+                stop += 1 + len(word)
+                end = start
+                while ends[end] <= stop:
+                    end += 1
+                self._words[word], start = _packed(ids[start:end]), end
+            self._words[group[-1]] = _packed(ids[start:])
+
+    def _encode(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        self._plain()
+        return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=special)]
+
+    def _batch(self, texts: list[str]) -> list:
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    def _plain(self) -> None:
+        """Undo the truncation and padding that a call elsewhere may have left switched on."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+
+def _packed(ids: list[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+def _unpacked(ids: bytes) -> list[int]:
+    return memoryview(ids).cast("i").tolist()
+
+
+_CACHES: WeakKeyDictionary[PreTrainedTokenizerBase, WordCache | None] = WeakKeyDictionary()
+
+
+def word_cache(tokenizer: PreTrainedTokenizerBase) -> WordCache | None:
+    """The cache of a tokenizer; None where the ids of words may not be those of the text."""
+    if tokenizer not in _CACHES:
+        _CACHES[tokenizer] = _made_for(tokenizer)
+    return _CACHES[tokenizer]
+
+
+def _made_for(tokenizer: PreTrainedTokenizerBase) -> WordCache | None:
+    if not tokenizer.is_fast or not cuts_before_spaces(
+        json.loads(tokenizer.backend_tokenizer.to_str())
+    ):
+        return None
+    cache = WordCache(tokenizer)
+    if not all(cache.fits(probe) for probe in _PROBES):
+        return None
+    for special in (False, True):
+        whole = tokenizer(list(_PROBES), add_special_tokens=special, verbose=False)["input_ids"]
+        if cache.encode(list(_PROBES), special) != whole:
+            return None
+    return cache
+
+
+def cuts_before_spaces(backend: dict) -> bool:
+    """Whether a tokenizer (its tokenizer.json) never merges across a cut before a space."""
+    model = backend["model"]
+    if model["type"] != "BPE" or model.get("dropout") or model.get("end_of_word_suffix"):
+        return False
+    if model.get("continuing_subword_prefix"):
+        return False
+    normalizers, parts = _listed(backend["normalizer"], "normalizers"), _parts(backend)
+    names = [part["type"] for part in parts]
+    if names[-1:] == ["ByteLevel"]:
+        if not all(n["type"] == "NFC" for n in normalizers):
+            return False
+        *before, last = parts
+        splits = [p for p in before if p["type"] != "Digits"]
+        if last["use_regex"]:  # GPT-2's pattern
+            return not splits
+        return len(splits) == 1 and _is_known(splits[0])
+    by_space = all(n["type"] in ("Prepend", "Replace") for n in normalizers) and all(
+        n["pattern"] == {"String": " "} and n["content"] == "▁"
+        for n in normalizers
+        if n["type"] == "Replace"
+    )
+    if names == ["Metaspace"]:
+        by_space = not normalizers and parts[0]["replacement"] == "▁"
+    elif names or not normalizers:
+        return False
+    # Without a split the merges decide: no token has ▁ behind anything else.
+    return by_space and not any(re.search("[^▁]▁", token) for token in model["vocab"])
+
+
+def _parts(backend: dict) -> list[dict]:
+    return _listed(backend["pre_tokenizer"], "pretokenizers")
+
+
+def _listed(part: dict | None, key: str) -> list[dict]:
+    """The parts of a sequence, a lone part, or none."""
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
+def _is_known(split: dict) -> bool:
+    return (
+        split["type"] == "Split"
+        and split["behavior"] == "Isolated"
+        and not split["invert"]
+        and split["pattern"].get("Regex") in _PATTERNS
+    )
