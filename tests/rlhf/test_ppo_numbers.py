@@ -8,8 +8,14 @@ import torch
 from tiny import PAD
 
 from dschat.errors import UserError
+from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
+from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_statistics import (
+    advantage_statistics,
+    rollout_statistics,
+    value_statistics,
+)
 from dschat.rlhf.rollout import SamplingConfig
 
 
@@ -32,26 +38,28 @@ def synthetic(**columns: list) -> Experience:
     return dataclasses.replace(e, **{n: torch.tensor(c) for n, c in columns.items()})
 
 
-def bare_trainer(**changes: object) -> DeepSpeedPPOTrainer:
-    """A trainer for what needs no models."""
-    return DeepSpeedPPOTrainer(None, PPOConfig(SamplingConfig(), **changes), world_size=1)
+def learned(rollouts: list[Experience], kl: float = 0.0, **changes: object) -> list[Experience]:
+    """With advantages by GAE where every return is the rewards to come, unless changed."""
+    config = PPOConfig(SamplingConfig(), **{"gamma": 1.0, "lam": 1.0, **changes})
+    return with_advantages(rollouts, config, kl)
 
 
 def test_scores_are_clipped_before_the_penalty():
     # gamma = lambda = 1, values 0: every return of a row is its score.
     e = synthetic(scores=[9.0, -9.0])
-    trainer = bare_trainer(reward_clip=5.0, missing_eos_penalty=2.0, gamma=1.0, lam=1.0)
-    learned = trainer.with_advantages([e])[0]
-    assert learned.returns.tolist() == [[3.0, 3.0, 3.0], [-5.0, 0.0, 0.0]]
+    raw = learned([e], reward_clip=5.0, missing_eos_penalty=2.0)
+    assert raw[0].returns.tolist() == [[3.0, 3.0, 3.0], [-5.0, 0.0, 0.0]]
+    assert torch.equal(raw[0].advantages, raw[0].returns)
     # Whitened over 3, 3, 3, -5: mean 1, variance (3 * 4 + 36) / 4 = 12.
     expected = torch.tensor([[2.0, 2.0, 2.0], [-6.0, 0.0, 0.0]]) / math.sqrt(12)
-    torch.testing.assert_close(learned.advantages, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(whitened(raw)[0].advantages, expected, atol=1e-6, rtol=0)
+    statistics = advantage_statistics(raw)
+    assert statistics == pytest.approx({"advantage_mean": 1.0, "advantage_std": math.sqrt(12)})
 
 
 def test_whitening_runs_over_all_rollouts_together():
     rollouts = [synthetic(scores=[1.0, 2.0]), synthetic(scores=[4.0, -3.0])]
-    learned = bare_trainer(gamma=1.0, lam=1.0).with_advantages(rollouts)
-    inside = torch.cat([e.advantages[e.answer_mask] for e in learned])
+    inside = torch.cat([e.advantages[e.answer_mask] for e in whitened(learned(rollouts))])
     raw = torch.tensor([1.0, 1, 1, 2, 4, 4, 4, -3])
     expected = (raw - raw.mean()) / raw.std(correction=0)
     torch.testing.assert_close(inside, expected, atol=1e-6, rtol=0)
@@ -64,7 +72,7 @@ def test_rollout_statistics_by_hand():
         logprobs=[[-1.0, -2.0, -3.0], [-4.0, -1.0, -200.0]],
         ref_logprobs=[[-1.5, -2.0, -4.0], [-3.0, -500.0, 0.0]],
     )
-    statistics = bare_trainer().rollout_statistics([e])
+    statistics = rollout_statistics([e])
     k1 = [0.5, 0.0, 1.0, -1.0]  # log p - log q
     k3 = [math.exp(-x) - 1 + x for x in k1]
     expected = {
@@ -84,7 +92,7 @@ def test_explained_variance_by_hand():
     # errors 1, 0, -1, 0: variance 1/2; 1 - 0.5 / 3.5
     e = synthetic(values=[[0.0, 2.0, 4.0], [6.0, 0.0, 0.0]])
     e = e.with_returns(torch.zeros(2, 3), torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]))
-    statistics = bare_trainer().value_statistics([e])
+    statistics = value_statistics([e])
     expected = {"returns": 3.0, "explained_variance": 1 - 0.5 / 3.5}
     assert statistics == pytest.approx(expected, abs=1e-9)
 
