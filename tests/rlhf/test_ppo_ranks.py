@@ -69,7 +69,12 @@ def test_the_average_is_not_the_actor(on_two_ranks, name):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_figures_agree(on_two_ranks, on_one, name):
-    assert on_two_ranks[name]["figures"] == pytest.approx(on_one[name]["figures"], abs=1e-5)
+    figures = dict(on_two_ranks[name]["figures"])
+    # DeepSpeed measures no norm without ZeRO in fp32.
+    norms = {n: figures.pop(n) for n in sorted(figures) if n.endswith("grad_norm")}
+    assert len(norms) == (0 if "zero 0" in name else 1 if "pairs" in name else 2)
+    assert all(norm > 0 for norm in norms.values())
+    assert figures == pytest.approx(on_one[name]["figures"], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -115,6 +115,13 @@ class Setting:
         )
 
 
+def without_critic(roles: DeepSpeedRLHFEngine) -> DeepSpeedRLHFEngine:
+    """The same roles for RLOO and GRPO; the reward model must be a copy of its own."""
+    assert roles.reward is not None
+    roles.critic = None
+    return roles
+
+
 def ppo_trainer(
     roles: DeepSpeedRLHFEngine, setting: Setting, world_size: int = 1, **changes: object
 ) -> DeepSpeedPPOTrainer:
