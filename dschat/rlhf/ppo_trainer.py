@@ -99,10 +99,11 @@ class DeepSpeedPPOTrainer:
         self.roles.train()
         actor, critic = StepMeans("actor"), StepMeans("critic")
         warming_up = self.iterations < self.config.critic_warmup_iterations
-        trains_actor, steps, made = not warming_up, 0, 0
+        trains_actor, steps, made, distances = not warming_up, 0, 0, []
         for window in self.windows(experiences):
             if trains_actor and made and self.config.update_kl_limit:
-                trains_actor = self.stays_near(window)
+                distances.append(self.distance(window))
+                trains_actor = distances[-1] <= self.config.update_kl_limit
             scale = self.scale_of(window)
             if trains_actor:
                 self.actor_step(window, scale, actor)
@@ -113,7 +114,10 @@ class DeepSpeedPPOTrainer:
             if self.roles.critic is not None:
                 self.critic_step(window, scale, critic)
             steps += 1
-        return actor.means() | critic.means() | {"actor_updates": made / steps}
+        shares = {"actor_updates": made / steps}
+        if distances:
+            shares["update_kl"] = distances[-1]
+        return actor.means() | critic.means() | shares
 
     def windows(self, experiences: list[Experience]) -> Iterator[list[Experience]]:
         """The mini-batches of each optimizer step, shuffled anew in every epoch."""
@@ -127,11 +131,11 @@ class DeepSpeedPPOTrainer:
         return window_scale(tokens, self.world_size)
 
     @torch.no_grad()
-    def stays_near(self, window: list[Experience]) -> bool:
-        """Whether KL(sampling policy, present one) is within the limit; the same on all ranks.
+    def distance(self, window: list[Experience]) -> float:
+        """KL(sampling policy, present one): k3, mean over the window's tokens on all ranks.
 
-        k3, mean over the window's tokens on all ranks. Measured by passes of its own: gradients of
-        a window that then made no step would have to be taken back.
+        Measured by passes of its own: gradients of a window that then makes no step would have to
+        be taken back.
         """
         moved = 0.0
         for e in window:
@@ -139,7 +143,7 @@ class DeepSpeedPPOTrainer:
             moved += kl_k3(e.logprobs, now).where(e.answer_mask, 0.0).sum().item()
         tokens = float(sum(e.answer_mask.sum().item() for e in window))
         moved, tokens = all_reduce_sum([moved, tokens])
-        return moved <= self.config.update_kl_limit * tokens
+        return moved / max(tokens, 1.0)
 
     def actor_step(self, window: list[Experience], scale: float, means: StepMeans) -> None:
         """One step of the policy over a window."""

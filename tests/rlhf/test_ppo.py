@@ -9,16 +9,13 @@ from tiny_roles import (
     assert_same,
     largest_change,
     ppo_trainer,
-    prompts,
     rollout,
     weights,
 )
 
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_logprobs, answer_values
 from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.model.reward_model import create_critic_model, scores_at_end
-from dschat.utils.module.lora import LoraConfig
 
 CASES = [
     ("llama", Setting()),
@@ -109,35 +106,3 @@ def test_the_update_does_not_depend_on_the_micro_batch(load_roles, lora):
         assert_same(actor, results[0][0], 1e-6)
         assert_same(critic, results[0][1], 1e-6)
         assert statistics == pytest.approx(results[0][2], abs=1e-5)
-
-
-def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor):
-    """A reward that can be read off the text: the share of low token ids in the last 2 places."""
-    return (sequences[:, -2:] < 132).float().mean(-1)
-
-
-@pytest.mark.parametrize(
-    "lora, rate, iterations",
-    [
-        (None, 2e-2, 6),
-        (LoraConfig(8, module_names=("lm_head", "q_proj")), 1e-2, 10),
-    ],
-    ids=["full", "lora"],
-)
-def test_ppo_raises_a_reward(load_roles, monkeypatch, lora, rate, iterations):
-    setting = Setting(lora=lora, learning_rate=rate, eps=1e-8, micro_batch=64)
-    monkeypatch.setattr(DeepSpeedRLHFEngine, "reward_scores", low_bytes)
-    trainer = ppo_trainer(
-        load_roles(setting),
-        setting,
-        answer=2,
-        rollout_batch_size=64,
-        ppo_epochs=4,
-        kl_coefficient=0.0,
-        value_clip_range=10.0,
-    )
-    torch.manual_seed(3)
-    steps = [trainer.train_rlhf([trainer.rollout(prompts(64))]) for _ in range(iterations)]
-    rewards = [step["reward"] for step in steps]
-    assert rewards[0] < 0.6  # about half of all tokens
-    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.15, rewards
