@@ -43,16 +43,15 @@ def on_two_ranks(rollout, folders, tmp_path_factory) -> dict[str, dict]:
 def on_one(rollout, folders, distributed) -> dict[str, dict]:
     """The same with all rows in one micro-batch and no sharding, with and without adapters."""
     e = Experience(**torch.load(rollout))
-    results: dict[str, dict] = {}
+    results, plain = {}, Setting(micro_batch=8, ema_decay=0.5)
+    done: dict[tuple, dict] = {}
     for name, cell in CELLS.items():
         changes = CHANGES.get(name, {})
-        alike = [n for n in results if (CELLS[n].lora, CHANGES.get(n, {})) == (cell.lora, changes)]
-        plain = Setting(micro_batch=8, lora=cell.lora, ema_decay=0.5)
-        results[name] = (
-            results[alike[0]]
-            if alike
-            else train(plain, e, folders["llama"], distributed, **changes)
-        )
+        key = cell.lora, *sorted(changes.items())
+        if key not in done:
+            setting = dataclasses.replace(plain, lora=cell.lora)
+            done[key] = train(setting, e, folders["llama"], distributed, **changes)
+        results[name] = done[key]
     return results
 
 

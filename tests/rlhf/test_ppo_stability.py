@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import pytest
 import torch
+from tiny import byte_tokenizer
 from tiny_roles import (
     LORA,
     Setting,
@@ -17,6 +19,11 @@ from tiny_roles import (
     weights,
     without_critic,
 )
+
+from dschat.arguments import RLHFSettings
+from dschat.cli import parse
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.utils.optim import group_rates
 
 POLICY = {"entropy", "ratio", "clip_fraction", "approx_kl", "actor_loss"}
 VALUES = {"critic_loss", "value_clip_fraction", "explained_variance", "returns"}
@@ -143,3 +150,19 @@ def test_without_a_critic_there_are_no_values(load_roles, estimator):
     before = weights(roles.actor.module)
     assert trainer.train_rlhf([e]).keys() == ROLLOUTS | POLICY
     assert largest_change(before, weights(roles.actor.module)) > 1e-4
+
+
+def test_actor_and_critic_learn_at_rates_of_their_own(folders, distributed):
+    """From the command line to the optimizers, LoRA+ ratios included."""
+    argv = [
+        *("--actor_model_name_or_path", str(folders["llama"].actor)),
+        *("--critic_model_name_or_path", str(folders["llama"].critic)),
+        *shlex.split("--actor_lora_dim 4 --actor_learning_rate 1e-3 --actor_loraplus_lr_ratio 4"),
+        *shlex.split("--critic_lora_dim 2 --critic_learning_rate 2e-4 --critic_zero_stage 2"),
+        *shlex.split("--critic_loraplus_lr_ratio 8 --lr_scheduler_type constant --dtype fp32"),
+    ]
+    roles = parse(RLHFSettings, argv, "").roles("fp32", iterations=3)
+    roles = DeepSpeedRLHFEngine.load(*roles, byte_tokenizer(), distributed)
+    actor, critic = group_rates(roles.actor.optimizer), group_rates(roles.critic.optimizer)
+    assert actor == pytest.approx({"lora_A": 1e-3, "lora_B": 4e-3})
+    assert critic == pytest.approx({"lora_A": 2e-4, "lora_B": 16e-4, "head": 2e-4})
