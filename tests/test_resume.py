@@ -123,7 +123,7 @@ def test_step_3_with_a_moving_average(one):
     steps = [line for line in figures(folder / "ppo-whole") if "actor_updates" in line]
     assert [line["actor_updates"] > 0 for line in steps] == [False, True, True, True]
     assert all(line["actor_updates"] < 1 for line in steps)
-    assert len({line["kl_coefficient"] for line in steps}) == 4
+    assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
     assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
 
 

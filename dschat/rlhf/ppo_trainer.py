@@ -86,9 +86,15 @@ class DeepSpeedPPOTrainer:
         if self.config.whitens:
             learned = whitened(learned, all_reduce_sum)
         stats |= self.update(learned)
-        self.kl.update(stats["kl"], answer_count(experiences))
+        if not self.warming_up:  # else the policy is the reference still
+            self.kl.update(stats["kl"], answer_count(experiences))
         self.iterations += 1
         return stats
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the critic alone trains."""
+        return self.iterations < self.config.critic_warmup_iterations
 
     def update(self, experiences: list[Experience]) -> dict[str, float]:
         """Stage 4: the steps of all epochs; means of what they saw.
@@ -98,8 +104,7 @@ class DeepSpeedPPOTrainer:
         """
         self.roles.train()
         actor, critic = StepMeans("actor"), StepMeans("critic")
-        warming_up = self.iterations < self.config.critic_warmup_iterations
-        trains_actor, steps, made, distances = not warming_up, 0, 0, []
+        trains_actor, steps, made, distances = not self.warming_up, 0, 0, []
         for window in self.windows(experiences):
             if trains_actor and made and self.config.update_kl_limit:
                 distances.append(self.distance(window))
@@ -108,7 +113,7 @@ class DeepSpeedPPOTrainer:
             if trains_actor:
                 self.actor_step(window, scale, actor)
                 made += 1
-            elif not warming_up:
+            elif not self.warming_up:
                 # A schedule over the run's steps: those left out pass as well.
                 self.roles.actor.lr_scheduler.step()
             if self.roles.critic is not None:
@@ -209,4 +214,7 @@ def policy_scores(
     """(B, A) log-probabilities of the answers and, where asked for, entropies without gradient."""
     length = e.answer_mask.shape[1]
     logprobs, logits = answer_logprobs(actor, e.sequences, e.attention_mask, length)
-    return logprobs, token_entropy(logits.detach()) if with_entropy else None
+    if not with_entropy:
+        return logprobs, None
+    # Row by row: fp32 copies of all logits at once would be the peak.
+    return logprobs, torch.stack([token_entropy(row) for row in logits.detach()])

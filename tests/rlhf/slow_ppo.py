@@ -119,7 +119,7 @@ class SlowPPO:
             if n.estimator == "gae":
                 self.step(self.critic, critic_loss / len(every))
         self.updates += 1
-        if n.kl_target is not None:
+        if n.kl_target is not None and self.updates > n.warmup:
             kl = sum((p - q).sum().item() for p, q in zip(old, first, strict=True)) / len(texts)
             error = max(-0.2, min(0.2, (kl - n.kl_target) / n.kl_target))
             self.beta = self.beta + self.beta * error * len(texts) / n.kl_horizon

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import PAD
 
+from dschat.rlhf import ppo_trainer
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_config import PPOConfig
@@ -94,3 +96,37 @@ def test_explained_variance_by_hand():
     statistics = value_statistics([e])
     expected = {"returns": 3.0, "explained_variance": 1 - 0.5 / 3.5}
     assert statistics == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_the_critics_steps_report(monkeypatch):
+    e = synthetic(values=[[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
+    e = e.with_returns(torch.zeros(2, 3), e.values)
+    moved = e.values + torch.tensor([[0.1, -0.3, 0.3], [0.0, 9.0, 9.0]])
+    monkeypatch.setattr(ppo_trainer, "answer_values", lambda *_: moved)
+    config = PPOConfig(SamplingConfig(), value_clip_range=0.2)
+    trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(critic=None), config, world_size=1)
+    loss, sums = trainer.critic_loss(e)
+    expected = {"tokens": 4, "value_clip_fraction": 2, "critic_loss": (0.01 + 0.09 + 0.09) / 2}
+    assert sums == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == sums["critic_loss"]
+
+
+def test_what_the_actors_steps_report(monkeypatch):
+    e = synthetic(logprobs=[[-1.0, -1.0, -1.0], [-1.0, -1000.0, 0.0]])
+    e = e.with_returns(torch.ones(2, 3) * e.answer_mask)
+    ratios = [1.0, 1.5, 0.5, 1.1]
+    now = e.logprobs + torch.tensor([ratios[:3], [ratios[3], math.inf, 7.0]]).log()
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, 50.0]])
+    monkeypatch.setattr(ppo_trainer, "policy_scores", lambda *_, **__: (now, entropy))
+    config = PPOConfig(SamplingConfig(), clip_range=0.2)
+    trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(actor=None), config, world_size=1)
+    _, sums = trainer.actor_loss(e)
+    expected = {
+        "tokens": 4,
+        "actor_loss": -(1.0 + 1.2 + 0.5 + 1.1),
+        "ratio": sum(ratios),
+        "clip_fraction": 2,
+        "approx_kl": sum(r - 1 - math.log(r) for r in ratios),
+        "entropy": 10.0,
+    }
+    assert sums == pytest.approx(expected, abs=1e-5)

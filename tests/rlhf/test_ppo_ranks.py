@@ -88,7 +88,13 @@ def test_figures_agree(on_two_ranks, on_one, name):
     assert on_two_ranks[name]["kl_coefficient"] == pytest.approx(on_one[name]["kl_coefficient"])
 
 
-def test_ranks_end_an_update_together(on_two_ranks, on_one):
+def test_gradient_norms_do_not_depend_on_the_stage(on_two_ranks):
+    two, three = (on_two_ranks[f"zero {stage}, lora"]["figures"] for stage in (2, 3))
+    for name in ("actor_grad_norm", "critic_grad_norm"):
+        assert two[name] == pytest.approx(three[name], rel=1e-5)
+
+
+def test_ranks_end_an_update_together(on_two_ranks):
     """By its own rows rank 1 would go on, and the collectives of the two no longer match."""
     name = "zero 3, held"
     figures = on_two_ranks[name]["figures"]

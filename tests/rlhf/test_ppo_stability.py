@@ -44,7 +44,8 @@ def counted(module: torch.nn.Module) -> list[bool]:
 def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
     setting = Setting(lora=lora, ema_decay=0.5)
     roles = load_roles(setting)
-    trainer = ppo_trainer(roles, setting, critic_warmup_iterations=2, ppo_epochs=2)
+    target = {"kl_target": 0.5, "kl_horizon": 8}
+    trainer = ppo_trainer(roles, setting, critic_warmup_iterations=2, ppo_epochs=2, **target)
     first = weights(roles.actor.module)
     average = {name: a.clone() for name, a in roles.ema.shadow.items()}
     for seed in range(2):
@@ -59,12 +60,14 @@ def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
         assert_same(weights(roles.actor.module), first, 0.0)
         assert_same(roles.ema.shadow, average, 0.0)
         assert roles.actor.lr_scheduler.last_epoch == roles.actor.global_steps == 0
+        assert trainer.kl.coefficient == 0.1  # an unchanged policy says nothing of it
     statistics = trainer.train_rlhf([rollout(trainer, 2)])
     assert statistics.keys() == ROLLOUTS | VALUES | POLICY
     assert statistics["actor_updates"] == 1.0
     assert largest_change(first, weights(roles.actor.module)) > 1e-4
     assert roles.actor.lr_scheduler.last_epoch == roles.actor.global_steps == 2
     assert roles.critic.global_steps == 6
+    assert trainer.kl.coefficient == pytest.approx(0.09)
 
 
 def test_an_update_that_goes_too_far_ends(load_roles):
@@ -130,11 +133,12 @@ def test_a_state_holds_all_that_lasts_beyond_an_iteration(load_roles):
     settings = {"critic_warmup_iterations": 1, "kl_target": 0.5, "kl_horizon": 8, "ppo_epochs": 2}
     setting = Setting(micro_batch=1)
     trainer = ppo_trainer(load_roles(setting), setting, **settings)
-    trainer.train_rlhf([rollout(trainer)])
+    for seed in range(2):
+        trainer.train_rlhf([rollout(trainer, seed)])
     again = ppo_trainer(trainer.roles, setting, **settings)
     again.load_state_dict(trainer.state_dict())
     assert again.kl.coefficient == trainer.kl.coefficient == pytest.approx(0.09)
-    assert again.iterations == 1
+    assert again.iterations == 2
     drawn = [torch.randperm(99, generator=t.generator).tolist() for t in (trainer, again)]
     assert drawn[0] == drawn[1]
 
