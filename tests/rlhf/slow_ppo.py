@@ -95,35 +95,42 @@ class SlowPPO:
         if not n.whitens:
             mean, deviation = 0.0, 1.0
         stopped, made = self.updates < n.warmup, 0
+        white = [(advantages - mean) / deviation for advantages, _ in targets]
+        returns = [r for _, r in targets]
         for _ in range(n.epochs):
             stopped = stopped or self.moved(texts, old) > n.kl_limit
-            actor_loss = critic_loss = torch.zeros((), dtype=torch.float64)
-            for text, log_p, log_q, state, (advantages, returns) in zip(
-                texts, old, first, old_values, targets, strict=True
-            ):
-                white = (advantages - mean) / deviation
-                now = logprobs(self.actor, text)
-                ratio = (now - log_p).exp()
-                clipped = ratio.clamp(1 - n.clip, 1 + n.clip)
-                actor_loss = actor_loss - torch.minimum(white * ratio, white * clipped).sum()
-                if n.estimator == "grpo":
-                    q_over_p = log_q.exp() / now.exp()
-                    actor_loss = actor_loss + self.beta * (q_over_p - q_over_p.log() - 1).sum()
-                value = values(self.critic, text)
-                near = value.clamp(state - n.value_clip, state + n.value_clip)
-                worse = torch.maximum((value - returns) ** 2, (near - returns) ** 2)
-                critic_loss = critic_loss + worse.sum() / 2
             if not stopped:
-                self.step(self.actor, actor_loss / len(every))
+                sums = map(self.policy_loss, texts, old, first, white)
+                self.step(self.actor, sum(sums) / len(every))
                 made += 1
             if n.estimator == "gae":
-                self.step(self.critic, critic_loss / len(every))
+                sums = map(self.value_loss, texts, old_values, returns)
+                self.step(self.critic, sum(sums) / len(every))
         self.updates += 1
         if n.kl_target is not None and self.updates > n.warmup:
             kl = sum((p - q).sum().item() for p, q in zip(old, first, strict=True)) / len(texts)
             error = max(-0.2, min(0.2, (kl - n.kl_target) / n.kl_target))
             self.beta = self.beta + self.beta * error * len(texts) / n.kl_horizon
         return made
+
+    def policy_loss(
+        self, text: Text, log_p: torch.Tensor, log_q: torch.Tensor, worth: torch.Tensor
+    ) -> torch.Tensor:
+        """Over the tokens of one answer; `log_p` are those of the policy that sampled."""
+        n, now = self.numbers, logprobs(self.actor, text)
+        ratio = (now - log_p).exp()
+        clipped = ratio.clamp(1 - n.clip, 1 + n.clip)
+        loss = -torch.minimum(worth * ratio, worth * clipped).sum()
+        if n.estimator == "grpo":
+            q_over_p = log_q.exp() / now.exp()
+            loss = loss + self.beta * (q_over_p - q_over_p.log() - 1).sum()
+        return loss
+
+    def value_loss(self, text: Text, state: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+        """Over the tokens of one answer; `state` are the values at the time of sampling."""
+        n, value = self.numbers, values(self.critic, text)
+        near = value.clamp(state - n.value_clip, state + n.value_clip)
+        return torch.maximum((value - returns) ** 2, (near - returns) ** 2).sum() / 2
 
     @torch.no_grad()
     def moved(self, texts: list[Text], old: list[torch.Tensor]) -> float:
