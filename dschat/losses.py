@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dschat.rlhf.returns import kl_k3
+
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) in fp32: (..., V) logits, (...) ids -> (...)."""
@@ -86,6 +88,17 @@ def policy_loss(
     return (torch.maximum(-advantages * ratio, -advantages * clipped) * mask).sum()
 
 
+def kl_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum over answer tokens of k3, the estimate of KL(policy, reference) that GRPO adds.
+
+    All tensors are (B, A); arXiv:2402.03300, eq. 4. It is a sum over sampled tokens, and its
+    gradient goes through their probabilities.
+    """
+    # Masked before the exponential: 0 times the gradient of an infinite one is not a number.
+    gap = (logprobs - ref_logprobs).masked_fill(~mask, 0.0)
+    return kl_k3(gap, torch.zeros_like(gap)).sum()
+
+
 def value_loss(
     values: torch.Tensor,
     old_values: torch.Tensor,
@@ -95,8 +108,11 @@ def value_loss(
 ) -> torch.Tensor:
     """Sum over answer tokens of half the squared error, the worse of clipped and not.
 
-    All tensors are (B, A); a value moves at most `clip_range` from its old self unpunished.
+    All tensors are (B, A); a value moves at most `clip_range` from its old self unpunished, with 0
+    as far as it likes.
     """
+    if not clip_range:
+        return 0.5 * ((values - returns).square() * mask).sum()
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     error = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * (error * mask).sum()

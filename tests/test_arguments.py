@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+import torch
 
 from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
 from dschat.cli import parse
@@ -99,6 +100,46 @@ def test_ppo_flags_reach_the_loop():
     assert config.gradient_accumulation_steps == 5
 
 
+def test_flags_of_stability_reach_the_loop():
+    config = rlhf(
+        *shlex.split(
+            "--kl_estimator k3 --kl_target 6 --kl_horizon 512 --whiten_advantages never "
+            "--critic_warmup_iterations 3 --update_kl_limit 0.05 --cliprange_value 0"
+        )
+    ).ppo_config()
+    assert (config.kl_estimator, config.kl_target, config.kl_horizon) == ("k3", 6.0, 512)
+    assert not config.whitens and config.value_clip_range == 0.0
+    assert (config.critic_warmup_iterations, config.update_kl_limit) == (3, 0.05)
+    default = rlhf().ppo_config()
+    assert default.whitens and default.kl_target is None and default.update_kl_limit == 0.0
+
+
+def test_the_actors_schedule_begins_behind_the_critics_warm_up():
+    """10 iterations of 2 epochs of 4 rows in windows of 2: the critic makes 40 steps."""
+    argv = shlex.split(
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --ppo_epochs 2 "
+        "--num_warmup_steps 0 --lr_scheduler_type linear"
+    )
+
+    def steps(*warmup: str) -> list[int]:
+        found = []
+        for role in rlhf(*argv, *warmup).roles("fp32", iterations=10):
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+            factor = role.schedule(optimizer).lr_lambdas[0]
+            found.append(next(step for step in range(99) if factor(step) == 0.0))
+        return found
+
+    assert steps() == [40, 40]
+    assert steps("--critic_warmup_iterations", "3") == [28, 40]
+
+
+def test_a_warm_up_that_leaves_nothing_to_the_actor():
+    argv = ["--critic_warmup_iterations", "7"]
+    assert rlhf(*argv).iterations(8) == 8
+    with pytest.raises(UserError, match="critic_warmup_iterations is 7, but the run has 7 iter"):
+        rlhf(*argv).iterations(7)
+
+
 @pytest.mark.parametrize(
     "argv, iterations",
     [
@@ -188,6 +229,11 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--per_device_generation_batch_size", "0"], "per_device_generation_batch_size is 0"),
         (["--temperature", "0"], "temperature is 0.0"),
         (["--cliprange", "0"], "cliprange is 0.0"),
+        (["--advantage_estimator", "rloo"], "answers_per_prompt is 1: give 2 or more"),
+        (["--kl_horizon", "100"], "kl_horizon is 100, but kl_coef is fixed: give --kl_target"),
+        (["--kl_target", "6", "--kl_coef", "0"], "kl_target scales kl_coef, which is 0"),
+        (["--critic_warmup_iterations", "-1"], "critic_warmup_iterations is -1"),
+        (["--update_kl_limit", "-1"], "update_kl_limit is -1.0"),
         (["--actor_lora_dim", "-1"], "lora_dim is -1"),
         (["--actor_learning_rate", "0"], "learning_rate is 0.0"),
         (["--zero_stage", "2"], "unknown flag --zero_stage; did you mean --"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dschat.losses import (
+    kl_loss,
     pairwise_loss,
     policy_loss,
     sft_loss,
@@ -138,6 +139,26 @@ def test_policy_loss_never_sees_what_is_behind_the_answer(outside):
     close(loss, -2 * math.exp(0.1))
     loss.backward()
     close(new.grad, [[-2 * math.exp(0.1), 0.0]])
+
+
+def test_without_clipping_the_value_loss_is_half_the_squared_error():
+    values = rows([0.5, 9.0, 7.0]).requires_grad_(True)
+    mask, returns = torch.tensor([[True, True, False]]), rows([1.0, -1.0, 0.0])
+    loss = value_loss(values, torch.zeros(1, 3), returns, mask, 0.0)
+    close(loss, (0.25 + 100.0) / 2)
+    loss.backward()
+    close(values.grad, [[-0.5, 10.0, 0.0]])
+
+
+@pytest.mark.parametrize("outside", [0.0, 1000.0, torch.inf, torch.nan])
+def test_kl_loss_by_hand(outside):
+    # q/p = 2 and 1/2: k3 = 2 - 1 - log 2 and 1/2 - 1 + log 2; d k3 / d log p = 1 - q/p
+    new = rows([-LOG2, LOG2, 0.0]).requires_grad_(True)
+    reference = rows([0.0, 0.0, outside])
+    loss = kl_loss(new, reference, torch.tensor([[True, True, False]]))
+    close(loss, 0.5)
+    loss.backward()
+    close(new.grad, [[-1.0, 0.5, 0.0]])
 
 
 def test_value_loss_never_sees_what_is_behind_the_answer():

@@ -32,6 +32,9 @@ COPY = f"cp -r {LAST} broken"
 # 13 prompts, 2 x 2 an iteration: 4 iterations, with an evaluation (which samples) amid them.
 SAMPLING = ["--dtype", "fp32", "--ppo_epochs", "2", "--generation_batches", "2"]
 SAMPLING += ["--eval_interval", "2"]
+# The critic's warm-up ends, the coefficient moves and updates end early before and after the kill.
+SAMPLING += ["--critic_warmup_iterations", "1", "--kl_target", "0.5", "--kl_horizon", "8"]
+SAMPLING += ["--update_kl_limit", "1e-3"]
 
 ONE_RANK = {
     "sft whole": Run([*SFT_LORA, "--output_dir", "sft-whole"]),
@@ -117,6 +120,10 @@ def test_step_3_with_a_moving_average(one):
     assert codes(outcomes, "ppo") == [0, -9, 0]
     assert "at step 2\n" in outcomes["ppo resumed"].stdout
     assert {path.name for path in (folder / "ppo-whole").iterdir()} >= {"actor_ema", "critic"}
+    steps = [line for line in figures(folder / "ppo-whole") if "actor_updates" in line]
+    assert [line["actor_updates"] > 0 for line in steps] == [False, True, True, True]
+    assert all(line["actor_updates"] < 1 for line in steps)
+    assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
     assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
 
 

@@ -4,6 +4,7 @@ from dschat.arguments.data import BatchArguments, DataArguments, EvaluationArgum
 from dschat.arguments.models import LoraArguments, ModelArguments
 from dschat.arguments.rlhf import PPOArguments, RLHFSettings
 from dschat.arguments.run import RunArguments, StateArguments
+from dschat.arguments.stability import StabilityArguments
 from dschat.arguments.steps import RewardSettings, SFTSettings
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "RewardSettings",
     "RunArguments",
     "SFTSettings",
+    "StabilityArguments",
     "StateArguments",
 ]

@@ -7,10 +7,11 @@ from dataclasses import MISSING, dataclass
 from dschat.arguments.data import DataArguments
 from dschat.arguments.models import ModelArguments
 from dschat.arguments.run import RunArguments
+from dschat.arguments.stability import StabilityArguments
 from dschat.cli import SWITCH, flag, group
 from dschat.errors import UserError
+from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_log import AnswerPrinting
-from dschat.rlhf.ppo_trainer import PPOConfig
 from dschat.rlhf.rlhf_engine import RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.data.data_utils import DataSpec
@@ -40,7 +41,7 @@ class PPOArguments:
     top_k: int = flag(0, "top-k sampling; 0 is off")
     kl_coef: float = flag(0.1, "KL penalty per token")
     cliprange: float = flag(0.2, "clip range of the policy ratio")
-    cliprange_value: float = flag(0.2, "clip range of the values")
+    cliprange_value: float = flag(0.2, "clip range of the values; 0 is off")
     gamma: float = flag(1.0, "discount")
     lam: float = flag(0.95, "GAE's lambda")
     reward_clip: float = flag(5.0, "scores are clipped to this magnitude")
@@ -61,6 +62,7 @@ class RLHFSettings:
     """Step 3, PPO."""
 
     ppo: PPOArguments = group(PPOArguments)
+    stability: StabilityArguments = group(StabilityArguments)
     data: DataArguments = group(DataArguments, max_eval_samples=128)
     actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
     critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
@@ -137,6 +139,7 @@ class RLHFSettings:
         ppo = self.ppo
         return PPOConfig(
             sampling=SamplingConfig(ppo.max_answer_seq_len, ppo.temperature, ppo.top_p, ppo.top_k),
+            advantage_estimator=ppo.advantage_estimator,
             kl_coefficient=ppo.kl_coef,
             clip_range=ppo.cliprange,
             value_clip_range=ppo.cliprange_value,
@@ -149,6 +152,7 @@ class RLHFSettings:
             micro_batch_size=ppo.per_device_training_batch_size,
             gradient_accumulation_steps=self.run.gradient_accumulation_steps,
             seed=self.run.seed,
+            **self.stability.coefficients(),
         )
 
     def iterations(self, batches_per_epoch: int | None) -> int:
@@ -161,29 +165,36 @@ class RLHFSettings:
             limits.append(self.ppo.max_steps)
         if self.enable_test_mode and self.test_stop_step:
             limits.append(self.test_stop_step)
-        return min(limits)
+        iterations, warmup = min(limits), self.stability.critic_warmup_iterations
+        if warmup and warmup >= iterations:
+            raise UserError(
+                f"critic_warmup_iterations is {warmup}, but the run has {iterations} iterations: "
+                "the actor would never train; give fewer"
+            )
+        return iterations
 
     def roles(self, dtype: str, iterations: int) -> tuple[RoleConfig, RoleConfig]:
-        """Actor and critic, with schedules over the optimizer steps of all iterations."""
+        """Actor and critic, with schedules over the optimizer steps of all their iterations."""
         ppo, run = self.ppo, self.run
         micro_batches = ppo.generation_batches * num_windows(
             ppo.per_device_generation_batch_size, ppo.per_device_training_batch_size
         )
-        steps = num_windows(micro_batches, run.gradient_accumulation_steps)
-        schedule = run.schedule(iterations * ppo.ppo_epochs * steps)
+        updates = ppo.ppo_epochs * num_windows(micro_batches, run.gradient_accumulation_steps)
+        # The actor's begins when it does, behind the critic's warm-up.
+        acting = max(iterations - self.stability.critic_warmup_iterations, 1)
         micro_batch = ppo.per_device_training_batch_size
         actor = RoleConfig(
             model=ppo.actor_model_name_or_path,
             engine=run.engine_config(self.actor, dtype, micro_batch),
             recipe=run.recipe(self.actor),
-            schedule=schedule,
+            schedule=run.schedule(acting * updates),
             offload_frozen=self.offload_reference_model,
         )
         critic = RoleConfig(
             model=ppo.critic_model_name_or_path,
             engine=run.engine_config(self.critic, dtype, micro_batch),
             recipe=run.recipe(self.critic),
-            schedule=schedule,
+            schedule=run.schedule(iterations * updates),
             offload_frozen=self.offload_reward_model,
         )
         return actor, critic

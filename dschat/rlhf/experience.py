@@ -19,7 +19,7 @@ class Experience:
     real: torch.Tensor  # (B,) bool: False for rows that only fill the batch
     logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's
     ref_logprobs: torch.Tensor  # (B, A) fp32
-    values: torch.Tensor  # (B, A) fp32, of the state before each token; 0 outside the mask
+    values: torch.Tensor | None  # (B, A) fp32, of the state before each token; 0 outside the mask
     scores: torch.Tensor  # (B,) fp32, the reward model's
     group: torch.Tensor  # (B,) int64: answers to one prompt share a number
     advantages: torch.Tensor | None = None  # (B, A)
@@ -36,7 +36,9 @@ class Experience:
         """(B, A) ids of the answers."""
         return self.sequences[:, self.prompt_length :]
 
-    def with_returns(self, advantages: torch.Tensor, returns: torch.Tensor) -> Experience:
+    def with_returns(
+        self, advantages: torch.Tensor, returns: torch.Tensor | None = None
+    ) -> Experience:
         """The same rollout with what the update learns from."""
         return replace(self, advantages=advantages, returns=returns)
 

@@ -89,7 +89,7 @@ class PPOLog:
         if self.metrics is not None and self._due(iteration):
             self.metrics.log(iteration, statistics | self._rates | seconds)
         self.bar.update(1)
-        shown = {name: statistics[name] for name in SHOWN}
+        shown = {name: statistics[name] for name in SHOWN if name in statistics}
         line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())
         self._print(f"iteration {iteration}/{self.iterations} | {line}")
         if iteration == self.iterations or iteration % (10 * self.config.log_every) == 0:

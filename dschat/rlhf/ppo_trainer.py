@@ -1,92 +1,39 @@
-"""One PPO update from rollouts, and the statistics of it.
+"""One PPO update from rollouts.
 
 The stages of an iteration (Ziegler et al. 2019, arXiv:1909.08593; Schulman et al. 2017,
 arXiv:1707.06347):
-  1. rollouts: sample answers, score them under every role           (rollout.py)
-  2. rewards: KL penalty per token, the score on the last token      (returns.py)
-  3. advantages: GAE inside the answers, whitened over all ranks     (returns.py)
-  4. updates: a few epochs of clipped policy and value steps         (here)
+  1. rollouts: sample answers, score them under every role                    (rollout.py)
+  2. rewards: KL penalty per token, the score on the last token            (advantages.py)
+  3. advantages: GAE inside the answers, or against other answers          (advantages.py)
+  4. updates: a few epochs of clipped policy and value steps                        (here)
+  5. the KL coefficient moves towards its target                           (kl_control.py)
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
-from dschat.errors import UserError
-from dschat.losses import policy_loss, token_entropy, value_loss, window_scale
+from dschat.losses import kl_loss, policy_loss, token_entropy, value_loss, window_scale
+from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience, minibatches
-from dschat.rlhf.returns import (
-    generalized_advantages,
-    kl_k1,
-    kl_k3,
-    masked_mean,
-    masked_moments,
-    shaped_rewards,
-    whiten,
+from dschat.rlhf.kl_control import KLController
+from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_statistics import (
+    StepMeans,
+    advantage_statistics,
+    answer_count,
+    rollout_statistics,
+    value_statistics,
 )
+from dschat.rlhf.returns import kl_k3
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.rollout import (
-    SamplingConfig,
-    answer_logprobs,
-    answer_values,
-    make_experience,
-    pad_rows,
-)
+from dschat.rlhf.rollout import answer_logprobs, answer_values, make_experience, pad_rows
 from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.engine import backward, windows
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """The coefficients of PPO."""
-
-    sampling: SamplingConfig
-    kl_coefficient: float = 0.1
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    gamma: float = 1.0
-    lam: float = 0.95
-    reward_clip: float = 5.0
-    missing_eos_penalty: float = 0.0
-    ppo_epochs: int = 1
-    rollout_batch_size: int = 16
-    micro_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    seed: int = 1234
-
-    def __post_init__(self):
-        # The messages name the flags that these numbers come from.
-        above_zero = {
-            "cliprange": self.clip_range,
-            "cliprange_value": self.value_clip_range,
-            "reward_clip": self.reward_clip,
-        }
-        for name, value in above_zero.items():
-            if value <= 0:
-                raise UserError(f"{name} is {value}: give a number above 0")
-        not_negative = {
-            "kl_coef": self.kl_coefficient,
-            "missing_eos_penalty": self.missing_eos_penalty,
-        }
-        for name, value in not_negative.items():
-            if value < 0:
-                raise UserError(f"{name} is {value}: give 0 or more")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give a number in [0, 1]")
-        at_least_one = {
-            "ppo_epochs": self.ppo_epochs,
-            "per_device_generation_batch_size": self.rollout_batch_size,
-            "per_device_training_batch_size": self.micro_batch_size,
-        }
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise UserError(f"{name} is {value}: give at least 1")
 
 
 class DeepSpeedPPOTrainer:
@@ -95,16 +42,25 @@ class DeepSpeedPPOTrainer:
     def __init__(self, roles: DeepSpeedRLHFEngine, config: PPOConfig, world_size: int):
         self.roles, self.config, self.world_size = roles, config, world_size
         self.generator = torch.Generator().manual_seed(config.seed)
+        horizon = {} if config.kl_horizon is None else {"horizon": config.kl_horizon}
+        self.kl = KLController(config.kl_coefficient, config.kl_target, **horizon)
+        self.iterations = 0  # updates made
 
     per_rank = True  # its state is a few numbers
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Where the order of mini-batches stands; the rest of the state is the roles'."""
-        return {"generator": self.generator.get_state()}
+    def state_dict(self) -> dict[str, object]:
+        """Where mini-batches, KL coefficient and warm-up stand; all else is the roles'."""
+        return {
+            "generator": self.generator.get_state(),
+            "kl": self.kl.state_dict(),
+            "iterations": self.iterations,
+        }
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Go on from there."""
         self.generator.set_state(state["generator"])
+        self.kl.load_state_dict(state["kl"])
+        self.iterations = state["iterations"]
 
     def rollout(self, prompts: PromptBatch) -> Experience:
         """Stage 1: sample and score one batch of prompts."""
@@ -118,123 +74,147 @@ class DeepSpeedPPOTrainer:
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
         """What the present policy earns on held-out prompts: `rollout_statistics`, no update."""
-        return self.rollout_statistics([self.rollout(batch) for batch in batches])
-
-    def with_advantages(self, experiences: list[Experience]) -> list[Experience]:
-        """Stages 2 and 3, once per set of rollouts: the returns, and whitened advantages."""
-        config, learned = self.config, []
-        for e in experiences:
-            scores = e.scores.clamp(-config.reward_clip, config.reward_clip)
-            scores = scores - config.missing_eos_penalty * ~e.ended
-            rewards = shaped_rewards(
-                scores, e.logprobs, e.ref_logprobs, e.answer_mask, config.kl_coefficient
-            )
-            learned.append(
-                generalized_advantages(rewards, e.values, e.answer_mask, config.gamma, config.lam)
-            )
-        advantages = torch.cat([a.flatten() for a, _ in learned])
-        mask = torch.cat([e.answer_mask.flatten() for e in experiences])
-        white = whiten(advantages, mask, all_reduce_sum).float()
-        parts = white.split([a.numel() for a, _ in learned])
-        return [
-            e.with_returns(part.view_as(returns), returns)
-            for e, part, (_, returns) in zip(experiences, parts, learned, strict=True)
-        ]
+        return rollout_statistics([self.rollout(batch) for batch in batches])
 
     def train_rlhf(self, experiences: list[Experience]) -> dict[str, float]:
-        """Stages 2 to 4: update actor and critic; returns this iteration's statistics."""
-        stats = self.rollout_statistics(experiences)
-        experiences = self.with_advantages(experiences)
-        stats |= self.value_statistics(experiences)
+        """Stages 2 to 5: update actor and critic; returns this iteration's statistics."""
+        stats = rollout_statistics(experiences) | {"kl_coefficient": self.kl.coefficient}
+        learned = with_advantages(experiences, self.config, self.kl.coefficient)
+        stats |= advantage_statistics(learned)
+        if self.roles.critic is not None:
+            stats |= value_statistics(learned)
+        if self.config.whitens:
+            learned = whitened(learned, all_reduce_sum)
+        stats |= self.update(learned)
+        if not self.warming_up:  # else the policy is the reference still
+            self.kl.update(stats["kl"], answer_count(experiences))
+        self.iterations += 1
+        return stats
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the critic alone trains."""
+        return self.iterations < self.config.critic_warmup_iterations
+
+    def update(self, experiences: list[Experience]) -> dict[str, float]:
+        """Stage 4: the steps of all epochs; means of what they saw.
+
+        The actor rests in the critic's warm-up, and from the first window on which the policy has
+        gone beyond `update_kl_limit`; the critic takes all its steps.
+        """
         self.roles.train()
-        sums: dict[str, float] = defaultdict(float)
+        actor, critic = StepMeans("actor"), StepMeans("critic")
+        trains_actor, steps, made, distances = not self.warming_up, 0, 0, []
+        for window in self.windows(experiences):
+            if trains_actor and made and self.config.update_kl_limit:
+                distances.append(self.distance(window))
+                trains_actor = distances[-1] <= self.config.update_kl_limit
+            scale = self.scale_of(window)
+            if trains_actor:
+                self.actor_step(window, scale, actor)
+                made += 1
+            elif not self.warming_up:
+                # A schedule over the run's steps: those left out pass as well.
+                self.roles.actor.lr_scheduler.step()
+            if self.roles.critic is not None:
+                self.critic_step(window, scale, critic)
+            steps += 1
+        shares = {"actor_updates": made / steps}
+        if distances:
+            shares["update_kl"] = distances[-1]
+        return actor.means() | critic.means() | shares
+
+    def windows(self, experiences: list[Experience]) -> Iterator[list[Experience]]:
+        """The mini-batches of each optimizer step, shuffled anew in every epoch."""
         for _ in range(self.config.ppo_epochs):
             shuffled = minibatches(experiences, self.config.micro_batch_size, self.generator)
-            for window in windows(shuffled, self.config.gradient_accumulation_steps):
-                for name, value in self.optimizer_step(window).items():
-                    sums[name] += value
-        names = sorted(sums)
-        totals = dict(zip(names, all_reduce_sum([sums[n] for n in names]), strict=True))
-        tokens = max(totals.pop("tokens"), 1.0)
-        return stats | {name: total / tokens for name, total in totals.items()}
+            yield from windows(shuffled, self.config.gradient_accumulation_steps)
 
-    def optimizer_step(self, window: list[Experience]) -> dict[str, float]:
-        """One step of actor and critic over a window; means run over its tokens on all ranks."""
+    def scale_of(self, window: list[Experience]) -> float:
+        """What makes this rank's sums its part of the mean over the window's tokens on all."""
         tokens = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in window))])[0]
-        scale = window_scale(tokens, self.world_size)
-        sums: dict[str, float] = defaultdict(float)
+        return window_scale(tokens, self.world_size)
+
+    @torch.no_grad()
+    def distance(self, window: list[Experience]) -> float:
+        """KL(sampling policy, present one): k3, mean over the window's tokens on all ranks.
+
+        Measured by passes of its own: gradients of a window that then makes no step would have to
+        be taken back.
+        """
+        moved = 0.0
+        for e in window:
+            now, _ = policy_scores(self.roles.actor, e)
+            moved += kl_k3(e.logprobs, now).where(e.answer_mask, 0.0).sum().item()
+        tokens = float(sum(e.answer_mask.sum().item() for e in window))
+        moved, tokens = all_reduce_sum([moved, tokens])
+        return moved / max(tokens, 1.0)
+
+    def actor_step(self, window: list[Experience], scale: float, means: StepMeans) -> None:
+        """One step of the policy over a window."""
+        actor = self.roles.actor
         for i, e in enumerate(window):
-            last = i == len(window) - 1
-            actor_loss, statistics = self.actor_loss(e)
-            backward(self.roles.actor, actor_loss * scale, last)
-            critic_loss = self.critic_loss(e)
-            backward(self.roles.critic, critic_loss * scale, last)
-            statistics |= {"actor_loss": actor_loss.item(), "critic_loss": critic_loss.item()}
-            for name, value in statistics.items():
-                sums[name] += value
-        self.roles.actor.step()
-        self.roles.critic.step()
-        if self.roles.ema is not None and self.roles.actor.was_step_applied():
-            self.roles.ema.update()
-        return sums
+            loss, sums = self.actor_loss(e)
+            backward(actor, loss * scale, last=i == len(window) - 1)
+            means.add(sums)
+        actor.step()
+        if actor.was_step_applied():
+            means.add_norm(actor.get_global_grad_norm())
+            if self.roles.ema is not None:
+                self.roles.ema.update()
+
+    def critic_step(self, window: list[Experience], scale: float, means: StepMeans) -> None:
+        """One step of the critic over a window."""
+        critic = self.roles.critic
+        for i, e in enumerate(window):
+            loss, sums = self.critic_loss(e)
+            backward(critic, loss * scale, last=i == len(window) - 1)
+            means.add(sums)
+        critic.step()
+        if critic.was_step_applied():
+            means.add_norm(critic.get_global_grad_norm())
 
     def actor_loss(self, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
-        """The policy loss of one mini-batch, summed over its tokens, and sums to report."""
-        logprobs, logits = answer_logprobs(
-            self.roles.actor, e.sequences, e.attention_mask, e.answer_mask.shape[1]
-        )
+        """The policy's loss of one mini-batch, summed over its tokens, and sums to report."""
+        logprobs, entropy = policy_scores(self.roles.actor, e, with_entropy=True)
         clip = self.config.clip_range
         loss = policy_loss(logprobs, e.logprobs, e.advantages, e.answer_mask, clip)
+        if self.config.kl_in_loss:
+            loss = loss + self.kl.coefficient * kl_loss(logprobs, e.ref_logprobs, e.answer_mask)
         with torch.no_grad():
             # Outside the mask the two may drift apart without bound: there, a ratio of 1.
             kept = logprobs.where(e.answer_mask, e.logprobs)
             ratio = torch.exp(kept - e.logprobs)
-            entropy = token_entropy(logits[e.answer_mask]).sum()
-            statistics = {
+            return loss, {
                 "tokens": e.answer_mask.sum().item(),
+                "actor_loss": loss.item(),
                 "ratio": (ratio * e.answer_mask).sum().item(),
                 "clip_fraction": (((ratio - 1).abs() > clip) & e.answer_mask).sum().item(),
                 "approx_kl": kl_k3(e.logprobs, kept).sum().item(),
-                "entropy": entropy.item(),
+                "entropy": entropy.where(e.answer_mask, 0.0).sum().item(),
             }
-        return loss, statistics
 
-    def critic_loss(self, e: Experience) -> torch.Tensor:
-        """The value loss of one mini-batch, summed over its tokens."""
+    def critic_loss(self, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
+        """The value loss of one mini-batch, summed over its tokens, and sums to report."""
         values = answer_values(
             self.roles.critic, e.sequences, e.attention_mask, e.answer_mask.shape[1]
         )
-        return value_loss(values, e.values, e.returns, e.answer_mask, self.config.value_clip_range)
+        clip = self.config.value_clip_range
+        loss = value_loss(values, e.values, e.returns, e.answer_mask, clip)
+        sums = {"tokens": e.answer_mask.sum().item(), "critic_loss": loss.item()}
+        if clip:
+            beyond = ((values - e.values).abs() > clip) & e.answer_mask
+            sums["value_clip_fraction"] = beyond.sum().item()
+        return loss, sums
 
-    def rollout_statistics(self, experiences: list[Experience]) -> dict[str, float]:
-        """Means over all ranks of what was sampled: reward, KL, lengths, ends."""
-        rows = torch.cat([e.real for e in experiences])
-        mask = torch.cat([e.answer_mask.flatten() for e in experiences])
 
-        def per_row(values: list[torch.Tensor]) -> float:
-            return masked_mean(torch.cat(values).float(), rows, all_reduce_sum)
-
-        def per_token(values: list[torch.Tensor]) -> float:
-            return masked_mean(torch.cat([v.flatten() for v in values]), mask, all_reduce_sum)
-
-        k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
-        return {
-            "reward": per_row([e.scores for e in experiences]),
-            "kl": per_row(
-                [(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]
-            ),
-            "kl_per_token": per_token(k1),
-            "kl_k3": per_token([kl_k3(e.logprobs, e.ref_logprobs) for e in experiences]),
-            "answer_length": per_row([e.answer_mask.sum(-1) for e in experiences]),
-            "ended": per_row([e.ended for e in experiences]),
-            "ref_nats_per_token": -per_token([e.ref_logprobs for e in experiences]),
-        }
-
-    def value_statistics(self, experiences: list[Experience]) -> dict[str, float]:
-        """How well the critic saw the returns coming: 1 - Var(returns - values) / Var(returns)."""
-        mask = torch.cat([e.answer_mask.flatten() for e in experiences])
-        returns = torch.cat([e.returns.flatten() for e in experiences])
-        errors = returns - torch.cat([e.values.flatten() for e in experiences])
-        mean, variance = masked_moments(returns, mask, all_reduce_sum)
-        _, residual = masked_moments(errors, mask, all_reduce_sum)
-        return {"returns": mean, "explained_variance": 1 - residual / variance if variance else 0.0}
+def policy_scores(
+    actor: nn.Module, e: Experience, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, A) log-probabilities of the answers and, where asked for, entropies without gradient."""
+    length = e.answer_mask.shape[1]
+    logprobs, logits = answer_logprobs(actor, e.sequences, e.attention_mask, length)
+    if not with_entropy:
+        return logprobs, None
+    # Row by row: fp32 copies of all logits at once would be the peak.
+    return logprobs, torch.stack([token_entropy(row) for row in logits.detach()])

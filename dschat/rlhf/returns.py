@@ -1,4 +1,4 @@
-"""KL-shaped rewards, generalised advantage estimation, masked mean and whitening; torch only."""
+"""KL-shaped rewards, advantages, masked mean and whitening; torch only."""
 
 from __future__ import annotations
 
@@ -23,22 +23,40 @@ def answer_mask_from(answers: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     return ends_before == 0
 
 
+def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log(p/q) of the sampled tokens: unbiased, can be negative."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """q/p - 1 - log(q/p): unbiased and never negative (Schulman 2020, "Approximating KL")."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k3": kl_k3}
+
+
 def shaped_rewards(
     scores: torch.Tensor,
     logprobs: torch.Tensor,
     ref_logprobs: torch.Tensor,
     mask: torch.Tensor,
     kl_coefficient: float,
+    kl_estimator: str = "k1",
 ) -> torch.Tensor:
-    """-kl_coefficient * (logprob - ref_logprob) per token, the score on the last masked token.
+    """-kl_coefficient * KL per token, the score on the last masked token.
 
     Args:
         scores: (B,). logprobs, ref_logprobs, mask: (B, A).
+        kl_estimator: k1 takes log(p/q); k3 is never negative, so that no token earns by it.
 
     Returns:
         (B, A) rewards, 0 outside the mask; a row without answer tokens gets none.
     """
-    rewards = -kl_coefficient * (logprobs - ref_logprobs) * mask
+    # Behind an answer its probabilities may drift without bound, and k3 to infinity.
+    penalty = KL_ESTIMATORS[kl_estimator](logprobs, ref_logprobs).where(mask, 0.0)
+    rewards = -kl_coefficient * penalty
     lengths = mask.sum(dim=-1, keepdim=True)
     positions = torch.arange(mask.shape[-1], device=mask.device)
     return rewards + torch.where(positions == lengths - 1, scores.unsqueeze(-1), 0.0)
@@ -65,6 +83,51 @@ def generalized_advantages(
     return advantages, (advantages + values) * mask
 
 
+def leave_one_out(rewards: torch.Tensor, group: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """RLOO: each reward less the mean of the others in its group (arXiv:2402.14740).
+
+    Args:
+        rewards: (B,). group: (B,) int. real: (B,) bool; the others count nowhere and get 0.
+
+    Raises:
+        ValueError: a real row is alone in its group.
+    """
+    total, count, own = _group_sums(rewards, group, real)
+    if (count[real] < 2).any():
+        raise ValueError(f"{int((count[real] < 2).sum())} answers have no other to their prompt")
+    others = (total - own) / (count - 1).clamp(min=1)
+    return ((own - others) * real).to(rewards.dtype)
+
+
+def group_normalised(
+    scores: torch.Tensor, group: torch.Tensor, real: torch.Tensor, eps: float = 1e-4
+) -> torch.Tensor:
+    """GRPO: (score - mean) / (standard deviation + eps) of its group (arXiv:2402.03300).
+
+    The deviation is the population's. `eps` keeps the noise of equal scores from becoming a signal;
+    where they are equal to the bit, all get 0. Arguments and errors as in `leave_one_out`.
+    """
+    total, count, own = _group_sums(scores, group, real)
+    if (count[real] < 2).any():
+        raise ValueError(f"{int((count[real] < 2).sum())} answers have no other to their prompt")
+    centred = (own - total / count.clamp(min=1)) * real
+    squares, _, _ = _group_sums(centred.square(), group, real)
+    deviation = (squares / count.clamp(min=1)).sqrt()
+    return (centred / (deviation + eps)).to(scores.dtype)
+
+
+def _group_sums(
+    x: torch.Tensor, group: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row's group: the sum of x and the number of rows; and x, 0 where not real."""
+    names, index = group.unique(return_inverse=True)
+    own = x.double().where(real, 0.0)
+    zeros = own.new_zeros(len(names))
+    total = zeros.index_add(0, index, own)
+    count = zeros.index_add(0, index, real.double())
+    return total[index], count[index], own
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor, reduce: Reduce = identity) -> float:
     """Mean where the mask is True, over all ranks; 0 when nothing is.
 
@@ -86,14 +149,3 @@ def whiten(x: torch.Tensor, mask: torch.Tensor, reduce: Reduce = identity) -> to
     """(x - mean) / sqrt(variance + 1e-8) over the mask of the global batch; 0 elsewhere."""
     mean, variance = masked_moments(x, mask, reduce)
     return (x - mean) * (variance + 1e-8) ** -0.5 * mask
-
-
-def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log(p/q) of the sampled tokens: unbiased, can be negative."""
-    return logprobs - ref_logprobs
-
-
-def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """q/p - 1 - log(q/p): unbiased and never negative (Schulman 2020, "Approximating KL")."""
-    log_ratio = ref_logprobs - logprobs
-    return torch.expm1(log_ratio) - log_ratio

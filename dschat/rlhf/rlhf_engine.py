@@ -42,7 +42,7 @@ class DeepSpeedRLHFEngine:
     """Builds and holds the roles; build with `DeepSpeedRLHFEngine.load`."""
 
     actor: nn.Module
-    critic: nn.Module
+    critic: nn.Module | None
     reference: nn.Module | None
     reward: nn.Module | None
     tokenizer: PreTrainedTokenizerBase
@@ -84,13 +84,15 @@ class DeepSpeedRLHFEngine:
     def eval(self) -> DeepSpeedRLHFEngine:
         """Scoring mode for the trained roles; the frozen ones never leave it."""
         self.actor.eval()
-        self.critic.eval()
+        if self.critic is not None:
+            self.critic.eval()
         return self
 
     def train(self) -> DeepSpeedRLHFEngine:
         """Training mode for the trained roles."""
         self.actor.train()
-        self.critic.train()
+        if self.critic is not None:
+            self.critic.train()
         return self
 
     def reference_logprobs(

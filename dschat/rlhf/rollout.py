@@ -163,10 +163,12 @@ def make_experience(
         length = answers.shape[1]
         columns["logprobs"].append(answer_logprobs(roles.actor, ids, mask, length)[0])
         columns["ref_logprobs"].append(roles.reference_logprobs(ids, mask, length))
-        columns["values"].append(answer_values(roles.critic, ids, mask, length))
         columns["scores"].append(roles.reward_scores(ids, mask))
-    scored = {name: torch.cat(parts) for name, parts in columns.items()}
-    scored["values"] = scored["values"] * answer_mask
+        if roles.critic is not None:
+            columns["values"].append(answer_values(roles.critic, ids, mask, length))
+    scored = {name: torch.cat(parts) if parts else None for name, parts in columns.items()}
+    if roles.critic is not None:
+        scored["values"] = scored["values"] * answer_mask
     answer_mask = answer_mask & prompts.real.unsqueeze(-1)
     return Experience(
         sequences,

@@ -6,11 +6,12 @@ of other lengths than its peers'. Rank 0 writes what came of it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
-from tiny_roles import LORA, Folders, Setting, end_after, ppo_trainer, prompts
+from tiny_roles import LORA, Folders, Setting, end_after, ppo_trainer, prompts, without_critic
 
 from dschat.rlhf.experience import Experience
 from dschat.utils.data.collators import PromptBatch
@@ -30,7 +31,22 @@ CELLS = {
         gradient_checkpointing=True,
         ema_decay=0.5,
     ),
+    "zero 0, pairs": Setting(micro_batch=2, accumulation=2, ema_decay=0.5),
+    "zero 2, pairs": Setting(micro_batch=1, accumulation=4, zero_stage=2, ema_decay=0.5),
+    "zero 3, pairs": Setting(micro_batch=4, zero_stage=3, ema_decay=0.5),
+    "zero 3, held": Setting(micro_batch=2, accumulation=2, zero_stage=3, lora=LORA, ema_decay=0.5),
 }
+RLOO = {"advantage_estimator": "rloo", "answers_per_prompt": 2, "kl_estimator": "k3"}
+GRPO = {"advantage_estimator": "grpo", "answers_per_prompt": 2, "kl_coefficient": 0.5}
+CHANGES = {
+    "zero 0, pairs": RLOO,
+    "zero 2, pairs": GRPO,
+    "zero 3, pairs": RLOO,
+    # After two steps the ranks' own distances are 1.97 and 1.32, that of all tokens is 1.60.
+    "zero 3, held": {"update_kl_limit": 1.45, "ppo_epochs": 4, "kl_target": 1.0},
+}
+# A prompt's answers are on one rank; groups of 2, 2 and 3, and the row of filler alone.
+GROUP = torch.tensor([0, 2, 0, 2, 1, 2, 1, 3])
 # Of this rank's own rollout: rank 1 has one prompt, so that one of its rows is filler.
 OWN_LENGTHS = {0: [1, 2], 1: [None, 5]}
 OWN_PROMPTS = {0: 2, 1: 1}
@@ -41,10 +57,16 @@ def share(e: Experience, distributed: Distributed) -> Experience:
     return e.rows(torch.arange(distributed.rank, len(e.scores), distributed.world_size))
 
 
-def train(setting: Setting, e: Experience, folders: Folders, distributed: Distributed) -> dict:
-    """Two epochs on this rank's rows: the weights, the average, the figures."""
+def train(
+    setting: Setting, e: Experience, folders: Folders, distributed: Distributed, **changes: object
+) -> dict:
+    """Two epochs, or as changed, on this rank's rows: the weights, the average, the figures."""
     roles = setting.load(folders, distributed)
-    trainer = ppo_trainer(roles, setting, distributed.world_size, ppo_epochs=2)
+    pairs = "answers_per_prompt" in changes
+    if pairs:
+        roles = without_critic(roles)
+        e = dataclasses.replace(e, group=GROUP, values=None)
+    trainer = ppo_trainer(roles, setting, distributed.world_size, **{"ppo_epochs": 2, **changes})
     figures = trainer.train_rlhf([share(e, distributed)])
     rank = distributed.rank
     # The average first: nothing has gathered the weights since the step.
@@ -52,12 +74,14 @@ def train(setting: Setting, e: Experience, folders: Folders, distributed: Distri
         average = consolidated_state_dict(module, rank)
     result = {
         "figures": figures,
+        "kl_coefficient": trainer.kl.coefficient,
         "average": average,
         "actor": consolidated_state_dict(roles.actor.module, rank),
-        "critic": consolidated_state_dict(roles.critic.module, rank),
     }
-    if distributed.world_size > 1:
-        result["own"] = own_rollout(setting, roles, distributed)
+    if not pairs:
+        result["critic"] = consolidated_state_dict(roles.critic.module, rank)
+        if distributed.world_size > 1:
+            result["own"] = own_rollout(setting, roles, distributed)
     return result
 
 
@@ -81,7 +105,9 @@ def main() -> None:
     distributed = init_distributed()
     folders = Folders(Path(folder) / "actor", Path(folder) / "critic")
     e = Experience(**torch.load(rollout))
-    results = {n: train(CELLS[n], e, folders, distributed) for n in cells.split(";")}
+    results = {
+        n: train(CELLS[n], e, folders, distributed, **CHANGES.get(n, {})) for n in cells.split(";")
+    }
     if distributed.is_main:
         torch.save(results, out)
 

@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import PAD
 
-from dschat.errors import UserError
+from dschat.rlhf import ppo_trainer
+from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
+from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_statistics import (
+    advantage_statistics,
+    rollout_statistics,
+    value_statistics,
+)
 from dschat.rlhf.rollout import SamplingConfig
 
 
@@ -32,26 +39,28 @@ def synthetic(**columns: list) -> Experience:
     return dataclasses.replace(e, **{n: torch.tensor(c) for n, c in columns.items()})
 
 
-def bare_trainer(**changes: object) -> DeepSpeedPPOTrainer:
-    """A trainer for what needs no models."""
-    return DeepSpeedPPOTrainer(None, PPOConfig(SamplingConfig(), **changes), world_size=1)
+def learned(rollouts: list[Experience], kl: float = 0.0, **changes: object) -> list[Experience]:
+    """With advantages by GAE where every return is the rewards to come, unless changed."""
+    config = PPOConfig(SamplingConfig(), **{"gamma": 1.0, "lam": 1.0, **changes})
+    return with_advantages(rollouts, config, kl)
 
 
 def test_scores_are_clipped_before_the_penalty():
     # gamma = lambda = 1, values 0: every return of a row is its score.
     e = synthetic(scores=[9.0, -9.0])
-    trainer = bare_trainer(reward_clip=5.0, missing_eos_penalty=2.0, gamma=1.0, lam=1.0)
-    learned = trainer.with_advantages([e])[0]
-    assert learned.returns.tolist() == [[3.0, 3.0, 3.0], [-5.0, 0.0, 0.0]]
+    raw = learned([e], reward_clip=5.0, missing_eos_penalty=2.0)
+    assert raw[0].returns.tolist() == [[3.0, 3.0, 3.0], [-5.0, 0.0, 0.0]]
+    assert torch.equal(raw[0].advantages, raw[0].returns)
     # Whitened over 3, 3, 3, -5: mean 1, variance (3 * 4 + 36) / 4 = 12.
     expected = torch.tensor([[2.0, 2.0, 2.0], [-6.0, 0.0, 0.0]]) / math.sqrt(12)
-    torch.testing.assert_close(learned.advantages, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(whitened(raw)[0].advantages, expected, atol=1e-6, rtol=0)
+    statistics = advantage_statistics(raw)
+    assert statistics == pytest.approx({"advantage_mean": 1.0, "advantage_std": math.sqrt(12)})
 
 
 def test_whitening_runs_over_all_rollouts_together():
     rollouts = [synthetic(scores=[1.0, 2.0]), synthetic(scores=[4.0, -3.0])]
-    learned = bare_trainer(gamma=1.0, lam=1.0).with_advantages(rollouts)
-    inside = torch.cat([e.advantages[e.answer_mask] for e in learned])
+    inside = torch.cat([e.advantages[e.answer_mask] for e in whitened(learned(rollouts))])
     raw = torch.tensor([1.0, 1, 1, 2, 4, 4, 4, -3])
     expected = (raw - raw.mean()) / raw.std(correction=0)
     torch.testing.assert_close(inside, expected, atol=1e-6, rtol=0)
@@ -64,7 +73,7 @@ def test_rollout_statistics_by_hand():
         logprobs=[[-1.0, -2.0, -3.0], [-4.0, -1.0, -200.0]],
         ref_logprobs=[[-1.5, -2.0, -4.0], [-3.0, -500.0, 0.0]],
     )
-    statistics = bare_trainer().rollout_statistics([e])
+    statistics = rollout_statistics([e])
     k1 = [0.5, 0.0, 1.0, -1.0]  # log p - log q
     k3 = [math.exp(-x) - 1 + x for x in k1]
     expected = {
@@ -84,26 +93,40 @@ def test_explained_variance_by_hand():
     # errors 1, 0, -1, 0: variance 1/2; 1 - 0.5 / 3.5
     e = synthetic(values=[[0.0, 2.0, 4.0], [6.0, 0.0, 0.0]])
     e = e.with_returns(torch.zeros(2, 3), torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]))
-    statistics = bare_trainer().value_statistics([e])
+    statistics = value_statistics([e])
     expected = {"returns": 3.0, "explained_variance": 1 - 0.5 / 3.5}
     assert statistics == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"clip_range": 0.0}, "cliprange is 0.0"),
-        ({"value_clip_range": -1.0}, "cliprange_value is -1.0"),
-        ({"reward_clip": 0.0}, "reward_clip is 0.0"),
-        ({"kl_coefficient": -0.1}, "kl_coef is -0.1"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0"),
-        ({"gamma": 1.1}, "gamma is 1.1"),
-        ({"lam": -0.1}, "lam is -0.1"),
-        ({"ppo_epochs": 0}, "ppo_epochs is 0"),
-        ({"rollout_batch_size": 0}, "per_device_generation_batch_size is 0"),
-        ({"micro_batch_size": 0}, "per_device_training_batch_size is 0"),
-    ],
-)
-def test_coefficients_that_make_no_sense(settings, message):
-    with pytest.raises(UserError, match=message):
-        PPOConfig(SamplingConfig(), **settings)
+def test_what_the_critics_steps_report(monkeypatch):
+    e = synthetic(values=[[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
+    e = e.with_returns(torch.zeros(2, 3), e.values)
+    moved = e.values + torch.tensor([[0.1, -0.3, 0.3], [0.0, 9.0, 9.0]])
+    monkeypatch.setattr(ppo_trainer, "answer_values", lambda *_: moved)
+    config = PPOConfig(SamplingConfig(), value_clip_range=0.2)
+    trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(critic=None), config, world_size=1)
+    loss, sums = trainer.critic_loss(e)
+    expected = {"tokens": 4, "value_clip_fraction": 2, "critic_loss": (0.01 + 0.09 + 0.09) / 2}
+    assert sums == pytest.approx(expected, abs=1e-6)
+    assert loss.item() == sums["critic_loss"]
+
+
+def test_what_the_actors_steps_report(monkeypatch):
+    e = synthetic(logprobs=[[-1.0, -1.0, -1.0], [-1.0, -1000.0, 0.0]])
+    e = e.with_returns(torch.ones(2, 3) * e.answer_mask)
+    ratios = [1.0, 1.5, 0.5, 1.1]
+    now = e.logprobs + torch.tensor([ratios[:3], [ratios[3], math.inf, 7.0]]).log()
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, 50.0]])
+    monkeypatch.setattr(ppo_trainer, "policy_scores", lambda *_, **__: (now, entropy))
+    config = PPOConfig(SamplingConfig(), clip_range=0.2)
+    trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(actor=None), config, world_size=1)
+    _, sums = trainer.actor_loss(e)
+    expected = {
+        "tokens": 4,
+        "actor_loss": -(1.0 + 1.2 + 0.5 + 1.1),
+        "ratio": sum(ratios),
+        "clip_fraction": 2,
+        "approx_kl": sum(r - 1 - math.log(r) for r in ratios),
+        "entropy": 10.0,
+    }
+    assert sums == pytest.approx(expected, abs=1e-5)

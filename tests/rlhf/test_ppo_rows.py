@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from tiny_roles import Setting, assert_same, largest_change, ppo_trainer, rollout, weights
+from tiny_roles import (
+    Setting,
+    assert_same,
+    largest_change,
+    ppo_trainer,
+    rollout,
+    weights,
+    without_critic,
+)
+
+from dschat.rlhf.experience import Experience
 
 
 def test_a_window_may_span_rollouts_of_different_width(load_roles):
@@ -79,3 +89,46 @@ def test_what_lies_behind_the_answers_shows_nowhere(load_roles):
         assert_same(actor, results[0][0], 0.0)
         assert_same(critic, results[0][1], 0.0)
         assert statistics == pytest.approx(results[0][2], abs=1e-9)
+
+
+def wider(e: Experience, left: int, right: int) -> Experience:
+    """The same with more padding in front of the prompts and behind the answers, noise in it."""
+    torch.manual_seed(9)
+    rows = len(e.scores)
+
+    def padded(column: torch.Tensor, before: int) -> torch.Tensor:
+        width = column.shape[1] + before + right
+        if column.dtype == torch.bool:
+            wide = torch.zeros(rows, width, dtype=torch.bool)
+        elif column.dtype == torch.int64:
+            wide = torch.randint(3, 200, (rows, width))
+        else:
+            wide = torch.randn(rows, width) * 50
+        wide[:, before : before + column.shape[1]] = column
+        return wide
+
+    texts = {n: padded(getattr(e, n), left) for n in ("sequences", "attention_mask")}
+    names = ("answer_mask", "logprobs", "ref_logprobs", "values")
+    answers = {n: padded(getattr(e, n), 0) for n in names if getattr(e, n) is not None}
+    return dataclasses.replace(e, **texts, **answers)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_padding_changes_nothing(load_roles, estimator):
+    setting, results = Setting(), []
+    for left, right in ((0, 0), (7, 3)):
+        roles, changes = load_roles(setting), {}
+        if estimator != "gae":
+            roles = without_critic(roles)
+            changes = {"advantage_estimator": estimator, "answers_per_prompt": 2}
+        trainer = ppo_trainer(roles, setting, ppo_epochs=3, update_kl_limit=10.0, **changes)
+        e = dataclasses.replace(rollout(trainer), group=torch.tensor([0, 1, 1, 0]))
+        before = weights(roles.actor.module)
+        statistics = trainer.train_rlhf([wider(e, left, right)])
+        assert largest_change(before, weights(roles.actor.module)) > 1e-3
+        results.append((weights(roles.actor.module), statistics, roles.critic))
+    (one, one_figures, critic), (other, other_figures, other_critic) = results
+    assert_same(one, other, 1e-6)
+    assert one_figures == pytest.approx(other_figures, abs=1e-5)
+    if critic is not None:
+        assert_same(weights(critic.module), weights(other_critic.module), 1e-6)

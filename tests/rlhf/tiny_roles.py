@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
+from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.checkpoint import write_model_folder
@@ -112,6 +113,13 @@ class Setting:
             distributed,
             self.ema_decay,
         )
+
+
+def without_critic(roles: DeepSpeedRLHFEngine) -> DeepSpeedRLHFEngine:
+    """The same roles for RLOO and GRPO; the reward model must be a copy of its own."""
+    assert roles.reward is not None
+    roles.critic = None
+    return roles
 
 
 def ppo_trainer(

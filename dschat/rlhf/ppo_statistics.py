@@ -1,0 +1,86 @@
+"""What one sees of an iteration: means over all ranks of rollouts, advantages and steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from dschat.rlhf.experience import Experience
+from dschat.rlhf.returns import kl_k1, kl_k3, masked_mean, masked_moments
+from dschat.utils.distributed import all_reduce_sum
+
+
+def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
+    """What was sampled: reward, KL, lengths, ends."""
+    rows = torch.cat([e.real for e in experiences])
+    mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+
+    def per_row(values: list[torch.Tensor]) -> float:
+        return masked_mean(torch.cat(values).float(), rows, all_reduce_sum)
+
+    def per_token(values: list[torch.Tensor]) -> float:
+        return masked_mean(torch.cat([v.flatten() for v in values]), mask, all_reduce_sum)
+
+    k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
+    return {
+        "reward": per_row([e.scores for e in experiences]),
+        "kl": per_row([(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]),
+        "kl_per_token": per_token(k1),
+        "kl_k3": per_token([kl_k3(e.logprobs, e.ref_logprobs) for e in experiences]),
+        "answer_length": per_row([e.answer_mask.sum(-1) for e in experiences]),
+        "ended": per_row([e.ended for e in experiences]),
+        "ref_nats_per_token": -per_token([e.ref_logprobs for e in experiences]),
+    }
+
+
+def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:
+    """Mean and standard deviation over answer tokens; before whitening, what it takes away."""
+    mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+    advantages = torch.cat([e.advantages.flatten() for e in experiences])
+    mean, variance = masked_moments(advantages, mask, all_reduce_sum)
+    return {"advantage_mean": mean, "advantage_std": variance**0.5}
+
+
+def value_statistics(experiences: list[Experience]) -> dict[str, float]:
+    """How well the critic saw the returns coming: 1 - Var(returns - values) / Var(returns)."""
+    mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+    returns = torch.cat([e.returns.flatten() for e in experiences])
+    errors = returns - torch.cat([e.values.flatten() for e in experiences])
+    mean, variance = masked_moments(returns, mask, all_reduce_sum)
+    _, residual = masked_moments(errors, mask, all_reduce_sum)
+    return {"returns": mean, "explained_variance": 1 - residual / variance if variance else 0.0}
+
+
+def answer_count(experiences: list[Experience]) -> float:
+    """Answers of all ranks, fillers left out."""
+    return all_reduce_sum([float(sum(e.real.sum().item() for e in experiences))])[0]
+
+
+class StepMeans:
+    """Gathers what the steps of one engine see: means over their tokens, and over the steps."""
+
+    def __init__(self, role: str):
+        self.role = role
+        self._sums: dict[str, float] = defaultdict(float)
+        self._norms: list[float] = []
+
+    def add(self, sums: dict[str, float]) -> None:
+        """Sums over one mini-batch's tokens; their number is `tokens`."""
+        for name, value in sums.items():
+            self._sums[name] += value
+
+    def add_norm(self, norm: float | None) -> None:
+        """The gradient's norm before clipping; None where DeepSpeed measured none."""
+        if norm is not None:
+            self._norms.append(float(norm))
+
+    def means(self) -> dict[str, float]:
+        """Over all ranks; every rank has made the same steps. Empty when there were none."""
+        names = sorted(self._sums)
+        totals = dict(zip(names, all_reduce_sum([self._sums[n] for n in names]), strict=True))
+        tokens = max(totals.pop("tokens", 0.0), 1.0)
+        means = {name: total / tokens for name, total in totals.items()}
+        if self._norms:
+            means[f"{self.role}_grad_norm"] = sum(self._norms) / len(self._norms)
+        return means

@@ -1,0 +1,76 @@
+"""Four epochs on each set of rollouts move the policy towards a reward, and not out of bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_roles import Setting, ppo_trainer, prompts
+
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.utils.data.collators import PromptBatch
+from dschat.utils.module.lora import LoraConfig
+
+FULL = Setting(learning_rate=2e-2, eps=1e-8, micro_batch=64)
+LORA = LoraConfig(8, module_names=("lm_head", "q_proj"))
+ADAPTERS = Setting(lora=LORA, learning_rate=1e-2, eps=1e-8, micro_batch=64)
+
+
+def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor):
+    """A reward that can be read off the text: the share of low token ids in the last 2 places."""
+    return (sequences[:, -2:] < 132).float().mean(-1)
+
+
+def four_answers_each(batch: PromptBatch) -> tuple[PromptBatch, torch.Tensor]:
+    """Every prompt four times, and which rows belong together."""
+    group = torch.arange(len(batch.real)).repeat_interleave(4)
+    return PromptBatch(*(x[group] for x in vars(batch).values())), group
+
+
+@pytest.fixture
+def learn(load_roles, monkeypatch) -> Callable[..., list[dict[str, float]]]:
+    """The statistics of each iteration."""
+
+    def run(setting: Setting, estimator: str, iterations: int, **changes: object):
+        monkeypatch.setattr(DeepSpeedRLHFEngine, "reward_scores", low_bytes)
+        roles = load_roles(setting)
+        if estimator == "gae":
+            changes["value_clip_range"] = 10.0
+        else:
+            roles.critic = None
+            changes |= {"advantage_estimator": estimator, "answers_per_prompt": 4}
+        common = {"answer": 2, "rollout_batch_size": 64, "ppo_epochs": 4, "kl_coefficient": 0.0}
+        trainer = ppo_trainer(roles, setting, **common, **changes)
+        torch.manual_seed(3)
+        steps = []
+        for _ in range(iterations):
+            batch, group = four_answers_each(prompts(16))
+            e = dataclasses.replace(trainer.rollout(batch), group=group)
+            steps.append(trainer.train_rlhf([e]))
+        return steps
+
+    return run
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+@pytest.mark.parametrize("setting, iterations", [(FULL, 6), (ADAPTERS, 10)], ids=["full", "lora"])
+def test_a_reward_rises(learn, setting, iterations, estimator):
+    steps = learn(setting, estimator, iterations)
+    rewards = [step["reward"] for step in steps]
+    assert rewards[0] < 0.6  # about half of all tokens
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.15, rewards
+    assert all(step["approx_kl"] < 2.0 and step["actor_updates"] == 1.0 for step in steps)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_a_reward_rises_within_a_limit(learn, estimator):
+    """Steps that are far too large: what the limit leaves of them still gets there."""
+    steps = learn(FULL, estimator, 10, update_kl_limit=0.1)
+    rewards = [step["reward"] for step in steps]
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.15, rewards
+    assert any(step["actor_updates"] < 1.0 for step in steps)
+    for step in steps:
+        assert step["approx_kl"] < 0.1
+        assert (step["update_kl"] > 0.1) == (step["actor_updates"] < 1.0)
