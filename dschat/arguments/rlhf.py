@@ -9,10 +9,10 @@ from dschat.arguments.models import ModelArguments
 from dschat.arguments.run import RunArguments
 from dschat.cli import SWITCH, flag, group
 from dschat.errors import UserError
+from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_log import AnswerPrinting
 from dschat.rlhf.ppo_trainer import PPOConfig
 from dschat.rlhf.rlhf_engine import RoleConfig
-from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.engine import num_windows

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from dschat.errors import UserError
-from dschat.losses import policy_loss, token_entropy, value_loss, window_scale
+from dschat.losses import policy_loss, value_loss, window_scale
 from dschat.rlhf.experience import Experience, minibatches
+from dschat.rlhf.generation import RolloutEngine, SamplingConfig, TransformersRollout
+from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.returns import (
     generalized_advantages,
     kl_k1,
@@ -29,13 +31,7 @@ from dschat.rlhf.returns import (
     whiten,
 )
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.rollout import (
-    SamplingConfig,
-    answer_logprobs,
-    answer_values,
-    make_experience,
-    pad_rows,
-)
+from dschat.rlhf.rollout import RolloutConfig, answer_values, make_experience
 from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.engine import backward, windows
@@ -55,6 +51,8 @@ class PPOConfig:
     missing_eos_penalty: float = 0.0
     ppo_epochs: int = 1
     rollout_batch_size: int = 16
+    answers_per_prompt: int = 1
+    generation_chunk_size: int = 0  # answers generated at a time; 0: rollout_batch_size
     micro_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     seed: int = 1234
@@ -82,18 +80,44 @@ class PPOConfig:
         at_least_one = {
             "ppo_epochs": self.ppo_epochs,
             "per_device_generation_batch_size": self.rollout_batch_size,
+            "answers_per_prompt": self.answers_per_prompt,
             "per_device_training_batch_size": self.micro_batch_size,
         }
         for name, value in at_least_one.items():
             if value < 1:
                 raise UserError(f"{name} is {value}: give at least 1")
+        if self.generation_chunk_size < 0:
+            raise UserError(
+                f"generation_chunk_size is {self.generation_chunk_size}: give at least 1, "
+                "or 0 for per_device_generation_batch_size"
+            )
+
+    def rollout(self, answers_per_prompt: int) -> RolloutConfig:
+        """How rollouts are cut."""
+        return RolloutConfig(
+            sampling=self.sampling,
+            batch_rows=self.rollout_batch_size,
+            chunk_rows=self.generation_chunk_size or self.rollout_batch_size,
+            score_rows=self.micro_batch_size,
+            answers_per_prompt=answers_per_prompt,
+        )
 
 
 class DeepSpeedPPOTrainer:
-    """Runs PPO over the roles of a `DeepSpeedRLHFEngine`."""
+    """Runs PPO over the roles of a `DeepSpeedRLHFEngine`.
 
-    def __init__(self, roles: DeepSpeedRLHFEngine, config: PPOConfig, world_size: int):
+    `engine` samples the answers; by default transformers does, on the actor.
+    """
+
+    def __init__(
+        self,
+        roles: DeepSpeedRLHFEngine,
+        config: PPOConfig,
+        world_size: int,
+        engine: RolloutEngine | None = None,
+    ):
         self.roles, self.config, self.world_size = roles, config, world_size
+        self.engine = engine
         self.generator = torch.Generator().manual_seed(config.seed)
 
     per_rank = True  # its state is a few numbers
@@ -106,19 +130,23 @@ class DeepSpeedPPOTrainer:
         """Go on from there."""
         self.generator.set_state(state["generator"])
 
-    def rollout(self, prompts: PromptBatch) -> Experience:
-        """Stage 1: sample and score one batch of prompts."""
-        prompts = pad_rows(prompts, self.config.rollout_batch_size).to(self.roles.device)
-        return make_experience(
-            self.roles,
-            prompts,
-            self.config.sampling,
-            score_batch_size=self.config.micro_batch_size,
+    def rollout(
+        self, batches: list[PromptBatch], answers_per_prompt: int | None = None
+    ) -> list[Experience]:
+        """Stage 1: sample and score batches of prompts, one experience for each.
+
+        Args:
+            answers_per_prompt: None for the configured number.
+        """
+        roles, answers = self.roles, answers_per_prompt or self.config.answers_per_prompt
+        engine = self.engine or TransformersRollout(
+            roles.actor, roles.tokenizer, roles.generates_in_step
         )
+        return make_experience(roles, engine, batches, self.config.rollout(answers))
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
-        """What the present policy earns on held-out prompts: `rollout_statistics`, no update."""
-        return self.rollout_statistics([self.rollout(batch) for batch in batches])
+        """`rollout_statistics` of one answer to each held-out prompt; no update."""
+        return self.rollout_statistics(self.rollout(list(batches), answers_per_prompt=1))
 
     def with_advantages(self, experiences: list[Experience]) -> list[Experience]:
         """Stages 2 and 3, once per set of rollouts: the returns, and whitened advantages."""
@@ -180,22 +208,27 @@ class DeepSpeedPPOTrainer:
 
     def actor_loss(self, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy loss of one mini-batch, summed over its tokens, and sums to report."""
-        logprobs, logits = answer_logprobs(
-            self.roles.actor, e.sequences, e.attention_mask, e.answer_mask.shape[1]
+        scored = answer_logprobs(
+            self.roles.actor,
+            e.sequences,
+            e.attention_mask,
+            e.answer_mask.shape[1],
+            with_entropy=True,
+            temperature=self.config.sampling.temperature,
         )
+        logprobs = scored.logprobs
         clip = self.config.clip_range
         loss = policy_loss(logprobs, e.logprobs, e.advantages, e.answer_mask, clip)
         with torch.no_grad():
             # Outside the mask the two may drift apart without bound: there, a ratio of 1.
             kept = logprobs.where(e.answer_mask, e.logprobs)
             ratio = torch.exp(kept - e.logprobs)
-            entropy = token_entropy(logits[e.answer_mask]).sum()
             statistics = {
                 "tokens": e.answer_mask.sum().item(),
                 "ratio": (ratio * e.answer_mask).sum().item(),
                 "clip_fraction": (((ratio - 1).abs() > clip) & e.answer_mask).sum().item(),
                 "approx_kl": kl_k3(e.logprobs, kept).sum().item(),
-                "entropy": entropy.item(),
+                "entropy": (scored.entropy * e.answer_mask).sum().item(),
             }
         return loss, statistics
 

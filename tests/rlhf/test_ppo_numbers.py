@@ -9,8 +9,8 @@ from tiny import PAD
 
 from dschat.errors import UserError
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
-from dschat.rlhf.rollout import SamplingConfig
 
 
 def synthetic(**columns: list) -> Experience:

@@ -112,7 +112,7 @@ def main() -> None:
             if iteration == iterations:
                 break
             log.begin()
-            experiences = [trainer.rollout(batch) for batch in batches]
+            experiences = trainer.rollout(batches)
             log.rolled_out()
             statistics = trainer.train_rlhf(experiences)
             iteration += 1
