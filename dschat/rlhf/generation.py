@@ -20,7 +20,14 @@ from transformers import (
 from dschat.errors import UserError
 from dschat.rlhf.returns import answer_mask_from
 from dschat.utils.data.collators import PromptBatch
-from dschat.utils.model.model_utils import position_ids_from, takes_argument, unwrap
+from dschat.utils.distributed import print_rank_0
+from dschat.utils.model.model_utils import (
+    forward_inputs,
+    position_ids_from,
+    takes_argument,
+    unwrap,
+)
+from dschat.utils.model.source import resolve_model
 from dschat.utils.module.lora import fused_adapters
 
 SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, a first one that is cut
@@ -68,6 +75,9 @@ class RolloutEngine(Protocol):
             (B, P + A) ids: the prompts as given, then answers; `answer_ends` says what counts.
         """
 
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+        """(B, V) logits of each answer's first token, before temperature and truncation."""
+
 
 @dataclass(frozen=True)
 class TransformersRollout:
@@ -80,8 +90,7 @@ class TransformersRollout:
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
         """As `RolloutEngine` says; rows that end early are padded, the longest ends the batch."""
-        fused = fused_adapters(unwrap(self.model)) if self.fuse_adapters else None
-        with fused or contextlib.nullcontext():
+        with self._weights():
             return generate(
                 self.model,
                 prompts,
@@ -91,6 +100,17 @@ class TransformersRollout:
                 synced_gpus=self.synced_gpus,
                 stops=StopStrings.of(sampling, self.tokenizer),
             )
+
+    @torch.no_grad()
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+        """As `RolloutEngine` says."""
+        inputs = forward_inputs(self.model, prompts.input_ids, prompts.attention_mask)
+        with self._weights():
+            return unwrap(self.model)(**inputs, use_cache=False).logits[:, -1]
+
+    def _weights(self) -> contextlib.AbstractContextManager[None]:
+        fuse = self.fuse_adapters
+        return fused_adapters(unwrap(self.model)) if fuse else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -198,6 +218,28 @@ def generate(
         inputs["stopping_criteria"] = StoppingCriteriaList([criteria])
     with _own_generation_config(module, config):
         return module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
+
+
+def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name the tokens that would end a text elsewhere: no answer passes one unnoticed."""
+    for end in unused_ends(model_name_or_path, tokenizer):
+        print_rank_0(
+            f"{model_name_or_path}: {end} ends a text by its generation_config.json, but answers "
+            f"end with {tokenizer.eos_token} alone; --stop_strings '{end}' lets it end them as well"
+        )
+
+
+def unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that end a text by the folder's generation_config.json, and no answer here."""
+    source = resolve_model(model_name_or_path)
+    try:
+        config = source.generation_config() or GenerationConfig.from_pretrained(source.base)
+    except OSError:
+        return []  # a folder without one has no ends of its own
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    others = [i for i in ends if i is not None and i != tokenizer.eos_token_id]
+    return [text for text in tokenizer.convert_ids_to_tokens(others) if text is not None]
 
 
 @contextlib.contextmanager
