@@ -234,6 +234,24 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--kl_target", "6", "--kl_coef", "0"], "kl_target scales kl_coef, which is 0"),
         (["--critic_warmup_iterations", "-1"], "critic_warmup_iterations is -1"),
         (["--update_kl_limit", "-1"], "update_kl_limit is -1.0"),
+        (["--answers_per_prompt", "0"], "answers_per_prompt is 0"),
+        (["--generation_chunk_size", "-1"], "generation_chunk_size is -1"),
+        (["--min_answer_seq_len", "257"], "min_answer_seq_len is 257: give 0 to max_answer_seq"),
+        (["--stop_strings", "a", ""], "stop_strings holds an empty string"),
+        (["--fuse_lora_for_generation"], "fuse_lora_for_generation: the actor has no adapters"),
+        (
+            ["--fuse_lora_for_generation", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
+            "fuse_lora_for_generation: with --actor_zero_stage 3 no rank holds a whole weight",
+        ),
+        (
+            ["--enable_hybrid_engine", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
+            "enable_hybrid_engine with --actor_lora_dim: with --actor_zero_stage 3 no rank",
+        ),
+        (["--inference_tp_size", "2"], "inference_tp_size is a setting of the hybrid engine"),
+        (["--release_inference_cache"], "release_inference_cache is a setting of the hybrid"),
+        (["--unpin_actor_parameters"], "unpin_actor_parameters is a setting of the hybrid"),
+        (["--tp_gather_partition_size", "4"], "tp_gather_partition_size is a setting of the"),
+        (["--enable_hybrid_engine", "--inference_tp_size", "0"], "inference_tp_size is 0"),
         (["--actor_lora_dim", "-1"], "lora_dim is -1"),
         (["--actor_learning_rate", "0"], "learning_rate is 0.0"),
         (["--zero_stage", "2"], "unknown flag --zero_stage; did you mean --"),
@@ -252,6 +270,45 @@ def test_offload_needs_zero(build):
         settings.run.engine_config(settings.model, "fp32", 1)
     settings = build("--offload", "--zero_stage", "2")
     assert settings.run.engine_config(settings.model, "fp32", 1).offload
+
+
+def test_settings_of_rollouts():
+    flags = (
+        "--answers_per_prompt 3 --generation_chunk_size 5 --min_answer_seq_len 7 "
+        "--temperature 0.5 --actor_lora_dim 4 --fuse_lora_for_generation"
+    )
+    settings = rlhf(*shlex.split(flags), "--stop_strings", "\n\n", "User:")
+    config = settings.ppo_config()
+    assert (config.answers_per_prompt, config.generation_chunk_size) == (3, 5)
+    assert config.sampling.stop_strings == ("\n\n", "User:")
+    assert (config.sampling.min_new_tokens, config.sampling.temperature) == (7, 0.5)
+    assert settings.rollout.fuses(settings.actor) and not rlhf().rollout.fuses(rlhf().actor)
+    assert settings.roles("fp32", 1)[0].engine.hybrid is None
+
+
+def test_the_schedule_counts_every_answer():
+    """Four prompts of three answers in micro-batches of six: two steps an iteration."""
+    flags = (
+        "--answers_per_prompt 3 --per_device_generation_batch_size 4 "
+        "--per_device_training_batch_size 6 --lr_scheduler_type linear --num_warmup_steps 0"
+    )
+    actor, _ = rlhf(*shlex.split(flags)).roles("fp32", iterations=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule, rates = actor.schedule(optimizer), []
+    for _ in range(10):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1 - i / 10 for i in range(10)])
+    assert schedule.get_last_lr() == [0.0]
+
+
+def test_the_hybrid_engine_folds_adapters_in():
+    settings = rlhf("--enable_hybrid_engine", "--actor_lora_dim", "4", "--inference_tp_size", "2")
+    assert settings.rollout.fuses(settings.actor)
+    actor, critic = settings.roles("bf16", iterations=1)
+    assert (actor.engine.hybrid.inference_tp_size, actor.engine.hybrid.max_out_tokens) == (2, 512)
+    assert critic.engine.hybrid is None
 
 
 def test_what_trains():
@@ -281,7 +338,6 @@ def test_what_trains():
             ["--offload_reward_model does nothing: with LoRA the reward model is the critic"],
         ),
         (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
-        (["--enable_hybrid_engine"], ["--enable_hybrid_engine does nothing"]),
     ],
 )
 def test_step_3_says_what_does_nothing(capsys, argv, said):
@@ -297,11 +353,6 @@ RETIRED = {
     rlhf: [
         "compute_fp32_loss",
         "unsup_coef",
-        "enable_hybrid_engine",
-        "unpin_actor_parameters",
-        "release_inference_cache",
-        "inference_tp_size",
-        "tp_gather_partition_size",
         "enable_mixed_precision_lora",
         "align_overflow",
         "num_padding_at_beginning",
@@ -309,8 +360,6 @@ RETIRED = {
 }
 WITH_VALUE = {
     "unsup_coef",
-    "inference_tp_size",
-    "tp_gather_partition_size",
     "num_padding_at_beginning",
 }
 

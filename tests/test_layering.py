@@ -24,8 +24,8 @@ LEVELS = [
     "utils.data.tokenise utils.data.collators utils.data.stream utils.data.loaders "
     "utils.data.data_utils utils.data.survey utils.checkpoint utils.utils cli",
     "utils.engine utils.evaluation utils.startup utils.progress utils.training_plan "
-    "utils.restored utils.training_state rlhf.rollout rlhf.ema rlhf.ppo_config "
-    "rlhf.advantages rlhf.ppo_statistics",
+    "utils.restored utils.training_state rlhf.generation rlhf.hybrid rlhf.logprobs "
+    "rlhf.rollout rlhf.ema rlhf.ppo_config rlhf.advantages rlhf.ppo_statistics",
     "rlhf.rlhf_engine",
     "rlhf.ppo_trainer rlhf.ppo_log",
     "arguments merge quickstart data",

@@ -3,6 +3,7 @@
 from dschat.arguments.data import BatchArguments, DataArguments, EvaluationArguments
 from dschat.arguments.models import LoraArguments, ModelArguments
 from dschat.arguments.rlhf import PPOArguments, RLHFSettings
+from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments, StateArguments
 from dschat.arguments.stability import StabilityArguments
 from dschat.arguments.steps import RewardSettings, SFTSettings
@@ -16,6 +17,7 @@ __all__ = [
     "PPOArguments",
     "RLHFSettings",
     "RewardSettings",
+    "RolloutArguments",
     "RunArguments",
     "SFTSettings",
     "StabilityArguments",

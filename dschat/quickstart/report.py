@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.quickstart.model import MAX_NEW_TOKENS
 from dschat.quickstart.task import GoldScore, gold_score
+from dschat.rlhf.generation import SamplingConfig, generate
 from dschat.rlhf.returns import answer_mask_from
-from dschat.rlhf.rollout import SamplingConfig, generate
 from dschat.utils.data.collators import PromptBatch, PromptCollator
 from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.model.reward_model import RewardModel, create_critic_model, scores_at_end

@@ -17,14 +17,16 @@ class Experience:
     answer_mask: torch.Tensor  # (B, A) bool
     ended: torch.Tensor  # (B,) bool: the answer has its end token
     real: torch.Tensor  # (B,) bool: False for rows that only fill the batch
-    logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's
-    ref_logprobs: torch.Tensor  # (B, A) fp32
-    values: torch.Tensor | None  # (B, A) fp32, of the state before each token; 0 outside the mask
+    logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's; 0 behind an answer's end
+    ref_logprobs: torch.Tensor  # (B, A) fp32, likewise
+    values: torch.Tensor | None  # (B, A) fp32, of the state before each token; None: no critic
     scores: torch.Tensor  # (B,) fp32, the reward model's
-    group: torch.Tensor  # (B,) int64: answers to one prompt share a number
+    group: torch.Tensor  # (B,) int64: answers to one prompt share a number, on this rank alone
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
+    # Of a whole iteration's generation: its first experience alone tells them.
     generation_seconds: float = 0.0
+    generation_steps: int = 0  # decoding steps, in sequence
 
     @property
     def prompt_length(self) -> int:

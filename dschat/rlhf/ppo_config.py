@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from dschat.errors import UserError
+from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.returns import KL_ESTIMATORS
-from dschat.rlhf.rollout import SamplingConfig
+from dschat.rlhf.rollout import RolloutConfig
 
 ESTIMATORS = ("gae", "rloo", "grpo")
 WHITENING = ("auto", "always", "never")
@@ -34,6 +35,7 @@ class PPOConfig:
     critic_warmup_iterations: int = 0
     update_kl_limit: float = 0.0  # nats a token; 0: off
     rollout_batch_size: int = 16
+    generation_chunk_size: int = 0  # answers generated at a time; 0: rollout_batch_size
     micro_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     seed: int = 1234
@@ -54,6 +56,16 @@ class PPOConfig:
     def kl_in_loss(self) -> bool:
         """Whether the penalty is a term of the policy's loss (GRPO), not of the reward."""
         return self.advantage_estimator == "grpo"
+
+    def rollout(self, answers_per_prompt: int) -> RolloutConfig:
+        """How rollouts are cut."""
+        return RolloutConfig(
+            sampling=self.sampling,
+            batch_rows=self.rollout_batch_size,
+            chunk_rows=self.generation_chunk_size or self.rollout_batch_size,
+            score_rows=self.micro_batch_size,
+            answers_per_prompt=answers_per_prompt,
+        )
 
     def _check_numbers(self) -> None:
         above_zero = {"cliprange": self.clip_range, "reward_clip": self.reward_clip}
@@ -82,6 +94,11 @@ class PPOConfig:
         for name, value in at_least_one.items():
             if value < 1:
                 raise UserError(f"{name} is {value}: give at least 1")
+        if self.generation_chunk_size < 0:
+            raise UserError(
+                f"generation_chunk_size is {self.generation_chunk_size}: give at least 1, "
+                "or 0 for per_device_generation_batch_size"
+            )
         choices = {
             "advantage_estimator": ESTIMATORS,
             "kl_estimator": (None, *KL_ESTIMATORS),

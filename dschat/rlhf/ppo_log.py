@@ -98,7 +98,7 @@ class PPOLog:
                 prompt_tokens=int(tokens - answer_tokens),
                 new_tokens=int(answer_tokens),
                 samples=int(rows),
-                steps=sum(e.answer_mask.shape[1] for e in experiences),
+                steps=sum(e.generation_steps for e in experiences),
                 lora_dim=self.actor_shape.lora_dim,
             )
             trained = (tokens * ppo_epochs, rows * ppo_epochs)

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
-from dschat.losses import kl_loss, policy_loss, token_entropy, value_loss, window_scale
+from dschat.losses import kl_loss, policy_loss, value_loss, window_scale
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience, minibatches
+from dschat.rlhf.generation import RolloutEngine, TransformersRollout
 from dschat.rlhf.kl_control import KLController
+from dschat.rlhf.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_statistics import (
     StepMeans,
@@ -30,17 +31,27 @@ from dschat.rlhf.ppo_statistics import (
 )
 from dschat.rlhf.returns import kl_k3
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.rollout import answer_logprobs, answer_values, make_experience, pad_rows
+from dschat.rlhf.rollout import answer_values, make_experience
 from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.engine import backward, windows
 
 
 class DeepSpeedPPOTrainer:
-    """Runs PPO over the roles of a `DeepSpeedRLHFEngine`."""
+    """Runs PPO over the roles of a `DeepSpeedRLHFEngine`.
 
-    def __init__(self, roles: DeepSpeedRLHFEngine, config: PPOConfig, world_size: int):
+    `engine` samples the answers; by default transformers does, on the actor.
+    """
+
+    def __init__(
+        self,
+        roles: DeepSpeedRLHFEngine,
+        config: PPOConfig,
+        world_size: int,
+        engine: RolloutEngine | None = None,
+    ):
         self.roles, self.config, self.world_size = roles, config, world_size
+        self.engine = engine
         self.generator = torch.Generator().manual_seed(config.seed)
         horizon = {} if config.kl_horizon is None else {"horizon": config.kl_horizon}
         self.kl = KLController(config.kl_coefficient, config.kl_target, **horizon)
@@ -62,19 +73,23 @@ class DeepSpeedPPOTrainer:
         self.kl.load_state_dict(state["kl"])
         self.iterations = state["iterations"]
 
-    def rollout(self, prompts: PromptBatch) -> Experience:
-        """Stage 1: sample and score one batch of prompts."""
-        prompts = pad_rows(prompts, self.config.rollout_batch_size).to(self.roles.device)
-        return make_experience(
-            self.roles,
-            prompts,
-            self.config.sampling,
-            score_batch_size=self.config.micro_batch_size,
+    def rollout(
+        self, batches: list[PromptBatch], answers_per_prompt: int | None = None
+    ) -> list[Experience]:
+        """Stage 1: sample and score batches of prompts, one experience for each.
+
+        Args:
+            answers_per_prompt: None for the configured number.
+        """
+        roles, answers = self.roles, answers_per_prompt or self.config.answers_per_prompt
+        engine = self.engine or TransformersRollout(
+            roles.actor, roles.tokenizer, roles.generates_in_step
         )
+        return make_experience(roles, engine, batches, self.config.rollout(answers))
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
-        """What the present policy earns on held-out prompts: `rollout_statistics`, no update."""
-        return rollout_statistics([self.rollout(batch) for batch in batches])
+        """`rollout_statistics` of one answer to each held-out prompt; no update."""
+        return rollout_statistics(self.rollout(list(batches), answers_per_prompt=1))
 
     def train_rlhf(self, experiences: list[Experience]) -> dict[str, float]:
         """Stages 2 to 5: update actor and critic; returns this iteration's statistics."""
@@ -144,7 +159,7 @@ class DeepSpeedPPOTrainer:
         """
         moved = 0.0
         for e in window:
-            now, _ = policy_scores(self.roles.actor, e)
+            now = self.policy_scores(e).logprobs
             moved += kl_k3(e.logprobs, now).where(e.answer_mask, 0.0).sum().item()
         tokens = float(sum(e.answer_mask.sum().item() for e in window))
         moved, tokens = all_reduce_sum([moved, tokens])
@@ -174,9 +189,22 @@ class DeepSpeedPPOTrainer:
         if critic.was_step_applied():
             means.add_norm(critic.get_global_grad_norm())
 
+    def policy_scores(self, e: Experience, with_entropy: bool = False) -> AnswerScores:
+        """The present policy's log-probabilities of the answers, as they were sampled."""
+        length, temperature = e.answer_mask.shape[1], self.config.sampling.temperature
+        return answer_logprobs(
+            self.roles.actor,
+            e.sequences,
+            e.attention_mask,
+            length,
+            with_entropy=with_entropy,
+            temperature=temperature,
+        )
+
     def actor_loss(self, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy's loss of one mini-batch, summed over its tokens, and sums to report."""
-        logprobs, entropy = policy_scores(self.roles.actor, e, with_entropy=True)
+        scored = self.policy_scores(e, with_entropy=True)
+        logprobs, entropy = scored.logprobs, scored.entropy
         clip = self.config.clip_range
         loss = policy_loss(logprobs, e.logprobs, e.advantages, e.answer_mask, clip)
         if self.config.kl_in_loss:
@@ -206,15 +234,3 @@ class DeepSpeedPPOTrainer:
             beyond = ((values - e.values).abs() > clip) & e.answer_mask
             sums["value_clip_fraction"] = beyond.sum().item()
         return loss, sums
-
-
-def policy_scores(
-    actor: nn.Module, e: Experience, with_entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, A) log-probabilities of the answers and, where asked for, entropies without gradient."""
-    length = e.answer_mask.shape[1]
-    logprobs, logits = answer_logprobs(actor, e.sequences, e.attention_mask, length)
-    if not with_entropy:
-        return logprobs, None
-    # Row by row: fp32 copies of all logits at once would be the peak.
-    return logprobs, torch.stack([token_entropy(row) for row in logits.detach()])

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dschat.rlhf.ema import EMA
-from dschat.rlhf.rollout import answer_logprobs
+from dschat.rlhf.logprobs import answer_logprobs
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
 from dschat.utils.engine import Recipe, Schedule, build_engine, build_frozen, torch_dtype
@@ -96,14 +96,19 @@ class DeepSpeedRLHFEngine:
         return self
 
     def reference_logprobs(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
+        self,
+        sequences: torch.Tensor,
+        attention_mask: torch.Tensor,
+        answer_length: int,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
         """(B, A) fp32 log-probabilities under the policy that PPO started from."""
+        text = sequences, attention_mask, answer_length
         if self.reference is None:
             with adapters_disabled(self.actor):
-                return answer_logprobs(self.actor, sequences, attention_mask, answer_length)[0]
+                return answer_logprobs(self.actor, *text, temperature=temperature).logprobs
         with _on_device(self.reference, self.device) as reference:
-            return answer_logprobs(reference, sequences, attention_mask, answer_length)[0]
+            return answer_logprobs(reference, *text, temperature=temperature).logprobs
 
     def reward_scores(self, sequences: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B,) fp32 scores of the whole sequences, at their last real token."""

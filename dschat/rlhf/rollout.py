@@ -2,107 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
 
-from dschat.errors import UserError
-from dschat.losses import token_logprobs
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.returns import answer_mask_from
+from dschat.rlhf.generation import RolloutEngine, SamplingConfig, StopStrings, answer_ends
+from dschat.rlhf.logprobs import answer_logprobs
 from dschat.utils.data.collators import PromptBatch
-from dschat.utils.model.model_utils import forward_inputs, position_ids_from, takes_argument, unwrap
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How answers are drawn; the defaults sample the policy itself, as PPO assumes."""
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_answer_seq_len is {self.max_new_tokens}: give at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}: give a number above 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a share in (0, 1]")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: give 0 (off) or more")
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    prompts: PromptBatch,
-    sampling: SamplingConfig,
-    *,
-    eos_token_id: int,
-    pad_token_id: int,
-    synced_gpus: bool = False,
-) -> torch.Tensor:
-    """Sample one answer for every prompt.
-
-    Args:
-        model: a causal LM or an engine around one, in eval mode.
-        synced_gpus: ranks go on together until all have ended (needed under ZeRO-3).
-
-    Returns:
-        (B, P + A) ids; A is the longest answer's length, rows that ended early are padded.
-    """
-    module = unwrap(model)
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-    )
-    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask.long()}
-    if takes_argument(module, "position_ids"):
-        inputs["position_ids"] = position_ids_from(prompts.attention_mask)
-    with _own_generation_config(module, config):
-        return module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
-
-
-@contextlib.contextmanager
-def _own_generation_config(module: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Hide the folder's sampling settings: `generate` would fill ours up from them."""
-    kept, module.generation_config = module.generation_config, config
-    try:
-        yield
-    finally:
-        module.generation_config = kept
-
-
-def answer_logprobs(
-    model: nn.Module, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 log-probabilities of the last `answer_length` tokens, and the logits behind them.
-
-    Args:
-        sequences: (B, P + A), prompts padded on the left. attention_mask: the same shape, bool.
-
-    Returns:
-        (B, A) log-probabilities and (B, A, V) logits; no logits are made for the prompt where the
-        model allows it.
-    """
-    inputs = forward_inputs(model, sequences, attention_mask)
-    if takes_argument(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = answer_length + 1
-    logits = model(**inputs, use_cache=False).logits[:, -answer_length - 1 : -1]
-    return token_logprobs(logits, sequences[:, -answer_length:]), logits
 
 
 def answer_values(
@@ -125,58 +36,145 @@ def pad_rows(prompts: PromptBatch, rows: int) -> PromptBatch:
     return PromptBatch(prompts.input_ids[index], prompts.attention_mask[index], real)
 
 
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the prompts of an iteration become rows, and rows become passes."""
+
+    sampling: SamplingConfig
+    batch_rows: int  # prompts of one batch; shorter ones are filled up
+    chunk_rows: int  # answers that are generated at a time
+    score_rows: int  # of one scoring pass
+    answers_per_prompt: int = 1
+
+
 @torch.no_grad()
 def make_experience(
-    roles,
-    prompts: PromptBatch,
-    sampling: SamplingConfig,
-    *,
-    score_batch_size: int,
-) -> Experience:
+    roles, engine: RolloutEngine, batches: list[PromptBatch], config: RolloutConfig
+) -> list[Experience]:
     """Roll out and score: generation, then every role's forward passes in eval mode.
+
+    The number of passes depends on the number of batches alone, on every rank.
 
     Args:
         roles: a `DeepSpeedRLHFEngine`.
-        prompts: on the device, `pad_rows` applied.
-        score_batch_size: rows of one scoring pass, like a training pass.
+        batches: of prompts, on any device.
+
+    Returns:
+        One experience for each batch, its rows in the batch's order, the answers to one prompt
+        side by side.
     """
     roles.eval()
-    tokenizer, start = roles.tokenizer, time.perf_counter()
-    sequences = generate(
-        roles.actor,
-        prompts,
-        sampling,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        synced_gpus=roles.generates_in_step,
+    batches = [pad_rows(batch, config.batch_rows) for batch in batches]
+    batches = [repeated(batch, config.answers_per_prompt).to(roles.device) for batch in batches]
+    start = time.perf_counter()
+    generated = generate_sorted(
+        engine, joined(batches), config.sampling, config.chunk_rows, roles.tokenizer.pad_token_id
     )
     seconds = time.perf_counter() - start
-    answers = sequences[:, prompts.input_ids.shape[1] :]
-    answer_mask = answer_mask_from(answers, tokenizer.eos_token_id)
-    attention_mask = torch.cat([prompts.attention_mask, answer_mask], dim=1)
-    ended = ((answers == tokenizer.eos_token_id) & answer_mask).any(dim=-1)
+    sizes = [len(batch.real) for batch in batches]
+    groups = torch.arange(sum(sizes), device=roles.device) // config.answers_per_prompt
+    experiences = [
+        score(roles, batch, answers, group, config)
+        for batch, answers, group in zip(
+            batches, generated.answers.split(sizes), groups.split(sizes), strict=True
+        )
+    ]
+    timing = {"generation_seconds": seconds, "generation_steps": generated.steps}
+    return [replace(experiences[0], **timing), *experiences[1:]]
 
-    columns = {"logprobs": [], "ref_logprobs": [], "values": [], "scores": []}
-    for ids, mask in zip(
-        sequences.split(score_batch_size), attention_mask.split(score_batch_size), strict=True
+
+def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
+    """Every row so many times, copies side by side."""
+    columns = (prompts.input_ids, prompts.attention_mask, prompts.real)
+    return PromptBatch(*(column.repeat_interleave(times, dim=0) for column in columns))
+
+
+def joined(batches: list[PromptBatch]) -> PromptBatch:
+    """All rows in one batch, as wide as the widest; what stands under the new padding is 0."""
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def stacked(columns: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([F.pad(column, (width - column.shape[1], 0)) for column in columns])
+
+    return PromptBatch(
+        stacked([batch.input_ids for batch in batches]),
+        stacked([batch.attention_mask for batch in batches]),
+        torch.cat([batch.real for batch in batches]),
+    )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What an engine made of many prompts."""
+
+    answers: torch.Tensor  # (R, A) ids, rows as their prompts; padded behind their ends
+    steps: int  # decoding steps, in sequence
+
+
+def generate_sorted(
+    engine: RolloutEngine,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    chunk_rows: int,
+    pad_token_id: int,
+) -> Generated:
+    """Generate in chunks of rows of like length, each only as wide as its longest prompt.
+
+    When one chunk holds all rows they keep their order.
+    """
+    lengths = prompts.attention_mask.sum(dim=-1)
+    order = torch.arange(len(lengths), device=lengths.device)
+    if len(lengths) > chunk_rows:
+        order = lengths.argsort(stable=True)
+    parts = []
+    for index in order.split(chunk_rows):
+        width = int(lengths[index].max())
+        ids, mask = prompts.input_ids[index, -width:], prompts.attention_mask[index, -width:]
+        # A model may look at the ids under padding: they are those of its own padding.
+        ids = ids.masked_fill(~mask, pad_token_id)
+        sequences = engine.generate(PromptBatch(ids, mask, prompts.real[index]), sampling)
+        parts.append(sequences[:, width:])
+    steps = [part.shape[1] for part in parts]
+    answers = [F.pad(part, (0, max(steps) - part.shape[1]), value=pad_token_id) for part in parts]
+    return Generated(torch.cat(answers)[order.argsort()], sum(steps))
+
+
+def score(
+    roles, prompts: PromptBatch, answers: torch.Tensor, group: torch.Tensor, config: RolloutConfig
+) -> Experience:
+    """One batch of prompts and the (B, A) ids generated for it, under every role.
+
+    The experience is no wider than its longest answer. Passes have the shape of training passes.
+    """
+    eos = roles.tokenizer.eos_token_id
+    mask, ended = answer_ends(answers, eos, StopStrings.of(config.sampling, roles.tokenizer))
+    length = int(mask.sum(dim=-1).max())
+    mask, answers = mask[:, :length], answers[:, :length]
+    sequences = torch.cat([prompts.input_ids, answers], dim=1)
+    attention_mask = torch.cat([prompts.attention_mask, mask], dim=1)
+    temperature = config.sampling.temperature
+
+    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for ids, seen in zip(
+        sequences.split(config.score_rows), attention_mask.split(config.score_rows), strict=True
     ):
-        length = answers.shape[1]
-        columns["logprobs"].append(answer_logprobs(roles.actor, ids, mask, length)[0])
-        columns["ref_logprobs"].append(roles.reference_logprobs(ids, mask, length))
-        columns["scores"].append(roles.reward_scores(ids, mask))
+        scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
+        columns["logprobs"].append(scored.logprobs)
+        columns["ref_logprobs"].append(
+            roles.reference_logprobs(ids, seen, length, temperature=temperature)
+        )
         if roles.critic is not None:
-            columns["values"].append(answer_values(roles.critic, ids, mask, length))
-    scored = {name: torch.cat(parts) if parts else None for name, parts in columns.items()}
-    if roles.critic is not None:
-        scored["values"] = scored["values"] * answer_mask
-    answer_mask = answer_mask & prompts.real.unsqueeze(-1)
+            columns["values"].append(answer_values(roles.critic, ids, seen, length))
+        columns["scores"].append(roles.reward_scores(ids, seen))
+    scored = {name: torch.cat(parts) for name, parts in columns.items()}
+    values = scored.pop("values", None)
     return Experience(
         sequences,
         attention_mask,
-        answer_mask,
+        mask & prompts.real.unsqueeze(-1),
         ended,
         prompts.real,
         **scored,
-        group=torch.arange(len(sequences), device=sequences.device),
-        generation_seconds=seconds,
+        values=None if values is None else values * mask,
+        group=group,
     )

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dschat.errors import UserError
 
 DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """DeepSpeed's hybrid engine, which generates by kernels of its own."""
+
+    max_out_tokens: int  # prompt and answer together
+    inference_tp_size: int = 1
+    release_inference_cache: bool = False
+    pin_parameters: bool = True
+    tp_gather_partition_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,7 @@ class EngineConfig:
     gradient_accumulation_steps: int = 1
     gradient_clipping: float = 1.0
     user_config: str | None = None  # path of a DeepSpeed JSON
+    hybrid: HybridConfig | None = None
 
     def __post_init__(self):
         if self.zero_stage not in (0, 1, 2, 3):
@@ -69,6 +81,8 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     }
     if config.dtype == "bf16" and config.gradient_accumulation_steps > 1:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.hybrid is not None:
+        ours["hybrid_engine"] = {"enabled": True, **asdict(config.hybrid)}
     if config.user_config is None:
         return ours
     return merge_user_config(ours, config.user_config, config.zero_stage)

@@ -94,7 +94,7 @@ def own_rollout(setting: Setting, roles, distributed: Distributed) -> dict[str, 
     batch = PromptBatch(batch.input_ids[:count], batch.attention_mask[:count], batch.real[:count])
     torch.manual_seed(rank)
     hook = end_after(roles.actor.module, OWN_LENGTHS[rank])
-    e = trainer.rollout(batch)
+    (e,) = trainer.rollout([batch])
     hook.remove()
     return trainer.train_rlhf([e])
 

@@ -13,7 +13,8 @@ from tiny_roles import (
     weights,
 )
 
-from dschat.rlhf.rollout import answer_logprobs, answer_values
+from dschat.rlhf.logprobs import answer_logprobs
+from dschat.rlhf.rollout import answer_values
 from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.model.reward_model import create_critic_model, scores_at_end
 
@@ -42,7 +43,7 @@ def test_on_fresh_experience_the_ratio_is_one(load_roles, family, setting):
         e = rollout(trainer, seed)
         roles.train()
         assert roles.actor.module.training
-        logprobs, _ = answer_logprobs(roles.actor, e.sequences, e.attention_mask, 6)
+        logprobs = answer_logprobs(roles.actor, e.sequences, e.attention_mask, 6).logprobs
         values = answer_values(roles.critic, e.sequences, e.attention_mask, 6)
         for now, old in ((logprobs, e.logprobs), (values * e.answer_mask, e.values)):
             torch.testing.assert_close(now.detach(), old, atol=1e-6, rtol=0)
@@ -79,7 +80,7 @@ def test_reference_and_reward_are_the_loaded_folders_and_stay_so(load_roles, fol
         e = rollout(trainer, seed)
         with torch.no_grad():
             text = e.sequences, e.attention_mask
-            expected, _ = answer_logprobs(reference, *text, 6)
+            expected = answer_logprobs(reference, *text, 6).logprobs
             scores = scores_at_end(reward(*text), e.attention_mask)
         assert torch.equal(e.ref_logprobs, expected)
         assert torch.equal(e.scores, scores)

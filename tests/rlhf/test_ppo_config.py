@@ -1,8 +1,8 @@
 import pytest
 
 from dschat.errors import UserError
+from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
-from dschat.rlhf.rollout import SamplingConfig
 
 RLOO = {"advantage_estimator": "rloo", "answers_per_prompt": 2}
 GRPO = {"advantage_estimator": "grpo", "answers_per_prompt": 2}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from tiny_roles import Setting, ppo_trainer, prompts
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.utils.data.collators import PromptBatch
 from dschat.utils.module.lora import LoraConfig
 
 FULL = Setting(learning_rate=2e-2, eps=1e-8, micro_batch=64)
@@ -21,12 +19,6 @@ ADAPTERS = Setting(lora=LORA, learning_rate=1e-2, eps=1e-8, micro_batch=64)
 def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor):
     """A reward that can be read off the text: the share of low token ids in the last 2 places."""
     return (sequences[:, -2:] < 132).float().mean(-1)
-
-
-def four_answers_each(batch: PromptBatch) -> tuple[PromptBatch, torch.Tensor]:
-    """Every prompt four times, and which rows belong together."""
-    group = torch.arange(len(batch.real)).repeat_interleave(4)
-    return PromptBatch(*(x[group] for x in vars(batch).values())), group
 
 
 @pytest.fixture
@@ -40,15 +32,14 @@ def learn(load_roles, monkeypatch) -> Callable[..., list[dict[str, float]]]:
             changes["value_clip_range"] = 10.0
         else:
             roles.critic = None
-            changes |= {"advantage_estimator": estimator, "answers_per_prompt": 4}
-        common = {"answer": 2, "rollout_batch_size": 64, "ppo_epochs": 4, "kl_coefficient": 0.0}
+            changes["advantage_estimator"] = estimator
+        common = {"answer": 2, "rollout_batch_size": 16, "answers_per_prompt": 4}
+        common |= {"ppo_epochs": 4, "kl_coefficient": 0.0}
         trainer = ppo_trainer(roles, setting, **common, **changes)
         torch.manual_seed(3)
         steps = []
         for _ in range(iterations):
-            batch, group = four_answers_each(prompts(16))
-            e = dataclasses.replace(trainer.rollout(batch), group=group)
-            steps.append(trainer.train_rlhf([e]))
+            steps.append(trainer.train_rlhf(trainer.rollout([prompts(16)])))
         return steps
 
     return run

@@ -11,13 +11,14 @@ from tiny import PAD
 from dschat.rlhf import ppo_trainer
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.logprobs import AnswerScores
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_statistics import (
     advantage_statistics,
     rollout_statistics,
     value_statistics,
 )
-from dschat.rlhf.rollout import SamplingConfig
 
 
 def synthetic(**columns: list) -> Experience:
@@ -117,7 +118,8 @@ def test_what_the_actors_steps_report(monkeypatch):
     ratios = [1.0, 1.5, 0.5, 1.1]
     now = e.logprobs + torch.tensor([ratios[:3], [ratios[3], math.inf, 7.0]]).log()
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, 50.0]])
-    monkeypatch.setattr(ppo_trainer, "policy_scores", lambda *_, **__: (now, entropy))
+    scored = AnswerScores(now, entropy)
+    monkeypatch.setattr(ppo_trainer.DeepSpeedPPOTrainer, "policy_scores", lambda *_, **__: scored)
     config = PPOConfig(SamplingConfig(), clip_range=0.2)
     trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(actor=None), config, world_size=1)
     _, sums = trainer.actor_loss(e)

@@ -22,7 +22,7 @@ def rollout(folders, distributed, tmp_path_factory) -> Path:
     trainer = ppo_trainer(roles, setting, rollout_batch_size=8)
     torch.manual_seed(0)
     hook = end_after(roles.actor.module, [2, 6, 1, None, 3, 4, None, 2])
-    e = trainer.rollout(prompts(7))
+    (e,) = trainer.rollout([prompts(7)])
     hook.remove()
     assert e.real.tolist() == [True] * 7 + [False]
     path = tmp_path_factory.mktemp("rollout") / "rollout.pt"

@@ -6,13 +6,9 @@ from tiny_roles import MODELS, Setting, end_after, left_padded, ppo_trainer, pro
 from transformers import LlamaForCausalLM
 
 from dschat.errors import UserError
-from dschat.rlhf.rollout import (
-    SamplingConfig,
-    answer_logprobs,
-    answer_values,
-    generate,
-    pad_rows,
-)
+from dschat.rlhf.generation import SamplingConfig, generate
+from dschat.rlhf.logprobs import answer_logprobs
+from dschat.rlhf.rollout import answer_values, pad_rows
 from dschat.utils.model.reward_model import RewardModel, scores_at_end
 
 FAMILIES = pytest.mark.parametrize("family", list(MODELS))
@@ -40,7 +36,7 @@ def test_more_padding_changes_no_score(family):
     critic = RewardModel(MODELS[family](seed=1).base_model).eval()
     plain, padded = texts(0), texts(7)
     assert padded[0].shape[1] == plain[0].shape[1] + 7
-    logprobs = [answer_logprobs(model, *text, 5)[0] for text in (plain, padded)]
+    logprobs = [answer_logprobs(model, *text, 5).logprobs for text in (plain, padded)]
     torch.testing.assert_close(*logprobs, atol=1e-5, rtol=0)
     values = [answer_values(critic, *text, 5) for text in (plain, padded)]
     torch.testing.assert_close(*values, atol=1e-5, rtol=0)
@@ -56,10 +52,9 @@ def test_logprobs_and_values_are_those_of_each_text_alone(family):
     torch.manual_seed(0)
     critic = RewardModel(MODELS[family](seed=1).base_model).eval()
     ids, mask = texts(3)
-    logprobs, logits = answer_logprobs(model, ids, mask, 5)
+    logprobs = answer_logprobs(model, ids, mask, 5).logprobs
     values = answer_values(critic, ids, mask, 5)
     assert logprobs.dtype == values.dtype == torch.float32
-    assert logits.shape == (4, 5, tiny.VOCABULARY)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         text = torch.tensor([prompt + answer])
         every = model(input_ids=text).logits[0].double().log_softmax(-1)
@@ -87,7 +82,7 @@ def test_answers_are_drawn_from_what_scoring_says(family):
     expected = steps.gather(-1, answers[..., None]).squeeze(-1)
     mask = torch.cat([batch.attention_mask, torch.ones_like(answers, dtype=torch.bool)], dim=1)
     with torch.no_grad():
-        logprobs, _ = answer_logprobs(model, sequences, mask, answers.shape[1])
+        logprobs = answer_logprobs(model, sequences, mask, answers.shape[1]).logprobs
     torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
 
 
@@ -185,7 +180,7 @@ def test_experience_masks_ends_and_columns(load_roles):
     roles = load_roles(Setting(lora=None))
     trainer = ppo_trainer(roles, Setting(micro_batch=3), answer=5)
     hook = end_after(roles.actor.module, [2, 1, None, 5])
-    e = trainer.rollout(prompts())
+    (e,) = trainer.rollout([prompts()])
     hook.remove()
     width = prompts().input_ids.shape[1]
     assert e.answers.shape == (4, 5) and e.prompt_length == width
@@ -204,9 +199,9 @@ def test_every_role_is_in_eval_mode_for_a_rollout(load_roles):
     roles = load_roles(setting).train()
     for engine in (roles.actor, roles.critic):
         engine.module.register_forward_hook(lambda module, *_: modes.append(module.training))
-    ppo_trainer(roles, setting).rollout(prompts())
-    # Six tokens, then one scoring pass of the actor and one of the critic.
-    assert modes == [False] * 8
+    ppo_trainer(roles, setting).rollout([prompts()])
+    # Six tokens, then the actor's proof and one scoring pass of the actor and one of the critic.
+    assert modes == [False] * 9
     assert not roles.reference.training and not roles.reward.training
 
 
@@ -222,7 +217,7 @@ def test_pad_rows():
 def test_filler_rows_have_no_answer_tokens(load_roles):
     trainer = ppo_trainer(load_roles(Setting()), Setting(), rollout_batch_size=4)
     batch = left_padded(PROMPTS[:1])
-    e = trainer.rollout(batch)
+    (e,) = trainer.rollout([batch])
     assert len(e.scores) == 4 and e.real.tolist() == [True, False, False, False]
     assert e.answer_mask[0].any() and not e.answer_mask[1:].any()
     # They still look at real tokens: an attention row without any would be undefined.

@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, RoleConfig
-from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.checkpoint import write_model_folder
 from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import Distributed
@@ -168,7 +168,7 @@ def rollout(trainer: DeepSpeedPPOTrainer, seed: int = 0, lengths: list | None = 
     """Sampled answers whose ends are put where a test needs them."""
     torch.manual_seed(seed)
     hook = end_after(trainer.roles.actor.module, lengths or LENGTHS)
-    e = trainer.rollout(prompts(seed=seed))
+    (e,) = trainer.rollout([prompts(seed=seed)])
     hook.remove()
     return e
 

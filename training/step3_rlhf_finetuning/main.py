@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from dschat.arguments import RLHFSettings
 from dschat.cli import parse, run_cli
+from dschat.rlhf.generation import tell_unused_ends
+from dschat.rlhf.hybrid import check_hybrid_available, rollout_engine
 from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -86,10 +88,18 @@ def main() -> None:
     plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines)
     states = TrainingStates(run.state_config(), plan, distributed)
 
+    hybrid = settings.rollout.enable_hybrid_engine
+    if hybrid:
+        check_hybrid_available()
+    tell_unused_ends(actor_name, tokenizer)
+
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
     roles = DeepSpeedRLHFEngine.load(actor, critic, tokenizer, distributed, ema_decay)
-    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size)
+    proof = next(iter(held_out)) if hybrid else None
+    fused = settings.rollout.fuses(settings.actor)
+    engine = rollout_engine(roles, fused, proof, config.sampling.max_new_tokens)
+    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, engine)
     recipes = actor.recipe, critic.recipe
     log_config = run.log_config(states.continued)
     log = PPOLog(
@@ -112,7 +122,7 @@ def main() -> None:
             if iteration == iterations:
                 break
             log.begin()
-            experiences = [trainer.rollout(batch) for batch in batches]
+            experiences = trainer.rollout(batches)
             log.rolled_out()
             statistics = trainer.train_rlhf(experiences)
             iteration += 1

@@ -1,0 +1,252 @@
+"""Rollout engines: prompts in, sampled answers out; where an answer ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from dschat.errors import UserError
+from dschat.rlhf.returns import answer_mask_from
+from dschat.utils.data.collators import PromptBatch
+from dschat.utils.distributed import print_rank_0
+from dschat.utils.model.model_utils import (
+    forward_inputs,
+    position_ids_from,
+    takes_argument,
+    unwrap,
+)
+from dschat.utils.model.source import resolve_model
+from dschat.utils.module.lora import fused_adapters
+
+SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, a first one that is cut
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are drawn; the defaults sample the policy itself, as PPO assumes."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_new_tokens: int = 0  # the end token is impossible before
+    stop_strings: tuple[str, ...] = ()
+    greedy: bool = False  # the likeliest token instead of a drawn one
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_answer_seq_len is {self.max_new_tokens}: give at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}: give a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: give a share in (0, 1]")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}: give 0 (off) or more")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"min_answer_seq_len is {self.min_new_tokens}: give 0 to max_answer_seq_len, "
+                f"which is {self.max_new_tokens}"
+            )
+        if "" in self.stop_strings:
+            raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
+
+
+class RolloutEngine(Protocol):
+    """What samples answers; a faster one than `TransformersRollout` may stand in its place."""
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+        """Sample one answer for every prompt, by the policy's present weights.
+
+        Every rank calls it equally often.
+
+        Returns:
+            (B, P + A) ids: the prompts as given, then answers; `answer_ends` says what counts.
+        """
+
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+        """(B, V) logits of each answer's first token, before temperature and truncation."""
+
+
+@dataclass(frozen=True)
+class TransformersRollout:
+    """Answers by transformers' own `generate`, on the training engine's weights."""
+
+    model: nn.Module  # a causal LM or an engine around one, in eval mode when it generates
+    tokenizer: PreTrainedTokenizerBase
+    synced_gpus: bool = False  # ranks go on together until all have ended (needed under ZeRO-3)
+    fuse_adapters: bool = False  # fold adapters into the weights for the time being
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+        """As `RolloutEngine` says; rows that end early are padded, the longest ends the batch."""
+        with self._weights():
+            return generate(
+                self.model,
+                prompts,
+                sampling,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=self.synced_gpus,
+                stops=StopStrings.of(sampling, self.tokenizer),
+            )
+
+    @torch.no_grad()
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+        """As `RolloutEngine` says."""
+        inputs = forward_inputs(self.model, prompts.input_ids, prompts.attention_mask)
+        with self._weights():
+            return unwrap(self.model)(**inputs, use_cache=False).logits[:, -1]
+
+    def _weights(self) -> contextlib.AbstractContextManager[None]:
+        fuse = self.fuse_adapters
+        return fused_adapters(unwrap(self.model)) if fuse else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class StopStrings:
+    """Texts that end an answer once it contains one."""
+
+    strings: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase) -> StopStrings | None:
+        """None when there are none."""
+        return cls(sampling.stop_strings, tokenizer) if sampling.stop_strings else None
+
+    @property
+    def reach(self) -> int:
+        """Tokens at an answer's end that can hold a whole stop string: one a byte, and some."""
+        return max(len(text.encode()) for text in self.strings) + SPARE_TOKENS
+
+    def complete(self, tails: list[list[int]]) -> list[bool]:
+        """Whether each answer's last `reach` tokens contain a stop string."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        texts = [self.tokenizer.decode(tail, **options) for tail in tails]
+        return [any(stop in text for stop in self.strings) for text in texts]
+
+    def end(self, answer: Sequence[int]) -> int | None:
+        """Tokens up to the one that completes the first stop string, inclusive; None: never."""
+        ends = range(1, len(answer) + 1)
+        tails = [list(answer[max(0, end - self.reach) : end]) for end in ends]
+        return next((n for n, done in zip(ends, self.complete(tails), strict=True) if done), None)
+
+
+class _StopCriteria(StoppingCriteria):
+    """transformers' form of `StopStrings`, for answers behind prompts of one width."""
+
+    def __init__(self, stops: StopStrings, prompt_length: int):
+        self.stops, self.prompt_length = stops, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        tails = input_ids[:, self.prompt_length :][:, -self.stops.reach :]
+        return torch.tensor(self.stops.complete(tails.tolist()), device=input_ids.device)
+
+
+def answer_ends(
+    answers: torch.Tensor, eos_token_id: int, stops: StopStrings | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which generated tokens belong to the answers, and which answers have ended.
+
+    An answer runs to its first end token, or to the token that completes a stop string, inclusive.
+    Such a token counts whole, also when its text goes on behind the stop string.
+
+    Returns:
+        (B, A) bool mask, (B,) bool.
+    """
+    mask = answer_mask_from(answers, eos_token_id)
+    ended = ((answers == eos_token_id) & mask).any(dim=-1)
+    if stops is not None:
+        for row in range(len(answers)):
+            end = stops.end(answers[row][mask[row]].tolist())
+            if end is not None:
+                mask[row, end:], ended[row] = False, True
+    return mask, ended
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    synced_gpus: bool = False,
+    stops: StopStrings | None = None,
+) -> torch.Tensor:
+    """Sample one answer for every prompt.
+
+    Args:
+        model: a causal LM or an engine around one, in eval mode.
+        synced_gpus: ranks go on together until all have ended (needed under ZeRO-3).
+
+    Returns:
+        (B, P + A) ids; A is the longest answer's length, rows that ended early are padded.
+    """
+    module = unwrap(model)
+    drawn = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens or None,
+        do_sample=not sampling.greedy,
+        **({} if sampling.greedy else drawn),
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask.long()}
+    if takes_argument(module, "position_ids"):
+        inputs["position_ids"] = position_ids_from(prompts.attention_mask)
+    if stops is not None:
+        criteria = _StopCriteria(stops, prompts.input_ids.shape[1])
+        inputs["stopping_criteria"] = StoppingCriteriaList([criteria])
+    with _own_generation_config(module, config):
+        return module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
+
+
+def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name the tokens that would end a text elsewhere: no answer passes one unnoticed."""
+    for end in unused_ends(model_name_or_path, tokenizer):
+        print_rank_0(
+            f"{model_name_or_path}: {end} ends a text by its generation_config.json, but answers "
+            f"end with {tokenizer.eos_token} alone; --stop_strings '{end}' lets it end them as well"
+        )
+
+
+def unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that end a text by the folder's generation_config.json, and no answer here."""
+    source = resolve_model(model_name_or_path)
+    try:
+        config = source.generation_config() or GenerationConfig.from_pretrained(source.base)
+    except OSError:
+        return []  # a folder without one has no ends of its own
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    others = [i for i in ends if i is not None and i != tokenizer.eos_token_id]
+    return [text for text in tokenizer.convert_ids_to_tokens(others) if text is not None]
+
+
+@contextlib.contextmanager
+def _own_generation_config(module: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Hide the folder's sampling settings: `generate` would fill ours up from them."""
+    kept, module.generation_config = module.generation_config, config
+    try:
+        yield
+    finally:
+        module.generation_config = kept

@@ -1,0 +1,265 @@
+"""Log-probabilities in blocks against the model's own logits: values, gradients, what is kept."""
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from tiny_roles import left_padded
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from dschat.rlhf import logprobs
+from dschat.rlhf.logprobs import answer_logprobs
+from dschat.utils.model.model_utils import forward_inputs
+from dschat.utils.module.lora import (
+    convert_linear_layer_to_lora,
+    make_model_gradient_checkpointing_compatible,
+)
+from dschat.utils.module.lora_layers import LoraConfig
+
+SHAPE = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+WIDE = SHAPE | {
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    **tiny.SPECIAL,
+}
+
+
+def of_family(family: str, **settings: object) -> PreTrainedModel:
+    """A causal LM of this type with random weights, its head's bias included."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        nn.init.normal_(bias)
+    return model
+
+
+MODELS = tiny.ARCHITECTURES | {
+    "gpt_neox": lambda: of_family("gpt_neox", **WIDE),
+    "head with a bias": lambda: of_family("phi", **WIDE),
+    "capped logits": lambda: of_family("gemma2", **WIDE, head_dim=8, final_logit_softcapping=3.0),
+    "logits over a number": lambda: of_family("granite", **WIDE, logits_scaling=5.0),
+    "logits times a number": lambda: of_family("cohere", **WIDE, logit_scale=0.25),
+    "no position_ids": lambda: of_family("bloom", **SHAPE, n_head=4, n_layer=2, **tiny.SPECIAL),
+}
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 5 tokens: 28 make six, the last one short."""
+    monkeypatch.setattr(logprobs, "BLOCK_BYTES", 5 * 4 * tiny.VOCABULARY)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four prompts padded on the left, answers of 7, 3, 6 and 7 tokens: (4, P + 7)."""
+    prompts = left_padded([row[:-1] for row in tiny.token_rows(4, seed=3)])
+    answers = torch.randint(3, 200, (4, 7), generator=torch.Generator().manual_seed(0))
+    answered = torch.arange(7) < torch.tensor([7, 3, 6, 7])[:, None]
+    ids = torch.cat([prompts.input_ids, answers], dim=1)
+    return ids, torch.cat([prompts.attention_mask, answered], dim=1)
+
+
+def plainly(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By all logits at once: log-probabilities and entropies of the last 7 tokens."""
+    logits = model(**forward_inputs(model, ids, mask)).logits[:, -8:-1].float() / temperature
+    every = logits.log_softmax(-1)
+    logprobs = every.gather(-1, ids[:, -7:, None]).squeeze(-1)
+    return logprobs * mask[:, -7:], -(every.exp() * every).sum(-1) * mask[:, -7:]
+
+
+def gradients(
+    model: nn.Module, score: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What is scored, and the gradient of a weighted sum of it."""
+    model.zero_grad()
+    scored = score()
+    (scored * torch.linspace(-1, 2, 28).view(4, 7)).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return scored.detach(), found
+
+
+@FAMILIES
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_blocks_give_the_models_own_values_and_gradients(family, temperature):
+    model, (ids, mask) = MODELS[family](), batch()
+    expected, wanted = gradients(model, lambda: plainly(model, ids, mask, temperature)[0])
+    scored, found = gradients(
+        model, lambda: answer_logprobs(model, ids, mask, 7, temperature=temperature).logprobs
+    )
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    assert found.keys() == wanted.keys() and len(found) > 10
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+@FAMILIES
+def test_no_family_here_falls_back_on_its_own_logits(family, capsys):
+    model, (ids, mask) = MODELS[family](), batch()
+    sizes = []
+    answer_logprobs(model, ids, mask, 7)  # the proof makes all logits of a few tokens
+    head = model.get_output_embeddings()
+    plain = head.forward
+    head.forward = lambda states: sizes.append(states.shape[:-1].numel()) or plain(states)
+    answer_logprobs(model, ids, mask, 7)
+    assert sizes == [5, 5, 5, 5, 5, 3]  # four answers of up to 7 tokens, no prompt
+    assert capsys.readouterr().out == ""
+
+
+@FAMILIES
+@torch.no_grad()
+def test_entropy(family):
+    model, (ids, mask) = MODELS[family](), batch()
+    scores = answer_logprobs(model, ids, mask, 7, with_entropy=True, temperature=0.7)
+    logprobs, entropy = plainly(model, ids, mask, 0.7)
+    torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scores.entropy, entropy, atol=1e-5, rtol=1e-5)
+    assert answer_logprobs(model, ids, mask, 7).entropy is None
+
+
+def test_entropy_carries_no_gradient():
+    model, (ids, mask) = tiny.tiny_llama(), batch()
+    scores = answer_logprobs(model, ids, mask, 7, with_entropy=True)
+    assert scores.logprobs.requires_grad and not scores.entropy.requires_grad
+
+
+class Shifted(nn.Module):
+    """A causal LM whose logits no table knows: its own forward adds to the head's output."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def get_decoder(self) -> nn.Module:
+        return self.inner.get_decoder()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache=None):
+        output = self.inner(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+        )
+        output.logits = output.logits + torch.linspace(0, 3, tiny.VOCABULARY)
+        return output
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_that_are_more_than_a_head_are_the_models_own(temperature, capsys):
+    model, (ids, mask) = Shifted(tiny.tiny_llama()), batch()
+    expected, wanted = gradients(model, lambda: plainly(model, ids, mask, temperature)[0])
+    for turn in range(2):
+        scored, found = gradients(
+            model, lambda: answer_logprobs(model, ids, mask, 7, temperature=temperature).logprobs
+        )
+        told = capsys.readouterr().out
+        assert ("Shifted: its logits are not those of an output head" in told) == (turn == 0)
+        torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        entropy = answer_logprobs(model, ids, mask, 7, with_entropy=True).entropy
+    torch.testing.assert_close(entropy, plainly(model, ids, mask)[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cap_that_small_logits_would_hide_is_found():
+    """Tiny logits hardly notice a cap of 30: the proof must not believe in its absence."""
+    settings = {**WIDE, "initializer_range": 1e-3, "head_dim": 8}
+    model = of_family("gemma2", **settings, final_logit_softcapping=30.0).to(torch.bfloat16)
+    ids, _ = batch()
+    model.config.final_logit_softcapping, cap = None, 30.0
+    forward = type(model).forward
+
+    def capped(self, **inputs):
+        output = forward(self, **inputs)
+        output.logits = torch.tanh(output.logits / cap) * cap
+        return output
+
+    class Hidden(type(model)):
+        forward = capped
+
+    model.__class__ = Hidden
+    with torch.no_grad():
+        assert logprobs._proven_split(model, ids) is None
+        model.__class__ = Hidden.__base__
+        assert logprobs._proven_split(model, ids) is not None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("names", [("all-linear",), ("lm_head",)], ids=["trunk", "head"])
+def test_adapters_on_trunk_and_head_get_their_gradients(checkpointing, names):
+    model, (ids, mask) = tiny.adapted(tiny.tiny_llama(), module_names=names), batch()
+    expected, wanted = gradients(model, lambda: plainly(model, ids, mask)[0])
+    if checkpointing:
+        make_model_gradient_checkpointing_compatible(model)
+        model.train()
+    scored, found = gradients(model, lambda: answer_logprobs(model, ids, mask, 7).logprobs)
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    assert found.keys() == wanted.keys() and all("lora_" in name for name in found)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_put_on_the_head_later_is_seen():
+    model, (ids, mask) = tiny.tiny_llama(), batch()
+    with torch.no_grad():
+        before = answer_logprobs(model, ids, mask, 7).logprobs
+        convert_linear_layer_to_lora(model, LoraConfig(dim=4, module_names=("lm_head",)))
+        nn.init.normal_(model.lm_head.lora_B)
+        after = answer_logprobs(model, ids, mask, 7).logprobs
+        torch.testing.assert_close(after, plainly(model, ids, mask)[0], atol=1e-6, rtol=1e-6)
+    assert (after - before).abs().max() > 0.1
+
+
+def test_bf16_logits_round_as_the_models_own():
+    model, (ids, mask) = tiny.tiny_llama().to(torch.bfloat16), batch()
+    with torch.no_grad():
+        scores = answer_logprobs(model, ids, mask, 7)
+        # A bf16 logit of size 10 is known to 2^-4; equal products round to equal logits.
+        torch.testing.assert_close(scores.logprobs, plainly(model, ids, mask)[0])
+    assert scores.logprobs.dtype == torch.float32
+
+
+def test_the_model_is_whole_again_after_a_pass_and_after_a_failure(monkeypatch):
+    model, (ids, mask) = tiny.tiny_llama(), batch()
+    with torch.no_grad():
+        answer_logprobs(model, ids, mask, 7)
+        monkeypatch.setattr(logprobs, "_block", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answer_logprobs(model, ids, mask, 7)
+    assert "forward" not in vars(model) and "forward" not in vars(model.lm_head)
+
+
+def test_autograd_keeps_no_logits():
+    """Between the passes nothing as wide as the vocabulary is held for the answers."""
+    model, (ids, mask) = tiny.tiny_llama(), batch()
+    answer_logprobs(model, ids, mask, 7)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        plainly(model, ids, mask)
+        assert any(tiny.VOCABULARY in shape for shape in kept)
+        kept.clear()
+        answer_logprobs(model, ids, mask, 7, with_entropy=True)
+    assert kept and not any(tiny.VOCABULARY in shape for shape in kept)
