@@ -168,7 +168,7 @@ def rollout(trainer: DeepSpeedPPOTrainer, seed: int = 0, lengths: list | None = 
     """Sampled answers whose ends are put where a test needs them."""
     torch.manual_seed(seed)
     hook = end_after(trainer.roles.actor.module, lengths or LENGTHS)
-    (e,) = trainer.rollout([prompts(seed=seed)])
+    (e,) = trainer.rollout([prompts(seed=seed)], answers_per_prompt=1)
     hook.remove()
     return e
 
