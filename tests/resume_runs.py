@@ -34,6 +34,7 @@ PPO_COMMON = [
     *shlex.split("--actor_learning_rate 1e-3 --critic_learning_rate 1e-3"),
     *shlex.split("--per_device_generation_batch_size 2 --per_device_training_batch_size 2"),
     *shlex.split("--max_eval_samples 4 --actor_lora_dim 4"),
+    *shlex.split("--answers_per_prompt 2 --generation_chunk_size 3"),
 ]
 # What depends on the clock.
 TIMES = ("seconds", "samples_per_s", "tokens_per_s", "tflops", "answer_tokens_per_s")
