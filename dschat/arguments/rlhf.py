@@ -6,12 +6,14 @@ from dataclasses import MISSING, dataclass
 
 from dschat.arguments.data import DataArguments
 from dschat.arguments.models import ModelArguments
+from dschat.arguments.roles import RoleArguments
 from dschat.arguments.run import RunArguments
 from dschat.cli import SWITCH, flag, group
 from dschat.errors import UserError
 from dschat.rlhf.ppo_log import AnswerPrinting
 from dschat.rlhf.ppo_trainer import PPOConfig
-from dschat.rlhf.rlhf_engine import RoleConfig
+from dschat.rlhf.retokenise import Retokeniser
+from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
@@ -23,7 +25,12 @@ class PPOArguments:
     """Flags of the PPO loop."""
 
     actor_model_name_or_path: str = flag(MISSING, "folder or hub id of the SFT model", type=str)
-    critic_model_name_or_path: str = flag(MISSING, "folder or hub id of the reward model", type=str)
+    critic_model_name_or_path: str | None = flag(
+        None,
+        "folder or hub id of the reward model that the critic starts from; with rloo and grpo, "
+        "which train no critic, of the reward model",
+        type=str,
+    )
     per_device_generation_batch_size: int = flag(16, "prompts per device and rollout")
     per_device_training_batch_size: int = flag(16, "rows per device and training micro-batch")
     generation_batches: int = flag(1, "rollouts between updates")
@@ -61,6 +68,7 @@ class RLHFSettings:
     """Step 3, PPO."""
 
     ppo: PPOArguments = group(PPOArguments)
+    sources: RoleArguments = group(RoleArguments)
     data: DataArguments = group(DataArguments, max_eval_samples=128)
     actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
     critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
@@ -106,12 +114,14 @@ class RLHFSettings:
             raise UserError(f"ema_decay is {self.ema_decay}: give a number in [0, 1)")
         # What they are made of is checked as well, before the data is read.
         self.ppo_config()
-        actor, critic = self.roles("fp32", iterations=1)
-        self._say_what_does_nothing(actor, critic)
+        cast = self.cast("fp32", iterations=1)
+        trained = {"actor": self.actor, **({"critic": self.critic} if cast.critic else {})}
+        self.sources.check_layout(trained, train_base=self.run.train_base_model)
+        self._say_what_does_nothing(cast, trained)
 
-    def _say_what_does_nothing(self, actor: RoleConfig, critic: RoleConfig) -> None:
+    def _say_what_does_nothing(self, cast: Cast, trained: dict[str, ModelArguments]) -> None:
         rank = launched_rank()
-        for name, model in (("actor", self.actor), ("critic", self.critic)):
+        for name, model in trained.items():
             given = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
             for flag_name in (n for n, value in given.items() if value):
                 print_rank_0(
@@ -119,13 +129,23 @@ class RLHFSettings:
                     "the same function, so all dropout is off",
                     rank,
                 )
-        for name, kept, role in (("reference", "actor", actor), ("reward", "critic", critic)):
-            if role.offload_frozen and role.recipe.base_is_frozen:
+        with_one_trunk = cast.share_trunk == "all"
+        for name, kept, asked, is_switch in (
+            ("reference", "actor", self.offload_reference_model, cast.reference_is_actors),
+            ("reward", "critic", self.offload_reward_model, cast.reward_is_critics),
+        ):
+            if asked and (is_switch or with_one_trunk):
                 print_rank_0(
                     f"--offload_{name}_model does nothing: with LoRA the {name} model is the "
-                    f"{kept} with its adapters off, not a copy",
+                    f"{kept} with its adapters off, not a copy"
+                    if is_switch
+                    else f"--offload_{name}_model does nothing: its weights are the actor's",
                     rank,
                 )
+        if cast.reward is None and self.offload_reward_model:
+            print_rank_0("--offload_reward_model does nothing: there is no reward model", rank)
+        if cast.share_trunk == "none" and not any(m.lora.lora_dim for m in trained.values()):
+            print_rank_0("--share_trunk none does nothing: without LoRA no trunk is shared", rank)
 
     def data_spec(self) -> DataSpec:
         """Prompts alone, cut to their own limit."""
@@ -163,30 +183,43 @@ class RLHFSettings:
             limits.append(self.test_stop_step)
         return min(limits)
 
-    def roles(self, dtype: str, iterations: int) -> tuple[RoleConfig, RoleConfig]:
-        """Actor and critic, with schedules over the optimizer steps of all iterations."""
-        ppo, run = self.ppo, self.run
+    def role_names(self) -> RoleNames:
+        """Which folder plays which role."""
+        ppo = self.ppo
+        return self.sources.names(
+            ppo.actor_model_name_or_path,
+            ppo.critic_model_name_or_path,
+            ppo.advantage_estimator,
+            has_reward_function=False,
+        )
+
+    def cast(self, dtype: str, iterations: int, retokenise: Retokeniser | None = None) -> Cast:
+        """Every role, with schedules over the optimizer steps of all iterations."""
+        ppo, run, names = self.ppo, self.run, self.role_names()
         micro_batches = ppo.generation_batches * num_windows(
             ppo.per_device_generation_batch_size, ppo.per_device_training_batch_size
         )
         steps = num_windows(micro_batches, run.gradient_accumulation_steps)
         schedule = run.schedule(iterations * ppo.ppo_epochs * steps)
         micro_batch = ppo.per_device_training_batch_size
-        actor = RoleConfig(
-            model=ppo.actor_model_name_or_path,
-            engine=run.engine_config(self.actor, dtype, micro_batch),
-            recipe=run.recipe(self.actor),
-            schedule=schedule,
-            offload_frozen=self.offload_reference_model,
+
+        def trained(name: str, model: ModelArguments, **more: bool) -> RoleConfig:
+            engine = run.engine_config(model, dtype, micro_batch)
+            return RoleConfig(name, engine, run.recipe(model), schedule, **more)
+
+        reward = critic = None
+        if names.critic is not None:
+            critic = trained(names.critic, self.critic, fresh_head=names.fresh_head)
+        if names.reward is not None:
+            offload = self.offload_reward_model
+            reward = FrozenConfig(names.reward, self.critic.zero_stage, dtype, offload)
+        return Cast(
+            actor=trained(names.actor, self.actor, offload_frozen=self.offload_reference_model),
+            critic=critic,
+            reward=reward,
+            share_trunk=names.share_trunk,
+            retokenise=retokenise,
         )
-        critic = RoleConfig(
-            model=ppo.critic_model_name_or_path,
-            engine=run.engine_config(self.critic, dtype, micro_batch),
-            recipe=run.recipe(self.critic),
-            schedule=schedule,
-            offload_frozen=self.offload_reward_model,
-        )
-        return actor, critic
 
     def printing(self) -> AnswerPrinting:
         """How often sampled answers are printed."""

@@ -164,7 +164,7 @@ def make_experience(
         columns["logprobs"].append(answer_logprobs(roles.actor, ids, mask, length)[0])
         columns["ref_logprobs"].append(roles.reference_logprobs(ids, mask, length))
         columns["values"].append(answer_values(roles.critic, ids, mask, length))
-        columns["scores"].append(roles.reward_scores(ids, mask))
+        columns["scores"].append(roles.reward_scores(ids, mask, length))
     scored = {name: torch.cat(parts) for name, parts in columns.items()}
     scored["values"] = scored["values"] * answer_mask
     answer_mask = answer_mask & prompts.real.unsqueeze(-1)

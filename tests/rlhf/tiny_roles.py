@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiny
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, RoleConfig
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
 from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.checkpoint import write_model_folder
 from dschat.utils.data.collators import PromptBatch
@@ -79,6 +80,7 @@ class Setting:
     offload_frozen: bool = False
     train_base: bool = False
     ema_decay: float | None = None
+    share_trunk: str = "auto"
     seed: int = 7
 
     def role(self, folder: Path) -> RoleConfig:
@@ -102,16 +104,26 @@ class Setting:
             offload_frozen=self.offload_frozen,
         )
 
-    def load(self, folders: Folders, distributed: Distributed) -> DeepSpeedRLHFEngine:
-        """All roles; the adapters' start is the same every time."""
-        torch.manual_seed(self.seed)
-        return DeepSpeedRLHFEngine.load(
-            self.role(folders.actor),
-            self.role(folders.critic),
-            tiny.byte_tokenizer(),
-            distributed,
-            self.ema_decay,
+    def cast(self, folders: Folders) -> Cast:
+        """All roles, the reward model from the critic's folder."""
+        return Cast(
+            actor=self.role(folders.actor),
+            critic=self.role(folders.critic),
+            reward=self.frozen(folders.critic),
+            share_trunk=self.share_trunk,
         )
+
+    def frozen(self, folder: Path) -> FrozenConfig:
+        """A reward model from a folder."""
+        return FrozenConfig(str(folder), self.zero_stage, self.dtype, self.offload_frozen)
+
+    def load(
+        self, folders: Folders, distributed: Distributed, **changes: object
+    ) -> DeepSpeedRLHFEngine:
+        """All roles, with `changes` of the cast; the adapters' start is the same every time."""
+        torch.manual_seed(self.seed)
+        cast = replace(self.cast(folders), **changes)
+        return DeepSpeedRLHFEngine.load(cast, tiny.byte_tokenizer(), distributed, self.ema_decay)
 
 
 def ppo_trainer(
