@@ -27,13 +27,14 @@ class Retokeniser:
     """Sequences of one tokenizer as another model reads them; make it with `between`.
 
     Attributes:
-        reformats: the prompt is a transcript that is put into the reader's chat template.
+        around: what the reader's chat template, which the prompt is put into, writes in front of an
+            answer and between it and its end; None: prompt and answer are read as they stand.
         longest: tokens of prompt and answer that the reader takes; None: any number.
     """
 
     source: PreTrainedTokenizerBase
     reader: PreTrainedTokenizerBase
-    reformats: bool = False
+    around: tuple[str, str] | None = None
     longest: int | None = None
 
     @classmethod
@@ -67,9 +68,8 @@ class Retokeniser:
             )
         if ours == theirs and tokenizer_fingerprint(source) == tokenizer_fingerprint(reader):
             return None
-        if ours == "dschat" and theirs == "chat":
-            _check_plain_answers(choose_format(reader), name)
-        return cls(source, reader, reformats=ours != theirs, longest=longest)
+        around = None if ours == theirs else _around_answers(choose_format(reader))
+        return cls(source, reader, around, longest)
 
     def __call__(
         self, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
@@ -120,9 +120,13 @@ class Retokeniser:
         """Step 2's ids of prompts and answers; an answer that did not end has no end token."""
         form = choose_format(self.reader)
         prompts, answers = [opened for opened, _ in texts], [answer for _, answer in texts]
-        if self.reformats:
+        if self.around is not None:
+            before, behind = self.around
             prompts = [form.prompt(text) for text in prompts]
-            answers = [answer.strip() for answer in answers]
+            answers = [
+                f"{before}{answer.strip()}{behind if has_end else ''}"
+                for answer, has_end in zip(answers, ended, strict=True)
+            ]
         heads = encode(self.reader, prompts, form.adds_special)
         tails = encode_answers(self.reader, prompts, heads, answers, form.adds_special)
         rows = []
@@ -157,11 +161,8 @@ def _same_template(source: PreTrainedTokenizerBase, reader: PreTrainedTokenizerB
     return True
 
 
-def _check_plain_answers(form: PromptFormat, name: str) -> None:
-    """Stop when a chat template writes more than the answer's own text behind an opened answer."""
+def _around_answers(form: PromptFormat) -> tuple[str, str]:
+    """What a chat template writes in front of an answer's text, and between it and its end."""
     asked = CONVERSATION[:1]
-    if form.answer(asked, form.prompt(asked), "Answer") != "Answer":
-        raise UserError(
-            f"{name}: its chat template adds text to answers, which sampled answers have not; "
-            "train it with --prompt_format dschat"
-        )
+    before, _, behind = form.answer(asked, form.prompt(asked), "Answer").partition("Answer")
+    return before, behind
