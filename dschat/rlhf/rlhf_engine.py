@@ -182,7 +182,7 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         return
     kept = [tensor.data for tensor in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.to(device, non_blocking=True)
+        tensor.data = tensor.data.to(device, copy=True, non_blocking=True)
     try:
         yield module
     finally:

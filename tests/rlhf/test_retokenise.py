@@ -201,7 +201,7 @@ def test_the_same_tokenizer_needs_no_turning():
         ),
         (
             TEMPLATE,
-            TEMPLATE.replace("'['", "'('"),
+            TEMPLATE.replace("']'", "'>'").replace("tant]", "tant>"),
             "its chat template is not that of .*; train both",
         ),
     ],
