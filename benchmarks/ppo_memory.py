@@ -8,8 +8,9 @@ A base of random weights and two adapters on it, an actor's and a reward model's
 temporary folder. Each layout then runs the same iterations of PPO with the same seed in a process
 of its own, in turns: all of them once, then all of them again. Held is what loading has taken, peak
 the most that rollouts and updates need at a time, both beyond what the process took before it
-loaded: of PyTorch's allocator on a GPU, of resident memory on a CPU (Linux). Figures are medians
-over the turns, times those of all iterations but the first.
+loaded: of PyTorch's allocator on a GPU, of resident memory on a CPU (Linux; weights are mapped from
+files there, so that what is held before they are first used says little). Figures are medians over
+the turns, times those of all iterations but the first.
 """
 
 from __future__ import annotations

@@ -1,16 +1,28 @@
 """Which roles are there, where their weights come from, and where they live."""
 
 import contextlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from launch import run_ranks
+from one_base import save_one_base
+from roles_worker import one_trunk, trained
 from tiny import byte_tokenizer
-from tiny_roles import LORA, Setting, assert_same, ppo_trainer, prompts, rollout, save_folders
+from tiny_roles import (
+    LORA,
+    Folders,
+    Setting,
+    assert_same,
+    ppo_trainer,
+    prompts,
+    rollout,
+    save_folders,
+)
 
 from dschat.rlhf import rlhf_engine
+from dschat.rlhf.experience import Experience
 from dschat.rlhf.one_trunk import SeparateTrunks
 from dschat.rlhf.rlhf_engine import on_device
 from dschat.utils.checkpoint import write_model_folder
@@ -91,18 +103,30 @@ def test_a_fresh_head_on_a_language_model(folders, distributed):
     assert (roles.critic.module.v_head.weight - first).abs().max() > 1e-4
 
 
-def test_on_two_ranks_a_fresh_head_is_one(folders, distributed, tmp_path):
-    """In shards of two ranks the same head as on one, and one trunk that trains as on one."""
-    run_ranks(
-        Path(__file__).with_name("roles_worker.py"),
-        2,
-        [str(folders["llama"].actor.parent), str(tmp_path)],
-        timeout=200,
-        log_dir=tmp_path,
-    )
-    found = torch.load(tmp_path / "head.pt")
+@pytest.fixture(scope="module")
+def on_two_ranks(folders, distributed, tmp_path_factory) -> tuple[Folders, Experience, dict]:
+    out = tmp_path_factory.mktemp("two")
+    one_base, setting = save_one_base(out / "base"), one_trunk(0, micro_batch=4)
+    e = rollout(ppo_trainer(setting.load(one_base, distributed), setting))
+    torch.save({f.name: getattr(e, f.name) for f in fields(e)}, out / "rollout.pt")
+    places = [folders["llama"].actor.parent, one_base.actor.parent, out / "rollout.pt", out]
+    worker = Path(__file__).with_name("roles_worker.py")
+    run_ranks(worker, 2, [str(place) for place in places], timeout=200, log_dir=out)
+    return one_base, e, torch.load(out / "results.pt")
+
+
+def test_on_two_ranks_a_fresh_head_is_one(folders, distributed, on_two_ranks):
+    """In shards of two ranks the same head as on one."""
     expected = headless(Setting(), folders["llama"], distributed).critic.module.v_head.weight
-    torch.testing.assert_close(found, expected.detach(), atol=0, rtol=0)
+    assert torch.equal(on_two_ranks[2]["head"], expected)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_trunk_on_two_ranks_trains_as_on_one(on_two_ranks, distributed, stage):
+    one_base, e, found = on_two_ranks
+    expected = trained(one_trunk(0, micro_batch=4), one_base, distributed, e)
+    assert len(expected) > 20
+    assert_same(found[stage], expected, 2e-6)
 
 
 def test_offloaded_weights_come_for_a_pass_and_cost_no_way_back():
