@@ -41,7 +41,8 @@ def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
             "--output_dir ./output --enable_ema --dtype bf16"
         )
     )
-    actor, critic = settings.roles("bf16", iterations=10)
+    cast = settings.cast("bf16", iterations=10)
+    actor, critic = cast.actor, cast.critic
     assert (actor.model, critic.model) == ("a", "c")
     assert actor.engine.zero_stage == 2 and critic.engine.zero_stage == 3
     assert actor.engine.offload and critic.engine.offload

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_error_cases import WRONG_DATA, WRONG_FLAGS, file_of, write_wrong_data
+from role_error_cases import WRONG_ROLES, write_wrong_roles
 from steps import (
     PPO,
     PROMPT_EVALUATION,
@@ -124,11 +125,15 @@ CASES = {
     ),
     "critic without a head": Case(
         [*STEP3, "--critic_model_name_or_path", "model"],
-        r"reward model model: no score\.weight or v_head\.weight in it; train one with step 2",
+        r"reward model model: no score\.weight or v_head\.weight in it; train one with step 2 "
+        r"first, or .* --critic_model_name_or_path model --init_head_randomly",
     ),
+    **{name: Case([*STEP3, *flags.split()], says) for name, (flags, says) in WRONG_ROLES.items()},
     "two tokenizers": Case(
         [*STEP3, "--critic_model_name_or_path", "other-tokenizer"],
-        r"other-tokenizer: its tokenizer is not that of model; train actor and reward model from",
+        r"other-tokenizer: its tokenizer is not that of model; train actor and reward model from .*"
+        r"or keep it for rewards alone: --reward_model_name_or_path other-tokenizer "
+        r"--critic_model_name_or_path model --init_head_randomly",
     ),
     "output folder that is a file": Case(
         [*STEP3, "--output_dir", "scheduler.json"],
@@ -179,6 +184,7 @@ def write_wrong_inputs(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "other-tokenizer")
     write_reward_folder(folder / "reward")
     write_wrong_data(folder)
+    write_wrong_roles(folder)
     tokenizer = byte_tokenizer()
     tokenizer.init_kwargs["prompt_format"] = "chat"
     tokenizer.save_pretrained(folder / "other-format")

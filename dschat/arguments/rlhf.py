@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, replace
 
 from dschat.arguments.data import DataArguments
 from dschat.arguments.models import ModelArguments
+from dschat.arguments.roles import RoleArguments
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
 from dschat.arguments.stability import StabilityArguments
@@ -14,7 +15,8 @@ from dschat.errors import UserError
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_log import AnswerPrinting
-from dschat.rlhf.rlhf_engine import RoleConfig
+from dschat.rlhf.retokenise import Retokeniser
+from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.engine import num_windows
@@ -25,7 +27,12 @@ class PPOArguments:
     """Flags of the PPO loop."""
 
     actor_model_name_or_path: str = flag(MISSING, "folder or hub id of the SFT model", type=str)
-    critic_model_name_or_path: str = flag(MISSING, "folder or hub id of the reward model", type=str)
+    critic_model_name_or_path: str | None = flag(
+        None,
+        "folder or hub id of the reward model that the critic starts from; with rloo and grpo, "
+        "which train no critic, of the reward model",
+        type=str,
+    )
     per_device_generation_batch_size: int = flag(16, "prompts per device and rollout")
     per_device_training_batch_size: int = flag(16, "rows per device and training micro-batch")
     generation_batches: int = flag(1, "rollouts between updates")
@@ -65,6 +72,7 @@ class RLHFSettings:
     ppo: PPOArguments = group(PPOArguments)
     stability: StabilityArguments = group(StabilityArguments)
     rollout: RolloutArguments = group(RolloutArguments)
+    sources: RoleArguments = group(RoleArguments)
     data: DataArguments = group(DataArguments, max_eval_samples=128)
     actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
     critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
@@ -100,12 +108,14 @@ class RLHFSettings:
         # What they are made of is checked as well, before the data is read.
         self.ppo_config()
         self.rollout.fuses(self.actor)
-        actor, critic = self.roles("fp32", iterations=1)
-        self._say_what_does_nothing(actor, critic)
+        cast = self.cast("fp32", iterations=1)
+        trained = {"actor": self.actor, **({"critic": self.critic} if cast.critic else {})}
+        self.sources.check_layout(trained, train_base=self.run.train_base_model)
+        self._say_what_does_nothing(cast, trained)
 
-    def _say_what_does_nothing(self, actor: RoleConfig, critic: RoleConfig) -> None:
+    def _say_what_does_nothing(self, cast: Cast, trained: dict[str, ModelArguments]) -> None:
         rank = launched_rank()
-        for name, model in (("actor", self.actor), ("critic", self.critic)):
+        for name, model in trained.items():
             given = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
             for flag_name in (n for n, value in given.items() if value):
                 print_rank_0(
@@ -113,13 +123,23 @@ class RLHFSettings:
                     "the same function, so all dropout is off",
                     rank,
                 )
-        for name, kept, role in (("reference", "actor", actor), ("reward", "critic", critic)):
-            if role.offload_frozen and role.recipe.base_is_frozen:
+        with_one_trunk = cast.share_trunk == "all"
+        for name, kept, asked, is_switch in (
+            ("reference", "actor", self.offload_reference_model, cast.reference_is_actors),
+            ("reward", "critic", self.offload_reward_model, cast.reward_is_critics),
+        ):
+            if asked and (is_switch or with_one_trunk):
                 print_rank_0(
                     f"--offload_{name}_model does nothing: with LoRA the {name} model is the "
-                    f"{kept} with its adapters off, not a copy",
+                    f"{kept} with its adapters off, not a copy"
+                    if is_switch
+                    else f"--offload_{name}_model does nothing: its weights are the actor's",
                     rank,
                 )
+        if cast.reward is None and self.offload_reward_model:
+            print_rank_0("--offload_reward_model does nothing: there is no reward model", rank)
+        if cast.share_trunk == "none" and not any(m.lora.lora_dim for m in trained.values()):
+            print_rank_0("--share_trunk none does nothing: without LoRA no trunk is shared", rank)
 
     def data_spec(self) -> DataSpec:
         """Prompts alone, cut to their own limit."""
@@ -174,9 +194,19 @@ class RLHFSettings:
             )
         return iterations
 
-    def roles(self, dtype: str, iterations: int) -> tuple[RoleConfig, RoleConfig]:
-        """Actor and critic, with schedules over the optimizer steps of all their iterations."""
-        ppo, run = self.ppo, self.run
+    def role_names(self) -> RoleNames:
+        """Which folder plays which role."""
+        ppo = self.ppo
+        return self.sources.names(
+            ppo.actor_model_name_or_path,
+            ppo.critic_model_name_or_path,
+            ppo.advantage_estimator,
+            has_reward_function=False,
+        )
+
+    def cast(self, dtype: str, iterations: int, retokenise: Retokeniser | None = None) -> Cast:
+        """Every role, with schedules over the optimizer steps of all its iterations."""
+        ppo, run, names = self.ppo, self.run, self.role_names()
         rows = ppo.per_device_generation_batch_size * self.rollout.answers_per_prompt
         micro_batches = ppo.generation_batches * num_windows(
             rows, ppo.per_device_training_batch_size
@@ -185,8 +215,9 @@ class RLHFSettings:
         # The actor's begins when it does, behind the critic's warm-up.
         acting = max(iterations - self.stability.critic_warmup_iterations, 1)
         micro_batch = ppo.per_device_training_batch_size
+
         actor = RoleConfig(
-            model=ppo.actor_model_name_or_path,
+            model=names.actor,
             engine=replace(
                 run.engine_config(self.actor, dtype, micro_batch),
                 hybrid=self.rollout.hybrid(ppo.max_prompt_seq_len + ppo.max_answer_seq_len),
@@ -195,14 +226,25 @@ class RLHFSettings:
             schedule=run.schedule(acting * updates),
             offload_frozen=self.offload_reference_model,
         )
-        critic = RoleConfig(
-            model=ppo.critic_model_name_or_path,
-            engine=run.engine_config(self.critic, dtype, micro_batch),
-            recipe=run.recipe(self.critic),
-            schedule=run.schedule(iterations * updates),
-            offload_frozen=self.offload_reward_model,
+        reward = critic = None
+        if names.critic is not None:
+            critic = RoleConfig(
+                model=names.critic,
+                engine=run.engine_config(self.critic, dtype, micro_batch),
+                recipe=run.recipe(self.critic),
+                schedule=run.schedule(iterations * updates),
+                fresh_head=names.fresh_head,
+            )
+        if names.reward is not None:
+            offload = self.offload_reward_model
+            reward = FrozenConfig(names.reward, self.critic.zero_stage, dtype, offload)
+        return Cast(
+            actor=actor,
+            critic=critic,
+            reward=reward,
+            share_trunk=names.share_trunk,
+            retokenise=retokenise,
         )
-        return actor, critic
 
     def printing(self) -> AnswerPrinting:
         """How often sampled answers are printed."""

@@ -33,15 +33,14 @@ class PPOLog:
         config: LogConfig,
         printing: AnswerPrinting,
         roles: DeepSpeedRLHFEngine,
-        recipes: tuple[Recipe, Recipe],
+        recipes: dict[str, Recipe],
         gpus: Gpus,
         iterations: int,
         rank: int,
     ):
         self.config, self.printing, self.roles, self.rank = config, printing, roles, rank
         self.iterations, self.gpus = iterations, gpus
-        self.actor_shape = WorkShape.of(roles.actor, recipes[0], gpus)
-        self.critic_shape = WorkShape.of(roles.critic, recipes[1], gpus)
+        self.shapes = {n: WorkShape.of(e, recipes[n], gpus) for n, e in roles.trained.items()}
         self.metrics = config.open(is_main=rank == 0)
         self.bar = progress(
             total=iterations, desc="ppo", enabled=rank == 0, initial=config.first_step
@@ -53,8 +52,8 @@ class PPOLog:
         """An iteration starts."""
         self._rates = {
             f"lr/{role}/{group}": rate
-            for role in ("actor", "critic")
-            for group, rate in group_rates(getattr(self.roles, role).optimizer).items()
+            for role, engine in self.roles.trained.items()
+            for group, rate in group_rates(engine.optimizer).items()
         }
         self._begun = time.perf_counter()
 
@@ -94,17 +93,18 @@ class PPOLog:
         self._print(f"iteration {iteration}/{self.iterations} | {line}")
         if iteration == self.iterations or iteration % (10 * self.config.log_every) == 0:
             rollout = RolloutWork(
-                config=self.actor_shape.config,
+                config=self.shapes["actor"].config,
                 prompt_tokens=int(tokens - answer_tokens),
                 new_tokens=int(answer_tokens),
                 samples=int(rows),
                 steps=sum(e.generation_steps for e in experiences),
-                lora_dim=self.actor_shape.lora_dim,
+                lora_dim=self.shapes["actor"].lora_dim,
             )
             trained = (tokens * ppo_epochs, rows * ppo_epochs)
-            works = self.actor_shape.work(*trained), self.critic_shape.work(*trained)
+            works = {name: shape.work(*trained) for name, shape in self.shapes.items()}
             self.bar.clear()
-            print_throughput_step3(*works, rollout, times, self.gpus, self.rank)
+            critic = works.get("critic")
+            print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
         if self.printing.interval and iteration % self.printing.interval == 0:
             self._print(self._answers(experiences[0]))
 

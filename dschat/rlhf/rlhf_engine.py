@@ -1,15 +1,17 @@
 """The roles of PPO: actor, reference, critic, reward model, and the actor's moving average.
 
 Under LoRA two trunks serve all four: the reference is the actor with its adapters off, the reward
-model is the critic's trunk with its adapters off and the head it was loaded with. Without LoRA,
-reference and reward model are frozen copies.
+model is the critic's trunk with its adapters off and the head it was loaded with; `share_trunk`
+can make that one trunk, or four. Without LoRA, reference and reward model are frozen copies. A
+reward model of another folder than the critic's is a frozen copy as well, and may read other tokens
+than the actor writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,24 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.rlhf.ema import EMA
 from dschat.rlhf.logprobs import answer_logprobs
+from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
+from dschat.rlhf.retokenise import Retokeniser
+from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
-from dschat.utils.engine import Recipe, Schedule, build_engine, build_frozen, torch_dtype
-from dschat.utils.model.model_utils import create_hf_model, disable_dropout
-from dschat.utils.model.reward_model import create_critic_model, scores_at_end
+from dschat.utils.engine import build_engine, build_frozen, torch_dtype
+from dschat.utils.model.model_utils import disable_dropout
+from dschat.utils.model.reward_model import scores_at_end
 from dschat.utils.module.lora import adapters_disabled
 from dschat.utils.zero import is_partitioned
-
-
-@dataclass(frozen=True)
-class RoleConfig:
-    """One trained role: where it comes from and how it trains."""
-
-    model: str
-    engine: EngineConfig
-    recipe: Recipe
-    schedule: Schedule
-    offload_frozen: bool = False  # its frozen copy lives on the CPU between uses
 
 
 @dataclass
@@ -42,57 +36,80 @@ class DeepSpeedRLHFEngine:
     """Builds and holds the roles; build with `DeepSpeedRLHFEngine.load`."""
 
     actor: nn.Module
-    critic: nn.Module | None
-    reference: nn.Module | None
-    reward: nn.Module | None
+    critic: nn.Module | None  # None: no critic is trained
+    reference: nn.Module | None  # None: the actor with its adapters off
+    reward: nn.Module | None  # None: the critic with its adapters off, or there is none
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     generates_in_step: bool
     ema: EMA | None = None
+    retokenise: Retokeniser | None = None  # None: the reward model reads the actor's tokens
 
     @classmethod
     def load(
         cls,
-        actor: RoleConfig,
-        critic: RoleConfig,
+        cast: Cast,
         tokenizer: PreTrainedTokenizerBase,
         distributed: Distributed,
         ema_decay: float | None = None,
     ) -> DeepSpeedRLHFEngine:
-        """Load every role; the actor's and critic's engines come with named groups."""
-        reference = (
-            None if actor.recipe.base_is_frozen else _frozen(actor, "lm", tokenizer, distributed)
+        """Load every role; the actor's and critic's engines come with named groups.
+
+        The trained roles come first: their adapters then start alike in every layout.
+        """
+        dtype = torch_dtype(cast.actor.engine.dtype)
+        one_trunk = cast.share_trunk == "all"
+        models: Models = (
+            OneTrunk(cast.actor.model, tokenizer, dtype)
+            if one_trunk
+            else SeparateTrunks(tokenizer, dtype)
         )
-        actor_engine = _trained(actor, "lm", tokenizer, distributed)
-        reward = (
-            None
-            if critic.recipe.base_is_frozen
-            else _frozen(critic, "value", tokenizer, distributed)
-        )
-        critic_engine = _trained(critic, "value", tokenizer, distributed)
+        actor = _actor(cast.actor, models, distributed)
+        critic = None if cast.critic is None else _critic(cast, models, distributed)
+        reference = reward = None
+        if not cast.reference_is_actors:
+            reference = _frozen(cast.reference, "lm", models, distributed)
+        if cast.reward is not None and not cast.reward_is_critics:
+            if cast.retokenise is not None:
+                models = SeparateTrunks(cast.retokenise.reader, dtype)
+            # The weights of one trunk are the actor's: they do not go to the CPU in between.
+            config = replace(cast.reward, offload=False) if one_trunk else cast.reward
+            reward = _frozen(config, "value", models, distributed)
         return cls(
-            actor=actor_engine,
-            critic=critic_engine,
+            actor=actor,
+            critic=critic,
             reference=reference,
             reward=reward,
             tokenizer=tokenizer,
             device=distributed.device,
-            generates_in_step=actor.engine.zero_stage == 3 and distributed.world_size > 1,
-            ema=EMA(actor_engine.module, ema_decay) if ema_decay is not None else None,
+            generates_in_step=cast.actor.engine.zero_stage == 3 and distributed.world_size > 1,
+            ema=EMA(actor.module, ema_decay) if ema_decay is not None else None,
+            retokenise=cast.retokenise,
         )
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a model gives rewards, so that `reward_scores` may be called."""
+        return self.reward is not None or (
+            self.critic is not None and self.critic.module.reward_head is not None
+        )
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The engines of the roles that train."""
+        engines = {"actor": self.actor, "critic": self.critic}
+        return {name: engine for name, engine in engines.items() if engine is not None}
 
     def eval(self) -> DeepSpeedRLHFEngine:
         """Scoring mode for the trained roles; the frozen ones never leave it."""
-        self.actor.eval()
-        if self.critic is not None:
-            self.critic.eval()
+        for engine in self.trained.values():
+            engine.eval()
         return self
 
     def train(self) -> DeepSpeedRLHFEngine:
         """Training mode for the trained roles."""
-        self.actor.train()
-        if self.critic is not None:
-            self.critic.train()
+        for engine in self.trained.values():
+            engine.train()
         return self
 
     def reference_logprobs(
@@ -107,35 +124,41 @@ class DeepSpeedRLHFEngine:
         if self.reference is None:
             with adapters_disabled(self.actor):
                 return answer_logprobs(self.actor, *text, temperature=temperature).logprobs
-        with _on_device(self.reference, self.device) as reference:
+        with on_device(self.reference, self.device) as reference:
             return answer_logprobs(reference, *text, temperature=temperature).logprobs
 
-    def reward_scores(self, sequences: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def reward_scores(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
+    ) -> torch.Tensor:
         """(B,) fp32 scores of the whole sequences, at their last real token."""
         if self.reward is None:
             with adapters_disabled(self.critic):
                 values = self.critic(sequences, attention_mask, use_reward_head=True)
             return scores_at_end(values, attention_mask)
-        with _on_device(self.reward, self.device) as reward:
+        if self.retokenise is not None:
+            sequences, attention_mask = self.retokenise(sequences, attention_mask, answer_length)
+        with on_device(self.reward, self.device) as reward:
             return scores_at_end(reward(sequences, attention_mask), attention_mask)
 
 
-def _load(
-    role: RoleConfig, kind: str, tokenizer: PreTrainedTokenizerBase, ds_config: dict
-) -> nn.Module:
-    create = create_hf_model if kind == "lm" else create_critic_model
-    dtype = torch_dtype(role.engine.dtype)
-    return create(role.model, tokenizer, dtype, ds_config=ds_config)
+def _actor(role: RoleConfig, models: Models, distributed: Distributed) -> nn.Module:
+    ds_config = get_train_ds_config(role.engine, distributed.world_size)
+    module = models.language_model(role.model, ds_config)
+    return _trained(module, role, "step 3, actor", distributed)
+
+
+def _critic(cast: Cast, models: Models, distributed: Distributed) -> nn.Module:
+    role = cast.critic
+    ds_config = get_train_ds_config(role.engine, distributed.world_size)
+    module = models.reward_model(role.model, ds_config, fresh_head=role.fresh_head)
+    if cast.reward_is_critics:
+        module.keep_reward_head()
+    return _trained(module, role, "step 3, critic", distributed)
 
 
 def _trained(
-    role: RoleConfig, kind: str, tokenizer: PreTrainedTokenizerBase, distributed: Distributed
+    module: nn.Module, role: RoleConfig, title: str, distributed: Distributed
 ) -> nn.Module:
-    ds_config = get_train_ds_config(role.engine, distributed.world_size)
-    module = _load(role, kind, tokenizer, ds_config)
-    if kind == "value" and role.recipe.base_is_frozen:
-        module.keep_reward_head()
-    title = "step 3, actor" if kind == "lm" else "step 3, critic"
     engine = build_engine(
         module, role.engine, role.recipe, role.schedule, distributed.world_size, title
     )
@@ -143,27 +166,30 @@ def _trained(
     return engine
 
 
-def _frozen(
-    role: RoleConfig, kind: str, tokenizer: PreTrainedTokenizerBase, distributed: Distributed
-) -> nn.Module:
-    config = EngineConfig(
-        zero_stage=3 if role.engine.zero_stage == 3 else 0,
-        dtype=role.engine.dtype,
-    )
-    ds_config = get_eval_ds_config(config, role.offload_frozen) if config.zero_stage == 3 else {}
-    module = _load(role, kind, tokenizer, ds_config)
-    return build_frozen(module, config, distributed.device, offload=role.offload_frozen)
+def _frozen(role: FrozenConfig, kind: str, models: Models, distributed: Distributed) -> nn.Module:
+    config = EngineConfig(zero_stage=3 if role.zero_stage == 3 else 0, dtype=role.dtype)
+    ds_config = get_eval_ds_config(config, role.offload) if config.zero_stage == 3 else {}
+    create = models.language_model if kind == "lm" else models.reward_model
+    module = create(role.model, ds_config)
+    return build_frozen(module, config, distributed.device, offload=role.offload)
 
 
 @contextlib.contextmanager
-def _on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The frozen module on the device; one that lives on the CPU goes back there afterwards."""
-    home = next(module.parameters()).device
-    if home == device or is_partitioned(next(module.parameters())):
+def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The frozen module on the device; of one that lives on the CPU only for the block.
+
+    Its weights do not change, so the way back copies nothing: the device's copies are dropped.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    first = next(module.parameters())
+    if first.device == device or is_partitioned(first):
         yield module
         return
-    module.to(device)
+    kept = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device, copy=True, non_blocking=True)
     try:
         yield module
     finally:
-        module.to(home)
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data = data

@@ -165,9 +165,10 @@ def score(
         )
         if roles.critic is not None:
             columns["values"].append(answer_values(roles.critic, ids, seen, length))
-        columns["scores"].append(roles.reward_scores(ids, seen))
+        if roles.has_reward_model:
+            columns["scores"].append(roles.reward_scores(ids, seen, length))
     scored = {name: torch.cat(parts) for name, parts in columns.items()}
-    values = scored.pop("values", None)
+    values, scores = scored.pop("values", None), scored.pop("scores", None)
     return Experience(
         sequences,
         attention_mask,
@@ -176,5 +177,6 @@ def score(
         prompts.real,
         **scored,
         values=None if values is None else values * mask,
+        scores=scored["logprobs"].new_zeros(len(mask)) if scores is None else scores,
         group=group,
     )

@@ -193,7 +193,10 @@ def build_frozen(
     """
     module.requires_grad_(False).eval()
     if config.zero_stage < 3:
-        return module.to(device="cpu" if offload else device, dtype=torch_dtype(config.dtype))
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch_dtype(config.dtype))
+        # Not the buffers: an engine keeps them as they were loaded (rotary frequencies in fp32).
+        return module.to("cpu" if offload else device)
     import deepspeed
 
     engine, *_ = deepspeed.initialize(

@@ -125,14 +125,21 @@ def throughput(work: TrainingWork, seconds: float, gpus: Gpus) -> Throughput:
 
 
 def step3_throughput(
-    actor: TrainingWork, critic: TrainingWork, rollout: RolloutWork, times: Step3Times, gpus: Gpus
+    actor: TrainingWork,
+    critic: TrainingWork | None,
+    rollout: RolloutWork,
+    times: Step3Times,
+    gpus: Gpus,
 ) -> Step3Throughput:
-    """Return the speed of one PPO step; the works are global, the times those of one rank."""
+    """Return the speed of one PPO step; the works are global, the times those of one rank.
+
+    A reward model counts as the critic's trunk does; without a critic it is left out.
+    """
     for seconds in (times.generation, times.training, times.end_to_end):
         _positive(seconds)
     length = (rollout.prompt_tokens + rollout.new_tokens) / rollout.samples
     generation = calculate_flops(1, rollout.samples, length, rollout.config)
-    training = _megatron_training(actor) + _megatron_training(critic)
+    training = sum(_megatron_training(work) for work in (actor, critic) if work is not None)
     exact = _exact_step3(actor, critic, rollout)
     gpu_flops = gpus.world_size * 1e12
     model = None if exact is None else exact / (times.end_to_end * gpu_flops)
@@ -173,7 +180,7 @@ def print_throughput(work: TrainingWork, seconds: float, gpus: Gpus, rank: int =
 
 def print_throughput_step3(
     actor: TrainingWork,
-    critic: TrainingWork,
+    critic: TrainingWork | None,
     rollout: RolloutWork,
     times: Step3Times,
     gpus: Gpus,
@@ -220,9 +227,12 @@ def _exact_training(work: TrainingWork) -> ModelFlops | None:
     )
 
 
-def _exact_step3(actor: TrainingWork, critic: TrainingWork, rollout: RolloutWork) -> float | None:
-    trained = (_exact_training(actor), _exact_training(critic))
-    if trained[0] is None or trained[1] is None:
+def _exact_step3(
+    actor: TrainingWork, critic: TrainingWork | None, rollout: RolloutWork
+) -> float | None:
+    works = [work for work in (actor, critic) if work is not None]
+    trained = [_exact_training(work) for work in works]
+    if None in trained:
         return None
     actor_shape = ModelShape.from_config(actor.config)
     tokens = rollout.prompt_tokens + rollout.new_tokens
@@ -230,14 +240,14 @@ def _exact_step3(actor: TrainingWork, critic: TrainingWork, rollout: RolloutWork
     # Actor and reference score each rollout once, and so do critic and reward model; the reference
     # and the reward model run without adapters.
     scored = 0.0
-    for work in (actor, critic):
+    for work in works:
         shape = ModelShape.from_config(work.config, work.value_head)
         scored += forward_flops(shape, tokens, pairs, tokens, work.lora_dim)
         scored += forward_flops(shape, tokens, pairs, tokens)
     generated = generation_flops(
         actor_shape, rollout.prompt_tokens, rollout.new_tokens, rollout.samples, rollout.lora_dim
     )
-    return generated + scored + trained[0].model + trained[1].model
+    return generated + scored + sum(work.model for work in trained)
 
 
 def _share_of_peak(model_tflops: float | None, gpus: Gpus) -> float | None:

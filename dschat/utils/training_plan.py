@@ -23,6 +23,7 @@ FREE_FLAGS = frozenset(
         *("deepspeed", "local_rank", "only_optimize_lora", "data_output_path"),
         "preprocessing_num_workers",
         *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
+        "reward_model_name_or_path",
         *("deepspeed_config", "dtype"),  # compared by what they come to
     )
 )

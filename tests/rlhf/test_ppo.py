@@ -63,13 +63,15 @@ def test_on_fresh_experience_the_ratio_is_one(load_roles, family, setting):
         Setting(lora=LORA, gradient_checkpointing=True, dtype="bf16"),
         Setting(lora=LORA, train_base=True),
         Setting(),
+        Setting(dtype="bf16"),
+        Setting(lora=LORA, share_trunk="none", dtype="bf16"),
         Setting(offload_frozen=True),
     ],
 )
 def test_reference_and_reward_are_the_loaded_folders_and_stay_so(load_roles, folders, setting):
     """Two trunks or four: bit for bit the numbers of models that nothing ever trains."""
     roles = load_roles(setting)
-    shared = setting.lora is not None and not setting.train_base
+    shared = setting.lora is not None and not setting.train_base and setting.share_trunk != "none"
     assert (roles.reference is None) == (roles.reward is None) == shared
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype]
     tokenizer = byte_tokenizer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiny
@@ -15,7 +15,8 @@ from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine, RoleConfig
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
 from dschat.utils.checkpoint import write_model_folder
 from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import Distributed
@@ -80,6 +81,7 @@ class Setting:
     offload_frozen: bool = False
     train_base: bool = False
     ema_decay: float | None = None
+    share_trunk: str = "auto"
     seed: int = 7
 
     def role(self, folder: Path) -> RoleConfig:
@@ -103,16 +105,26 @@ class Setting:
             offload_frozen=self.offload_frozen,
         )
 
-    def load(self, folders: Folders, distributed: Distributed) -> DeepSpeedRLHFEngine:
-        """All roles; the adapters' start is the same every time."""
-        torch.manual_seed(self.seed)
-        return DeepSpeedRLHFEngine.load(
-            self.role(folders.actor),
-            self.role(folders.critic),
-            tiny.byte_tokenizer(),
-            distributed,
-            self.ema_decay,
+    def cast(self, folders: Folders) -> Cast:
+        """All roles, the reward model from the critic's folder."""
+        return Cast(
+            actor=self.role(folders.actor),
+            critic=self.role(folders.critic),
+            reward=self.frozen(folders.critic),
+            share_trunk=self.share_trunk,
         )
+
+    def frozen(self, folder: Path) -> FrozenConfig:
+        """A reward model from a folder."""
+        return FrozenConfig(str(folder), self.zero_stage, self.dtype, self.offload_frozen)
+
+    def load(
+        self, folders: Folders, distributed: Distributed, **changes: object
+    ) -> DeepSpeedRLHFEngine:
+        """All roles, with `changes` of the cast; the adapters' start is the same every time."""
+        torch.manual_seed(self.seed)
+        cast = replace(self.cast(folders), **changes)
+        return DeepSpeedRLHFEngine.load(cast, tiny.byte_tokenizer(), distributed, self.ema_decay)
 
 
 def without_critic(roles: DeepSpeedRLHFEngine) -> DeepSpeedRLHFEngine:

@@ -111,6 +111,15 @@ def test_step3_throughput_by_hand():
     assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
 
 
+def test_step3_throughput_without_a_critic():
+    actor, _, *rest = step3()
+    speed = step3_throughput(actor, None, *rest)
+    assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=1e-12)
+    # As above: generation, two passes of the actor's trunk to score, three to train.
+    exact = 4832 + 5 * 6816
+    assert speed.model_tflops_per_gpu == pytest.approx(exact / 2 * 1e-12, rel=1e-12)
+
+
 def test_bandwidth_follows_the_dtype():
     half = step3_throughput(*step3()).weights_gb_per_s
     full = step3_throughput(*step3(dtype=torch.float32)).weights_gb_per_s

@@ -3,8 +3,8 @@
 Each iteration: roll out `--generation_batches` batches of prompts, then train actor and critic on
 them for `--ppo_epochs` passes. With `--actor_lora_dim` the reference is the actor with its adapters
 off; with `--critic_lora_dim` the reward model is the critic's trunk with its adapters off: two
-trunks on the device instead of four. Writes OUTPUT/actor, OUTPUT/critic and, with `--enable_ema`,
-OUTPUT/actor_ema.
+trunks on the device instead of four, or one with `--share_trunk all`. Writes OUTPUT/actor,
+OUTPUT/critic where one is trained and, with `--enable_ema`, OUTPUT/actor_ema.
 
     deepspeed main.py --actor_model_name_or_path ./sft --critic_model_name_or_path ./reward \\
         --actor_zero_stage 2 --critic_zero_stage 2 --output_dir ./output
@@ -31,9 +31,7 @@ from dschat.utils.data.loaders import build_loader
 from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import windows
-from dschat.utils.model.model_utils import check_context
-from dschat.utils.model.reward_model import RewardModel, check_reward_head
-from dschat.utils.model.tokenizer import check_same_tokenizer
+from dschat.utils.model.reward_model import RewardModel
 from dschat.utils.startup import start
 from dschat.utils.training_plan import Course, EnginePlan, Plan
 from dschat.utils.training_state import TrainingStates
@@ -54,19 +52,16 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
     )
     tokenizer, distributed = begun.tokenizer, begun.distributed
-    actor_name = settings.ppo.actor_model_name_or_path
-    critic_name = settings.ppo.critic_model_name_or_path
-    check_same_tokenizer(tokenizer, critic_name, run.answer_end)
-    check_reward_head(critic_name)
+    names = settings.role_names()
+    retokenise = names.check(tokenizer, run.answer_end)
     config = settings.ppo_config()
     spec = settings.data_spec()
-    for name in (actor_name, critic_name):
-        check_context(name, spec.max_seq_len, "max_prompt_seq_len and max_answer_seq_len")
-    actor_recipe, critic_recipe = run.recipe(settings.actor), run.recipe(settings.critic)
-    actor_recipe.check(actor_name, AutoModelForCausalLM.from_config)
-    critic_recipe.check(critic_name, RewardModel.from_config)
-    actor_plan = run.save_plan(actor_name, actor_recipe, "actor", "actor_ema")
-    critic_plan = run.save_plan(critic_name, critic_recipe, "critic")
+    names.check_context(spec.max_seq_len, retokenise)
+    plans = {"actor": run.save_plan(names.actor, run.recipe(settings.actor), "actor", "actor_ema")}
+    run.recipe(settings.actor).check(names.actor, AutoModelForCausalLM.from_config)
+    if names.critic is not None:
+        run.recipe(settings.critic).check(names.critic, RewardModel.from_config)
+        plans["critic"] = run.save_plan(names.critic, run.recipe(settings.critic), "critic")
     data = create_prompt_dataset(spec, tokenizer, 3, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
@@ -75,12 +70,12 @@ def main() -> None:
     held_out = build_loader(data.eval, collator, rollout_batch, shuffle=False, **ranks)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
-    actor, critic = settings.roles(begun.dtype_name, iterations)
-    for role in (actor, critic):
+    cast = settings.cast(begun.dtype_name, iterations, retokenise)
+    for role in cast.trained.values():
         get_train_ds_config(role.engine, begun.world_size)
     engines = {
-        "actor": EnginePlan.of(actor.engine, actor.recipe, "actor_"),
-        "critic": EnginePlan.of(critic.engine, critic.recipe, "critic_"),
+        name: EnginePlan.of(role.engine, role.recipe, f"{name}_")
+        for name, role in cast.trained.items()
     }
     course = Course.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
@@ -95,19 +90,19 @@ def main() -> None:
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
-    roles = DeepSpeedRLHFEngine.load(actor, critic, tokenizer, distributed, ema_decay)
+    roles = DeepSpeedRLHFEngine.load(cast, tokenizer, distributed, ema_decay)
     proof = next(iter(held_out)) if hybrid else None
     fused = settings.rollout.fuses(settings.actor)
     engine = rollout_engine(roles, fused, proof, config.sampling.max_new_tokens)
     trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, engine)
-    recipes = actor.recipe, critic.recipe
+    recipes = {name: role.recipe for name, role in cast.trained.items()}
     log_config = run.log_config(states.continued)
     log = PPOLog(
         log_config, settings.printing(), roles, recipes, begun.gpus, iterations, begun.rank
     )
     set_random_seed(run.seed + begun.rank)
     at = states.restore(
-        {"actor": roles.actor, "critic": roles.critic},
+        roles.trained,
         {"ppo": trainer, "ema": roles.ema},
         frozen={"reference": roles.reference, "reward": roles.reward},
     )
@@ -137,11 +132,12 @@ def main() -> None:
     # 4. model folders that transformers loads
     if run.output_dir is not None:
         output = Path(run.output_dir)
-        save_hf_format(roles.actor, tokenizer, output / "actor", distributed, actor_plan)
-        save_hf_format(roles.critic, tokenizer, output / "critic", distributed, critic_plan)
+        for name, engine in roles.trained.items():
+            save_hf_format(engine, tokenizer, output / name, distributed, plans[name])
         if roles.ema is not None:
             with roles.ema.applied() as averaged:
-                save_hf_format(averaged, tokenizer, output / "actor_ema", distributed, actor_plan)
+                folder = output / "actor_ema"
+                save_hf_format(averaged, tokenizer, folder, distributed, plans["actor"])
     log.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from dschat.utils.model.model_utils import (
     quiet_loading,
 )
 from dschat.utils.model.source import resolve_model
-from dschat.utils.module.adapter import REWARD_HEAD
+from dschat.utils.module.adapter import REWARD_HEAD, Adapter
 from dschat.utils.module.adapter_merge import merge_adapter
 
 TRUNK, HEAD = "rwtransformer", "v_head.weight"
@@ -118,7 +119,7 @@ def create_critic_model(
     bin_state = _read_bin(source.base)
     old_state = _predecessor_state(bin_state)
     head = old_state.pop(HEAD, None) if old_state else _stored_head(source.base, bin_state)
-    head = next((a.head for a in reversed(adapters) if a.head is not None), head)
+    head = _last_head(adapters, head)
     del bin_state
     if head is None and not init_head:
         raise UserError(_no_head(model_name_or_path))
@@ -132,16 +133,32 @@ def create_critic_model(
             merge_adapter(base, adapter, trunk=base.base_model_prefix)
         grow_vocabulary(base, len(tokenizer))
     adopt_special_tokens(base, tokenizer)
+    return with_head(base, head, model_name_or_path)
+
+
+def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> RewardModel:
+    """A reward model of a loaded trunk and a (1, width) head; None starts a fresh one.
+
+    Raises:
+        UserError: the head is of another width.
+    """
     model = RewardModel(base)
     if head is not None:
         if head.shape != model.v_head.weight.shape:
             raise UserError(
-                f"reward model {model_name_or_path}: head of shape {tuple(head.shape)} does not "
-                f"fit {tuple(model.v_head.weight.shape)}"
+                f"reward model {name}: head of shape {tuple(head.shape)} does not fit "
+                f"{tuple(model.v_head.weight.shape)}"
             )
         with torch.no_grad():
             model.v_head.weight.copy_(head)
     return model
+
+
+def read_head(model_name_or_path: str) -> torch.Tensor | None:
+    """The head's weight in a folder or under a hub id; None where there is none."""
+    source = resolve_model(model_name_or_path)
+    head = _last_head(source.read_adapters(), None)
+    return _stored_head(source.base, _read_bin(source.base)) if head is None else head
 
 
 def check_reward_head(model_name_or_path: str) -> None:
@@ -150,11 +167,13 @@ def check_reward_head(model_name_or_path: str) -> None:
     Raises:
         UserError: what `create_critic_model` raises without `init_head`.
     """
-    source = resolve_model(model_name_or_path)
-    if any(adapter.head is not None for adapter in source.read_adapters()):
-        return
-    if _stored_head(source.base, _read_bin(source.base)) is None:
+    if read_head(model_name_or_path) is None:
         raise UserError(_no_head(model_name_or_path))
+
+
+def _last_head(adapters: Sequence[Adapter], base_head: torch.Tensor | None) -> torch.Tensor | None:
+    """The head of the last adapter that has one, else the base's."""
+    return next((a.head for a in reversed(adapters) if a.head is not None), base_head)
 
 
 def _no_head(name: str) -> str:

@@ -89,6 +89,16 @@ def resolve_model(name: str) -> ModelSource:
     return ModelSource(name, current, tuple(reversed(adapters)))
 
 
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean one folder or hub id."""
+    return _place(one) == _place(other)
+
+
+def _place(name: str) -> Path | str:
+    folder = Path(name).expanduser()
+    return folder.resolve() if folder.is_dir() else name
+
+
 def _repair(adapter: str) -> str:
     return f"put it back, or set base_model_name_or_path in {adapter}'s {CONFIG_FILE}"
 

@@ -27,10 +27,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
     Raises:
         UserError: a tensor that fits nowhere, or one that is missing.
     """
-    updates = {_own(name, trunk): update for name, update in adapter.updates.items()}
-    plain = {_own(name, trunk): tensor for name, tensor in adapter.plain.items()}
-    updates.pop(None, None)
-    plain.pop(None, None)
+    updates, plain = _under_own_names(adapter, trunk)
     _grow(model, plain)
     _check(model, adapter, trunk, updates, plain)
     whole = {n for n in plain if adapter.config.trains_whole(_full(n, trunk))}
@@ -47,6 +44,28 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
     for name, _ in model.named_buffers():
         if name in whole:
             _copy(model, name, plain[name])
+
+
+def fitting_updates(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> dict[str, Update]:
+    """The updates by the layers' names in `model`, which may be on `meta`; as `merge_adapter`.
+
+    Raises:
+        UserError: a tensor that fits nowhere, or one that is missing.
+    """
+    updates, plain = _under_own_names(adapter, trunk)
+    _check(model, adapter, trunk, updates, plain)
+    return updates
+
+
+def _under_own_names(
+    adapter: Adapter, trunk: str
+) -> tuple[dict[str, Update], dict[str, torch.Tensor]]:
+    """Updates and whole tensors by their names in the trunk, an output head's left out."""
+    updates = {_own(name, trunk): update for name, update in adapter.updates.items()}
+    plain = {_own(name, trunk): tensor for name, tensor in adapter.plain.items()}
+    updates.pop(None, None)
+    plain.pop(None, None)
+    return updates, plain
 
 
 def _full(name: str, trunk: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
+from dschat.utils.module.fixed_update import hand_over, without_fixed_updates
 from dschat.utils.module.lora_layers import (
     ALL_LINEAR,
     LoraConfig,
@@ -133,7 +134,9 @@ def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Mod
     """Put an adapter on every matching layer, in place, and freeze what it wraps."""
     for name in match_layers(model, config.module_names, config.modules_to_save):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        layer = _layer_class(getattr(parent, leaf), config)(getattr(parent, leaf), config)
+        base = getattr(parent, leaf)
+        layer = _layer_class(base, config)(base, config)
+        hand_over(base, layer)
         for leaf_name, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(leaf_name in layer.adapter)
         setattr(parent, leaf, layer)
@@ -233,6 +236,7 @@ def merged_state_dict(
 
     Of two tied weights only the one that carries an adapter changes: they part.
     """
+    state = without_fixed_updates(state, model)
     merged = {key: tensor for key, tensor in state.items() if not is_adapter_key(key)}
     for name, layer in lora_layers(model).items():
         tensors = {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapter}

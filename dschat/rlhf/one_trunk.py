@@ -1,0 +1,117 @@
+"""Where models come from: each from its folder, or all as trees of modules over one base's weights.
+
+With one trunk every role is a tree of its own - layers, adapters, head - whose weights are the same
+parameters. The adapter of its folder stays apart (`fixed_update.py`), and what trains comes on top,
+so that with its own adapters off a tree is its folder's model, as it is when trunks are separate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dschat.errors import UserError
+from dschat.utils.model.model_utils import adopt_special_tokens, create_hf_model, load_config
+from dschat.utils.model.reward_model import RewardModel, create_critic_model, read_head, with_head
+from dschat.utils.model.source import ModelSource, resolve_model, same_model
+from dschat.utils.module.adapter_merge import fitting_updates
+from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_apart
+
+FLAG = "share_trunk all"
+
+
+class Models(Protocol):
+    """What gives the roles their models."""
+
+    def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
+        """The causal LM of this name."""
+
+    def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
+        """The reward model of this name; with a `fresh_head` of a language model's trunk."""
+
+
+class SeparateTrunks:
+    """Every model loaded from its folder, weights of its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+        self.tokenizer, self.dtype = tokenizer, dtype
+
+    def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
+        """As `create_hf_model`."""
+        return create_hf_model(name, self.tokenizer, self.dtype, ds_config=ds_config)
+
+    def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
+        """As `create_critic_model`."""
+        return create_critic_model(
+            name, self.tokenizer, self.dtype, ds_config=ds_config, init_head=fresh_head
+        )
+
+
+class OneTrunk:
+    """Trees of modules over the weights of one base, which is loaded once."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+        self.tokenizer = tokenizer
+        self._base = create_hf_model(resolve_model(name).base, tokenizer, dtype)
+
+    def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
+        """A tree that computes what `create_hf_model` loads, its adapters apart."""
+        source, model = resolve_model(name), _tree(self._base)
+        _add_adapters(model, source, trunk="")
+        if (generation := source.generation_config()) is not None:
+            model.generation_config = generation
+            adopt_special_tokens(model, self.tokenizer)
+        return model
+
+    def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
+        """A tree that computes what `create_critic_model` loads, its adapters apart."""
+        trunk = _tree(self._base.base_model)
+        _add_adapters(trunk, resolve_model(name), trunk=self._base.base_model_prefix)
+        return with_head(trunk, None if fresh_head else read_head(name), name)
+
+
+def _tree(module: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def _add_adapters(model: PreTrainedModel, source: ModelSource, trunk: str) -> None:
+    adapters = source.read_adapters()
+    add_fixed_updates(model, [fitting_updates(model, a, trunk) for a in adapters])
+
+
+def check_one_trunk(names: Sequence[str]) -> None:
+    """Stop when these models are not adapters on one base, or that base itself.
+
+    Raises:
+        UserError: two bases (both are named), an adapter that is more than low-rank updates, or
+            that does not fit the base.
+    """
+    sources = [resolve_model(name) for name in names]
+    for source in sources[1:]:
+        if not same_model(source.base, sources[0].base):
+            raise UserError(
+                f"{FLAG}: {source.name} is on the base {source.base}, {sources[0].name} on "
+                f"{sources[0].base}; train both as adapters on one base (--lora_save adapter), or "
+                "use --share_trunk auto"
+            )
+    config = load_config(names[0])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if type(model.base_model) is not AutoModel._model_mapping[type(config)]:
+        raise UserError(
+            f"{FLAG}: {type(model).__name__} wraps its trunk in a way that a critic cannot share; "
+            "use --share_trunk auto"
+        )
+    for source in sources:
+        for adapter in source.read_adapters():
+            check_can_stay_apart(adapter, FLAG)
+            if adapter.is_reward:
+                fitting_updates(model.base_model, adapter, model.base_model_prefix)
+            else:
+                fitting_updates(model, adapter)

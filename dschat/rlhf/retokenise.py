@@ -1,0 +1,168 @@
+"""A reward model with a tokenizer of its own: sampled ids → text → the ids that it was trained on.
+
+Step 2 encodes the prompt alone, then the answer as its continuation, which ends in one end token.
+The same happens here to sampled sequences, so that a score is the one that `rw_eval.py` gives to
+the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dschat.errors import UserError
+from dschat.utils.data.conversations import Turn
+from dschat.utils.data.formats import PromptFormat, choose_format, render
+from dschat.utils.data.tokenise import truncate
+from dschat.utils.model.tokenizer import encode, encode_answers, tokenizer_fingerprint
+
+CONVERSATION = (Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?"))
+WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)
+
+
+@dataclass(frozen=True)
+class Retokeniser:
+    """Sequences of one tokenizer as another model reads them; make it with `between`.
+
+    Attributes:
+        around: what the reader's chat template, which the prompt is put into, writes in front of an
+            answer and between it and its end; None: prompt and answer are read as they stand.
+        longest: tokens of prompt and answer that the reader takes; None: any number.
+    """
+
+    source: PreTrainedTokenizerBase
+    reader: PreTrainedTokenizerBase
+    around: tuple[str, str] | None = None
+    longest: int | None = None
+
+    @classmethod
+    def between(
+        cls,
+        source: PreTrainedTokenizerBase,
+        reader: PreTrainedTokenizerBase,
+        name: str,
+        longest: int | None,
+    ) -> Retokeniser | None:
+        """What turns sequences of `source` into those of `reader`; None where they are the same.
+
+        Args:
+            name: the reading model's, for messages.
+
+        Raises:
+            UserError: its prompt format cannot be made from text of the source's.
+        """
+        ours, theirs = choose_format(source).name, choose_format(reader).name
+        if ours == theirs == "chat" and not _same_template(source, reader):
+            raise UserError(
+                f"{name}: its chat template is not that of {source.name_or_path}, and a prompt "
+                "cannot be read back out of a template; train both with one template, or with "
+                "--prompt_format dschat"
+            )
+        if ours == "chat" and theirs == "dschat":
+            raise UserError(
+                f"{name}: trained with the prompt format 'dschat', but {source.name_or_path} with "
+                "'chat', and a prompt cannot be read back out of a template; train both with one "
+                "--prompt_format"
+            )
+        if ours == theirs and tokenizer_fingerprint(source) == tokenizer_fingerprint(reader):
+            return None
+        around = None if ours == theirs else _around_answers(choose_format(reader))
+        return cls(source, reader, around, longest)
+
+    def __call__(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same texts in the reader's tokens.
+
+        Args:
+            sequences: (B, P + A) of the source's ids, the last A columns the answers.
+            attention_mask: of the same shape, bool.
+
+        Returns:
+            (B, T) ids padded on the right, and the bool mask of what is not padding.
+        """
+        texts, ended = [], []
+        for ids, mask in zip(sequences.tolist(), attention_mask.tolist(), strict=True):
+            real = [[i for i, m in part if m] for part in _parts(ids, mask, answer_length)]
+            texts.append(self._text(*real))
+            ended.append(self.source.eos_token_id in real[1])
+        rows = self._encoded(texts, ended)
+        width = max(map(len, rows))
+        padding = self.reader.pad_token_id
+        ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(width) < lengths.unsqueeze(1)
+        return ids.to(sequences.device), mask.to(sequences.device)
+
+    def _text(self, prompt: list[int], answer: list[int]) -> tuple[str, str]:
+        """Prompt and answer as text.
+
+        What the source's tokenizer puts before every text is not part of it; special tokens inside
+        an answer have no text, the end token among them.
+        """
+        form, special = choose_format(self.source), set(self.source.all_special_ids)
+        start = encode(self.source, [""])[0] if form.adds_special else []
+        if prompt[: len(start)] == start:
+            prompt = prompt[len(start) :]
+        answer = [i for i in answer if i not in special]
+        opened, whole = self._decode(prompt), self._decode(prompt + answer)
+        # Behind its prompt, since tokenizers drop the space that a text of its own begins with.
+        if whole.startswith(opened):
+            return opened, whole[len(opened) :]
+        return opened, self._decode(answer)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.source.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _encoded(self, texts: list[tuple[str, str]], ended: list[bool]) -> list[list[int]]:
+        """Step 2's ids of prompts and answers; an answer that did not end has no end token."""
+        form = choose_format(self.reader)
+        prompts, answers = [opened for opened, _ in texts], [answer for _, answer in texts]
+        if self.around is not None:
+            before, behind = self.around
+            prompts = [form.prompt(text) for text in prompts]
+            answers = [
+                f"{before}{answer.strip()}{behind if has_end else ''}"
+                for answer, has_end in zip(answers, ended, strict=True)
+            ]
+        heads = encode(self.reader, prompts, form.adds_special)
+        tails = encode_answers(self.reader, prompts, heads, answers, form.adds_special)
+        rows = []
+        for head, tail, has_end in zip(heads, tails, ended, strict=True):
+            tail = tail if has_end else tail[:-1]
+            if self.longest is not None and len(head) + len(tail) > self.longest:
+                cut = truncate(head, [tail], self.longest, self.reader.bos_token_id)
+                head, tail = cut.prompt, cut.answers[0]
+            rows.append(head + tail)
+        return rows
+
+
+def _parts(ids: list[int], mask: list[bool], answer_length: int) -> list[list[tuple[int, bool]]]:
+    """Prompt and answer of one row, each id with its mask."""
+    pairs = list(zip(ids, mask, strict=True))
+    return [pairs[:-answer_length], pairs[-answer_length:]]
+
+
+def _same_template(source: PreTrainedTokenizerBase, reader: PreTrainedTokenizerBase) -> bool:
+    """Whether both write a conversation in the same characters, end tokens included."""
+    if source.eos_token != reader.eos_token:
+        return False
+    for turns in (CONVERSATION, WITH_SYSTEM):
+        written = []
+        for tokenizer in (source, reader):
+            try:
+                written.append(render(tokenizer, turns, True))
+            except UserError:  # templates may refuse system turns
+                written.append(None)
+        if written[0] != written[1]:
+            return False
+    return True
+
+
+def _around_answers(form: PromptFormat) -> tuple[str, str]:
+    """What a chat template writes in front of an answer's text, and between it and its end."""
+    asked = CONVERSATION[:1]
+    before, _, behind = form.answer(asked, form.prompt(asked), "Answer").partition("Answer")
+    return before, behind

@@ -1,0 +1,105 @@
+"""Adapters that stay apart from the weight and do not train: y + B (A x) beside a layer's own y.
+
+Where several models are trees of modules over the same weights, an adapter that one of them started
+from cannot be merged: it would change the others. It becomes a `FixedUpdate` of its layer, which is
+there whether the layer's trainable adapter is on or off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dschat.errors import UserError
+from dschat.utils.module.adapter import REWARD_HEAD, Adapter, Update
+from dschat.utils.module.lora_layers import LoRALayer, merged_weight
+
+CHILD = "fixed_update"  # the name that it has in its layer
+
+
+class FixedUpdate(nn.Module):
+    """The frozen low-rank update of one layer, the scaling in B."""
+
+    def __init__(self, updates: Sequence[Update], weight: torch.Tensor):
+        super().__init__()
+        A = torch.cat([u.lora_A.float() for u in updates])
+        B = torch.cat([u.lora_B.float() * u.scaling for u in updates], dim=1)
+        self.A = nn.Parameter(A.to(weight), requires_grad=False)  # (r, in)
+        self.B = nn.Parameter(B.to(weight), requires_grad=False)  # (out, r)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(F.linear(x, self.A), self.B)
+
+
+def _add_to_output(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + getattr(layer, CHILD)(args[0])
+
+
+def _put_on(layer: nn.Module, update: FixedUpdate) -> None:
+    layer.add_module(CHILD, update)
+    layer.register_forward_hook(_add_to_output)
+
+
+def add_fixed_updates(model: PreTrainedModel, updates: Sequence[Mapping[str, Update]]) -> None:
+    """Put the updates of adapters on their layers, in place; the weights stay as they are.
+
+    Args:
+        updates: of each adapter by the layer's name in `model`; later ones come on top.
+    """
+    for name in dict.fromkeys(name for adapter in updates for name in adapter):
+        layer = model.get_submodule(name)
+        of_layer = [adapter[name] for adapter in updates if name in adapter]
+        _put_on(layer, FixedUpdate(of_layer, layer.weight))
+
+
+def hand_over(layer: nn.Module, successor: nn.Module) -> None:
+    """Put a layer's fixed update, if it has one, on the module that takes its place."""
+    update = getattr(layer, CHILD, None)
+    if update is not None:
+        _put_on(successor, update)
+
+
+def check_can_stay_apart(adapter: Adapter, flag: str) -> None:
+    """Stop at an adapter that is more than low-rank updates of linear layers and a reward head.
+
+    Args:
+        flag: what asks for it, for the message.
+
+    Raises:
+        UserError: naming what it holds, and the remedy.
+    """
+    more = [name for name in adapter.plain if not name.startswith(f"{REWARD_HEAD}.")]
+    more += [name for name, update in adapter.updates.items() if update.of_embedding]
+    more += [name for name, update in adapter.updates.items() if update.magnitude is not None]
+    if more:
+        raise UserError(
+            f"{flag}: adapter {adapter.name} holds more than low-rank updates of linear layers "
+            f"({more[0]}: a whole module, an embedding or DoRA); leave {flag} out"
+        )
+
+
+def without_fixed_updates(
+    state: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """A consolidated state dict with fixed updates merged away; the live model is not touched."""
+    merged = dict(state)
+    for name, layer in model.named_modules():
+        if not hasattr(layer, CHILD):
+            continue
+        lora_A, lora_B = (merged.pop(f"{name}.{CHILD}.{leaf}") for leaf in "AB")
+        is_adapted = isinstance(layer, LoRALayer)
+        merged[f"{name}.weight"] = merged_weight(
+            merged[f"{name}.weight"],
+            lora_A,
+            lora_B,
+            scaling=1.0,
+            magnitude=None,
+            transposed=layer.transposed if is_adapted else isinstance(layer, Conv1D),
+        )
+    return merged
