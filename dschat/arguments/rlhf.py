@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass
 
 from dschat.arguments.data import DataArguments
 from dschat.arguments.models import ModelArguments
+from dschat.arguments.rewards import RewardArguments
 from dschat.arguments.run import RunArguments
 from dschat.cli import SWITCH, flag, group
 from dschat.errors import UserError
@@ -61,6 +62,7 @@ class RLHFSettings:
     """Step 3, PPO."""
 
     ppo: PPOArguments = group(PPOArguments)
+    rewards: RewardArguments = group(RewardArguments)
     data: DataArguments = group(DataArguments, max_eval_samples=128)
     actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
     critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)

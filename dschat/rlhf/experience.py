@@ -20,10 +20,12 @@ class Experience:
     logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's
     ref_logprobs: torch.Tensor  # (B, A) fp32
     values: torch.Tensor  # (B, A) fp32, of the state before each token; 0 outside the mask
-    scores: torch.Tensor  # (B,) fp32, the reward model's
+    scores: torch.Tensor  # (B,) fp32, the reward model's; see rewards.py for what they become
     group: torch.Tensor  # (B,) int64: answers to one prompt share a number
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
+    model_scores: torch.Tensor | None = None  # (B,) the reward model's own
+    function_scores: torch.Tensor | None = None  # (B,) the reward function's own
     generation_seconds: float = 0.0
 
     @property

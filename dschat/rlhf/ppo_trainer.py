@@ -28,6 +28,7 @@ from dschat.rlhf.returns import (
     shaped_rewards,
     whiten,
 )
+from dschat.rlhf.rewards import Rewards, score_statistics
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import (
     SamplingConfig,
@@ -92,8 +93,15 @@ class PPOConfig:
 class DeepSpeedPPOTrainer:
     """Runs PPO over the roles of a `DeepSpeedRLHFEngine`."""
 
-    def __init__(self, roles: DeepSpeedRLHFEngine, config: PPOConfig, world_size: int):
+    def __init__(
+        self,
+        roles: DeepSpeedRLHFEngine,
+        config: PPOConfig,
+        world_size: int,
+        rewards: Rewards | None = None,
+    ):
         self.roles, self.config, self.world_size = roles, config, world_size
+        self.rewards = rewards or Rewards()
         self.generator = torch.Generator().manual_seed(config.seed)
 
     per_rank = True  # its state is a few numbers
@@ -109,12 +117,13 @@ class DeepSpeedPPOTrainer:
     def rollout(self, prompts: PromptBatch) -> Experience:
         """Stage 1: sample and score one batch of prompts."""
         prompts = pad_rows(prompts, self.config.rollout_batch_size).to(self.roles.device)
-        return make_experience(
+        sampled = make_experience(
             self.roles,
             prompts,
             self.config.sampling,
             score_batch_size=self.config.micro_batch_size,
         )
+        return self.rewards.applied(sampled, self.roles.tokenizer, self.roles.has_reward_model)
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
         """What the present policy earns on held-out prompts: `rollout_statistics`, no update."""
@@ -228,6 +237,7 @@ class DeepSpeedPPOTrainer:
             "answer_length": per_row([e.answer_mask.sum(-1) for e in experiences]),
             "ended": per_row([e.ended for e in experiences]),
             "ref_nats_per_token": -per_token([e.ref_logprobs for e in experiences]),
+            **score_statistics(experiences, self.config.reward_clip),
         }
 
     def value_statistics(self, experiences: list[Experience]) -> dict[str, float]:

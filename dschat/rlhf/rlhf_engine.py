@@ -20,7 +20,7 @@ from dschat.rlhf.rollout import answer_logprobs
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
 from dschat.utils.engine import Recipe, Schedule, build_engine, build_frozen, torch_dtype
-from dschat.utils.model.model_utils import create_hf_model, disable_dropout
+from dschat.utils.model.model_utils import create_hf_model, disable_dropout, unwrap
 from dschat.utils.model.reward_model import create_critic_model, scores_at_end
 from dschat.utils.module.lora import adapters_disabled
 from dschat.utils.zero import is_partitioned
@@ -80,6 +80,11 @@ class DeepSpeedRLHFEngine:
             generates_in_step=actor.engine.zero_stage == 3 and distributed.world_size > 1,
             ema=EMA(actor_engine.module, ema_decay) if ema_decay is not None else None,
         )
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether `reward_scores` can be asked."""
+        return self.reward is not None or unwrap(self.critic).reward_head is not None
 
     def eval(self) -> DeepSpeedRLHFEngine:
         """Scoring mode for the trained roles; the frozen ones never leave it."""

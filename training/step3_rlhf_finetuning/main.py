@@ -56,6 +56,7 @@ def main() -> None:
     critic_name = settings.ppo.critic_model_name_or_path
     check_same_tokenizer(tokenizer, critic_name, run.answer_end)
     check_reward_head(critic_name)
+    rewards = settings.rewards.rewards(critic_name)
     config = settings.ppo_config()
     spec = settings.data_spec()
     for name in (actor_name, critic_name):
@@ -83,13 +84,15 @@ def main() -> None:
     course = Course.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
     )
-    plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines)
+    plan = Plan.of(
+        "step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines, rewards.record()
+    )
     states = TrainingStates(run.state_config(), plan, distributed)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
     roles = DeepSpeedRLHFEngine.load(actor, critic, tokenizer, distributed, ema_decay)
-    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size)
+    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, rewards)
     recipes = actor.recipe, critic.recipe
     log_config = run.log_config(states.continued)
     log = PPOLog(
