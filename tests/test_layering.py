@@ -18,14 +18,14 @@ LEVELS = [
     "utils.module.adapter_merge utils.module.adapter_write utils.optim utils.advice "
     "utils.model.source utils.model.model_utils utils.model.reward_model "
     "utils.model.reward_statistics utils.model.packing utils.save_plan utils.model.tokenizer "
-    "utils.data.report utils.data.row_files utils.data.cache utils.data.conversations "
-    "utils.data.row_shapes utils.data.named_sources utils.data.own_reader utils.data.sources "
-    "utils.data.row_store utils.data.raw_datasets utils.data.formats utils.data.tokenise "
-    "utils.data.collators utils.data.stream utils.data.loaders utils.data.data_utils "
-    "utils.data.survey utils.checkpoint utils.utils cli",
+    "utils.data.report utils.data.row_files utils.data.text_blocks utils.data.cache "
+    "utils.data.conversations utils.data.row_shapes utils.data.named_sources "
+    "utils.data.own_reader utils.data.sources utils.data.row_store utils.data.raw_datasets "
+    "utils.data.formats utils.data.tokenise utils.data.collators utils.data.stream "
+    "utils.data.loaders utils.data.data_utils utils.data.survey utils.checkpoint utils.utils cli",
     "utils.engine utils.evaluation utils.startup utils.progress utils.training_plan "
     "utils.restored utils.training_state rlhf.rollout rlhf.ema",
-    "rlhf.rlhf_engine rlhf.rewards",
+    "rlhf.rlhf_engine rlhf.rewards rlhf.ptx",
     "rlhf.ppo_trainer rlhf.ppo_log",
     "arguments merge quickstart data",
 ]

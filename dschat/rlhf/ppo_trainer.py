@@ -19,6 +19,7 @@ import torch
 from dschat.errors import UserError
 from dschat.losses import policy_loss, token_entropy, value_loss, window_scale
 from dschat.rlhf.experience import Experience, minibatches
+from dschat.rlhf.ptx import PTX
 from dschat.rlhf.returns import (
     generalized_advantages,
     kl_k1,
@@ -99,9 +100,10 @@ class DeepSpeedPPOTrainer:
         config: PPOConfig,
         world_size: int,
         rewards: Rewards | None = None,
+        ptx: PTX | None = None,
     ):
         self.roles, self.config, self.world_size = roles, config, world_size
-        self.rewards = rewards or Rewards()
+        self.rewards, self.ptx = rewards or Rewards(), ptx
         self.generator = torch.Generator().manual_seed(config.seed)
 
     per_rank = True  # its state is a few numbers
@@ -165,6 +167,7 @@ class DeepSpeedPPOTrainer:
         names = sorted(sums)
         totals = dict(zip(names, all_reduce_sum([sums[n] for n in names]), strict=True))
         tokens = max(totals.pop("tokens"), 1.0)
+        stats |= self.ptx.statistics() if self.ptx is not None else {}
         return stats | {name: total / tokens for name, total in totals.items()}
 
     def optimizer_step(self, window: list[Experience]) -> dict[str, float]:
@@ -172,6 +175,8 @@ class DeepSpeedPPOTrainer:
         tokens = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in window))])[0]
         scale = window_scale(tokens, self.world_size)
         sums: dict[str, float] = defaultdict(float)
+        if self.ptx is not None:
+            self.ptx.backward(self.roles.actor, [len(e.scores) for e in window])
         for i, e in enumerate(window):
             last = i == len(window) - 1
             actor_loss, statistics = self.actor_loss(e)

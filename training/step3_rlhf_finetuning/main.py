@@ -21,6 +21,7 @@ from dschat.arguments import RLHFSettings
 from dschat.cli import parse, run_cli
 from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.checkpoint import save_hf_format
 from dschat.utils.data.collators import PromptCollator
@@ -68,6 +69,8 @@ def main() -> None:
     critic_plan = run.save_plan(critic_name, critic_recipe, "critic")
     data = create_prompt_dataset(spec, tokenizer, 3, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
+    cache = settings.data.data_output_path
+    text = settings.mixin.blocks(tokenizer, spec.max_seq_len, cache, from_local_main)
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
     ranks = {"rank": begun.rank, "world_size": begun.world_size, "seed": run.seed}
     prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
@@ -84,15 +87,15 @@ def main() -> None:
     course = Course.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
     )
-    plan = Plan.of(
-        "step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines, rewards.record()
-    )
+    found = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
+    plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines, found)
     states = TrainingStates(run.state_config(), plan, distributed)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
     roles = DeepSpeedRLHFEngine.load(actor, critic, tokenizer, distributed, ema_decay)
-    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, rewards)
+    ptx = PTX(text, settings.mixin.unsup_coef, **ranks) if text else None
+    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, rewards, ptx)
     recipes = actor.recipe, critic.recipe
     log_config = run.log_config(states.continued)
     log = PPOLog(
@@ -101,7 +104,7 @@ def main() -> None:
     set_random_seed(run.seed + begun.rank)
     at = states.restore(
         {"actor": roles.actor, "critic": roles.critic},
-        {"ppo": trainer, "ema": roles.ema},
+        {"ppo": trainer, "ema": roles.ema, "ptx": ptx},
         frozen={"reference": roles.reference, "reward": roles.reward},
     )
 
