@@ -181,6 +181,7 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--unsupervised_dataset_config_name", "x"], "config_name x: there is no text"),
         (["--reward_function_weight", "2"], "reward_function_weight is 2.0, and there is no"),
         (["--reward_model_weight", "0"], "reward_model_weight is 0: nothing is rewarded"),
+        (["--print_answers_interval", "0"], "print_answers_interval is 0: give at least 1"),
         (["--generation_batches", "0"], "generation_batches is 0"),
         (["--max_prompt_seq_len", "0"], "max_prompt_seq_len is 0"),
         (["--max_answer_seq_len", "0"], "max_answer_seq_len is 0"),

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a file imports from its own line or from those above it here.
 LEVELS = [
     "errors",
-    "losses rlhf.returns rlhf.experience utils.data.splits utils.data.grouping utils.ds_utils "
-    "utils.flops utils.gpu_peaks utils.perf",
+    "losses rlhf.returns rlhf.experience rlhf.ppo_health utils.data.splits utils.data.grouping "
+    "utils.ds_utils utils.flops utils.gpu_peaks utils.perf",
     "utils.zero utils.distributed utils.metrics utils.state_folder",
     "utils.module.lora_layers utils.module.quantized utils.module.lora utils.module.adapter "
     "utils.module.adapter_merge utils.module.adapter_write utils.optim utils.advice "
@@ -25,7 +25,7 @@ LEVELS = [
     "utils.data.loaders utils.data.data_utils utils.data.survey utils.checkpoint utils.utils cli",
     "utils.engine utils.evaluation utils.startup utils.progress utils.training_plan "
     "utils.restored utils.training_state rlhf.rollout rlhf.ema",
-    "rlhf.rlhf_engine rlhf.rewards rlhf.ptx",
+    "rlhf.rlhf_engine rlhf.rewards rlhf.ptx rlhf.answer_table",
     "rlhf.ppo_trainer rlhf.ppo_log",
     "arguments merge quickstart data",
 ]

@@ -75,8 +75,10 @@ class RLHFSettings:
     offload_reward_model: bool = flag(False, "keep the reward model's weights on the CPU", **SWITCH)
     enable_ema: bool = flag(False, "keep a moving average of the actor, saved beside it", **SWITCH)
     ema_decay: float = flag(0.992, "decay of the moving average")
-    print_answers: bool = flag(False, "print sampled answers", **SWITCH)
-    print_answers_interval: int = flag(1, "updates between printed answers")
+    print_answers: bool = flag(
+        False, "print a table of sampled answers, and keep them in answers.jsonl", **SWITCH
+    )
+    print_answers_interval: int = flag(1, "updates between such tables")
     enable_test_mode: bool = flag(False, "stop after --test_stop_step updates", **SWITCH)
     test_stop_step: int = flag(0, "updates before a test run stops")
     enable_hybrid_engine: bool = flag(
@@ -100,6 +102,11 @@ class RLHFSettings:
 
     def __post_init__(self):
         self.data.check_streaming(self.run, self.ppo.max_steps, None)
+        if self.print_answers_interval < 1:
+            raise UserError(
+                f"print_answers_interval is {self.print_answers_interval}: give at least 1; "
+                "without --print_answers nothing is printed"
+            )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: give a number in [0, 1)")
         # What they are made of is checked as well, before the data is read.

@@ -104,7 +104,7 @@ def main() -> None:
     set_random_seed(run.seed + begun.rank)
     at = states.restore(
         {"actor": roles.actor, "critic": roles.critic},
-        {"ppo": trainer, "ema": roles.ema, "ptx": ptx},
+        {"ppo": trainer, "ema": roles.ema, "ptx": ptx, "health": log.health},
         frozen={"reference": roles.reference, "reward": roles.reward},
     )
 
