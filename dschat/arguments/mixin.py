@@ -13,7 +13,7 @@ from dschat.errors import UserError
 from dschat.utils.data.text_blocks import TextBlocks, create_text_blocks
 from dschat.utils.distributed import launched_rank, print_rank_0
 
-DEFAULT_COEFFICIENT = 27.8  # InstructGPT's
+DEFAULT_COEFFICIENT = 1.0  # both gradients are about as large (docs/ppo/rewards.md)
 
 
 @dataclass(frozen=True)
