@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_rewards import sampled
+from hand_made import sampled
 from tiny import byte_tokenizer
 
 from dschat.rlhf.answer_table import (
@@ -62,7 +62,7 @@ def test_parts_that_a_run_does_not_have_are_left_out():
 
 
 def test_rows_of_a_rollout():
-    """Numbers of the rollout in test_rewards.py; its filler row is no answer."""
+    """Numbers of the rollout in hand_made.py; its filler row is no answer."""
     rewards = Rewards(function=RewardFunction("m:f", lambda prompt, answer: 2.0, ""))
     e = rewards.applied(sampled(), byte_tokenizer())
     e = dataclasses.replace(e, logprobs=torch.full((3, 4), -0.5), ref_logprobs=torch.zeros(3, 4))

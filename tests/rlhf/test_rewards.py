@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, byte_tokenizer
+from hand_made import sampled
+from tiny import byte_tokenizer
 from tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
 
 from dschat.arguments.rewards import RewardArguments
 from dschat.errors import UserError
-from dschat.rlhf.experience import Experience
 from dschat.rlhf.rewards import RewardFunction, Rewards, score_statistics, texts_of
 from dschat.utils.model.reward_statistics import RewardStatistics
 
@@ -45,36 +45,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path / "own_rewards.py"
     sys.modules.pop("own_rewards", None)
-
-
-def ids(text: str) -> list[int]:
-    return byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
-
-
-def sampled() -> Experience:
-    """ "q: b" -> "yes" with its end, "q" -> "no" cut off in the middle, and a filler row."""
-    question, short, yes, no = ids("q: b"), ids("q"), ids("yes"), ids("no!!")
-    rows = [
-        [BOS, *question, *yes, EOS],
-        [PAD, PAD, PAD, BOS, *short, *no],
-        [PAD, PAD, PAD, BOS, *short, *no],
-    ]
-    sequences = torch.tensor(rows)
-    real = torch.tensor([True, True, False])
-    attention = sequences != PAD
-    zeros = torch.zeros(3, 4)
-    return Experience(
-        sequences=sequences,
-        attention_mask=attention,
-        answer_mask=torch.ones(3, 4, dtype=torch.bool) & real[:, None],
-        ended=torch.tensor([True, False, False]),
-        real=real,
-        logprobs=zeros,
-        ref_logprobs=zeros,
-        values=zeros,
-        scores=torch.tensor([3.0, -1.0, 50.0]),
-        group=torch.arange(3),
-    )
 
 
 def test_texts_are_those_between_beginning_and_end():
