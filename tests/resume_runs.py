@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from launch import ROOT, run_ranks
 from safetensors.torch import load_file
-from steps import PPO, REWARD, SFT, free_port, write_inputs
+from steps import PPO, REWARD, SFT, free_port, write_inputs, write_rows
 from tiny import byte_tokenizer, tiny_llama
 
 from dschat.utils.checkpoint import write_model_folder
 from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.model.reward_statistics import RewardStatistics, write_statistics
 
 DATA = shlex.split("--data_path data --data_split 4,4,2 --data_output_path cache")
 # 27 rows, 4 a step: 7 steps in each of 2 epochs, the last one short. Dropout draws at every step,
@@ -33,8 +34,10 @@ PPO_COMMON = [
     ),
     *shlex.split("--actor_learning_rate 1e-3 --critic_learning_rate 1e-3"),
     *shlex.split("--per_device_generation_batch_size 2 --per_device_training_batch_size 2"),
-    *shlex.split("--max_eval_samples 4 --actor_lora_dim 4"),
     *shlex.split("--answers_per_prompt 2 --generation_chunk_size 3"),
+    *shlex.split("--max_eval_samples 4 --actor_lora_dim 4 --print_answers"),
+    *shlex.split("--reward_function own_rewards:length --reward_scaling saved"),
+    *shlex.split("--unsupervised_dataset_name texts.jsonl --unsup_coef 0.3"),
 ]
 # What depends on the clock.
 TIMES = ("seconds", "samples_per_s", "tokens_per_s", "tflops", "answer_tokens_per_s")
@@ -82,11 +85,15 @@ def interrupted(argv: Sequence[str], name: str, save_steps: int, killed: int) ->
 
 
 def write_models(folder: Path) -> None:
-    """Data, a language model and a reward model."""
+    """Data, a language model, a reward model and its statistics, a reward function, plain text."""
     write_inputs(folder)
     torch.manual_seed(1)
     reward = RewardModel(tiny_llama(1, max_position_embeddings=128).base_model)
     write_model_folder(reward, reward.state_dict(), byte_tokenizer(), folder / "critic")
+    write_statistics(RewardStatistics(0.2, 1.5, 26, "rows"), folder / "critic")
+    (folder / "own_rewards.py").write_text("def length(prompt, answer): return len(answer) / 4\n")
+    texts = [{"text": f"{a} and {b} make {a + b}. "} for a in range(9) for b in range(9)]
+    write_rows(folder / "texts.jsonl", texts)
 
 
 def launch_runs(runs: dict[str, Run], folder: Path, ranks: int) -> dict[str, Outcome]:

@@ -219,8 +219,11 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--offload"], "offload needs ZeRO"),
         (["--offload", "--critic_zero_stage", "2"], "offload needs ZeRO"),
         (["--ema_decay", "1.0"], "ema_decay is 1.0"),
-        (["--unsupervised_dataset_name", "wiki"], "unsupervised_dataset_name: PPO mixes in no"),
-        (["--unsupervised_dataset_config_name", "x"], "unsupervised_dataset_config_name: PPO"),
+        (["--unsupervised_dataset_name", "wiki", "--unsup_coef", "0"], "unsup_coef is 0.0"),
+        (["--unsupervised_dataset_config_name", "x"], "config_name x: there is no text"),
+        (["--reward_function_weight", "2"], "reward_function_weight is 2.0, and there is no"),
+        (["--reward_model_weight", "0"], "reward_model_weight is 0: nothing is rewarded"),
+        (["--print_answers_interval", "0"], "print_answers_interval is 0: give at least 1"),
         (["--generation_batches", "0"], "generation_batches is 0"),
         (["--max_prompt_seq_len", "0"], "max_prompt_seq_len is 0"),
         (["--max_answer_seq_len", "0"], "max_answer_seq_len is 0"),
@@ -339,6 +342,8 @@ def test_what_trains():
             ["--offload_reward_model does nothing: with LoRA the reward model is the critic"],
         ),
         (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
+        (["--unsup_coef", "2"], ["--unsup_coef does nothing without --unsupervised_dataset_name"]),
+        (["--enable_hybrid_engine"], ["--enable_hybrid_engine does nothing"]),
     ],
 )
 def test_step_3_says_what_does_nothing(capsys, argv, said):
@@ -353,14 +358,12 @@ RETIRED = {
     reward: ["compute_fp32_loss", "num_padding_at_beginning"],
     rlhf: [
         "compute_fp32_loss",
-        "unsup_coef",
         "enable_mixed_precision_lora",
         "align_overflow",
         "num_padding_at_beginning",
     ],
 }
 WITH_VALUE = {
-    "unsup_coef",
     "num_padding_at_beginning",
 }
 

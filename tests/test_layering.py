@@ -11,15 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a file imports from its own line or from those above it here.
 LEVELS = [
     "errors",
-    "losses rlhf.returns rlhf.experience rlhf.kl_control utils.data.splits utils.data.grouping "
-    "utils.ds_utils utils.flops utils.gpu_peaks utils.perf",
+    "losses rlhf.returns rlhf.experience rlhf.kl_control rlhf.ppo_health utils.data.splits "
+    "utils.data.grouping utils.ds_utils utils.flops utils.gpu_peaks utils.perf",
     "utils.zero utils.distributed utils.metrics utils.state_folder",
     "utils.module.lora_layers utils.module.quantized utils.module.lora utils.module.adapter "
     "utils.module.adapter_merge utils.module.adapter_write utils.module.fixed_update utils.optim "
     "utils.advice utils.model.source utils.model.model_utils utils.model.reward_model "
-    "utils.model.packing utils.save_plan utils.model.word_cache utils.model.encoding "
-    "utils.model.tokenizer utils.data.report "
-    "utils.data.row_files utils.data.cache utils.data.conversations utils.data.row_shapes "
+    "utils.model.reward_statistics utils.model.packing utils.save_plan utils.model.word_cache "
+    "utils.model.encoding utils.model.tokenizer utils.data.report utils.data.row_files "
+    "utils.data.text_blocks utils.data.cache utils.data.conversations utils.data.row_shapes "
     "utils.data.named_sources utils.data.own_reader utils.data.sources utils.data.row_store "
     "utils.data.raw_datasets utils.data.formats "
     "utils.data.tokenise utils.data.collators utils.data.stream utils.data.loaders "
@@ -28,7 +28,7 @@ LEVELS = [
     "utils.restored utils.training_state rlhf.generation rlhf.hybrid rlhf.logprobs rlhf.rollout "
     "rlhf.ema rlhf.ppo_config rlhf.advantages rlhf.ppo_statistics rlhf.retokenise rlhf.one_trunk "
     "rlhf.role_config",
-    "rlhf.rlhf_engine",
+    "rlhf.rlhf_engine rlhf.rewards rlhf.ptx rlhf.answer_table",
     "rlhf.ppo_trainer rlhf.ppo_log",
     "arguments merge quickstart data",
 ]

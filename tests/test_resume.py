@@ -29,12 +29,15 @@ FROM_LAST = ["--resume", LAST, "--output_dir", "other"]
 NEW_RATES = ["--learning_rate", "5e-4", "--loraplus_lr_ratio", "8"]
 COPY = f"cp -r {LAST} broken"
 
-# 13 prompts, 2 x 2 an iteration: 4 iterations, with an evaluation (which samples) amid them.
+# 13 prompts, 2 x 2 an iteration: 4 iterations, the last of one row, with an evaluation (which
+# samples) amid them.
 SAMPLING = ["--dtype", "fp32", "--ppo_epochs", "2", "--generation_batches", "2"]
 SAMPLING += ["--eval_interval", "2"]
 # The critic's warm-up ends, the coefficient moves and updates end early before and after the kill.
 SAMPLING += ["--critic_warmup_iterations", "1", "--kl_target", "0.5", "--kl_horizon", "8"]
 SAMPLING += ["--update_kl_limit", "1e-3"]
+
+PPO_STATE = ["--save_steps", "1", "--output_dir", "ppo-cut", "--resume"]
 
 ONE_RANK = {
     "sft whole": Run([*SFT_LORA, "--output_dir", "sft-whole"]),
@@ -63,6 +66,18 @@ ONE_RANK = {
     "fresh start": Run([*SFT_LORA, *SAVING]),
     **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
     **interrupted([*PPO_COMMON, *SAMPLING], "ppo", save_steps=1, killed=3),
+    "edited function": Run(
+        [*PPO_COMMON, *SAMPLING, *PPO_STATE], shell="echo '# another' >> own_rewards.py"
+    ),
+    "other text": Run(
+        [*PPO_COMMON, *SAMPLING, *PPO_STATE],
+        shell="sed -i '$d' own_rewards.py && sed -i 's/make/give/' texts.jsonl",
+    ),
+    "other statistics": Run(
+        [*PPO_COMMON, *SAMPLING, *PPO_STATE],
+        shell="sed -i 's/give/make/' texts.jsonl && sed -i 's/1.5/1.6/' "
+        "critic/reward_statistics.json",
+    ),
 }
 # Two iterations: generation that gathers every layer from two ranks takes its time.
 SHARDED = ["--dtype", "bf16", "--critic_lora_dim", "4", "--max_train_samples", "8"]
@@ -115,7 +130,7 @@ def test_step_2_with_all_weights_in_bf16_at_zero_2(one):
 
 
 def test_step_3_with_a_moving_average(one):
-    """Sampling, mini-batch order and the average go on; the reward model is a frozen copy."""
+    """Sampling, mini-batch order, text and the average go on; the reward model is a copy."""
     folder, outcomes = one
     assert codes(outcomes, "ppo") == [0, -9, 0]
     assert "at step 2\n" in outcomes["ppo resumed"].stdout
@@ -125,6 +140,12 @@ def test_step_3_with_a_moving_average(one):
     assert all(line["actor_updates"] < 1 for line in steps)
     assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
     assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
+    answers = [(folder / name / "answers.jsonl").read_text() for name in ("ppo-whole", "ppo-cut")]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 3 * 3 + 1
+    last = [line for line in figures(folder / "ppo-whole") if line["kind"] == "train"][-1]
+    scaled = (last["reward_model"] - 0.2) / 1.5
+    assert last["reward"] == pytest.approx(scaled + last["reward_function"], abs=1e-5)
+    assert last["ptx_loss"] > 0
 
 
 def test_step_3_on_two_ranks_at_zero_3_in_bf16(two):
@@ -163,6 +184,9 @@ def test_new_rates_go_into_optimizer_and_schedule(one):
         ("other rows", "the rows of --data_path data have changed (digest "),
         ("two processes", "saved by 2 processes, now there are 1; start 2, DeepSpeed cuts its"),
         ("cut file", "random-rank-0000.pt has "),
+        ("edited function", "source behind --reward_function own_rewards:length was "),
+        ("other text", "rows behind --unsupervised_dataset_name texts.jsonl was "),
+        ("other statistics", "std behind --reward_scaling saved was 1.5, now 1.6; a resumed run"),
         ("fresh start", "holds training states of an earlier run (step-000012); add --resume"),
     ],
 )

@@ -284,8 +284,22 @@ def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(one_rank: Run
     """Other batches and ZeRO 3 change nothing: 13 pairs, 4 at a time or 2 x 3 at a time."""
     last = records(one_rank.folder / "reward", "eval")[-1:]
     first = records(two_ranks.folder / "reward-again", "eval")[:1]
-    names = ("loss", "accuracy", "margin", "confidence", "mean_score")
+    names = ("loss", "accuracy", "margin", "confidence", "mean_score", "score_std")
     torch.testing.assert_close(column(first, *names), column(last, *names), rtol=0, atol=1e-5)
+
+
+def test_scores_are_scaled_by_the_figures_of_the_last_evaluation(one_rank: Run):
+    """Step 2 saves them with the merged weights and with the adapter; step 3 reads the latter."""
+    reward, ppo = one_rank.folder / "reward", one_rank.folder / "ppo"
+    last = records(reward, "eval")[-1]
+    for folder in (reward, reward / "adapter"):
+        saved = json.loads((folder / "reward_statistics.json").read_text())
+        assert (saved["mean"], saved["std"]) == (last["mean_score"], last["score_std"])
+        assert saved["count"] == 26
+    for record in records(ppo, "train"):  # no score comes near the clip
+        scaled = (record["reward_model"] - last["mean_score"]) / last["score_std"]
+        assert record["reward"] == pytest.approx(scaled, abs=1e-5)
+    assert not list(ppo.rglob("reward_statistics.json"))  # a critic's values are no scores
 
 
 def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):

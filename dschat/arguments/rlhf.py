@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, replace
 
 from dschat.arguments.data import DataArguments
+from dschat.arguments.mixin import MixInArguments
 from dschat.arguments.models import ModelArguments
+from dschat.arguments.rewards import RewardArguments
 from dschat.arguments.roles import RoleArguments
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
@@ -73,6 +75,8 @@ class RLHFSettings:
     stability: StabilityArguments = group(StabilityArguments)
     rollout: RolloutArguments = group(RolloutArguments)
     sources: RoleArguments = group(RoleArguments)
+    rewards: RewardArguments = group(RewardArguments)
+    mixin: MixInArguments = group(MixInArguments)
     data: DataArguments = group(DataArguments, max_eval_samples=128)
     actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
     critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
@@ -83,13 +87,12 @@ class RLHFSettings:
     offload_reward_model: bool = flag(False, "keep the reward model's weights on the CPU", **SWITCH)
     enable_ema: bool = flag(False, "keep a moving average of the actor, saved beside it", **SWITCH)
     ema_decay: float = flag(0.992, "decay of the moving average")
-    print_answers: bool = flag(False, "print sampled answers", **SWITCH)
-    print_answers_interval: int = flag(1, "updates between printed answers")
+    print_answers: bool = flag(
+        False, "print a table of sampled answers, and keep them in answers.jsonl", **SWITCH
+    )
+    print_answers_interval: int = flag(1, "updates between such tables")
     enable_test_mode: bool = flag(False, "stop after --test_stop_step updates", **SWITCH)
     test_stop_step: int = flag(0, "updates before a test run stops")
-    unsupervised_dataset_name: str | None = flag(None, "mix-in of language modelling", type=str)
-    unsupervised_dataset_config_name: str | None = flag(None, "its configuration", type=str)
-    unsup_coef: float = flag(27.8, "PPO mixes in no language modelling", retired=True)
     enable_mixed_precision_lora: bool = flag(
         False, "ZeRO-3 keeps its own precision", retired=True, **SWITCH
     )
@@ -99,10 +102,12 @@ class RLHFSettings:
     num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
 
     def __post_init__(self):
-        for name in ("unsupervised_dataset_name", "unsupervised_dataset_config_name"):
-            if getattr(self, name) is not None:
-                raise UserError(f"{name}: PPO mixes in no language modelling; drop the flag")
         self.data.check_streaming(self.run, self.ppo.max_steps, None)
+        if self.print_answers_interval < 1:
+            raise UserError(
+                f"print_answers_interval is {self.print_answers_interval}: give at least 1; "
+                "without --print_answers nothing is printed"
+            )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: give a number in [0, 1)")
         # What they are made of is checked as well, before the data is read.
@@ -201,7 +206,7 @@ class RLHFSettings:
             ppo.actor_model_name_or_path,
             ppo.critic_model_name_or_path,
             ppo.advantage_estimator,
-            has_reward_function=False,
+            has_reward_function=self.rewards.reward_function is not None,
         )
 
     def cast(self, dtype: str, iterations: int, retokenise: Retokeniser | None = None) -> Cast:

@@ -20,10 +20,12 @@ class Experience:
     logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's; 0 behind an answer's end
     ref_logprobs: torch.Tensor  # (B, A) fp32, likewise
     values: torch.Tensor | None  # (B, A) fp32, of the state before each token; None: no critic
-    scores: torch.Tensor  # (B,) fp32, the reward model's
+    scores: torch.Tensor  # (B,) fp32, the reward model's; see rewards.py for what they become
     group: torch.Tensor  # (B,) int64: answers to one prompt share a number, on this rank alone
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
+    model_scores: torch.Tensor | None = None  # (B,) the reward model's own
+    function_scores: torch.Tensor | None = None  # (B,) the reward function's own
     # Of a whole iteration's generation: its first experience alone tells them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from dschat.rlhf.answer_table import AnswerFile, answer_table, choose_answers
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.engine import Recipe
@@ -14,7 +16,17 @@ from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
 from dschat.utils.progress import LogConfig, WorkShape
 
-SHOWN = ("reward", "kl", "entropy", "clip_fraction", "critic_loss", "answer_length", "ended")
+PARTS = ("reward_model", "reward_function")  # in the line where there are both
+SHOWN = (
+    "reward",
+    *PARTS,
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "critic_loss",
+    "answer_length",
+    "ended",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,11 @@ class PPOLog:
         self.bar = progress(
             total=iterations, desc="ppo", enabled=rank == 0, initial=config.first_step
         )
+        self.health = HealthMonitor()
+        self._answers = None
+        if printing.interval and config.output_dir is not None and rank == 0:
+            resumed_at = None if config.continued is None else config.first_step
+            self._answers = AnswerFile(config.output_dir, resumed_at)
         self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
         self._begun = self._rolled_out = 0.0
 
@@ -88,7 +105,8 @@ class PPOLog:
         if self.metrics is not None and self._due(iteration):
             self.metrics.log(iteration, statistics | self._rates | seconds)
         self.bar.update(1)
-        shown = {name: statistics[name] for name in SHOWN if name in statistics}
+        hidden = PARTS if "reward_function" not in statistics else ()
+        shown = {n: statistics[n] for n in SHOWN if n in statistics and n not in hidden}
         line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())
         self._print(f"iteration {iteration}/{self.iterations} | {line}")
         if iteration == self.iterations or iteration % (10 * self.config.log_every) == 0:
@@ -105,8 +123,10 @@ class PPOLog:
             self.bar.clear()
             critic = works.get("critic")
             print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
-        if self.printing.interval and iteration % self.printing.interval == 0:
-            self._print(self._answers(experiences[0]))
+        for warning in self.health.observe(iteration, statistics):
+            self._print(f"warning, iteration {iteration}: {warning}")
+        if self.rank == 0 and self.printing.interval and iteration % self.printing.interval == 0:
+            self._show_answers(iteration, experiences)
 
     def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
         """Show what the policy earns on held-out prompts."""
@@ -121,16 +141,12 @@ class PPOLog:
         self.bar.clear()
         print_rank_0(text, self.rank)
 
-    def _answers(self, experience: Experience) -> str:
-        tokenizer, lines = self.roles.tokenizer, []
-        for row in range(min(self.printing.rows, len(experience.scores))):
-            visible = experience.attention_mask[row, : experience.prompt_length]
-            prompt = experience.sequences[row, : experience.prompt_length][visible]
-            answer = experience.answers[row][experience.answer_mask[row]]
-            score = experience.scores[row].item()
-            text = f"{tokenizer.decode(prompt)!r} -> {tokenizer.decode(answer)!r}"
-            lines.append(f"  reward {score:7.3f} | {text}")
-        return "\n".join(lines)
+    def _show_answers(self, iteration: int, experiences: list[Experience]) -> None:
+        tokenizer = self.roles.tokenizer
+        answers = choose_answers(experiences, self.printing.rows, tokenizer, iteration)
+        self._print(answer_table(answers))
+        if self._answers is not None:
+            self._answers.write(answers)
 
     def close(self) -> None:
         """Close the bar and every writer."""

@@ -29,7 +29,9 @@ from dschat.rlhf.ppo_statistics import (
     rollout_statistics,
     value_statistics,
 )
+from dschat.rlhf.ptx import PTX
 from dschat.rlhf.returns import kl_k3
+from dschat.rlhf.rewards import Rewards, score_statistics
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
 from dschat.utils.data.collators import PromptBatch
@@ -40,7 +42,8 @@ from dschat.utils.engine import backward, windows
 class DeepSpeedPPOTrainer:
     """Runs PPO over the roles of a `DeepSpeedRLHFEngine`.
 
-    `engine` samples the answers; by default transformers does, on the actor.
+    `engine` samples the answers; by default transformers does, on the actor. `rewards` makes their
+    scores; by default those of the reward model as they are. `ptx` is mixed into the actor's steps.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class DeepSpeedPPOTrainer:
         config: PPOConfig,
         world_size: int,
         engine: RolloutEngine | None = None,
+        rewards: Rewards | None = None,
+        ptx: PTX | None = None,
     ):
         self.roles, self.config, self.world_size = roles, config, world_size
-        self.engine = engine
+        self.engine, self.rewards, self.ptx = engine, rewards or Rewards(), ptx
         self.generator = torch.Generator().manual_seed(config.seed)
         horizon = {} if config.kl_horizon is None else {"horizon": config.kl_horizon}
         self.kl = KLController(config.kl_coefficient, config.kl_target, **horizon)
@@ -85,15 +90,21 @@ class DeepSpeedPPOTrainer:
         engine = self.engine or TransformersRollout(
             roles.actor, roles.tokenizer, roles.generates_in_step
         )
-        return make_experience(roles, engine, batches, self.config.rollout(answers))
+        sampled = make_experience(roles, engine, batches, self.config.rollout(answers))
+        return [self.rewards.applied(e, roles.tokenizer, roles.has_reward_model) for e in sampled]
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
-        """`rollout_statistics` of one answer to each held-out prompt; no update."""
-        return rollout_statistics(self.rollout(list(batches), answers_per_prompt=1))
+        """What the present policy earns by one answer to each held-out prompt; no update."""
+        return self.earned(self.rollout(list(batches), answers_per_prompt=1))
+
+    def earned(self, experiences: list[Experience]) -> dict[str, float]:
+        """Figures of what was sampled, before anything is learnt from it."""
+        scores = score_statistics(experiences, self.config.reward_clip)
+        return rollout_statistics(experiences) | scores
 
     def train_rlhf(self, experiences: list[Experience]) -> dict[str, float]:
         """Stages 2 to 5: update actor and critic; returns this iteration's statistics."""
-        stats = rollout_statistics(experiences) | {"kl_coefficient": self.kl.coefficient}
+        stats = self.earned(experiences) | {"kl_coefficient": self.kl.coefficient}
         learned = with_advantages(experiences, self.config, self.kl.coefficient)
         stats |= advantage_statistics(learned)
         if self.roles.critic is not None:
@@ -137,6 +148,8 @@ class DeepSpeedPPOTrainer:
         shares = {"actor_updates": made / steps}
         if distances:
             shares["update_kl"] = distances[-1]
+        if self.ptx is not None:
+            shares |= self.ptx.statistics()
         return actor.means() | critic.means() | shares
 
     def windows(self, experiences: list[Experience]) -> Iterator[list[Experience]]:
@@ -168,6 +181,8 @@ class DeepSpeedPPOTrainer:
     def actor_step(self, window: list[Experience], scale: float, means: StepMeans) -> None:
         """One step of the policy over a window."""
         actor = self.roles.actor
+        if self.ptx is not None:
+            self.ptx.backward(actor, [len(e.scores) for e in window])
         for i, e in enumerate(window):
             loss, sums = self.actor_loss(e)
             backward(actor, loss * scale, last=i == len(window) - 1)

@@ -140,6 +140,27 @@ def decided_by_main(work: Callable[[], Result]) -> Result:
     return found[0]
 
 
+def agreed_by_all(work: Callable[[], Result]) -> Result:
+    """What `work()` gives on this rank; all ranks call it.
+
+    Raises:
+        UserError: on every rank, when any rank met one: all stop with the line of the first.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise UserError(problem)
+    return result
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -6,6 +6,7 @@ Evaluation covers the whole set once on any number of ranks, weighted by tokens 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,11 @@ from torch import nn
 from dschat.losses import sft_loss
 from dschat.utils.data.collators import PackedBatch, PairBatch, SFTBatch
 from dschat.utils.data.loaders import Loader
-from dschat.utils.distributed import all_reduce_sum
+from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.model.model_utils import forward_inputs
 from dschat.utils.model.packing import packed_inputs
 from dschat.utils.model.reward_model import scores_at_end
+from dschat.utils.model.reward_statistics import RewardStatistics
 
 
 def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
@@ -64,14 +66,14 @@ def pairs(batch: PairBatch) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
-    """Loss, accuracy, margin and confidence over the evaluation set, all ranks.
+    """Loss, accuracy, margin, confidence, mean and spread of the scores, over all ranks.
 
     Confidence is the mean of sigmoid(margin), the probability that the model gives to the
     preference: a calibrated model's equals its accuracy. Ties count as half right.
     """
     was_training = engine.training
     engine.eval()
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     for batch in loader:
         batch = batch.to(device)
         chosen, rejected = pair_scores(engine, batch)
@@ -79,10 +81,34 @@ def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> d
         both = torch.cat([chosen[batch.real], rejected[batch.real]]).double().cpu()
         won = (margin > 0).double() + 0.5 * (margin == 0).double()
         loss = -F.logsigmoid(margin)
-        parts = [loss, won, margin, margin.sigmoid(), both / 2]
+        parts = [loss, won, margin, margin.sigmoid(), both / 2, both.square() / 2]
         counted = [*(part.sum().item() for part in parts), len(margin)]
         sums += torch.tensor(counted, dtype=torch.float64)
     engine.train(was_training)
     *sums, count = all_reduce_sum(sums.tolist())
     names = ("loss", "accuracy", "margin", "confidence", "mean_score")
-    return {name: total / max(count, 1.0) for name, total in zip(names, sums, strict=True)}
+    *means, mean_square = (total / max(count, 1.0) for total in sums)
+    figures = dict(zip(names, means, strict=True))
+    figures["score_std"] = math.sqrt(max(mean_square - figures["mean_score"] ** 2, 0.0))
+    return figures
+
+
+def scores_summary(
+    figures: Mapping[str, float], num_pairs: int, data: str
+) -> RewardStatistics | None:
+    """What is saved of `evaluate_pairs`' figures with the reward model.
+
+    Args:
+        data: key of the rows.
+
+    Returns:
+        None, said in a line, where all scores are equal or some are not finite.
+    """
+    summary = RewardStatistics(figures["mean_score"], figures["score_std"], 2 * num_pairs, data)
+    if summary.usable:
+        return summary
+    print_rank_0(
+        f"no reward statistics are saved: over the evaluation set the scores have mean "
+        f"{summary.mean:.4g} and spread {summary.std:.4g}; check the learning rate and the data"
+    )
+    return None

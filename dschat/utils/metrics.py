@@ -140,7 +140,7 @@ class MetricLogger:
         path = Path(output_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if continued is None:
-            _set_aside(path)
+            set_aside(path)
         else:
             _take_up(path, continued.metrics)
         self._file = path.open("a", encoding="utf-8")
@@ -194,7 +194,7 @@ class MetricLogger:
         self.close()
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
     """Give an earlier run's file the first free number: metrics.jsonl becomes metrics.1.jsonl."""
     if not path.exists():
         return
@@ -208,7 +208,7 @@ def _take_up(path: Path, earlier: Path) -> None:
     """Make the file what `earlier` is; one that does not begin so is of another run, and kept."""
     lines = earlier.read_bytes()
     if path.exists() and not path.read_bytes().startswith(lines):
-        _set_aside(path)
+        set_aside(path)
     part = path.with_suffix(".tmp")
     part.write_bytes(lines)
     os.replace(part, path)

@@ -93,12 +93,14 @@ class Plan:
         data: str,
         course: Course,
         engines: Mapping[str, EnginePlan],
+        found: Mapping[str, Any] | None = None,
     ) -> Plan:
         """The plan of a step.
 
         Args:
             settings: the step's settings object. dtype: what its `auto` came to.
             data: digest of the training rows.
+            found: what else flags came to, by names of their own (`flag.detail`).
         """
         values = flag_values(settings)
         kept = {k: v for k, v in values.items() if k not in FREE_FLAGS}
@@ -110,7 +112,7 @@ class Plan:
             fixed = {"betas": plan.optimizer.betas, "eps": plan.optimizer.eps}
             kept |= _flat(name, fixed)
         kept |= {"dtype": dtype, "rows": data, "total_steps": course.total_steps}
-        kept |= {"epoch_windows": course.epoch_windows}
+        kept |= {"epoch_windows": course.epoch_windows, **(found or {})}
         # As they come back from a file: tuples become lists.
         return cls(kind, json.loads(json.dumps(kept)), engines, course)
 
@@ -196,11 +198,23 @@ def _setting_message(
             f"resume {place}: the rows of --data_path {paths} have changed (digest {saved[:12]}, "
             f"now {asked[:12]}), or the tokenizer; a resumed run needs the same"
         )
-    flag = name if "." in name or name in _DERIVED else f"--{name}"
+    base, _, detail = name.partition(".")
+    if detail and base in settings:  # what the flag came to, not what was given
+        return (
+            f"resume {place}: {detail} behind --{base} {_shown(settings[base])} was "
+            f"{_short(saved)}, now {_short(asked)}; a resumed run needs the same"
+        )
+    flag = name if detail or name in _DERIVED else f"--{name}"
     return (
         f"resume {place}: saved with {flag} {_shown(saved)}, now {_shown(asked)}; "
         f"give {_shown(saved)}, nothing overrides it"
     )
+
+
+def _short(value: Any) -> str:
+    """A value as `_shown`, of a digest its beginning."""
+    text = _shown(value)
+    return text[:12] if len(text) == 64 else text
 
 
 def _shown(value: Any) -> str:

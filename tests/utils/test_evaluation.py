@@ -43,6 +43,7 @@ def test_pair_figures_by_hand():
         "margin": 1 / 3,
         "confidence": sum(chances) / 3,
         "mean_score": (5 + 3 + 3 + 3 + 1 + 2) / 6,
+        "score_std": (sum((x - 17 / 6) ** 2 for x in (5, 3, 3, 3, 1, 2)) / 6) ** 0.5,
     }
     assert figures == pytest.approx(expected, abs=1e-12)
 

@@ -25,7 +25,7 @@ from dschat.utils.distributed import (
 )
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import backward, build_engine, windows
-from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs
+from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs, scores_summary
 from dschat.utils.model.model_utils import check_context
 from dschat.utils.model.reward_model import RewardModel, create_critic_model
 from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
@@ -123,13 +123,15 @@ def main() -> None:
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
             states.save_if_due(step, epoch)
-        log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
+        figures, seconds = timed(evaluate_pairs, engine, eval_loader, device)
+        log.evaluation(step, figures, seconds)
         if step == total_steps:
             break
 
-    # 4. a model folder that transformers loads
+    # 4. a model folder that transformers loads, with the statistics that step 3 scales scores by
     if run.output_dir is not None:
-        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed, save_plan)
+        statistics = scores_summary(figures, len(data.eval), data.key)
+        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed, save_plan, statistics)
     log.close()
 
 

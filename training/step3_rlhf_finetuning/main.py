@@ -23,6 +23,7 @@ from dschat.rlhf.generation import tell_unused_ends
 from dschat.rlhf.hybrid import check_hybrid_available, rollout_engine
 from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.checkpoint import save_hf_format
 from dschat.utils.data.collators import PromptCollator
@@ -54,6 +55,7 @@ def main() -> None:
     tokenizer, distributed = begun.tokenizer, begun.distributed
     names = settings.role_names()
     retokenise = names.check(tokenizer, run.answer_end)
+    rewards = settings.rewards.rewards(names.reward)
     config = settings.ppo_config()
     spec = settings.data_spec()
     names.check_context(spec.max_seq_len, retokenise)
@@ -64,6 +66,8 @@ def main() -> None:
         plans["critic"] = run.save_plan(names.critic, run.recipe(settings.critic), "critic")
     data = create_prompt_dataset(spec, tokenizer, 3, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
+    cache = settings.data.data_output_path
+    text = settings.mixin.blocks(tokenizer, spec.max_seq_len, cache, from_local_main)
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
     ranks = {"rank": begun.rank, "world_size": begun.world_size, "seed": run.seed}
     prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
@@ -80,13 +84,14 @@ def main() -> None:
     course = Course.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
     )
-    plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines)
+    found = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
+    plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines, found)
     states = TrainingStates(run.state_config(), plan, distributed)
 
     hybrid = settings.rollout.enable_hybrid_engine
     if hybrid:
         check_hybrid_available()
-    tell_unused_ends(actor_name, tokenizer)
+    tell_unused_ends(names.actor, tokenizer)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
@@ -94,7 +99,8 @@ def main() -> None:
     proof = next(iter(held_out)) if hybrid else None
     fused = settings.rollout.fuses(settings.actor)
     engine = rollout_engine(roles, fused, proof, config.sampling.max_new_tokens)
-    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, engine)
+    ptx = PTX(text, settings.mixin.unsup_coef, **ranks) if text else None
+    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, engine, rewards, ptx)
     recipes = {name: role.recipe for name, role in cast.trained.items()}
     log_config = run.log_config(states.continued)
     log = PPOLog(
@@ -103,7 +109,7 @@ def main() -> None:
     set_random_seed(run.seed + begun.rank)
     at = states.restore(
         roles.trained,
-        {"ppo": trainer, "ema": roles.ema},
+        {"ppo": trainer, "ema": roles.ema, "ptx": ptx, "health": log.health},
         frozen={"reference": roles.reference, "reward": roles.reward},
     )
 

@@ -1,6 +1,7 @@
-"""The user's own function from a row to an Example: found, called, and what it returns checked."""
+"""The user's own functions, found by `module:name`; of one, the Example of a row is checked."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from dschat.errors import UserError
 from dschat.utils.data.conversations import Example, Skip, Turn, check_order, read_messages
+from dschat.utils.data.row_files import digest_files
 
 TARGETS = ("prompt", "chosen", "rejected")
+READER = "dataset_function"  # the flag that names it
 
 
 def load_function(name: str) -> Callable[[Mapping[str, Any]], Example]:
@@ -19,14 +22,7 @@ def load_function(name: str) -> Callable[[Mapping[str, Any]], Example]:
     Raises:
         UserError: no such module or function.
     """
-    module, attribute, place = (
-        module_of(name),
-        name.partition(":")[2],
-        f"--dataset_function {name}",
-    )
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"{place}: {module.__name__} has no function {attribute!r}")
+    function, place = function_of(name, READER), f"--{READER} {name}"
 
     def read(row: Mapping[str, Any]) -> Example:
         try:
@@ -34,30 +30,61 @@ def load_function(name: str) -> Callable[[Mapping[str, Any]], Example]:
         except (UserError, Skip):
             raise
         except Exception as error:  # whatever the user's function raises, with the row's place
-            raise UserError(f"{place} fails ({_brief(error)}); mend it or the row") from error
+            raise UserError(f"{place} fails ({brief(error)}); mend it or the row") from error
         return _as_example(result, place)
 
     return read
 
 
-def module_of(name: str) -> ModuleType:
+def function_of(name: str, flag: str, *parameters: str) -> Callable[..., Any]:
+    """What `module:name` means, a function; that it takes these parameters is checked.
+
+    Args:
+        flag: whose value the name is, for messages.
+
+    Raises:
+        UserError: no such module or function, or one that is called in another way.
+    """
+    module, attribute, place = module_of(name, flag), name.partition(":")[2], f"--{flag} {name}"
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"{place}: {module.__name__} has no function {attribute!r}")
+    if parameters:
+        try:
+            inspect.signature(function).bind(*parameters)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{place}: it is called as {attribute}({', '.join(parameters)}), which does not "
+                f"fit ({brief(error)})"
+            ) from error
+    return function
+
+
+def source_digest(name: str, flag: str) -> str:
+    """SHA-256 (hex) of the file of a `module:name`; empty for a module without one."""
+    file = getattr(module_of(name, flag), "__file__", None)
+    return digest_files([Path(file)]) if file else ""
+
+
+def module_of(name: str, flag: str) -> ModuleType:
     """The module of `module:name`, looked for in the current folder too."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise UserError(f"--dataset_function {name}: give module:name, as in my_data:read_row")
+        raise UserError(f"--{flag} {name}: give module:name, as in my_module:my_function")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         return importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is read
         raise UserError(
-            f"--dataset_function {name}: {module_name} does not import ({_brief(error)})"
+            f"--{flag} {name}: {module_name} does not import ({brief(error)})"
         ) from error
     finally:
         sys.path.remove(here)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """An error in one line: its kind and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 

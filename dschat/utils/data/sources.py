@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from dschat.errors import UserError
 from dschat.utils.data import named_sources as named
 from dschat.utils.data import row_shapes as shapes
 from dschat.utils.data.conversations import Example, has_markers, question
-from dschat.utils.data.own_reader import TARGETS, load_function, module_of
-from dschat.utils.data.row_files import digest, digest_files
+from dschat.utils.data.own_reader import READER, TARGETS, load_function, source_digest
+from dschat.utils.data.row_files import digest
 
 Reader = Callable[[Mapping[str, Any]], Example]
 LOCAL_JSON = "local/jsonfile"
@@ -173,8 +173,7 @@ class Reading:
         shape = shape_by_name(name)
         parts = [*self.columns, self.function or "", shape.read.__qualname__ if shape else ""]
         if self.function:
-            file = getattr(module_of(self.function), "__file__", None)
-            parts.append(digest_files([Path(file)]) if file else "")
+            parts.append(source_digest(self.function, READER))
         return digest(*parts)
 
     def _mapped(self, row: Mapping[str, Any]) -> Example:

@@ -30,6 +30,7 @@ python "$STEP_DIR/main.py" \
   --critic_loraplus_lr_ratio 16 \
   --kl_coef 0.4 \
   --reward_clip 20 \
+  --reward_scaling none \
   --lr_scheduler_type cosine \
   --num_warmup_steps 0 \
   --dtype fp32 \

@@ -1,0 +1,102 @@
+"""Sampled answers as a table, and as lines of a file."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hand_made import sampled
+from tiny import byte_tokenizer
+
+from dschat.rlhf.answer_table import (
+    LINES,
+    Answer,
+    AnswerFile,
+    answer_table,
+    choose_answers,
+)
+from dschat.rlhf.rewards import RewardFunction, Rewards
+
+ANSWER = Answer(
+    iteration=3,
+    prompt="Human: why?\n\nAssistant:",
+    answer=" because",
+    reward=1.25,
+    reward_model=0.25,
+    reward_function=1.0,
+    kl=-0.5,
+    length=9,
+    ended=True,
+)
+
+
+def test_the_table_by_hand():
+    other = dataclasses.replace(ANSWER, answer=9 * " no\tidea ", ended=False, kl=12.0)
+    assert answer_table([ANSWER, other], width=80).splitlines() == [
+        "prompt        answer                reward  model  function    KL  tokens  ended",
+        "-" * 80,
+        "Human: why?↵   because                1.25   0.25         1  -0.5       9    yes",
+        "↵Assistant:",
+        "Human: why?↵   no\\tidea  no\\tidea     1.25   0.25         1    12       9     no",
+        "↵Assistant:    no\\tidea  no\\tidea",
+        "               no\\tidea  no\\tidea",
+        "               no\\tidea  no\\ti…",
+    ]
+
+
+def test_every_line_fits_and_texts_keep_the_end_that_counts():
+    long = dataclasses.replace(ANSWER, prompt="zebra " + "p" * 900 + " quagga", answer="a" * 900)
+    wide = dataclasses.replace(ANSWER, prompt="文" * 300, answer="漢字" * 200)
+    for width in (80, 100, 133):
+        lines = answer_table([long, wide], width).splitlines()
+        assert len(lines) <= 2 + 2 * LINES
+        assert all(len(line) <= width for line in lines)
+    text = answer_table([long], 100)
+    assert "quagga" in text and "zebra" not in text and text.count("…") == 2
+
+
+def test_parts_that_a_run_does_not_have_are_left_out():
+    alone = dataclasses.replace(ANSWER, reward_function=None)
+    title = answer_table([alone], 100).splitlines()[0].split()
+    assert title == ["prompt", "answer", "reward", "model", "KL", "tokens", "ended"]
+
+
+def test_rows_of_a_rollout():
+    """Numbers of the rollout in hand_made.py; its filler row is no answer."""
+    rewards = Rewards(function=RewardFunction("m:f", lambda prompt, answer: 2.0, ""))
+    e = rewards.applied(sampled(), byte_tokenizer())
+    e = dataclasses.replace(e, logprobs=torch.full((3, 4), -0.5), ref_logprobs=torch.zeros(3, 4))
+    found = choose_answers([e], 3, byte_tokenizer(), iteration=7)
+    assert found == [
+        Answer(7, "q: b", "yes", 5.0, 3.0, 2.0, -2.0, 4, True),
+        Answer(7, "q", "no!!", 1.0, -1.0, 2.0, -2.0, 4, False),
+    ]
+    spread = choose_answers([e, e, e], 3, byte_tokenizer(), iteration=7)
+    assert [a.answer for a in spread] == ["yes", "yes", "yes"]  # the first of each rollout
+
+
+def iterations(file: AnswerFile) -> list[int]:
+    return [json.loads(line)["iteration"] for line in file.path.read_text().splitlines()]
+
+
+def test_a_resumed_run_goes_on_with_its_own_lines(tmp_path):
+    file = AnswerFile(tmp_path, None)
+    for number in (1, 2, 3):
+        file.write([dataclasses.replace(ANSWER, iteration=number)])
+    with file.path.open("a") as cut:
+        cut.write('{"iteration": 2, "pro')  # by a kill
+    resumed = AnswerFile(tmp_path, resumed_at=2)
+    assert iterations(resumed) == [1, 2]
+    resumed.write([dataclasses.replace(ANSWER, iteration=3)])
+    assert iterations(resumed) == [1, 2, 3]
+    assert json.loads(resumed.path.read_text().splitlines()[-1]) == dataclasses.asdict(ANSWER)
+    fresh = AnswerFile(tmp_path, None)
+    assert not fresh.path.exists() and (tmp_path / "answers.1.jsonl").exists()
+
+
+@pytest.mark.parametrize("columns", ["60", "140"])
+def test_the_terminal_decides_the_width(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    long = dataclasses.replace(ANSWER, prompt="p" * 900, answer="a" * 900)
+    widest = max(map(len, answer_table([long]).splitlines()))
+    assert int(columns) - 3 <= widest <= max(int(columns), 24 + 50)

@@ -1,0 +1,179 @@
+"""Rewards from a model, from the user's function, or from both."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hand_made import sampled
+from tiny import byte_tokenizer
+from tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
+
+from dschat.arguments.rewards import RewardArguments
+from dschat.errors import UserError
+from dschat.rlhf.rewards import RewardFunction, Rewards, score_statistics, texts_of
+from dschat.utils.model.reward_statistics import RewardStatistics
+
+OWN = """
+import math
+
+def length(prompt, answer):
+    return len(answer)
+
+def with_options(prompt, answer, scale=2.0):
+    return scale
+
+def fails(prompt, answer):
+    return {}[answer]
+
+def gives_nan(prompt, answer):
+    return math.nan
+
+def gives_text(prompt, answer):
+    return "good"
+
+def one_text(answer):
+    return 0.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of functions in the current folder."""
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "own_rewards.py"
+    sys.modules.pop("own_rewards", None)
+
+
+def test_texts_are_those_between_beginning_and_end():
+    tokenizer = byte_tokenizer()
+    texts = [texts_of(sampled(), row, tokenizer) for row in range(2)]
+    assert texts == [("q: b", "yes"), ("q", "no!!")]
+
+
+def test_parts_and_sum_by_hand():
+    called = []
+
+    def function(prompt: str, answer: str) -> float:
+        called.append((prompt, answer))
+        return {"yes": 1, "no!!": 0.5}[answer]
+
+    rewards = Rewards(
+        function=RewardFunction("m:f", function, "digest"),
+        function_weight=10.0,
+        model_weight=0.5,
+        scaling=RewardStatistics(mean=1.0, std=2.0, count=2, data="rows"),
+    )
+    e = rewards.applied(sampled(), byte_tokenizer())
+    assert called == [("q: b", "yes"), ("q", "no!!")]  # filler is not asked for
+    assert e.model_scores.tolist() == [3.0, -1.0, 50.0]
+    assert e.function_scores.tolist() == [1.0, 0.5, 0.0]
+    # 0.5 * (3 - 1) / 2 + 10 * 1 and 0.5 * (-1 - 1) / 2 + 10 * 0.5
+    assert e.scores[:2].tolist() == [10.5, 4.5]
+    figures = score_statistics([e, e], clip=5.0)
+    assert figures == {
+        "reward_std": 3.0,
+        "reward_clipped": 0.5,
+        "reward_model": 1.0,
+        "reward_function": 0.75,
+    }
+
+
+def test_without_function_and_scaling_nothing_changes():
+    e = Rewards().applied(sampled(), byte_tokenizer())
+    assert torch.equal(e.scores, sampled().scores)
+    assert "reward_function" not in score_statistics([e], clip=5.0)
+
+
+def test_without_a_model_the_function_is_all():
+    rewards = Rewards(function=RewardFunction("m:f", lambda prompt, answer: len(answer), ""))
+    e = rewards.applied(sampled(), byte_tokenizer(), has_model=False)
+    assert e.scores[:2].tolist() == [3.0, 4.0] and e.model_scores is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own_rewards", "--reward_function own_rewards: give module:name"),
+        ("no_such_module:f", "no_such_module does not import (ModuleNotFoundError: No module"),
+        ("own_rewards:nothing", "own_rewards has no function 'nothing'"),
+        ("own_rewards:math", "own_rewards has no function 'math'"),
+        ("own_rewards:one_text", "it is called as one_text(prompt, answer), which does not fit"),
+    ],
+)
+def test_what_is_no_reward_function_is_refused_at_once(own, name, words):
+    with pytest.raises(UserError) as caught:
+        RewardArguments(reward_function=name).rewards(None)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", "fails (KeyError: 'yes') for the prompt 'q: b' and the answer 'yes'"),
+        ("gives_nan", "returned nan for the prompt 'q: b' and the answer 'yes': return a finite"),
+        ("gives_text", "returned 'good' for the prompt"),
+    ],
+)
+def test_what_a_function_gets_wrong_is_named_with_its_row(own, name, words):
+    function = RewardFunction.load(f"own_rewards:{name}")
+    with pytest.raises(UserError) as caught:
+        Rewards(function=function).applied(sampled(), byte_tokenizer())
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parameters_with_defaults_do_no_harm(own):
+    assert RewardFunction.load("own_rewards:with_options")("p", "a") == 2.0
+
+
+def test_an_edited_function_is_another(own):
+    arguments = RewardArguments(reward_function="own_rewards:length")
+    before = arguments.rewards(None).record()
+    own.write_text(OWN.replace("len(answer)", "-len(answer)"))
+    sys.modules.pop("own_rewards")
+    after = arguments.rewards(None).record()
+    assert before.keys() == after.keys() == {"reward_function.source"} and before != after
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"reward_function_weight": 2.0}, "there is no function"),
+        ({"reward_model_weight": 0.0}, "nothing is rewarded"),
+        ({"reward_model_weight": float("nan")}, "reward_model_weight is nan"),
+        (
+            {
+                "reward_function": "m:f",
+                "reward_function_weight": 0.0,
+                "reward_model_weight": 0.0,
+            },
+            "nothing is rewarded",
+        ),
+    ],
+)
+def test_weights_that_make_no_reward_are_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        RewardArguments(**given)
+
+
+def test_an_iteration_learns_from_both(load_roles, own):
+    """The same rollout with and without a function differs by the function's part."""
+    setting = Setting(lora=LORA)
+    trainer = ppo_trainer(load_roles(setting), setting)
+
+    def figures(rewards: Rewards) -> dict[str, float]:
+        torch.manual_seed(0)
+        trainer.rewards = rewards
+        hook = end_after(trainer.roles.actor.module, [2, 6, 1, None])
+        e = trainer.rollout(prompts())
+        hook.remove()
+        return trainer.rollout_statistics([e])
+
+    alone = figures(Rewards())
+    function = RewardFunction("m:f", lambda prompt, answer: 1.0 if prompt else -1.0, "")
+    both = figures(Rewards(function=function, function_weight=0.5))
+    assert both["reward_function"] == 1.0
+    assert both["reward_model"] == alone["reward_model"] == pytest.approx(alone["reward"])
+    assert both["reward"] == pytest.approx(alone["reward"] + 0.5, abs=1e-6)
