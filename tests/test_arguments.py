@@ -5,8 +5,10 @@ import shlex
 import pytest
 
 from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
+from dschat.arguments.roles import RoleArguments
 from dschat.cli import parse
 from dschat.errors import UserError
+from dschat.rlhf.role_config import RoleNames
 from dschat.utils.data.grouping import ByRows, ByTokens, Packed
 
 
@@ -323,3 +325,54 @@ def test_quantised_base_needs_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; run `pip install"):
         settings.run.recipe(settings.model)
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--critic_model_name_or_path c", RoleNames("a", "c", "c")),
+        (
+            "--critic_model_name_or_path c --reward_model_name_or_path r --share_trunk none",
+            RoleNames("a", "c", "r", share_trunk="none"),
+        ),
+        (
+            "--critic_model_name_or_path a --reward_model_name_or_path r --init_head_randomly",
+            RoleNames("a", "a", "r", fresh_head=True),
+        ),
+        (
+            "--critic_model_name_or_path c --advantage_estimator rloo",
+            RoleNames("a", None, "c"),
+        ),
+        (
+            "--reward_model_name_or_path r --advantage_estimator grpo",
+            RoleNames("a", None, "r"),
+        ),
+    ],
+)
+def test_who_plays_which_role(flags, names):
+    argv = ["--actor_model_name_or_path", "a", *flags.split()]
+    settings = parse(RLHFSettings, argv, "")
+    assert settings.role_names() == names
+    cast = settings.cast("fp32", iterations=1)
+    assert [*cast.trained] == ["actor", "critic"][: 1 + (names.critic is not None)]
+    assert cast.reward.model == names.reward
+
+
+@pytest.mark.parametrize(
+    "estimator, says",
+    [
+        ("gae", "--critic_model_name_or_path is required with --advantage_estimator gae; rloo and"),
+        ("rloo", "rloo: nothing gives rewards; add --reward_model_name_or_path REWARD_MODEL or"),
+    ],
+)
+def test_roles_that_nothing_plays(estimator, says):
+    argv = ["--actor_model_name_or_path", "a", "--advantage_estimator", estimator]
+    with pytest.raises(UserError, match=f"^{says}"):
+        parse(RLHFSettings, argv, "")
+
+
+def test_a_function_can_give_the_rewards_alone():
+    roles = RoleArguments()
+    assert roles.names("a", None, "rloo", has_reward_function=True) == RoleNames("a", None, None)
+    fresh = RoleArguments(init_head_randomly=True).names("a", "a", "gae", has_reward_function=True)
+    assert fresh == RoleNames("a", "a", None, fresh_head=True)
