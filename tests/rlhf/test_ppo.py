@@ -169,7 +169,7 @@ def test_updates_equal_those_of_plain_pytorch(load_roles, folders):
     assert_same(critic, expected, 1e-6)
 
 
-def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor):
+def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor, _: int):
     """A reward that can be read off the text: the share of low token ids in the last 2 places."""
     return (sequences[:, -2:] < 132).float().mean(-1)
 
