@@ -10,7 +10,8 @@ of its own, in turns: all of them once, then all of them again. Held is what loa
 the most that rollouts and updates need at a time, both beyond what the process took before it
 loaded: of PyTorch's allocator on a GPU, of resident memory on a CPU (Linux; weights are mapped from
 files there, so that what is held before they are first used says little). Figures are medians over
-the turns, times those of all iterations but the first.
+the turns, times those of all iterations but the first; CPU seconds, of all the process's threads,
+are what a machine that others use as well gives to compare.
 """
 
 from __future__ import annotations
@@ -135,17 +136,19 @@ def measure(args: argparse.Namespace, folder: Path, layout: str) -> dict[str, ob
     set_random_seed(SEED)
     ids = torch.randint(3, len(tokenizer), (args.batch, args.prompt_tokens))
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(args.batch) > 0)
-    seconds, rewards = [], []
+    seconds, cpu_seconds, rewards = [], [], []
     for _ in range(args.iterations):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         experience = trainer.rollout(prompts)
         rewards.append(trainer.train_rlhf([experience])["reward"])
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     _, peak = now_and_peak(device)
     return {
         "held": held - before,
         "peak": peak - before,
         "seconds": seconds[1:] or seconds,
+        "cpu_seconds": cpu_seconds[1:] or cpu_seconds,
         "rewards": rewards,
     }
 
@@ -174,15 +177,17 @@ def compare(args: argparse.Namespace, words: list[str]) -> None:
         for _ in range(args.turns):
             for layout, runs in found.items():
                 runs.append(in_own_process(words, folder, layout))
-    print("| layout | held MiB | peak MiB | of four trunks | s an iteration | first reward |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| layout | held MiB | peak MiB | of four | s an iteration | CPU s | first reward |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     four = statistics.median(run["peak"] for run in found["none"])
     for layout, runs in found.items():
         held, peak = (statistics.median(run[k] for run in runs) for k in ("held", "peak"))
-        took = statistics.median(s for run in runs for s in run["seconds"])
+        took, cpu = (
+            statistics.median(s for run in runs for s in run[k]) for k in ("seconds", "cpu_seconds")
+        )
         print(
             f"| {LAYOUTS[layout]} | {held / MIB:.0f} | {peak / MIB:.0f} | {peak / four:.2f} "
-            f"| {took:.2f} | {runs[0]['rewards'][0]:.4f} |"
+            f"| {took:.2f} | {cpu:.2f} | {runs[0]['rewards'][0]:.4f} |"
         )
 
 

@@ -179,8 +179,8 @@ def table(options: Options, gpu_gib: float) -> list[str]:
     ]
     for name, (actor, critic) in PAIRS.items():
         for layout in LAYOUTS:
-            if layout == "all" and actor is not critic:
-                continue
+            if layout == "all" and (actor is not critic or options.zero_stage == 3):
+                continue  # no common base, or refused
             roles = states(actor, critic, layout, options)
             total = sum(s.total for s in roles.values()) / GIB
             order = [roles[r].total / GIB for r in ("actor", "reference", "critic", "reward")]

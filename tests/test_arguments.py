@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
+from dschat.arguments.roles import RoleArguments
 from dschat.cli import parse
 from dschat.errors import UserError
+from dschat.rlhf.role_config import RoleNames
 from dschat.utils.data.grouping import ByRows, ByTokens, Packed
 
 
@@ -124,7 +126,7 @@ def test_the_actors_schedule_begins_behind_the_critics_warm_up():
 
     def steps(*warmup: str) -> list[int]:
         found = []
-        for role in rlhf(*argv, *warmup).roles("fp32", iterations=10):
+        for role in rlhf(*argv, *warmup).cast("fp32", iterations=10).trained.values():
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
             factor = role.schedule(optimizer).lr_lambdas[0]
             found.append(next(step for step in range(99) if factor(step) == 0.0))
@@ -287,7 +289,7 @@ def test_settings_of_rollouts():
     assert config.sampling.stop_strings == ("\n\n", "User:")
     assert (config.sampling.min_new_tokens, config.sampling.temperature) == (7, 0.5)
     assert settings.rollout.fuses(settings.actor) and not rlhf().rollout.fuses(rlhf().actor)
-    assert settings.roles("fp32", 1)[0].engine.hybrid is None
+    assert settings.cast("fp32", 1).actor.engine.hybrid is None
 
 
 def test_the_schedule_counts_every_answer():
@@ -296,7 +298,7 @@ def test_the_schedule_counts_every_answer():
         "--answers_per_prompt 3 --per_device_generation_batch_size 4 "
         "--per_device_training_batch_size 6 --lr_scheduler_type linear --num_warmup_steps 0"
     )
-    actor, _ = rlhf(*shlex.split(flags)).roles("fp32", iterations=5)
+    actor = rlhf(*shlex.split(flags)).cast("fp32", iterations=5).actor
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     schedule, rates = actor.schedule(optimizer), []
     for _ in range(10):
@@ -310,9 +312,10 @@ def test_the_schedule_counts_every_answer():
 def test_the_hybrid_engine_folds_adapters_in():
     settings = rlhf("--enable_hybrid_engine", "--actor_lora_dim", "4", "--inference_tp_size", "2")
     assert settings.rollout.fuses(settings.actor)
-    actor, critic = settings.roles("bf16", iterations=1)
-    assert (actor.engine.hybrid.inference_tp_size, actor.engine.hybrid.max_out_tokens) == (2, 512)
-    assert critic.engine.hybrid is None
+    cast = settings.cast("bf16", iterations=1)
+    hybrid = cast.actor.engine.hybrid
+    assert (hybrid.inference_tp_size, hybrid.max_out_tokens) == (2, 512)
+    assert cast.critic.engine.hybrid is None
 
 
 def test_what_trains():
@@ -343,7 +346,6 @@ def test_what_trains():
         ),
         (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
         (["--unsup_coef", "2"], ["--unsup_coef does nothing without --unsupervised_dataset_name"]),
-        (["--enable_hybrid_engine"], ["--enable_hybrid_engine does nothing"]),
     ],
 )
 def test_step_3_says_what_does_nothing(capsys, argv, said):
@@ -421,3 +423,55 @@ def test_quantised_base_needs_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; run `pip install"):
         settings.run.recipe(settings.model)
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--critic_model_name_or_path c", RoleNames("a", "c", "c")),
+        (
+            "--critic_model_name_or_path c --reward_model_name_or_path r --share_trunk none",
+            RoleNames("a", "c", "r", share_trunk="none"),
+        ),
+        (
+            "--critic_model_name_or_path a --reward_model_name_or_path r --init_head_randomly",
+            RoleNames("a", "a", "r", fresh_head=True),
+        ),
+        (
+            "--critic_model_name_or_path c --advantage_estimator rloo --answers_per_prompt 2",
+            RoleNames("a", None, "c"),
+        ),
+        (
+            "--reward_model_name_or_path r --advantage_estimator grpo --answers_per_prompt 2",
+            RoleNames("a", None, "r"),
+        ),
+    ],
+)
+def test_who_plays_which_role(flags, names):
+    argv = ["--actor_model_name_or_path", "a", *flags.split()]
+    settings = parse(RLHFSettings, argv, "")
+    assert settings.role_names() == names
+    cast = settings.cast("fp32", iterations=1)
+    assert [*cast.trained] == ["actor", "critic"][: 1 + (names.critic is not None)]
+    assert cast.reward.model == names.reward
+
+
+@pytest.mark.parametrize(
+    "estimator, says",
+    [
+        ("gae", "--critic_model_name_or_path is required with --advantage_estimator gae; rloo and"),
+        ("rloo", "rloo: nothing gives rewards; add --reward_model_name_or_path REWARD_MODEL or"),
+    ],
+)
+def test_roles_that_nothing_plays(estimator, says):
+    argv = ["--actor_model_name_or_path", "a", "--advantage_estimator", estimator]
+    argv += ["--answers_per_prompt", "2"]
+    with pytest.raises(UserError, match=f"^{says}"):
+        parse(RLHFSettings, argv, "")
+
+
+def test_a_function_can_give_the_rewards_alone():
+    roles = RoleArguments()
+    assert roles.names("a", None, "rloo", has_reward_function=True) == RoleNames("a", None, None)
+    fresh = RoleArguments(init_head_randomly=True).names("a", "a", "gae", has_reward_function=True)
+    assert fresh == RoleNames("a", "a", None, fresh_head=True)

@@ -16,7 +16,8 @@ from dschat.errors import UserError
 from dschat.utils.data.conversations import Turn
 from dschat.utils.data.formats import PromptFormat, choose_format, render
 from dschat.utils.data.tokenise import truncate
-from dschat.utils.model.tokenizer import encode, encode_answers, tokenizer_fingerprint
+from dschat.utils.model.encoding import encode, encode_answers
+from dschat.utils.model.tokenizer import tokenizer_fingerprint
 
 CONVERSATION = (Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?"))
 WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)

@@ -113,6 +113,8 @@ def test_the_table_has_a_line_for_each_layout_that_exists():
     rows = [line for line in lines if line.startswith(("| OPT", "| Llama"))]
     assert len(rows) == 2 * 3 + 2 * 4
     assert all(name in "".join(rows) for name in PAIRS)
+    sharded = "".join(table(Options(zero_stage=3, ranks=8), 48.0))
+    assert "two trunks" in sharded and "one trunk" not in sharded
     fits = {tuple(row.split(" | ")[:2]): row.endswith("yes |") for row in rows}
     assert fits["| Llama-2-7B, critic 7B", "LoRA, two trunks"]
     assert not fits["| Llama-2-7B, critic 7B", "LoRA, four copies"]

@@ -36,7 +36,7 @@ def load_roles(
 ) -> Callable[..., DeepSpeedRLHFEngine]:
     """Roles of a setting, loaded from the folders of one family."""
 
-    def load(setting: Setting, family: str = "llama") -> DeepSpeedRLHFEngine:
-        return setting.load(folders[family], distributed)
+    def load(setting: Setting, family: str = "llama", **changes: object) -> DeepSpeedRLHFEngine:
+        return setting.load(folders[family], distributed, **changes)
 
     return load

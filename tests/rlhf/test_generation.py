@@ -291,10 +291,7 @@ def test_an_evaluation_takes_one_answer_to_a_prompt(load_roles):
 
 
 def test_without_a_critic_there_are_no_values(load_roles):
-    roles = load_roles(Setting())
-    roles.reward_scores = lambda ids, mask: mask.sum(-1).float()  # the critic's trunk is gone
-    trainer = ppo_trainer(roles, Setting())
-    roles.eval, roles.critic = lambda: roles.actor.eval(), None
+    trainer = ppo_trainer(load_roles(Setting(), critic=None), Setting())
     (e,) = trainer.rollout([prompts()])
     assert e.values is None and e.rows(torch.tensor([1, 0])).values is None
 

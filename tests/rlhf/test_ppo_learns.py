@@ -16,7 +16,7 @@ LORA = LoraConfig(8, module_names=("lm_head", "q_proj"))
 ADAPTERS = Setting(lora=LORA, learning_rate=1e-2, eps=1e-8, micro_batch=64)
 
 
-def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor):
+def low_bytes(roles: DeepSpeedRLHFEngine, sequences: torch.Tensor, mask: torch.Tensor, _: int):
     """A reward that can be read off the text: the share of low token ids in the last 2 places."""
     return (sequences[:, -2:] < 132).float().mean(-1)
 
@@ -27,11 +27,10 @@ def learn(load_roles, monkeypatch) -> Callable[..., list[dict[str, float]]]:
 
     def run(setting: Setting, estimator: str, iterations: int, **changes: object):
         monkeypatch.setattr(DeepSpeedRLHFEngine, "reward_scores", low_bytes)
-        roles = load_roles(setting)
+        roles = load_roles(setting, **({} if estimator == "gae" else {"critic": None}))
         if estimator == "gae":
             changes["value_clip_range"] = 10.0
         else:
-            roles.critic = None
             changes["advantage_estimator"] = estimator
         common = {"answer": 2, "rollout_batch_size": 16, "answers_per_prompt": 4}
         common |= {"ppo_epochs": 4, "kl_coefficient": 0.0}

@@ -30,6 +30,7 @@ VALUES = {"critic_loss", "value_clip_fraction", "explained_variance", "returns"}
 ROLLOUTS = {
     *("reward", "kl", "kl_per_token", "kl_k3", "answer_length", "ended", "ref_nats_per_token"),
     *("advantage_mean", "advantage_std", "kl_coefficient", "actor_updates"),
+    *("reward_std", "reward_clipped", "reward_model"),
 }
 
 
@@ -165,8 +166,8 @@ def test_actor_and_critic_learn_at_rates_of_their_own(folders, distributed):
         *shlex.split("--critic_lora_dim 2 --critic_learning_rate 2e-4 --critic_zero_stage 2"),
         *shlex.split("--critic_loraplus_lr_ratio 8 --lr_scheduler_type constant --dtype fp32"),
     ]
-    roles = parse(RLHFSettings, argv, "").roles("fp32", iterations=3)
-    roles = DeepSpeedRLHFEngine.load(*roles, byte_tokenizer(), distributed)
+    cast = parse(RLHFSettings, argv, "").cast("fp32", iterations=3)
+    roles = DeepSpeedRLHFEngine.load(cast, byte_tokenizer(), distributed)
     actor, critic = group_rates(roles.actor.optimizer), group_rates(roles.critic.optimizer)
     assert actor == pytest.approx({"lora_A": 1e-3, "lora_B": 4e-3})
     assert critic == pytest.approx({"lora_A": 2e-4, "lora_B": 16e-4, "head": 2e-4})

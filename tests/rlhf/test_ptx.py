@@ -11,8 +11,10 @@ from ptx_worker import BLOCKS, CELLS, COEFFICIENT, LENGTH, SEED, blocks, mix_in,
 from tiny_roles import LORA, Folders, Setting, end_after, ppo_trainer, prompts
 from transformers import AutoModelForCausalLM
 
+from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ptx import PTX, BlockOrder
+from dschat.rlhf.returns import identity
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def rollout(folders, distributed, tmp_path_factory) -> Path:
     roles = setting.load(folders["llama"], distributed)
     torch.manual_seed(0)
     hook = end_after(roles.actor.module, [2, 6, None, 2])
-    e = ppo_trainer(roles, setting).rollout(prompts(3))
+    (e,) = ppo_trainer(roles, setting).rollout([prompts(3)])
     hook.remove()
     path = tmp_path_factory.mktemp("rollout") / "rollout.pt"
     torch.save({f.name: getattr(e, f.name) for f in dataclasses.fields(e)}, path)
@@ -75,12 +77,11 @@ def test_the_gradient_is_that_of_ppo_plus_that_of_the_text(
     setting = Setting(zero_stage=stage, micro_batch=micro_batch, accumulation=accumulation)
     found = train(setting, e, folders["llama"], distributed)["gradients"][0]
     model = AutoModelForCausalLM.from_pretrained(folders["llama"].actor, dtype=torch.float64).eval()
-    trainer = ppo_trainer(None, setting)
+    config = ppo_trainer(None, setting).config
     numbers = np.random.default_rng([SEED, 0]).permutation(BLOCKS)[:4]
     text = [blocks().blocks["input_ids"][int(n)] for n in numbers]
-    loss = ppo_objective(model, trainer.with_advantages([e])[0]) + COEFFICIENT * mean_nll(
-        model, text
-    )
+    (learned,) = whitened(with_advantages([e], config, config.kl_coefficient), identity)
+    loss = ppo_objective(model, learned) + COEFFICIENT * mean_nll(model, text)
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     assert found.keys() == expected.keys()

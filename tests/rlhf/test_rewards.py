@@ -167,9 +167,9 @@ def test_an_iteration_learns_from_both(load_roles, own):
         torch.manual_seed(0)
         trainer.rewards = rewards
         hook = end_after(trainer.roles.actor.module, [2, 6, 1, None])
-        e = trainer.rollout(prompts())
+        experiences = trainer.rollout([prompts()])
         hook.remove()
-        return trainer.rollout_statistics([e])
+        return trainer.earned(experiences)
 
     alone = figures(Rewards())
     function = RewardFunction("m:f", lambda prompt, answer: 1.0 if prompt else -1.0, "")

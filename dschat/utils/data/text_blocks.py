@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from dschat.errors import UserError
 from dschat.utils.data.cache import written_once
 from dschat.utils.data.row_files import SUFFIXES, Rows, digest, digest_files, file_rows
+from dschat.utils.model.encoding import encode
 from dschat.utils.model.source import is_local
-from dschat.utils.model.tokenizer import encode, tokenizer_fingerprint
+from dschat.utils.model.tokenizer import tokenizer_fingerprint
 
 # Part of every stored set's key: raise it when the same texts are to become other blocks.
 VERSION = 1
