@@ -30,12 +30,13 @@ LOW_ENTROPY = 0.1  # of what it was
 
 @dataclass(frozen=True)
 class History:
-    """Watched figures of the run's first iterations and of the last `LONG`, oldest first.
+    """Watched figures: the first of each kind, and those of the last `LONG` iterations, in order.
 
-    An iteration lacks the figures that its run does not have (no critic: no explained variance).
+    An iteration lacks the figures of what it does not do (no critic: no explained variance; no
+    step of the actor: no entropy).
     """
 
-    first: Sequence[Mapping[str, float]]
+    first: Mapping[str, Sequence[float]]
     recent: Sequence[Mapping[str, float]]
 
     def last(self, name: str, count: int) -> list[float] | None:
@@ -44,8 +45,8 @@ class History:
         return values if len(values) == count else None
 
     def at_first(self, name: str) -> float | None:
-        """Its mean over the first iterations; None before they are over."""
-        values = [figures[name] for figures in self.first if name in figures]
+        """Its mean over the first iterations that have it; None before they are over."""
+        values = self.first.get(name, ())
         return fmean(values) if len(values) == FIRST else None
 
 
@@ -165,7 +166,7 @@ class HealthMonitor:
     per_rank = False  # statistics are those of all ranks
 
     def __init__(self) -> None:
-        self.first: list[dict[str, float]] = []
+        self.first: dict[str, list[float]] = {}
         self.recent: list[dict[str, float]] = []
         self.said: dict[str, int] = {}  # kind of warning -> iteration
 
@@ -175,14 +176,17 @@ class HealthMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.first, self.recent = list(state["first"]), list(state["recent"])
+        self.first = {name: list(values) for name, values in state["first"].items()}
+        self.recent = list(state["recent"])
         self.said = dict(state["said"])
 
     def observe(self, iteration: int, statistics: Mapping[str, float]) -> list[str]:
         """Take in an iteration's statistics; the warnings that are due."""
         figures = {name: float(statistics[name]) for name in WATCHED if name in statistics}
-        if len(self.first) < FIRST:
-            self.first.append(figures)
+        for name, value in figures.items():
+            kept = self.first.setdefault(name, [])
+            if len(kept) < FIRST:
+                kept.append(value)
         self.recent = [*self.recent, figures][-LONG:]
         due = []
         for name, text in likely_causes(History(self.first, self.recent)).items():

@@ -85,7 +85,7 @@ class PTX:
             self._tokens += count * (self.length - 1)
 
     def statistics(self) -> dict[str, float]:
-        """Nats per token since the last call, over all ranks."""
+        """Nats per token since the last call, over all ranks; nothing where no step was made."""
         loss, tokens = all_reduce_sum([self._loss, self._tokens])
         self._loss = self._tokens = 0.0
-        return {"ptx_loss": loss / max(tokens, 1.0)}
+        return {"ptx_loss": loss / tokens} if tokens else {}

@@ -41,7 +41,7 @@ def observed(*changes: Mapping[str, float]) -> History:
 def test_a_healthy_run_has_no_warnings():
     assert set(HEALTHY) == set(WATCHED)
     assert likely_causes(observed(*LONG * [{}])) == {}
-    assert likely_causes(History([], [])) == {}
+    assert likely_causes(History({}, [])) == {}
 
 
 ILL: dict[str, tuple[int, Mapping[str, float], Sequence[str]]] = {
@@ -101,7 +101,17 @@ def test_what_is_not_bad_enough(change):
 
 def test_a_run_without_a_critic_has_no_blind_one():
     figures = {name: value for name, value in HEALTHY.items() if name != "explained_variance"}
-    assert likely_causes(History(FIRST * [figures], LONG * [figures])) == {}
+    first = {name: FIRST * [value] for name, value in figures.items()}
+    assert likely_causes(History(first, LONG * [figures])) == {}
+
+
+def test_the_start_of_a_figure_is_where_it_is_first_seen():
+    """While the critic warms up there is no entropy."""
+    monitor = HealthMonitor()
+    warm_up = {name: value for name, value in HEALTHY.items() if name != "entropy"}
+    figures = [*3 * [warm_up], *FIRST * [HEALTHY], *SHORT * [HEALTHY | {"entropy": 0.1}]]
+    said = [monitor.observe(number, each) for number, each in enumerate(figures, 1)]
+    assert "from 1.4 to 0.1 nats" in said[-1][0] and not any(said[:-1])
 
 
 def test_each_is_said_once_in_a_while():
