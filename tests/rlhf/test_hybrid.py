@@ -117,7 +117,7 @@ def test_a_hybrid_engine_that_agrees_generates(capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"error": 0.1}, "enable_hybrid_engine: its logits .* by 0.1, rounding allows"),
+        ({"error": 0.1}, "^enable_hybrid_engine: its logits .* by 0.1, rounding allows"),
         ({"failure": RuntimeError("no kernel\nimage")}, r"fail on LlamaForCausalLM \(no kernel\)"),
         ({"_inference_containers": ()}, "no inference kernels for LlamaForCausalLM; drop"),
     ],
