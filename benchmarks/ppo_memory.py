@@ -31,10 +31,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ppo_states import Options, table
 from dschat.quickstart.model import build_tokenizer, corpus
-from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer, PPOConfig
+from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
-from dschat.rlhf.rollout import SamplingConfig
 from dschat.utils.checkpoint import save_hf_format
 from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
@@ -139,8 +140,7 @@ def measure(args: argparse.Namespace, folder: Path, layout: str) -> dict[str, ob
     seconds, cpu_seconds, rewards = [], [], []
     for _ in range(args.iterations):
         start, cpu_start = time.perf_counter(), time.process_time()
-        experience = trainer.rollout(prompts)
-        rewards.append(trainer.train_rlhf([experience])["reward"])
+        rewards.append(trainer.train_rlhf(trainer.rollout([prompts]))["reward"])
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
     _, peak = now_and_peak(device)
