@@ -43,7 +43,7 @@ WRONG_ROLES = {
         r"or --reward_function MODULE:NAME",
     ),
     "fresh head without a critic": (
-        "--init_head_randomly --advantage_estimator rloo",
+        "--init_head_randomly --advantage_estimator rloo --answers_per_prompt 2",
         r"init_head_randomly: --advantage_estimator rloo trains no critic; drop the flag",
     ),
     "reward model behind a chat template of its own": (

@@ -141,7 +141,7 @@ def test_step_3_with_a_moving_average(one):
     assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
     assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
     answers = [(folder / name / "answers.jsonl").read_text() for name in ("ppo-whole", "ppo-cut")]
-    assert answers[0] == answers[1] and answers[0].count("\n") == 3 * 3 + 1
+    assert answers[0] == answers[1] and answers[0].count("\n") == 3 * 3 + 2
     last = [line for line in figures(folder / "ppo-whole") if line["kind"] == "train"][-1]
     scaled = (last["reward_model"] - 0.2) / 1.5
     assert last["reward"] == pytest.approx(scaled + last["reward_function"], abs=1e-5)

@@ -25,7 +25,7 @@ from dschat.utils.model.reward_model import create_critic_model
 from dschat.utils.module.lora_layers import LoraConfig
 
 # Two iterations; where a flag is given twice the later one counts.
-SHORT = [*PPO_COMMON, "--max_train_samples", "4", "--dtype", "fp32"]
+SHORT = [*PPO_COMMON, "--max_train_samples", "4", "--dtype", "fp32", "--reward_scaling", "none"]
 ADAPTERS = [*SHORT, "--actor_model_name_or_path", "sft-adapter"]
 ADAPTERS += ["--critic_model_name_or_path", "reward-adapter", "--critic_lora_dim", "4"]
 ONE_TRUNK = [*ADAPTERS, "--share_trunk", "all"]

@@ -1,8 +1,9 @@
 """Folders of tiny actors and critics, made once, and the process group of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch.nn.functional as F
 from tiny_roles import Folders, Setting, save_folders
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -15,6 +16,14 @@ def cpu_accelerator() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_linear() -> Iterator[None]:
+    """ZeRO-3 puts a linear layer of its own into torch for good; other tests want torch's."""
+    linear = F.linear
+    yield
+    F.linear = linear
 
 
 @pytest.fixture(scope="session")
