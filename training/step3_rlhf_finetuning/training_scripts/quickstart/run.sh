@@ -11,6 +11,8 @@ OUTPUT="${4:-./output}"
 shift "$(($# < 4 ? $# : 4))"
 mkdir -p "$OUTPUT"
 
+# --actor_learning_rate is what all weights of so small a model would take; its adapters take three
+# times that in the geometric mean of A's rate and B's.
 python "$STEP_DIR/main.py" \
   --actor_model_name_or_path "$ACTOR" \
   --critic_model_name_or_path "$CRITIC" \
@@ -23,10 +25,12 @@ python "$STEP_DIR/main.py" \
   --per_device_training_batch_size 32 \
   --max_steps 40 \
   --actor_lora_dim 16 \
-  --actor_learning_rate 3e-4 \
+  --actor_learning_rate 4e-4 \
+  --actor_lora_learning_rate 3e-4 \
   --actor_loraplus_lr_ratio 16 \
   --critic_lora_dim 16 \
   --critic_learning_rate 4e-4 \
+  --critic_lora_learning_rate 4e-4 \
   --critic_loraplus_lr_ratio 16 \
   --kl_coef 0.4 \
   --reward_clip 20 \
