@@ -56,7 +56,7 @@ COMMON = {
     "max_answer_seq_len": str(ANSWER),
     "num_warmup_steps": "0",
     "num_train_epochs": "100",
-    "kl_coef": "0.1",
+    "kl_coef": "0.05",
 }
 # All arms sample 128 answers an iteration.
 PPO = {"per_device_generation_batch_size": "128", "critic_lora_dim": "16"}

@@ -18,7 +18,7 @@ class RolloutArguments:
     generation_chunk_size: int = flag(
         0,
         "answers that a device generates at a time, of prompts of like length; "
-        "0: per_device_generation_batch_size",
+        "0: all answers to as many prompts as per_device_generation_batch_size",
     )
     min_answer_seq_len: int = flag(0, "tokens before which the end token is not sampled")
     stop_strings: list[str] = flag(

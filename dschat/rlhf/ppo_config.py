@@ -35,7 +35,7 @@ class PPOConfig:
     critic_warmup_iterations: int = 0
     update_kl_limit: float = 0.0  # nats a token; 0: off
     rollout_batch_size: int = 16
-    generation_chunk_size: int = 0  # answers generated at a time; 0: rollout_batch_size
+    generation_chunk_size: int = 0  # answers generated at a time; 0: those of one batch
     micro_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     seed: int = 1234
@@ -59,10 +59,11 @@ class PPOConfig:
 
     def rollout(self, answers_per_prompt: int) -> RolloutConfig:
         """How rollouts are cut."""
+        rows = self.rollout_batch_size * answers_per_prompt
         return RolloutConfig(
             sampling=self.sampling,
             batch_rows=self.rollout_batch_size,
-            chunk_rows=self.generation_chunk_size or self.rollout_batch_size,
+            chunk_rows=self.generation_chunk_size or rows,
             score_rows=self.micro_batch_size,
             answers_per_prompt=answers_per_prompt,
         )
@@ -97,7 +98,7 @@ class PPOConfig:
         if self.generation_chunk_size < 0:
             raise UserError(
                 f"generation_chunk_size is {self.generation_chunk_size}: give at least 1, "
-                "or 0 for per_device_generation_batch_size"
+                "or 0 for all answers to a batch of prompts"
             )
         choices = {
             "advantage_estimator": ESTIMATORS,

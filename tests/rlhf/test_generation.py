@@ -253,7 +253,7 @@ def test_an_experience_does_not_depend_on_the_chunks(load_roles, chunk):
     first, second = left_padded(PROMPTS[:4]), left_padded(PROMPTS[4:7], 15)
     experiences = trainer.rollout([first, second])
     assert [len(e.scores) for e in experiences] == [12, 12]
-    assert {tuple(b.real.shape) for b in echo.seen[:-1]} <= {(chunk or 4,)}
+    assert {tuple(b.real.shape) for b in echo.seen[:-1]} <= {(chunk or 12,)}
     rows = [
         (e.sequences[i][e.attention_mask[i]].tolist(), *(x[i] for x in (e.real, e.group, e.ended)))
         for e in experiences
