@@ -23,6 +23,7 @@ from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.engine import num_windows
+from dschat.utils.model.reward_statistics import RewardStatistics
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,13 @@ class RLHFSettings:
             has_reward_function=self.rewards.reward_function is not None,
         )
 
-    def cast(self, dtype: str, iterations: int, retokenise: Retokeniser | None = None) -> Cast:
+    def cast(
+        self,
+        dtype: str,
+        iterations: int,
+        retokenise: Retokeniser | None = None,
+        scaling: RewardStatistics | None = None,
+    ) -> Cast:
         """Every role, with schedules over the optimizer steps of all its iterations."""
         ppo, run, names = self.ppo, self.run, self.role_names()
         rows = ppo.per_device_generation_batch_size * self.rollout.answers_per_prompt
@@ -226,6 +233,7 @@ class RLHFSettings:
             reward=reward,
             share_trunk=names.share_trunk,
             retokenise=retokenise,
+            scaling=scaling,
         )
 
     def printing(self) -> AnswerPrinting:
