@@ -64,6 +64,11 @@ WRONG_ROLES = {
         ONE + "--actor_zero_stage 3",
         r"share_trunk all: actor_zero_stage 3: two engines cannot shard the same weights; use",
     ),
+    "one trunk and a frozen reward model in shards": (
+        "--share_trunk all --actor_lora_dim 4 --advantage_estimator rloo --answers_per_prompt 2 "
+        "--critic_zero_stage 3",
+        r"share_trunk all: critic_zero_stage 3: two engines cannot shard the same weights; use",
+    ),
     "one trunk and DoRA": (
         ONE + "--critic_use_dora",
         r"share_trunk all: critic_use_dora: it measures weights .*; drop it",

@@ -325,6 +325,9 @@ def test_what_trains():
     assert not sft().run.recipe(sft().model).base_is_frozen
 
 
+RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
@@ -346,6 +349,16 @@ def test_what_trains():
         ),
         (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
         (["--unsup_coef", "2"], ["--unsup_coef does nothing without --unsupervised_dataset_name"]),
+        # The frozen reward model is sharded by the critic's stage.
+        ([*RLOO, "--critic_zero_stage", "3"], []),
+        (
+            [*RLOO, "--critic_lora_dim", "4"],
+            ["--critic_lora_dim does nothing: --advantage_estimator rloo trains no critic"],
+        ),
+        (
+            [*RLOO, "--critic_learning_rate", "1e-4", "--critic_gradient_checkpointing"],
+            ["--critic_gradient_checkpointing, --critic_learning_rate do nothing: --advantage"],
+        ),
     ],
 )
 def test_step_3_says_what_does_nothing(capsys, argv, said):
@@ -468,6 +481,15 @@ def test_roles_that_nothing_plays(estimator, says):
     argv += ["--answers_per_prompt", "2"]
     with pytest.raises(UserError, match=f"^{says}"):
         parse(RLHFSettings, argv, "")
+
+
+def test_two_folders_for_one_reward_model():
+    roles = RoleArguments(reward_model_name_or_path="r")
+    with pytest.raises(
+        UserError, match=r"^critic_model_name_or_path c: .* rloo trains no critic, a"
+    ):
+        roles.names("a", "c", "rloo", has_reward_function=False)
+    assert roles.names("a", "r", "rloo", has_reward_function=False) == RoleNames("a", None, "r")
 
 
 def test_a_function_can_give_the_rewards_alone():

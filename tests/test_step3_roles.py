@@ -29,8 +29,16 @@ SHORT = [*PPO_COMMON, "--max_train_samples", "4", "--dtype", "fp32", "--reward_s
 ADAPTERS = [*SHORT, "--actor_model_name_or_path", "sft-adapter"]
 ADAPTERS += ["--critic_model_name_or_path", "reward-adapter", "--critic_lora_dim", "4"]
 ONE_TRUNK = [*ADAPTERS, "--share_trunk", "all"]
+# No critic: the reward model is a tree of the same trunk. The coefficient and the place in the text
+# are what the second iteration depends on beside the weights.
+GROUPS = [*SHORT, "--actor_model_name_or_path", "sft-adapter", "--share_trunk", "all"]
+GROUPS += ["--critic_model_name_or_path", "reward-adapter", "--actor_zero_stage", "2"]
+GROUPS += ["--advantage_estimator", "grpo", "--ppo_epochs", "2", "--update_kl_limit", "1e-4"]
+GROUPS += ["--kl_target", "0.5", "--kl_horizon", "8", "--temperature", "0.7"]
+GROUPS += ["--stop_strings", "a", "b", "--fuse_lora_for_generation"]
 RUNS = {
     **interrupted(ONE_TRUNK, "one", save_steps=1, killed=2),
+    **interrupted(GROUPS, "groups", save_steps=1, killed=2),
     "other layout": Run([*ADAPTERS, "--save_steps", "1", "--output_dir", "one-cut", "--resume"]),
     "two": Run([*ADAPTERS, "--output_dir", "two"]),
     "four": Run([*ADAPTERS, "--share_trunk", "none", "--output_dir", "four"]),
@@ -112,6 +120,20 @@ def test_one_trunk_resumes_bit_for_bit(ran):
     assert [outcomes[f"one {n}"].code for n in ("whole", "cut", "resumed")] == [0, -9, 0]
     assert "resumed from one-cut/checkpoints/step-000001" in outcomes["one resumed"].stdout
     assert_same_run(folder / "one-whole", folder / "one-cut")
+
+
+def test_without_a_critic_it_resumes_bit_for_bit(ran):
+    folder, outcomes = ran
+    assert [outcomes[f"groups {n}"].code for n in ("whole", "cut", "resumed")] == [0, -9, 0]
+    assert "resumed from groups-cut/checkpoints/step-000001" in outcomes["groups resumed"].stdout
+    assert_same_run(folder / "groups-whole", folder / "groups-cut")
+    assert_loads(folder / "groups-whole", "actor", "actor_ema")
+    assert not (folder / "groups-whole" / "critic").exists()
+    first, second = (f for f in figures(folder / "groups-whole") if f["kind"] == "train")
+    assert first["ratio"] == 1.0 and first["kl"] == 0.0  # before temperature and fusing told
+    assert second["kl_coefficient"] != first["kl_coefficient"]
+    assert first["update_kl"] > 1e-4 and first["actor_updates"] < 1
+    assert not any("critic" in name or "value" in name for name in first)
 
 
 def test_another_layout_does_not_resume(ran):

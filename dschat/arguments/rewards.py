@@ -50,7 +50,20 @@ class RewardArguments:
 
         Args:
             reward_model: folder or hub id; None where the function is all there is.
+
+        Raises:
+            UserError: no such function, a weight of a model that is not there, or no scaling.
         """
+        if reward_model is None and self.reward_model_weight not in (0.0, 1.0):
+            raise UserError(
+                f"reward_model_weight is {self.reward_model_weight}, and there is no reward "
+                "model: give --reward_model_name_or_path, or drop the weight"
+            )
+        if reward_model is None and self.reward_function_weight == 0:
+            raise UserError(
+                "reward_function_weight is 0, and there is no reward model: nothing is rewarded; "
+                "give --reward_model_name_or_path, or another weight"
+            )
         function = None
         if self.reward_function is not None:
             function = RewardFunction.load(self.reward_function)

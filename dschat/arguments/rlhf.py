@@ -12,6 +12,7 @@ from dschat.arguments.roles import RoleArguments
 from dschat.arguments.rollout import RolloutArguments
 from dschat.arguments.run import RunArguments
 from dschat.arguments.stability import StabilityArguments
+from dschat.arguments.unused import unused_flags
 from dschat.cli import SWITCH, flag, group
 from dschat.errors import UserError
 from dschat.rlhf.generation import SamplingConfig
@@ -22,6 +23,7 @@ from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.engine import num_windows
+from dschat.utils.model.reward_statistics import RewardStatistics
 
 
 @dataclass(frozen=True)
@@ -115,36 +117,12 @@ class RLHFSettings:
         self.rollout.fuses(self.actor)
         cast = self.cast("fp32", iterations=1)
         trained = {"actor": self.actor, **({"critic": self.critic} if cast.critic else {})}
-        self.sources.check_layout(trained, train_base=self.run.train_base_model)
-        self._say_what_does_nothing(cast, trained)
-
-    def _say_what_does_nothing(self, cast: Cast, trained: dict[str, ModelArguments]) -> None:
-        rank = launched_rank()
-        for name, model in trained.items():
-            given = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
-            for flag_name in (n for n, value in given.items() if value):
-                print_rank_0(
-                    f"--{name}_{flag_name} does nothing: PPO compares probabilities of one and "
-                    "the same function, so all dropout is off",
-                    rank,
-                )
-        with_one_trunk = cast.share_trunk == "all"
-        for name, kept, asked, is_switch in (
-            ("reference", "actor", self.offload_reference_model, cast.reference_is_actors),
-            ("reward", "critic", self.offload_reward_model, cast.reward_is_critics),
-        ):
-            if asked and (is_switch or with_one_trunk):
-                print_rank_0(
-                    f"--offload_{name}_model does nothing: with LoRA the {name} model is the "
-                    f"{kept} with its adapters off, not a copy"
-                    if is_switch
-                    else f"--offload_{name}_model does nothing: its weights are the actor's",
-                    rank,
-                )
-        if cast.reward is None and self.offload_reward_model:
-            print_rank_0("--offload_reward_model does nothing: there is no reward model", rank)
-        if cast.share_trunk == "none" and not any(m.lora.lora_dim for m in trained.values()):
-            print_rank_0("--share_trunk none does nothing: without LoRA no trunk is shared", rank)
+        sharded_reward = cast.reward is not None and cast.reward.zero_stage == 3
+        self.sources.check_layout(
+            trained, train_base=self.run.train_base_model, sharded_reward=sharded_reward
+        )
+        for line in unused_flags(self, cast, trained):
+            print_rank_0(line, launched_rank())
 
     def data_spec(self) -> DataSpec:
         """Prompts alone, cut to their own limit."""
@@ -209,7 +187,13 @@ class RLHFSettings:
             has_reward_function=self.rewards.reward_function is not None,
         )
 
-    def cast(self, dtype: str, iterations: int, retokenise: Retokeniser | None = None) -> Cast:
+    def cast(
+        self,
+        dtype: str,
+        iterations: int,
+        retokenise: Retokeniser | None = None,
+        scaling: RewardStatistics | None = None,
+    ) -> Cast:
         """Every role, with schedules over the optimizer steps of all its iterations."""
         ppo, run, names = self.ppo, self.run, self.role_names()
         rows = ppo.per_device_generation_batch_size * self.rollout.answers_per_prompt
@@ -249,6 +233,7 @@ class RLHFSettings:
             reward=reward,
             share_trunk=names.share_trunk,
             retokenise=retokenise,
+            scaling=scaling,
         )
 
     def printing(self) -> AnswerPrinting:

@@ -54,14 +54,22 @@ class RoleArguments:
             flags = "--reward_model_name_or_path REWARD_MODEL or --reward_function MODULE:NAME"
             given = "init_head_randomly" if self.init_head_randomly else estimator
             raise UserError(f"{given}: nothing gives rewards; add {flags}")
+        if not trains_critic and critic not in (None, reward):
+            raise UserError(
+                f"critic_model_name_or_path {critic}: --advantage_estimator {estimator} trains no "
+                f"critic, and {reward} gives the rewards; drop one of the two"
+            )
         critic = critic if trains_critic else None
         return RoleNames(actor, critic, reward, self.init_head_randomly, self.share_trunk)
 
-    def check_layout(self, models: dict[str, ModelArguments], *, train_base: bool) -> None:
+    def check_layout(
+        self, models: dict[str, ModelArguments], *, train_base: bool, sharded_reward: bool
+    ) -> None:
         """Stop where weights cannot be shared as asked.
 
         Args:
             models: of the roles that train. train_base: `--train_base_model`.
+            sharded_reward: the reward model, also without a critic, is at ZeRO-3.
 
         Raises:
             UserError: naming the flag in the way.
@@ -80,6 +88,8 @@ class RoleArguments:
             found = next((flag for flag, is_there in obstacles.items() if is_there), None)
             if found is not None:
                 raise UserError(f"share_trunk all: {found}: {_WHY[found.split('_', 1)[1]]}")
+        if sharded_reward:
+            raise UserError(f"share_trunk all: critic_zero_stage 3: {_WHY['zero_stage 3']}")
 
 
 _BASE_CHANGES = "the base would change under the other roles; train adapters alone (LoRA)"

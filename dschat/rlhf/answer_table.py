@@ -159,14 +159,15 @@ class AnswerFile:
             self._cut(resumed_at)
 
     def _cut(self, resumed_at: int) -> None:
-        # A line without its end is one that a kill cut off.
-        whole = [
-            line
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["iteration"] <= resumed_at
-        ]
+        # Bytes: texts may hold characters that end a line elsewhere, and a kill may cut one apart.
+        with self.path.open("rb") as file:
+            whole = [
+                line
+                for line in file
+                if line.endswith(b"\n") and json.loads(line)["iteration"] <= resumed_at
+            ]
         part = self.path.with_suffix(".tmp")
-        part.write_text("".join(whole), encoding="utf-8")
+        part.write_bytes(b"".join(whole))
         part.replace(self.path)
 
     def write(self, answers: Sequence[Answer]) -> None:

@@ -15,7 +15,7 @@ class Experience:
     sequences: torch.Tensor  # (B, P + A) int64
     attention_mask: torch.Tensor  # (B, P + A) bool: prompt without padding, answer with its end
     answer_mask: torch.Tensor  # (B, A) bool
-    ended: torch.Tensor  # (B,) bool: the answer has its end token
+    ended: torch.Tensor  # (B,) bool: the answer has its end token, or a stop string
     real: torch.Tensor  # (B,) bool: False for rows that only fill the batch
     logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's; 0 behind an answer's end
     ref_logprobs: torch.Tensor  # (B, A) fp32, likewise

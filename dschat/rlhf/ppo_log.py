@@ -118,8 +118,12 @@ class PPOLog:
                 steps=sum(e.generation_steps for e in experiences),
                 lora_dim=self.shapes["actor"].lora_dim,
             )
-            trained = (tokens * ppo_epochs, rows * ppo_epochs)
-            works = {name: shape.work(*trained) for name, shape in self.shapes.items()}
+            passes = dict.fromkeys(self.shapes, float(ppo_epochs))
+            passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
+            works = {
+                name: shape.work(tokens * passes[name], rows * passes[name])
+                for name, shape in self.shapes.items()
+            }
             self.bar.clear()
             critic = works.get("critic")
             print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)

@@ -153,6 +153,7 @@ def _critic(cast: Cast, models: Models, distributed: Distributed) -> nn.Module:
     module = models.reward_model(role.model, ds_config, fresh_head=role.fresh_head)
     if cast.reward_is_critics:
         module.keep_reward_head()
+    module.value_scaling = cast.value_scaling
     return _trained(module, role, "step 3, critic", distributed)
 
 

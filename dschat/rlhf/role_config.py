@@ -13,6 +13,7 @@ from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.engine import Recipe, Schedule
 from dschat.utils.model.model_utils import check_context, load_config
 from dschat.utils.model.reward_model import DISK_HEAD, check_reward_head, read_head
+from dschat.utils.model.reward_statistics import RewardStatistics
 from dschat.utils.model.source import resolve_model, same_model
 from dschat.utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
 
@@ -50,6 +51,7 @@ class Cast:
         share_trunk: `auto`: adapters switched off give reference and reward model; `none`: frozen
             copies; `all`: as `auto`, and one base's weights for every role.
         retokenise: for a reward model that reads other tokens than the actor's.
+        scaling: of the reward model's scores; None: they are taken as they are.
     """
 
     actor: RoleConfig
@@ -57,6 +59,7 @@ class Cast:
     reward: FrozenConfig | None
     share_trunk: str = "auto"
     retokenise: Retokeniser | None = None
+    scaling: RewardStatistics | None = None
 
     @property
     def trained(self) -> dict[str, RoleConfig]:
@@ -79,10 +82,19 @@ class Cast:
     @property
     def reward_is_critics(self) -> bool:
         """Whether the reward model is the critic, its adapters off, with the head it came with."""
+        is_kept = self.share_trunk != "none" and self._starts_as_reward_model
+        return is_kept and self.critic.recipe.base_is_frozen
+
+    @property
+    def value_scaling(self) -> RewardStatistics | None:
+        """What the critic's values are scaled by, so that they start in the units of the scores."""
+        return self.scaling if self._starts_as_reward_model else None
+
+    @property
+    def _starts_as_reward_model(self) -> bool:
         if self.critic is None or self.reward is None or self.critic.fresh_head:
             return False
-        is_kept = self.share_trunk != "none" and self.critic.recipe.base_is_frozen
-        return is_kept and same_model(self.critic.model, self.reward.model)
+        return same_model(self.critic.model, self.reward.model)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ class Gpus:
 class TrainingWork:
     """What one stretch of training did on all ranks: real tokens and sequences, each pass counted.
 
-    Several epochs over the same batch count several times. `base_trainable` is for LoRA beside a
-    base that trains; by default LoRA freezes it. `value_head` is for reward models and critics.
+    Several epochs over the same batch count several times; a role that rests has none of either.
+    `base_trainable` is for LoRA beside a base that trains; by default LoRA freezes it. `value_head`
+    is for reward models and critics.
     """
 
     config: Any
@@ -207,6 +208,8 @@ def print_throughput_step3(
 
 
 def _megatron_training(work: TrainingWork) -> float:
+    if work.samples == 0:  # a role that rested
+        return 0.0
     # The weight gradients that LoRA saves are spent after all where the base trains beside it.
     lora_dim = 0 if work.base_trainable else work.lora_dim
     hidden = get_hf_configs(work.config).hidden_size
@@ -220,7 +223,7 @@ def _exact_training(work: TrainingWork) -> ModelFlops | None:
     return model_flops(
         ModelShape.from_config(work.config, work.value_head),
         work.tokens,
-        work.samples * causal_pairs(work.tokens / work.samples),
+        work.samples * causal_pairs(work.tokens / work.samples) if work.samples else 0.0,
         lora_dim=work.lora_dim,
         base_trainable=work.base_trainable,
         gradient_checkpointing=work.gradient_checkpointing,

@@ -94,6 +94,18 @@ def test_a_resumed_run_goes_on_with_its_own_lines(tmp_path):
     assert not fresh.path.exists() and (tmp_path / "answers.1.jsonl").exists()
 
 
+def test_texts_may_hold_any_character(tmp_path):
+    """Unicode's own line ends stand in JSON as they are; a kill can cut a character apart."""
+    odd = dataclasses.replace(ANSWER, iteration=1, answer="a\u2028b\x85c\r\nd")
+    file = AnswerFile(tmp_path, None)
+    file.write([odd, odd])
+    whole = file.path.read_bytes()
+    with file.path.open("ab") as cut:
+        cut.write(b'{"iteration": 1, "prompt": "\xe2\x80')
+    assert AnswerFile(tmp_path, resumed_at=1).path.read_bytes() == whole
+    assert json.loads(whole.split(b"\n")[1]) == dataclasses.asdict(odd)
+
+
 @pytest.mark.parametrize("columns", ["60", "140"])
 def test_the_terminal_decides_the_width(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)

@@ -158,6 +158,20 @@ def test_weights_that_make_no_reward_are_refused(given, words):
         RewardArguments(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"reward_model_weight": 0.5}, "reward_model_weight is 0.5, and there is no reward model"),
+        ({"reward_function_weight": 0.0}, "reward_function_weight is 0, and there is no reward mo"),
+    ],
+)
+def test_weights_of_a_function_alone(own, given, words):
+    arguments = RewardArguments(reward_function="own_rewards:length", **given)
+    with pytest.raises(UserError, match=words):
+        arguments.rewards(None)
+    assert RewardArguments(reward_function="own_rewards:length").rewards(None).scaling is None
+
+
 def test_an_iteration_learns_from_both(load_roles, own):
     """The same rollout with and without a function differs by the function's part."""
     setting = Setting(lora=LORA)

@@ -28,6 +28,7 @@ from dschat.rlhf.rlhf_engine import on_device
 from dschat.utils.checkpoint import write_model_folder
 from dschat.utils.distributed import Distributed
 from dschat.utils.model.reward_model import create_critic_model, scores_at_end
+from dschat.utils.model.reward_statistics import RewardStatistics
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,33 @@ def test_a_reward_model_of_its_own_folder(folders, distributed, other, lora, off
         trainer = ppo_trainer(roles, setting)
         trainer.train_rlhf([rollout(trainer)])
     assert (expected - expected_scores(folders["llama"].critic, batch)).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_values_start_in_the_units_of_scaled_scores(folders, distributed, lora):
+    """(score - 5) / 2, in rollouts and in training; the scores themselves are scaled elsewhere."""
+    setting, scaling = Setting(lora=lora), RewardStatistics(5.0, 2.0, 8, "rows")
+    trainers = [
+        ppo_trainer(setting.load(folders["llama"], distributed, scaling=s), setting)
+        for s in (None, scaling)
+    ]
+    plain, scaled = (rollout(trainer) for trainer in trainers)
+    assert torch.equal(scaled.scores, plain.scores)
+    mask = plain.answer_mask
+    torch.testing.assert_close(scaled.values[mask], (plain.values[mask] - 5.0) / 2.0)
+    # The first pass sees the values of the rollout: the error is that of the returns.
+    e = scaled.with_returns(torch.zeros_like(scaled.values), scaled.values + 0.1)
+    loss, _ = trainers[1].critic_loss(e)
+    assert loss.item() == pytest.approx(0.5 * 0.1**2 * mask.sum().item(), rel=1e-4)
+
+
+def test_values_of_another_start_are_not_scaled(folders, other):
+    cast = replace(Setting().cast(folders["llama"]), scaling=RewardStatistics(5.0, 2.0, 8, "rows"))
+    assert cast.value_scaling is cast.scaling
+    fresh = replace(cast.critic, fresh_head=True)
+    assert replace(cast, critic=fresh).value_scaling is None
+    assert replace(cast, reward=Setting().frozen(other)).value_scaling is None
+    assert replace(cast, critic=None).value_scaling is None
 
 
 @pytest.mark.parametrize("layout", ["auto", "none"])

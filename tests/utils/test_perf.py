@@ -120,6 +120,15 @@ def test_step3_throughput_without_a_critic():
     assert speed.model_tflops_per_gpu == pytest.approx(exact / 2 * 1e-12, rel=1e-12)
 
 
+def test_step3_throughput_of_an_actor_that_rests():
+    """In the critic's warm-up: it scores and samples, and makes no pass to train."""
+    actor, critic, *rest = step3()
+    speed = step3_throughput(dataclasses.replace(actor, tokens=0, samples=0), critic, *rest)
+    assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=1e-12)
+    exact = 4832 + 2 * 6816 + 5 * 5376
+    assert speed.model_tflops_per_gpu == pytest.approx(exact / 2 * 1e-12, rel=1e-12)
+
+
 def test_bandwidth_follows_the_dtype():
     half = step3_throughput(*step3()).weights_gb_per_s
     full = step3_throughput(*step3(dtype=torch.float32)).weights_gb_per_s

@@ -74,7 +74,7 @@ def main() -> None:
     held_out = build_loader(data.eval, collator, rollout_batch, shuffle=False, **ranks)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
-    cast = settings.cast(begun.dtype_name, iterations, retokenise)
+    cast = settings.cast(begun.dtype_name, iterations, retokenise, rewards.scaling)
     for role in cast.trained.values():
         get_train_ds_config(role.engine, begun.world_size)
     engines = {

@@ -35,6 +35,7 @@ from dschat.utils.model.model_utils import (
     load_weights,
     quiet_loading,
 )
+from dschat.utils.model.reward_statistics import RewardStatistics
 from dschat.utils.model.source import resolve_model
 from dschat.utils.module.adapter import REWARD_HEAD, Adapter
 from dschat.utils.module.adapter_merge import merge_adapter
@@ -55,6 +56,7 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.v_head.weight, std=1.0 / math.sqrt(width + 1))
         self.v_head.to(base_model.dtype)
         self.reward_head: nn.Linear | None = None
+        self.value_scaling: RewardStatistics | None = None  # what values are given in the units of
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> RewardModel:
@@ -68,10 +70,11 @@ class RewardModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_reward_head: bool = False
     ) -> torch.Tensor:
-        """(B, T) ids and bool mask -> (B, T) values in fp32.
+        """(B, T) ids and bool mask -> (B, T) values in fp32, by `value_scaling` where it is set.
 
-        With `use_reward_head`, by the copy that `keep_reward_head` made. Both heads run whenever
-        both exist: ZeRO-3 prefetches by the order of modules, which must not vary.
+        With `use_reward_head`, by the copy that `keep_reward_head` made, and never scaled. Both
+        heads run whenever both exist: ZeRO-3 prefetches by the order of modules, which must not
+        vary.
         """
         inputs = forward_inputs(self.rwtransformer, input_ids, attention_mask)
         hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (B, T, H)
@@ -79,7 +82,10 @@ class RewardModel(nn.Module):
         if self.reward_head is not None:
             kept = self.reward_head(hidden)
             values = kept if use_reward_head else values
-        return values.squeeze(-1).float()
+        values = values.squeeze(-1).float()
+        if self.value_scaling is None or use_reward_head:
+            return values
+        return self.value_scaling.scaled(values)
 
 
 def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:

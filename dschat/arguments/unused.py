@@ -1,0 +1,70 @@
+"""Flags of step 3 that were given and do nothing in the run as it is cast, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dschat.arguments.models import ModelArguments
+from dschat.cli import flag_values, flags_of
+from dschat.rlhf.role_config import Cast
+
+
+def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelArguments]) -> Iterator[str]:
+    """A line for each of them.
+
+    Args:
+        settings: `RLHFSettings`. trained: of the roles that train.
+    """
+    yield from _dropout(trained)
+    yield from _offload(settings, cast)
+    if cast.critic is None:
+        yield from _of_the_critic(settings, cast)
+    if cast.share_trunk == "none" and not any(m.lora.lora_dim for m in trained.values()):
+        yield "--share_trunk none does nothing: without LoRA no trunk is shared"
+
+
+def _dropout(trained: Mapping[str, ModelArguments]) -> Iterator[str]:
+    for name, model in trained.items():
+        given = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
+        for flag_name in (n for n, value in given.items() if value):
+            yield (
+                f"--{name}_{flag_name} does nothing: PPO compares probabilities of one and "
+                "the same function, so all dropout is off"
+            )
+
+
+def _offload(settings: Any, cast: Cast) -> Iterator[str]:
+    with_one_trunk = cast.share_trunk == "all"
+    for name, kept, asked, is_switch in (
+        ("reference", "actor", settings.offload_reference_model, cast.reference_is_actors),
+        ("reward", "critic", settings.offload_reward_model, cast.reward_is_critics),
+    ):
+        if not asked:
+            continue
+        if name == "reward" and cast.reward is None:
+            yield "--offload_reward_model does nothing: there is no reward model"
+        elif is_switch:
+            yield (
+                f"--offload_{name}_model does nothing: with LoRA the {name} model is the "
+                f"{kept} with its adapters off, not a copy"
+            )
+        elif with_one_trunk:
+            yield f"--offload_{name}_model does nothing: its weights are the actor's"
+
+
+def _of_the_critic(settings: Any, cast: Cast) -> Iterator[str]:
+    path = ("critic",)  # the group of the critic's training
+    values = flag_values(settings)
+    given = [
+        f"--{flag.name}"
+        for flag in flags_of(type(settings))
+        if flag.path[:1] == path and values.get(flag.name, flag.default) != flag.default
+    ]
+    if cast.reward is not None and "--critic_zero_stage" in given:
+        given.remove("--critic_zero_stage")  # the frozen reward model is sharded by it
+    if given:
+        yield (
+            f"{', '.join(given)} {'does' if len(given) == 1 else 'do'} nothing: "
+            f"--advantage_estimator {settings.ppo.advantage_estimator} trains no critic"
+        )

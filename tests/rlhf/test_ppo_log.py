@@ -1,0 +1,38 @@
+"""What the log of a PPO run counts as work."""
+
+import pytest
+import torch
+from tiny_roles import LORA, Setting, ppo_trainer, prompts
+
+from dschat.rlhf import ppo_log
+from dschat.rlhf.ppo_log import AnswerPrinting, PPOLog
+from dschat.utils.perf import Gpus
+from dschat.utils.progress import LogConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 2),
+        ({"critic_warmup_iterations": 1}, 0),
+        ({"update_kl_limit": 1e-9}, 1),  # the second epoch's steps are left out
+    ],
+)
+def test_throughput_counts_the_steps_that_the_actor_made(load_roles, monkeypatch, changes, passes):
+    works = []
+    monkeypatch.setattr(ppo_log, "print_throughput_step3", lambda *args: works.append(args[:2]))
+    setting = Setting(lora=LORA)
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting, ppo_epochs=2, **changes)
+    recipes = {name: setting.role(name).recipe for name in roles.trained}
+    gpus = Gpus(1, torch.float32)
+    log = PPOLog(LogConfig(), AnswerPrinting(), roles, recipes, gpus, iterations=1, rank=0)
+    log.begin()
+    torch.manual_seed(0)
+    experiences = trainer.rollout([prompts()])
+    log.rolled_out()
+    log.iteration(1, trainer.train_rlhf(experiences), experiences, ppo_epochs=2)
+    log.close()
+    ((actor, critic),) = works
+    assert (actor.samples, critic.samples) == (4 * passes, 8)
+    assert 2 * actor.tokens == passes * critic.tokens
