@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from itertools import islice
 from weakref import WeakKeyDictionary
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 # Cuts a text at each space that follows no white space; these spaces are gone.
@@ -23,12 +24,13 @@ _MAX_WORDS = 1_000_000  # about 200 MB; a set with more begins anew
 _WORDS_PER_CALL = 64
 _SENTINEL = "x"
 
-# Split patterns (of Llama 3, Qwen 2 and GPT-4, GPT-4o) that begin a token at such a space: none of
-# their branches has a space behind another character.
+# The split patterns of Llama 3 and of Qwen 2. Both begin a token at such a space: none of their
+# branches has a space behind another character.
 _PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + rest
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
-    for rest in (r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
 }
 # What a text must come through unharmed before a cache is trusted.
 _PROBES = (
@@ -50,7 +52,7 @@ class WordCache:
         # Packed as int32: a row is joined from them many times faster than from lists of numbers.
         self._words: dict[str, bytes] = {}  # behind a space, which is theirs
         self._heads: dict[tuple[str, bool], bytes] = {}  # at the beginning of a text
-        self._sentinel = len(self._encode([_SENTINEL])[0])
+        self._sentinel = len(self._encode([_SENTINEL])[0].ids)
 
     def fits(self, text: str) -> bool:
         """Whether the ids of `text` are those of its words: no special token is in it."""
@@ -84,7 +86,7 @@ class WordCache:
         if (word, special) not in self._heads:
             if len(self._heads) > _MAX_WORDS:
                 self._heads.clear()
-            self._heads[word, special] = _packed(self._encode([word], special)[0])
+            self._heads[word, special] = _packed(self._encode([word], special)[0].ids)
         return self._heads[word, special]
 
     def _learn(self, words: Iterable[str]) -> None:
@@ -94,9 +96,8 @@ class WordCache:
         inner = [word for word in words if word and not word[-1].isspace()]
         groups = [inner[i : i + _WORDS_PER_CALL] for i in range(0, len(inner), _WORDS_PER_CALL)]
         groups += [[word] for word in last]
-        self._plain()
         texts = [" ".join([_SENTINEL, *group]) for group in groups]
-        for group, encoded in zip(groups, self._batch(texts), strict=True):
+        for group, encoded in zip(groups, self._encode(texts), strict=True):
             ids, ends = encoded.ids, [stop for _, stop in encoded.offsets]
             start, stop = self._sentinel, len(_SENTINEL)
             for word in group[:-1]:
@@ -107,17 +108,11 @@ class WordCache:
                 self._words[word], start = _packed(ids[start:end]), end
             self._words[group[-1]] = _packed(ids[start:])
 
-    def _encode(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        self._plain()
-        return [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=special)]
-
-    def _batch(self, texts: list[str]) -> list:
-        return self.backend.encode_batch(texts, add_special_tokens=False)
-
-    def _plain(self) -> None:
-        """Undo the truncation and padding that a call elsewhere may have left switched on."""
+    def _encode(self, texts: list[str], special: bool = False) -> list[Encoding]:
+        # An earlier call may have left truncation and padding switched on.
         self.backend.no_truncation()
         self.backend.no_padding()
+        return self.backend.encode_batch(texts, add_special_tokens=special)
 
 
 def _packed(ids: list[int]) -> bytes:
