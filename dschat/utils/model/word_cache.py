@@ -2,24 +2,25 @@
 
 Byte-pair tokenizers of today's models cut a text in front of a space that follows anything but
 white space, whatever the rest of the text is, and merge nothing across that cut. Where a tokenizer
-is known to do so, the ids of a text are those of its words one behind the other, and a dictionary
-finds them many times faster than the tokenizer computes them. Everywhere else there is no cache.
+is known to do so, the ids of a text are those of its words one behind the other, and looking them
+up is many times faster than the tokenizer. Everywhere else there is no cache.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from array import array
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise, repeat
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-# Cuts a text at each space that follows no white space; these spaces are gone.
-_CUT = re.compile(r" (?<!\s )").split
 _MAX_WORDS = 1_000_000  # about 200 MB; a set with more begins anew
 _WORDS_PER_CALL = 64
 _SENTINEL = "x"
@@ -49,9 +50,9 @@ class WordCache:
         # Metaspace tokenizers write a space as ▁; one in the text could not be told from it.
         self._special = re.compile("|".join([*added, "▁"])).search
         self._first_chars = {token[0] for token in tokenizer.get_added_vocab()} | {"▁"}
-        # Packed as int32: a row is joined from them many times faster than from lists of numbers.
-        self._words: dict[str, bytes] = {}  # behind a space, which is theirs
-        self._heads: dict[tuple[str, bool], bytes] = {}  # at the beginning of a text
+        # A word stands behind a space, which is its own. At the beginning of a text there is no
+        # cut, and some tokenizers put a space of their own there: (word, special) is one there.
+        self._known = _Ids()
         self._sentinel = len(self._encode([_SENTINEL])[0].ids)
 
     def fits(self, text: str) -> bool:
@@ -60,53 +61,56 @@ class WordCache:
 
     def encode(self, texts: list[str], special: bool) -> list[list[int]]:
         """Ids of texts that `fits` holds for."""
-        rows = [_CUT(text) for text in texts]
-        # Where a text begins there is no cut: some tokenizers put a space of their own there.
-        rows = [row if row[0] or not row[1:] else [f" {row[1]}", *row[2:]] for row in rows]
-        heads = [self._head(row[0], special) for row in rows]
-        tails = self._tails(rows)
-        return [_unpacked(head + tail) for head, tail in zip(heads, tails, strict=True)]
+        if not texts:
+            return []
+        words = _Words.of(texts)
+        heads = [(words.names[word], special) for word in words.of_text[words.first].tolist()]
+        return self._ids_of(words, heads)
 
     def encode_behind(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that begin with a space, behind another text that does not end in one."""
-        return [_unpacked(tail) for tail in self._tails([_CUT(text) for text in texts])]
+        return self._ids_of(_Words.of([text[1:] for text in texts])) if texts else []
 
-    def _tails(self, rows: list[list[str]]) -> list[bytes]:
-        """Ids of all words but the first of each row."""
-        if len(self._words) > _MAX_WORDS:
-            self._words.clear()
-        get, missing = self._words.get, set()
-        for row in rows:
-            if None in map(get, islice(row, 1, None)):
-                missing.update(islice(row, 1, None))
-        self._learn(missing.difference(self._words))
-        return [b"".join(map(get, islice(row, 1, None))) for row in rows]
+    def _ids_of(
+        self, words: _Words, heads: list[tuple[str, bool]] | None = None
+    ) -> list[list[int]]:
+        """Ids of each text; `heads` are the first words where texts begin with them."""
+        if len(self._known.numbers) > _MAX_WORDS:
+            self._known = _Ids()
+        behind = np.ones(len(words.of_text), bool)
+        behind[words.first] = heads is None
+        used = np.zeros(len(words.names), bool)
+        used[words.of_text[behind]] = True
+        names = [words.names[word] for word in np.flatnonzero(used).tolist()]
+        number = np.zeros(len(words.names), np.int64)
+        number[used] = self._known.numbers_of(names, self._learn)
+        pieces = number[words.of_text]
+        if heads is not None:
+            pieces[words.first] = self._known.numbers_of(heads, self._learn_heads)
+        return self._known.joined(pieces, words.first)
 
-    def _head(self, word: str, special: bool) -> bytes:
-        if (word, special) not in self._heads:
-            if len(self._heads) > _MAX_WORDS:
-                self._heads.clear()
-            self._heads[word, special] = _packed(self._encode([word], special)[0].ids)
-        return self._heads[word, special]
+    def _learn_heads(self, heads: list[tuple[str, bool]]) -> None:
+        for special in (False, True):
+            group = [head for head in heads if head[1] is special]
+            texts = [word for word, _ in group]
+            for head, encoded in zip(group, self._encode(texts, special), strict=True):
+                self._known.add([head], encoded.ids, [len(encoded.ids)])
 
-    def _learn(self, words: Iterable[str]) -> None:
+    def _learn(self, words: list[str]) -> None:
         """Encode new words, many behind one another in each text, and tell them apart again."""
         # Behind white space a space is no cut.
-        last = [word for word in words if word[-1:].isspace() or not word]
+        last = [word for word in words if not word or word[-1].isspace()]
         inner = [word for word in words if word and not word[-1].isspace()]
         groups = [inner[i : i + _WORDS_PER_CALL] for i in range(0, len(inner), _WORDS_PER_CALL)]
         groups += [[word] for word in last]
         texts = [" ".join([_SENTINEL, *group]) for group in groups]
         for group, encoded in zip(groups, self._encode(texts), strict=True):
-            ids, ends = encoded.ids, [stop for _, stop in encoded.offsets]
-            start, stop = self._sentinel, len(_SENTINEL)
-            for word in group[:-1]:
-                stop += 1 + len(word)
-                end = start
-                while ends[end] <= stop:
-                    end += 1
-                self._words[word], start = _packed(ids[start:end]), end
-            self._words[group[-1]] = _packed(ids[start:])
+            stops = len(_SENTINEL) + np.cumsum([1 + len(word) for word in group])
+            ends = np.maximum.accumulate([stop for _, stop in encoded.offsets])
+            # A word has all ids up to the first that ends behind it, the last word has the rest.
+            cuts = np.searchsorted(ends, stops[:-1], side="right")
+            bounds = np.append(cuts, len(ends)) - self._sentinel
+            self._known.add(group, encoded.ids[self._sentinel :], bounds)
 
     def _encode(self, texts: list[str], special: bool = False) -> list[Encoding]:
         # An earlier call may have left truncation and padding switched on.
@@ -115,12 +119,89 @@ class WordCache:
         return self.backend.encode_batch(texts, add_special_tokens=special)
 
 
-def _packed(ids: list[int]) -> bytes:
-    return array("i", ids).tobytes()
+@dataclass(frozen=True)
+class _Words:
+    """The words of some texts, without the spaces in front of them.
+
+    A text is cut at each space that follows no white space. Arrow cuts, and numbers the words:
+    far fewer than there are in the texts are left for Python.
+    """
+
+    names: list[str]  # each word once
+    of_text: np.ndarray  # (words of all texts,) int; places in `names`
+    first: np.ndarray  # (texts,) int; where each text begins in `of_text`
+
+    @classmethod
+    def of(cls, texts: list[str]) -> _Words:
+        """Cut texts, at least one."""
+        rows = pc.split_pattern(pa.array(texts, pa.large_string()), " ")
+        begins = rows.offsets.to_numpy()[:-1]
+        parts = rows.flatten().dictionary_encode()
+        names, codes = parts.dictionary.to_pylist(), parts.indices.to_numpy()
+        # Behind white space a space is no cut: such a part and the next are one word.
+        ends = pc.utf8_slice_codeunits(parts.dictionary, -1).dictionary_encode()
+        spaces = [not end or end.isspace() for end in ends.dictionary.to_pylist()]
+        binds = np.array(spaces)[ends.indices.to_numpy()]
+        starts = np.ones(len(codes), bool)
+        starts[1:] = ~binds[codes[:-1]]
+        starts[begins] = True
+        bounds = np.append(np.flatnonzero(starts), len(codes))
+        of_text = codes[bounds[:-1]].astype(np.int64)
+        numbers: dict[str, int] = {}
+        for word in np.flatnonzero(np.diff(bounds) > 1).tolist():
+            some = codes[bounds[word] : bounds[word + 1]].tolist()
+            text = " ".join([names[code] for code in some])
+            of_text[word] = numbers.setdefault(text, len(binds) + len(numbers))
+        return cls([*names, *numbers], of_text, np.searchsorted(bounds, begins))
 
 
-def _unpacked(ids: bytes) -> list[int]:
-    return memoryview(ids).cast("i").tolist()
+class _Ids:
+    """Ids of numbered pieces of text, one behind the other in one array."""
+
+    def __init__(self):
+        self.numbers: dict[str | tuple[str, bool], int] = {}
+        self._ids = np.empty(1 << 16, np.int32)
+        self._bounds = np.zeros(1 << 14, np.int64)  # of piece n: the nth and the next
+
+    def numbers_of(self, pieces: list, learn: Callable[[list], None]) -> np.ndarray:
+        """The numbers of pieces; `learn` adds those that have none, once each."""
+        numbers = self._numbers(pieces)
+        missing = np.flatnonzero(numbers < 0)
+        if len(missing):
+            some = [pieces[place] for place in missing.tolist()]
+            learn(list(dict.fromkeys(some)))
+            numbers[missing] = self._numbers(some)
+        return numbers
+
+    def _numbers(self, pieces: list) -> np.ndarray:
+        """The numbers of pieces; -1: it has none."""
+        return np.fromiter(map(self.numbers.get, pieces, repeat(-1)), np.int64, len(pieces))
+
+    def add(self, pieces: list, ids: list[int], stops: Iterable[int]) -> None:
+        """New pieces, whose ids stand one behind the other; `stops` is where each one's end."""
+        count = len(self.numbers)
+        begin, end = int(self._bounds[count]), count + len(pieces)
+        self._ids = _at_least(self._ids, begin + len(ids))
+        self._bounds = _at_least(self._bounds, end + 1)
+        self._ids[begin : begin + len(ids)] = ids
+        self._bounds[count + 1 : end + 1] = begin + np.asarray(stops)
+        self.numbers.update(zip(pieces, range(count, end), strict=True))
+
+    def joined(self, pieces: np.ndarray, first: np.ndarray) -> list[list[int]]:
+        """Ids of texts: `pieces` are the numbers of theirs, and each text's first is at `first`."""
+        begins = self._bounds[pieces]
+        sizes = self._bounds[pieces + 1] - begins
+        stops = np.cumsum(sizes)
+        # Where each id stands: as far behind its piece's first as here.
+        places = np.arange(stops[-1]) + np.repeat(begins - (stops - sizes), sizes)
+        ids = self._ids[places].tolist()
+        cuts = [*(stops - sizes)[first].tolist(), len(ids)]
+        return [ids[start:stop] for start, stop in pairwise(cuts)]
+
+
+def _at_least(array: np.ndarray, size: int) -> np.ndarray:
+    """The array, or a longer one that begins with it."""
+    return array if size <= len(array) else np.resize(array, max(size, 2 * len(array)))
 
 
 _CACHES: WeakKeyDictionary[PreTrainedTokenizerBase, WordCache | None] = WeakKeyDictionary()
