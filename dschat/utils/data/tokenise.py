@@ -1,10 +1,12 @@
 """Text rows to token rows: encode, cut to length with the end token kept, drop and count."""
 
+import contextlib
+import gc
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -204,9 +206,23 @@ def _counted(
 ) -> Batch:
     """The token rows of one batch; what was cut and dropped in it is added to the counts."""
     here: Counter[str] = Counter()
-    rows = convert(batch, recipe, here)
+    # Lists of numbers by the thousand and no cycle: the collector would read them all for nothing.
+    with _uncollected():
+        rows = convert(batch, recipe, here)
     counts.add(here)
     return rows
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector of cycles is off meanwhile."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _sft_rows(batch: Batch, recipe: _Recipe, counts: Counter[str]) -> Batch:

@@ -39,12 +39,14 @@ class Words:
         starts[begins] = True
         bounds = np.append(np.flatnonzero(starts), len(codes))
         of_text = codes[bounds[:-1]].astype(np.int64)
-        numbers: dict[str, int] = {}
-        for word in np.flatnonzero(np.diff(bounds) > 1).tolist():
-            some = codes[bounds[word] : bounds[word + 1]].tolist()
-            text = " ".join([names[code] for code in some])
-            of_text[word] = numbers.setdefault(text, len(binds) + len(numbers))
-        return cls([*names, *numbers], of_text, np.searchsorted(bounds, begins))
+        long = np.flatnonzero(np.diff(bounds) > 1)
+        numbers: dict[tuple[int, ...], int] = {}
+        spans = zip(long.tolist(), bounds[long].tolist(), bounds[long + 1].tolist(), strict=True)
+        for word, start, stop in spans:
+            some = tuple(codes[start:stop].tolist())
+            of_text[word] = numbers.setdefault(some, len(binds) + len(numbers))
+        names += [" ".join([names[code] for code in some]) for some in numbers]
+        return cls(names, of_text, np.searchsorted(bounds, begins))
 
 
 class PieceIds:
