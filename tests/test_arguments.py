@@ -159,6 +159,13 @@ def test_iterations_over_seven_batches(argv, iterations):
     assert rlhf(*argv).iterations(7) == iterations
 
 
+def test_a_warm_up_longer_than_the_run_is_said(capsys):
+    """Seven iterations of two epochs, one window each."""
+    for steps, said in ((13, False), (14, True)):
+        rlhf("--ppo_epochs", "2", "--num_warmup_steps", str(steps)).iterations(7)
+        assert ("makes 14 steps in all and never" in capsys.readouterr().out) == said
+
+
 def test_how_training_rows_become_batches():
     assert sft("--per_device_train_batch_size", "3").grouping() == ByRows(3)
     assert sft("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096)
@@ -230,6 +237,12 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--max_prompt_seq_len", "0"], "max_prompt_seq_len is 0"),
         (["--max_answer_seq_len", "0"], "max_answer_seq_len is 0"),
         (["--max_steps", "-1"], "max_steps is -1"),
+        (["--eval_interval", "-1"], "eval_interval is -1"),
+        (["--test_stop_step", "-1"], "test_stop_step is -1"),
+        (["--kl_coef", "nan"], "kl_coef is nan"),
+        (["--reward_clip", "nan"], "reward_clip is nan"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--kl_target", "nan"], "kl_target is nan"),
         (["--ppo_epochs", "0"], "ppo_epochs is 0"),
         (["--per_device_training_batch_size", "0"], "per_device_training_batch_size is 0"),
         (["--per_device_generation_batch_size", "0"], "per_device_generation_batch_size is 0"),
@@ -318,6 +331,15 @@ def test_the_hybrid_engine_folds_adapters_in():
     assert cast.critic.engine.hybrid is None
 
 
+def test_offload_reaches_the_frozen_copies():
+    cast = rlhf().cast("fp32", iterations=1)
+    assert (cast.reference.offload, cast.reward.offload) == (False, False)
+    cast = rlhf("--offload_reference_model").cast("fp32", iterations=1)
+    assert (cast.reference.offload, cast.reward.offload) == (True, False)
+    cast = rlhf("--offload_reward_model").cast("fp32", iterations=1)
+    assert (cast.reference.offload, cast.reward.offload) == (False, True)
+
+
 def test_what_trains():
     assert sft("--lora_dim", "4").run.recipe(sft("--lora_dim", "4").model).base_is_frozen
     both = sft("--lora_dim", "4", "--train_base_model")
@@ -349,6 +371,20 @@ RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
         ),
         (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
         (["--unsup_coef", "2"], ["--unsup_coef does nothing without --unsupervised_dataset_name"]),
+        (["--ema_decay", "0.5"], ["--ema_decay does nothing without --enable_ema"]),
+        (["--ema_decay", "0.5", "--enable_ema"], []),
+        (["--test_stop_step", "2"], ["--test_stop_step does nothing without --enable_test_mode"]),
+        (["--enable_test_mode"], ["--enable_test_mode does nothing without --test_stop_step"]),
+        (
+            ["--print_answers_interval", "5"],
+            ["--print_answers_interval does nothing without --print_answers"],
+        ),
+        (
+            ["--actor_lora_alpha", "8", "--critic_lora_dim", "4", "--critic_lora_alpha", "8"],
+            ["--actor_lora_alpha does nothing: without --actor_lora_dim there are no adapters"],
+        ),
+        (["--actor_head_learning_rate", "1e-3"], ["--actor_head_learning_rate does nothing"]),
+        (["--train_base_model"], ["--train_base_model does nothing: without LoRA all weights"]),
         # The frozen reward model is sharded by the critic's stage.
         ([*RLOO, "--critic_zero_stage", "3"], []),
         (

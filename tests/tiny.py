@@ -90,6 +90,17 @@ def tiny_opt(seed: int = 0, word_embed_proj_dim: int = 32) -> PreTrainedModel:
     ).eval()
 
 
+def tiny_falcon(seed: int = 0) -> PreTrainedModel:
+    """Falcon of two layers, which ask their config for dropout at every pass."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=VOCABULARY, initializer_range=0.2, **shape, **SPECIAL)
+    ).eval()
+
+
 ARCHITECTURES = {
     "llama": tiny_llama,
     "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),

@@ -65,8 +65,9 @@ class PPOArguments:
         for name in ("generation_batches", "max_prompt_seq_len"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
-        if self.max_steps < 0:
-            raise UserError(f"max_steps is {self.max_steps}: give 0 (no limit) or more")
+        for name, meaning in {"max_steps": "no limit", "eval_interval": "once an epoch"}.items():
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give 0 ({meaning}) or more")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class RLHFSettings:
                 f"print_answers_interval is {self.print_answers_interval}: give at least 1; "
                 "without --print_answers nothing is printed"
             )
+        if self.test_stop_step < 0:
+            raise UserError(f"test_stop_step is {self.test_stop_step}: give 0 (never) or more")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: give a number in [0, 1)")
         # What they are made of is checked as well, before the data is read.
@@ -175,7 +178,24 @@ class RLHFSettings:
                 f"critic_warmup_iterations is {warmup}, but the run has {iterations} iterations: "
                 "the actor would never train; give fewer"
             )
+        steps, rising = (iterations - warmup) * self.updates, self.run.num_warmup_steps
+        if rising >= steps:
+            print_rank_0(
+                f"--num_warmup_steps {rising}: the actor makes {steps} steps in all and never "
+                "reaches its learning rate; give fewer",
+                launched_rank(),
+            )
         return iterations
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of each role in a whole iteration."""
+        ppo = self.ppo
+        rows = ppo.per_device_generation_batch_size * self.rollout.answers_per_prompt
+        micro_batches = ppo.generation_batches * num_windows(
+            rows, ppo.per_device_training_batch_size
+        )
+        return ppo.ppo_epochs * num_windows(micro_batches, self.run.gradient_accumulation_steps)
 
     def role_names(self) -> RoleNames:
         """Which folder plays which role."""
@@ -196,11 +216,6 @@ class RLHFSettings:
     ) -> Cast:
         """Every role, with schedules over the optimizer steps of all its iterations."""
         ppo, run, names = self.ppo, self.run, self.role_names()
-        rows = ppo.per_device_generation_batch_size * self.rollout.answers_per_prompt
-        micro_batches = ppo.generation_batches * num_windows(
-            rows, ppo.per_device_training_batch_size
-        )
-        updates = ppo.ppo_epochs * num_windows(micro_batches, run.gradient_accumulation_steps)
         # The actor's begins when it does, behind the critic's warm-up.
         acting = max(iterations - self.stability.critic_warmup_iterations, 1)
         micro_batch = ppo.per_device_training_batch_size
@@ -212,7 +227,7 @@ class RLHFSettings:
                 hybrid=self.rollout.hybrid(ppo.max_prompt_seq_len + ppo.max_answer_seq_len),
             ),
             recipe=run.recipe(self.actor),
-            schedule=run.schedule(acting * updates),
+            schedule=run.schedule(acting * self.updates),
             offload_frozen=self.offload_reference_model,
         )
         reward = critic = None
@@ -221,7 +236,7 @@ class RLHFSettings:
                 model=names.critic,
                 engine=run.engine_config(self.critic, dtype, micro_batch),
                 recipe=run.recipe(self.critic),
-                schedule=run.schedule(iterations * updates),
+                schedule=run.schedule(iterations * self.updates),
                 fresh_head=names.fresh_head,
             )
         if names.reward is not None:

@@ -16,12 +16,53 @@ def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelArguments
     Args:
         settings: `RLHFSettings`. trained: of the roles that train.
     """
+    yield from _without_switch(settings)
+    yield from _without_adapters(settings, trained)
+    if settings.actor.head_learning_rate is not None:
+        yield "--actor_head_learning_rate does nothing: a language model has no head of its own"
     yield from _dropout(trained)
     yield from _offload(settings, cast)
     if cast.critic is None:
         yield from _of_the_critic(settings, cast)
     if cast.share_trunk == "none" and not any(m.lora.lora_dim for m in trained.values()):
         yield "--share_trunk none does nothing: without LoRA no trunk is shared"
+
+
+SWITCHES = {
+    "ema_decay": "enable_ema",
+    "print_answers_interval": "print_answers",
+    "test_stop_step": "enable_test_mode",
+    "enable_test_mode": "test_stop_step",
+}
+
+
+def _without_switch(settings: Any) -> Iterator[str]:
+    values, given = flag_values(settings), {name for name, _ in _given(settings)}
+    for name, needed in SWITCHES.items():
+        if name in given and not values[needed]:
+            yield f"--{name} does nothing without --{needed}"
+
+
+def _without_adapters(settings: Any, trained: Mapping[str, ModelArguments]) -> Iterator[str]:
+    """Flags of adapters, which a role that trains all its weights has none of."""
+    for role in (name for name, model in trained.items() if not model.lora.lora_dim):
+        names = [f"--{name}" for name, path in _given(settings) if path[:2] == (role, "lora")]
+        if names:
+            yield f"{_listed(names)} nothing: without --{role}_lora_dim there are no adapters"
+    if settings.run.train_base_model and not any(m.lora.lora_dim for m in trained.values()):
+        yield "--train_base_model does nothing: without LoRA all weights train"
+
+
+def _given(settings: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name and place of every flag whose value is not its default."""
+    values = flag_values(settings)
+    for flag in flags_of(type(settings)):
+        if values.get(flag.name, flag.default) != flag.default:
+            yield flag.name, flag.path
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names)} {'does' if len(names) == 1 else 'do'}"
 
 
 def _dropout(trained: Mapping[str, ModelArguments]) -> Iterator[str]:
@@ -54,17 +95,12 @@ def _offload(settings: Any, cast: Cast) -> Iterator[str]:
 
 
 def _of_the_critic(settings: Any, cast: Cast) -> Iterator[str]:
-    path = ("critic",)  # the group of the critic's training
-    values = flag_values(settings)
-    given = [
-        f"--{flag.name}"
-        for flag in flags_of(type(settings))
-        if flag.path[:1] == path and values.get(flag.name, flag.default) != flag.default
-    ]
+    # The group of the critic's training.
+    given = [f"--{name}" for name, path in _given(settings) if path[:1] == ("critic",)]
     if cast.reward is not None and "--critic_zero_stage" in given:
         given.remove("--critic_zero_stage")  # the frozen reward model is sharded by it
     if given:
         yield (
-            f"{', '.join(given)} {'does' if len(given) == 1 else 'do'} nothing: "
+            f"{_listed(given)} nothing: "
             f"--advantage_estimator {settings.ppo.advantage_estimator} trains no critic"
         )

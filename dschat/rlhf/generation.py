@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,7 +49,7 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_answer_seq_len is {self.max_new_tokens}: give at least 1")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}: give a number above 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give a share in (0, 1]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from dschat.errors import UserError
@@ -71,7 +72,7 @@ class PPOConfig:
     def _check_numbers(self) -> None:
         above_zero = {"cliprange": self.clip_range, "reward_clip": self.reward_clip}
         for name, value in above_zero.items():
-            if value <= 0:
+            if not value > 0:  # nor not a number
                 raise UserError(f"{name} is {value}: give a number above 0")
         not_negative = {
             "cliprange_value": self.value_clip_range,
@@ -81,7 +82,7 @@ class PPOConfig:
             "update_kl_limit": self.update_kl_limit,
         }
         for name, value in not_negative.items():
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise UserError(f"{name} is {value}: give 0 or more")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -117,7 +118,7 @@ class PPOConfig:
                     f"kl_horizon is {self.kl_horizon}, but kl_coef is fixed: give --kl_target too"
                 )
             return
-        if self.kl_target <= 0:
+        if not 0 < self.kl_target < math.inf:
             raise UserError(f"kl_target is {self.kl_target}: give nats an answer, above 0")
         if self.kl_coefficient == 0:
             raise UserError("kl_target scales kl_coef, which is 0: give a --kl_coef above 0")

@@ -26,6 +26,7 @@ from dschat.utils.model.reward_statistics import RewardStatistics
 
 FLAG = "reward_function"
 SHOWN_CHARACTERS = 80  # of a text in a message
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class RewardFunction:
             value = self.function(prompt, answer)
         except Exception as error:  # whatever the user's function raises, with its row
             raise UserError(f"--{FLAG} {self.name} fails ({brief(error)}) {place}") from error
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        # A NaN is not below anything; scores are fp32.
+        if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:
             raise UserError(
                 f"--{FLAG} {self.name} returned {value!r} {place}: return a finite number"
             )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch.nn.functional as F
-from tiny_roles import Folders, Setting, save_folders
+from tiny_roles import MODELS, Folders, Setting, save_folders
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import Distributed, init_distributed
@@ -33,10 +33,7 @@ def distributed(cpu_accelerator: None) -> Distributed:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folders]:
-    return {
-        family: save_folders(tmp_path_factory.mktemp(family), family)
-        for family in ("llama", "gpt2", "opt")
-    }
+    return {family: save_folders(tmp_path_factory.mktemp(family), family) for family in MODELS}
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ CASES = [
     ("opt", Setting(lora=LORA)),
     ("opt", Setting(gradient_checkpointing=True)),
     ("gpt2", Setting(lora=LORA, dtype="bf16")),
+    ("falcon", Setting(gradient_checkpointing=True)),
+    ("falcon", Setting(lora=LORA)),
 ]
 
 

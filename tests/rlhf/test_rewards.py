@@ -12,6 +12,7 @@ from tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
 
 from dschat.arguments.rewards import RewardArguments
 from dschat.errors import UserError
+from dschat.rlhf import rewards
 from dschat.rlhf.rewards import RewardFunction, Rewards, score_statistics, texts_of
 from dschat.utils.model.reward_statistics import RewardStatistics
 
@@ -32,6 +33,9 @@ def gives_nan(prompt, answer):
 
 def gives_text(prompt, answer):
     return "good"
+
+def gives_too_much(prompt, answer):
+    return 10**400
 
 def one_text(answer):
     return 0.0
@@ -115,6 +119,7 @@ def test_what_is_no_reward_function_is_refused_at_once(own, name, words):
         ("fails", "fails (KeyError: 'yes') for the prompt 'q: b' and the answer 'yes'"),
         ("gives_nan", "returned nan for the prompt 'q: b' and the answer 'yes': return a finite"),
         ("gives_text", "returned 'good' for the prompt"),
+        ("gives_too_much", "for the prompt 'q: b' and the answer 'yes': return a finite number"),
     ],
 )
 def test_what_a_function_gets_wrong_is_named_with_its_row(own, name, words):
@@ -122,6 +127,16 @@ def test_what_a_function_gets_wrong_is_named_with_its_row(own, name, words):
     with pytest.raises(UserError) as caught:
         Rewards(function=function).applied(sampled(), byte_tokenizer())
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_fails_on_another_rank_stops_this_one(own, monkeypatch):
+    def agreed(work):
+        work()
+        raise UserError("another rank's")
+
+    monkeypatch.setattr(rewards, "agreed_by_all", agreed)
+    with pytest.raises(UserError, match="another rank's"):
+        Rewards(RewardFunction.load("own_rewards:length")).applied(sampled(), byte_tokenizer())
 
 
 def test_parameters_with_defaults_do_no_harm(own):

@@ -26,11 +26,17 @@ from dschat.utils.model.reward_model import RewardModel
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 
-MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}
+MODELS = {
+    "llama": tiny.tiny_llama,
+    "gpt2": tiny.tiny_gpt2,
+    "opt": tiny.tiny_opt,
+    "falcon": tiny.tiny_falcon,
+}
 DROPOUTS = {
     "llama": ("attention_dropout",),
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     "opt": ("dropout", "attention_dropout"),
+    "falcon": ("hidden_dropout", "attention_dropout"),
 }
 LORA = LoraConfig(dim=4, alpha=8.0, dropout=0.5)
 # Adam divides by |g| + eps: with a tiny eps it would turn rounding of the smallest gradients into

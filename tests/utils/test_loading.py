@@ -54,6 +54,17 @@ def test_vocabulary_grows_for_the_tokenizer_and_never_shrinks(
     assert again.config.vocab_size == expected
 
 
+def test_rows_are_added_alike_whatever_was_drawn_before(tmp_path: Path, tiny_tokenizer):
+    """Else a policy and the frozen copy of it, loaded in turn, would differ from the start."""
+    folder = str(tiny.save_llama_folder(tmp_path / "m", vocab_size=250))
+    one = create_hf_model(folder, tiny_tokenizer, torch.float32)
+    torch.rand(1)
+    other = create_hf_model(folder, tiny_tokenizer, torch.float32)
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    assert one.lm_head.weight[250:].std() > 0.1
+
+
 def write_bin(folder: Path, state: dict[str, torch.Tensor], config, tokenizer) -> str:
     """A folder as DeepSpeed-Chat writes it."""
     folder.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from dschat.utils.module.adapter import REWARD
 from dschat.utils.module.adapter_merge import merge_adapter
 
 VOCABULARY_MULTIPLE = 8  # matrix units like embeddings in multiples of 8 rows
+NEW_ROWS_SEED = 0
 
 
 def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
@@ -40,11 +42,16 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
             f"model {source.label}: no readable config.json ({_first_line(error)}); {source.remedy}"
         ) from error
     if dropout is not None:
-        for name, value in config.to_dict().items():
-            is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_rate and ("dropout" in name or name.endswith("_pdrop")):
-                setattr(config, name, dropout)
+        _set_dropout(config, dropout)
     return config
+
+
+def _set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Every dropout probability of the config, whatever the family calls it."""
+    for name, value in config.to_dict().items():
+        is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_rate and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, probability)
 
 
 def check_context(model_name_or_path: str, tokens: int, flags: str) -> None:
@@ -141,12 +148,18 @@ def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = (
 
 
 def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
-    """Add embedding rows when the tokenizer is larger; never remove any."""
-    rows = zero.full_shape(model.get_input_embeddings().weight)[0]
-    if size > rows:
-        model.resize_token_embeddings(
-            size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
-        )
+    """Add embedding rows when the tokenizer is larger; never remove any.
+
+    They are random, and the same whenever they are added to the same model: a policy and the frozen
+    copy of it start alike.
+    """
+    if size > zero.full_shape(model.get_input_embeddings().weight)[0]:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(NEW_ROWS_SEED)
+            model.resize_token_embeddings(
+                size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
+            )
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,7 +176,16 @@ def disable_dropout(model: nn.Module) -> None:
     PPO needs it: old and new log-probabilities must come from one function, and `eval()` would
     also switch gradient checkpointing off.
     """
+    without: dict[int, PretrainedConfig] = {}
     for module in model.modules():
+        config = vars(module).get("config")
+        is_layer = module is not model and not isinstance(module, PreTrainedModel)
+        if is_layer and isinstance(config, PretrainedConfig):
+            # Falcon's layers ask their config at every pass.
+            if id(config) not in without:
+                without[id(config)] = copy.copy(config)
+                _set_dropout(without[id(config)], 0.0)
+            module.config = without[id(config)]
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
