@@ -65,7 +65,7 @@ def test_weights_agree(on_two_ranks, on_one, name, what):
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(
-            actual[key], value, atol=2e-6, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+            actual[key], value, atol=1e-6, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
         )
 
 
