@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
+from tqdm import tqdm
 
 from dschat.errors import UserError
 from dschat.utils.distributed import launched_rank, print_rank_0
@@ -207,5 +208,6 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if launched_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, behind any bar
+            sys.stderr.flush()
         sys.exit(2)

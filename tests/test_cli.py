@@ -7,6 +7,7 @@ import pytest
 
 from dschat.cli import flag, group, parse, run_cli
 from dschat.errors import UserError
+from dschat.utils.metrics import progress
 
 SWITCH = {"action": "store_true"}
 
@@ -219,6 +220,18 @@ def test_run_cli_speaks_on_the_first_rank_alone(capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         run_cli(fail)
     assert end.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys):
+    bar = progress(total=3, desc="ppo")
+
+    def fail():
+        raise UserError("no such thing")
+
+    with pytest.raises(SystemExit):
+        run_cli(fail)
+    bar.close()
+    assert "error: no such thing" in capsys.readouterr().err.splitlines()
 
 
 def test_run_cli_hides_no_other_error():
