@@ -23,7 +23,7 @@ from dschat.utils.distributed import Distributed
 from dschat.utils.engine import torch_dtype
 from dschat.utils.model.model_utils import create_hf_model, load_config
 from dschat.utils.model.reward_model import create_critic_model
-from dschat.utils.model.reward_statistics import read_statistics
+from dschat.utils.model.reward_statistics import VALUE_FILE, read_statistics
 from dschat.utils.model.source import ModelSource, resolve_model
 from dschat.utils.model.tokenizer import load_hf_tokenizer
 
@@ -51,7 +51,10 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
     create = create_critic_model if is_reward else create_hf_model
     model = create(adapter, tokenizer, saved if dtype == "auto" else torch_dtype(dtype))
     alone = Distributed(0, 1, 0, torch.device("cpu"))
-    statistics = read_statistics(adapter) if is_reward else None
+    statistics = None
+    if is_reward:
+        statistics = read_statistics(adapter)
+        model.value_scaling = read_statistics(adapter, VALUE_FILE)
     save_hf_format(model, tokenizer, output_dir, alone, statistics=statistics)
 
 

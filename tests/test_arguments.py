@@ -11,6 +11,7 @@ from dschat.cli import parse
 from dschat.errors import UserError
 from dschat.rlhf.role_config import RoleNames
 from dschat.utils.data.grouping import ByRows, ByTokens, Packed
+from dschat.utils.model.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 
 
 def sft(*argv: str) -> SFTSettings:
@@ -329,6 +330,16 @@ def test_the_hybrid_engine_folds_adapters_in():
     hybrid = cast.actor.engine.hybrid
     assert (hybrid.inference_tp_size, hybrid.max_out_tokens) == (2, 512)
     assert cast.critic.engine.hybrid is None
+
+
+def test_the_scaling_of_a_critics_values_is_read_from_its_folder(tmp_path):
+    own, scores = RewardStatistics(1.0, 3.0, 4, "x"), RewardStatistics(5.0, 2.0, 8, "x")
+    write_statistics(own, tmp_path, VALUE_FILE)
+    settings = rlhf(
+        "--critic_model_name_or_path", str(tmp_path), "--reward_model_name_or_path", "r"
+    )
+    assert settings.cast("fp32", 1, scaling=scores).value_scaling == own
+    assert settings.cast("fp32", 1).value_scaling is None
 
 
 def test_offload_reaches_the_frozen_copies():

@@ -300,6 +300,8 @@ def test_scores_are_scaled_by_the_figures_of_the_last_evaluation(one_rank: Run):
         scaled = (record["reward_model"] - last["mean_score"]) / last["score_std"]
         assert record["reward"] == pytest.approx(scaled, abs=1e-5)
     assert not list(ppo.rglob("reward_statistics.json"))  # a critic's values are no scores
+    kept = json.loads((ppo / "critic" / "value_scaling.json").read_text())
+    assert (kept["mean"], kept["std"]) == (last["mean_score"], last["score_std"])
 
 
 def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):

@@ -23,7 +23,7 @@ from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.utils.data.data_utils import DataSpec
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.engine import num_windows
-from dschat.utils.model.reward_statistics import RewardStatistics
+from dschat.utils.model.reward_statistics import RewardStatistics, read_value_scaling
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,7 @@ class RLHFSettings:
                 recipe=run.recipe(self.critic),
                 schedule=run.schedule(iterations * self.updates),
                 fresh_head=names.fresh_head,
+                value_scaling=scaling and read_value_scaling(names.critic),
             )
         if names.reward is not None:
             offload = self.offload_reward_model

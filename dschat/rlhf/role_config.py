@@ -30,6 +30,7 @@ class RoleConfig:
     schedule: Schedule
     offload_frozen: bool = False  # the actor's frozen copy lives on the CPU between uses
     fresh_head: bool = False  # the critic starts with a random value head
+    value_scaling: RewardStatistics | None = None  # by which the critic's folder was trained
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Cast:
     @property
     def value_scaling(self) -> RewardStatistics | None:
         """What the critic's values are scaled by, so that they start in the units of the scores."""
-        return self.scaling if self._starts_as_reward_model else None
+        if self.scaling is None or self.critic is None or self.critic.fresh_head:
+            return None
+        return self.scaling if self._starts_as_reward_model else self.critic.value_scaling
 
     @property
     def _starts_as_reward_model(self) -> bool:

@@ -18,7 +18,7 @@ from dschat.utils.distributed import Distributed, barrier
 from dschat.utils.model.model_utils import unwrap
 from dschat.utils.model.reward_model import RewardModel, disk_class, disk_format, disk_name
 from dschat.utils.model.reward_statistics import FILE as STATISTICS_FILE
-from dschat.utils.model.reward_statistics import RewardStatistics, write_statistics
+from dschat.utils.model.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.utils.module.adapter import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
     AdapterOrigin,
@@ -35,7 +35,7 @@ MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin"),
     *("config.json", "generation_config.json", CONFIG_FILE, "chat_template*", "merges.txt"),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE),
+    *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE, VALUE_FILE),
 )
 
 
@@ -52,7 +52,8 @@ def save_hf_format(
     Works for causal LMs and reward models, inside an engine of any ZeRO stage or outside; every
     rank must call it, rank 0 writes. The live model is not changed. With a plan that has an
     adapter, its folder in PEFT's format is OUTPUT_DIR/adapter, or OUTPUT_DIR itself where no merged
-    weights are asked for. A reward model's `statistics` go into each folder of weights.
+    weights are asked for. A reward model's `statistics` go into each folder of weights, and what a
+    critic's values were scaled by.
     """
     module = unwrap(model)
     outline = None if plan.adapter is None else adapter_outline(module, plan.adapter)
@@ -62,14 +63,19 @@ def save_hf_format(
         with _new_folder(output_dir) as folder:
             if plan.merged:
                 _write_whole(module, merged_state_dict(state, module), tokenizer, folder)
-                if statistics is not None:
-                    write_statistics(statistics, folder)
+                _write_statistics(module, statistics, folder)
             if outline is not None:
                 inside = folder / ADAPTER_FOLDER if plan.merged else folder
                 _write_adapter(module, outline, state, tokenizer, inside)
-                if statistics is not None:
-                    write_statistics(statistics, inside)
+                _write_statistics(module, statistics, inside)
     barrier()
+
+
+def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, folder: Path) -> None:
+    scaling = module.value_scaling if isinstance(module, RewardModel) else None
+    for name, values in {STATISTICS_FILE: statistics, VALUE_FILE: scaling}.items():
+        if values is not None:
+            write_statistics(values, folder, name)
 
 
 def write_model_folder(

@@ -91,6 +91,15 @@ def test_values_of_another_start_are_not_scaled(folders, other):
     assert replace(cast, critic=None).value_scaling is None
 
 
+def test_values_of_a_trained_critic_keep_their_scaling(folders, other):
+    own = RewardStatistics(1.0, 3.0, 4, "rows")
+    cast = Setting().cast(folders["llama"])
+    critic = replace(cast.critic, value_scaling=own)
+    cast = replace(cast, critic=critic, reward=Setting().frozen(other))
+    assert cast.value_scaling is None  # scores are not scaled either
+    assert replace(cast, scaling=RewardStatistics(5.0, 2.0, 8, "rows")).value_scaling is own
+
+
 @pytest.mark.parametrize("layout", ["auto", "none"])
 def test_without_a_critic_the_reward_model_is_a_copy(folders, distributed, layout):
     setting, batch = Setting(lora=LORA, share_trunk=layout), prompts()

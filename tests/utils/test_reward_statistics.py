@@ -18,6 +18,7 @@ from dschat.utils.model.reward_statistics import (
     FILE,
     RewardStatistics,
     read_statistics,
+    read_value_scaling,
     reward_scaling,
 )
 from dschat.utils.module.lora_layers import LoraConfig
@@ -54,6 +55,20 @@ def test_a_newer_model_without_them_leaves_none_behind(made, tmp_path):
     assert read_statistics(str(tmp_path / "out")) == SAVED
     save_hf_format(model, tokenizer, tmp_path / "out", ALONE)
     assert read_statistics(str(tmp_path / "out")) is None
+
+
+def test_a_critic_keeps_what_its_values_were_scaled_by(made, tmp_path):
+    tokenizer, base, own = byte_tokenizer(), str(made / "base"), RewardStatistics(1.0, 3.0, 4, "x")
+    critic = with_adapter(create_critic_model(base, tokenizer, torch.float32, init_head=True), LORA)
+    critic.value_scaling = own
+    saving = plan("both", base, LORA, tmp_path / "out")
+    save_hf_format(critic, tokenizer, tmp_path / "out", ALONE, saving)
+    merge.main([str(tmp_path / "out/adapter"), str(tmp_path / "merged")])
+    for name in ("out", "out/adapter", "merged"):
+        assert read_value_scaling(str(tmp_path / name)) == own
+        assert read_statistics(str(tmp_path / name)) is None  # values are no scores
+    assert read_value_scaling(str(made / "merged")) == SAVED  # a reward model's are
+    assert read_value_scaling(base) is None
 
 
 def test_an_adapter_has_its_own_not_those_of_its_base(made, tmp_path):

@@ -20,6 +20,7 @@ from dschat.utils.distributed import print_rank_0
 from dschat.utils.model.source import is_local, resolve_model
 
 FILE = "reward_statistics.json"
+VALUE_FILE = "value_scaling.json"  # a critic's: what its values were scaled by in training
 SCALINGS = ("auto", "saved", "none")
 
 
@@ -44,13 +45,18 @@ class RewardStatistics:
         return (scores - self.mean) / self.std
 
 
-def write_statistics(statistics: RewardStatistics, folder: Path) -> None:
+def write_statistics(statistics: RewardStatistics, folder: Path, name: str = FILE) -> None:
     """Put them into a model's or an adapter's folder."""
     text = json.dumps(asdict(statistics), indent=2)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def read_statistics(model_name_or_path: str) -> RewardStatistics | None:
+def read_value_scaling(critic: str) -> RewardStatistics | None:
+    """What a critic's values are scaled by: as where it was trained, or as its scores."""
+    return read_statistics(critic, VALUE_FILE) or read_statistics(critic)
+
+
+def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatistics | None:
     """Those of a model folder, adapter folder or hub id; None where none are kept.
 
     Of an adapter they are its own, never those of its base.
@@ -59,7 +65,7 @@ def read_statistics(model_name_or_path: str) -> RewardStatistics | None:
         UserError: a file that holds something else.
     """
     source = resolve_model(model_name_or_path)
-    file = _file(source.adapters[-1].path if source.adapters else source.base)
+    file = _file(source.adapters[-1].path if source.adapters else source.base, name)
     if file is None:
         return None
     try:
@@ -75,12 +81,12 @@ def read_statistics(model_name_or_path: str) -> RewardStatistics | None:
 _REMEDY = "train step 2 again, or remove the file and give --reward_scaling none"
 
 
-def _file(base: str | Path) -> Path | None:
+def _file(base: str | Path, name: str) -> Path | None:
     folder = Path(base).expanduser()
     if folder.is_dir() or is_local(str(base)):
-        return folder / FILE if (folder / FILE).is_file() else None
+        return folder / name if (folder / name).is_file() else None
     try:
-        return Path(hf_hub_download(str(base), FILE))
+        return Path(hf_hub_download(str(base), name))
     except (OSError, ValueError, HfHubHTTPError):  # not there, or the hub is not
         return None
 
