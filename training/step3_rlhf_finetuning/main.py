@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.arguments import RLHFSettings
 from dschat.cli import parse, run_cli
@@ -25,14 +25,16 @@ from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.role_config import RoleNames
 from dschat.utils.checkpoint import save_hf_format
 from dschat.utils.data.collators import PromptCollator
 from dschat.utils.data.data_utils import create_prompt_dataset
 from dschat.utils.data.loaders import build_loader
-from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
+from dschat.utils.distributed import Distributed, from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.engine import windows
 from dschat.utils.model.reward_model import RewardModel
+from dschat.utils.save_plan import SavePlan
 from dschat.utils.startup import start
 from dschat.utils.training_plan import Course, EnginePlan, Plan
 from dschat.utils.training_state import TrainingStates
@@ -59,11 +61,7 @@ def main() -> None:
     config = settings.ppo_config()
     spec = settings.data_spec()
     names.check_context(spec.max_seq_len, retokenise)
-    plans = {"actor": run.save_plan(names.actor, run.recipe(settings.actor), "actor", "actor_ema")}
-    run.recipe(settings.actor).check(names.actor, AutoModelForCausalLM.from_config)
-    if names.critic is not None:
-        run.recipe(settings.critic).check(names.critic, RewardModel.from_config)
-        plans["critic"] = run.save_plan(names.critic, run.recipe(settings.critic), "critic")
+    plans = checked_plans(settings, names)
     data = create_prompt_dataset(spec, tokenizer, 3, once=from_local_main)
     print_rank_0("\n".join(data.report.lines()))
     cache = settings.data.data_output_path
@@ -137,14 +135,36 @@ def main() -> None:
 
     # 4. model folders that transformers loads
     if run.output_dir is not None:
-        output = Path(run.output_dir)
-        for name, engine in roles.trained.items():
-            save_hf_format(engine, tokenizer, output / name, distributed, plans[name])
-        if roles.ema is not None:
-            with roles.ema.applied() as averaged:
-                folder = output / "actor_ema"
-                save_hf_format(averaged, tokenizer, folder, distributed, plans["actor"])
+        save(roles, plans, tokenizer, Path(run.output_dir), distributed)
     log.close()
+
+
+def checked_plans(settings: RLHFSettings, names: RoleNames) -> dict[str, SavePlan]:
+    """What will be saved of each role that trains; stops where its adapters cannot be."""
+    run = settings.run
+    actor, critic = run.recipe(settings.actor), run.recipe(settings.critic)
+    plans = {"actor": run.save_plan(names.actor, actor, "actor", "actor_ema")}
+    actor.check(names.actor, AutoModelForCausalLM.from_config)
+    if names.critic is not None:
+        critic.check(names.critic, RewardModel.from_config)
+        plans["critic"] = run.save_plan(names.critic, critic, "critic")
+    return plans
+
+
+def save(
+    roles: DeepSpeedRLHFEngine,
+    plans: dict[str, SavePlan],
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    distributed: Distributed,
+) -> None:
+    """Write the folder of each role that trained, and of the actor's average."""
+    for name, engine in roles.trained.items():
+        save_hf_format(engine, tokenizer, output / name, distributed, plans[name])
+    if roles.ema is not None:
+        with roles.ema.applied() as averaged:
+            folder = output / "actor_ema"
+            save_hf_format(averaged, tokenizer, folder, distributed, plans["actor"])
 
 
 if __name__ == "__main__":
