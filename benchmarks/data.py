@@ -130,7 +130,7 @@ def our_rank(args: argparse.Namespace, rows: Path, cache: Path, rank: int) -> di
 
     data_utils.tokenise = clocked
     start = time.perf_counter()
-    spec = DataSpec((str(rows),), "1", str(cache), SEED, args.max_len, workers=args.workers or None)
+    spec = our_spec(args, rows, cache)
     data = create_prompt_dataset(spec, tokenizer, 1, once=from_local_main)
     ready = time.perf_counter() - start
     shares = {

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from dschat.cli import flag
 from dschat.errors import UserError
 from dschat.utils.data.text_blocks import TextBlocks, create_text_blocks
-from dschat.utils.distributed import launched_rank, print_rank_0
 
 DEFAULT_COEFFICIENT = 1.0  # both gradients are about as large (docs/ppo/rewards.md)
 
@@ -35,11 +34,6 @@ class MixInArguments:
                 raise UserError(
                     f"unsupervised_dataset_config_name {self.unsupervised_dataset_config_name}: "
                     "there is no text; give --unsupervised_dataset_name, or drop it"
-                )
-            if self.unsup_coef != DEFAULT_COEFFICIENT:
-                print_rank_0(
-                    "--unsup_coef does nothing without --unsupervised_dataset_name",
-                    launched_rank(),
                 )
             return
         if not (math.isfinite(self.unsup_coef) and self.unsup_coef > 0):

@@ -33,6 +33,7 @@ SWITCHES = {
     "print_answers_interval": "print_answers",
     "test_stop_step": "enable_test_mode",
     "enable_test_mode": "test_stop_step",
+    "unsup_coef": "unsupervised_dataset_name",
 }
 
 

@@ -145,12 +145,11 @@ def tokenise(
     the prompt. The counts are prompts_cut, answers_cut, turns_cut, identical_pairs and
     empty_answers, where there are any.
     """
-    convert = {1: _sft_rows, 2: _pair_rows, 3: _prompt_rows}[phase]
-    recipe = _Recipe(tokenizer, choose_format(tokenizer), max_len, train_on)
+    convert = converter(tokenizer, phase, max_len, train_on)
     counts = _Counts(arrow_file.with_suffix(".counts"))
     try:
         tokens = rows.map(
-            partial(_counted, counts=counts, convert=convert, recipe=recipe),
+            partial(_counted, counts=counts, convert=convert),
             batched=True,
             remove_columns=rows.column_names,
             features=FEATURES[phase],
@@ -177,7 +176,15 @@ def converter(
     """What makes token rows of a batch of text rows, adding to the counts that it is given."""
     recipe = _Recipe(tokenizer, choose_format(tokenizer), max_len, train_on)
     convert = {1: _sft_rows, 2: _pair_rows, 3: _prompt_rows}[phase]
-    return lambda batch, counts: convert(batch, recipe, counts)
+    return partial(_converted, convert=convert, recipe=recipe)
+
+
+def _converted(
+    batch: Batch, counts: Counter[str], convert: Callable[..., Batch], recipe: _Recipe
+) -> Batch:
+    # Lists of numbers by the thousand and no cycle: the collector would read them all for nothing.
+    with _uncollected():
+        return convert(batch, recipe, counts)
 
 
 @dataclass(frozen=True)
@@ -202,13 +209,11 @@ class _Counts:
 
 
 def _counted(
-    batch: Batch, counts: _Counts, convert: Callable[..., Batch], recipe: _Recipe
+    batch: Batch, counts: _Counts, convert: Callable[[Batch, Counter[str]], Batch]
 ) -> Batch:
     """The token rows of one batch; what was cut and dropped in it is added to the counts."""
     here: Counter[str] = Counter()
-    # Lists of numbers by the thousand and no cycle: the collector would read them all for nothing.
-    with _uncollected():
-        rows = convert(batch, recipe, here)
+    rows = convert(batch, here)
     counts.add(here)
     return rows
 
