@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from dschat.cli import OneLineParser, run_cli
+from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent

@@ -33,11 +33,11 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.data_training import SEED, batches, groupings, print_training_speed
-from dschat.utils.data import data_utils
-from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
-from dschat.utils.data.grouping import Grouping
+from dschat.data import datasets as data_utils
+from dschat.data.batching import Grouping
+from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.distributed import from_local_main
-from dschat.utils.model.tokenizer import load_hf_tokenizer
 
 RANKS, BATCH = 2, 16
 

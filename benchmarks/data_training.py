@@ -14,10 +14,10 @@ import datasets
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dschat.utils.data.collators import PackedCollator, SFTBatch, SFTCollator
-from dschat.utils.data.grouping import ByRows, ByTokens, Grouping, Packed
-from dschat.utils.data.loaders import build_loader
-from dschat.utils.evaluation import answer_loss
+from dschat.data.batching import ByRows, ByTokens, Grouping, Packed
+from dschat.data.collators import PackedCollator, SFTBatch, SFTCollator
+from dschat.data.loaders import build_loader
+from dschat.train.evaluation import answer_loss
 
 SEED, TURNS = 1234, 3
 ROWS, BATCH = 96, 4

@@ -28,7 +28,7 @@ from benchmarks.lora_plus.heat_map import heat_map
 from benchmarks.lora_plus.settings import GridSettings
 from benchmarks.lora_plus.tables import render
 from benchmarks.lora_plus.training import Run
-from dschat.cli import parse, run_cli
+from dschat.config.cli import parse, run_cli
 from dschat.errors import UserError
 
 RATIOS = [2.0**k for k in range(7)]  # lambdas whose optimum must lie inside the lattice

@@ -30,23 +30,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ppo_states import Options, table
+from dschat.data.collators import PromptBatch
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import create_critic_model
+from dschat.models.save import save_hf_format
+from dschat.models.save_plan import plan_saving
 from dschat.quickstart.model import build_tokenizer, corpus
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import PromptBatch
+from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train.engine import Recipe, torch_dtype
 from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.engine import Recipe, torch_dtype
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.reward_model import create_critic_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
 from dschat.utils.module.lora_layers import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
-from dschat.utils.save_plan import plan_saving
 
 LAYOUTS = {"none": "four trunks", "auto": "two trunks", "all": "one trunk"}
 MIB = 2**20

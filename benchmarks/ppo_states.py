@@ -18,7 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from dschat.utils.model.reward_model import RewardModel
+from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_layers import LoraConfig
 

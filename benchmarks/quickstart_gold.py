@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from dschat.models.reward_model import create_critic_model
 from dschat.quickstart.report import MODELS, held_out_prompts, judge
-from dschat.utils.model.reward_model import create_critic_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.text.tokenizer import load_hf_tokenizer
 
 
 def main() -> None:

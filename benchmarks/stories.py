@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
+from dschat.data.collators import PromptCollator
+from dschat.functional.returns import answer_mask_from
+from dschat.models.causal_lm import create_hf_model
 from dschat.quickstart.report import decode, held_out_prompts
-from dschat.rlhf.returns import answer_mask_from
-from dschat.utils.data.collators import PromptCollator
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.text.tokenizer import load_hf_tokenizer
 
 HAPPY = frozenset(
     re.findall(

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from dschat.cli import OneLineParser, run_cli
+from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
-from dschat.utils.checkpoint import check_output_dir, save_hf_format
+from dschat.models.causal_lm import create_hf_model, load_config
+from dschat.models.reward_model import create_critic_model
+from dschat.models.reward_statistics import VALUE_FILE, read_statistics
+from dschat.models.save import check_output_dir, save_hf_format
+from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train.engine import torch_dtype
 from dschat.utils.distributed import Distributed
-from dschat.utils.engine import torch_dtype
-from dschat.utils.model.model_utils import create_hf_model, load_config
-from dschat.utils.model.reward_model import create_critic_model
-from dschat.utils.model.reward_statistics import VALUE_FILE, read_statistics
-from dschat.utils.model.source import ModelSource, resolve_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.utils.module.model_source import ModelSource, resolve_model
 
 
 def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument(
         "--dtype",
-        choices=["auto", "fp32", "bf16", "fp16"],
+        choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
         help="of the merged weights; auto is the base's own (default: auto)",
     )

@@ -27,34 +27,36 @@ from transformers.generation.streamers import BaseStreamer
 if __name__ == "__main__":  # run as a file: the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dschat.cli import flag, parse, run_cli
+from dschat.config.cli import parse, run_cli
+from dschat.data.tokenise import cut_left
 from dschat.errors import UserError
-from dschat.utils.data.formats import choose_format
-from dschat.utils.data.tokenise import cut_left
-from dschat.utils.model.encoding import encode
-from dschat.utils.model.model_utils import create_hf_model, load_config
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.models.causal_lm import create_hf_model, load_config
+from dschat.settings import Settings, setting
+from dschat.text.encoding import encode
+from dschat.text.formats import choose_format
+from dschat.text.tokenizer import load_hf_tokenizer
 from inference.conversation import Turn, fit_conversation, settled_part
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(Settings):
     """What the command line of the chatbot takes."""
 
-    path: str = flag(dataclasses.MISSING, "folder of a trained model, or of an adapter", type=str)
-    max_new_tokens: int = flag(128, "longest answer")
-    temperature: float = flag(0.7, "of sampling; 0 takes the likeliest token each time")
-    top_p: float = flag(0.95, "sample among the likeliest tokens of this total probability")
-    seed: int = flag(1234, "seed of sampling")
-    dtype: str = flag(
-        "auto", "auto is the saved one, fp32 on a CPU", choices=["auto", "fp32", "bf16", "fp16"]
+    path: str = setting(dataclasses.MISSING, "folder of a trained model, or of an adapter")
+    max_new_tokens: int = setting(128, "longest answer")
+    temperature: float = setting(0.7, "of sampling; 0 takes the likeliest token each time")
+    top_p: float = setting(0.95, "sample among the likeliest tokens of this total probability")
+    seed: int = setting(1234, "seed of sampling")
+    dtype: str = setting(
+        "auto", "auto is the saved one, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
     )
-    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    raw: bool = flag(False, "send each text as it is, without turns or memory", action="store_true")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    raw: bool = setting(False, "send each text as it is, without turns or memory")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: give at least 1")
         if not 0 <= self.temperature < math.inf:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dschat.utils.data.conversations import Turn as Said
-from dschat.utils.data.formats import DschatFormat, PromptFormat
-from dschat.utils.data.tokenise import cut_left
+from dschat.data.tokenise import cut_left
+from dschat.text.conversations import Turn as Said
+from dschat.text.formats import DschatFormat, PromptFormat
 
 
 @dataclass(frozen=True)

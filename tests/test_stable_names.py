@@ -37,8 +37,8 @@ HOMES = {
     "get_optimizer_grouped_parameters": "dschat.utils.optim",
     "print_rank_0": "dschat.utils.distributed",
     "set_random_seed": "dschat.utils.distributed",
-    "load_hf_tokenizer": "dschat.utils.model.tokenizer",
-    "save_hf_format": "dschat.utils.checkpoint",
+    "load_hf_tokenizer": "dschat.text.tokenizer",
+    "save_hf_format": "dschat.models.save",
 }
 PAIRS = [(module, name) for module, names in STABLE_NAMES.items() for name in names]
 
@@ -64,3 +64,13 @@ def test_utils_holds_nothing_else():
     utils = importlib.import_module("dschat.utils.utils")
     public = {name for name in vars(utils) if not name.startswith("_")}
     assert public == set(STABLE_NAMES["dschat.utils.utils"]) == set(utils.__all__)
+
+
+DOORS = ("dschat.utils.data.data_utils", "dschat.utils.model.model_utils")
+
+
+@pytest.mark.parametrize("door", [*DOORS, "dschat.utils.model.reward_model"])
+def test_a_door_holds_its_stable_names_alone(door: str):
+    module = importlib.import_module(door)
+    public = {name for name in vars(module) if not name.startswith("_")}
+    assert public == set(STABLE_NAMES[door]) == set(module.__all__)

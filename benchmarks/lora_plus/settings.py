@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from benchmarks.lora_plus.report import Cell
-from dschat.cli import flag
 from dschat.errors import UserError
+from dschat.settings import Settings, setting
 
 BAND = (0.125, 64.0)  # cells of other lambdas are not run
 
@@ -45,27 +45,34 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class GridSettings:
+class GridSettings(Settings):
     """Flags of the benchmark."""
 
-    output_dir: str = flag(dataclasses.MISSING, "results, caches and the summary", type=str)
-    task: str = flag("embedded", "what is learned", choices=sorted(PRESETS))
-    model_name_or_path: str | None = flag(None, "model folder of --task hh", type=str)
-    data_path: str | None = flag(None, "rows of --task hh", type=str)
-    figures_dir: str = flag("docs/figures", "where the heat maps are written")
-    init: list[str] = flag(["A", "B"], "the matrices that start random", nargs="+", type=str)
-    rank: int = flag(8, "rank of the adapters")
-    steps: int | None = flag(None, "optimizer steps of a run (default: the task's)", type=int)
-    grid_seeds: list[int] = flag([1, 2, 3], "seeds of the grid", nargs="+", type=int)
-    fresh_seeds: list[int] = flag([11, 12, 13], "seeds of the winners", nargs="+", type=int)
-    eta_A: list[int] | None = flag(  # noqa: N815
-        None, "first and last exponent of two (default: the task's)", nargs=2, type=int
+    output_dir: str = setting(dataclasses.MISSING, "results, caches and the summary")
+    task: str = setting("embedded", "what is learned", choices=sorted(PRESETS))
+    model_name_or_path: str | None = setting(None, "model folder of --task hh")
+    data_path: str | None = setting(None, "rows of --task hh")
+    figures_dir: str = setting("docs/figures", "where the heat maps are written")
+    init: tuple[str, ...] = setting(
+        (
+            "A",
+            "B",
+        ),
+        "the matrices that start random",
     )
-    eta_B: list[int] | None = flag(  # noqa: N815
-        None, "first and last exponent of two (default: the task's)", nargs=2, type=int
+    rank: int = setting(8, "rank of the adapters")
+    steps: int | None = setting(None, "optimizer steps of a run (default: the task's)")
+    grid_seeds: tuple[int, ...] = setting((1, 2, 3), "seeds of the grid")
+    fresh_seeds: tuple[int, ...] = setting((11, 12, 13), "seeds of the winners")
+    eta_A: tuple[int, ...] | None = setting(  # noqa: N815
+        None, "first and last exponent of two (default: the task's)"
+    )
+    eta_B: tuple[int, ...] | None = setting(  # noqa: N815
+        None, "first and last exponent of two (default: the task's)"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if wrong := set(self.init) - {"A", "B"}:
             raise UserError(f"--init {min(wrong)}: choose A, B or both")
         if self.rank < 1:

@@ -17,13 +17,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.lora_plus.training import Row, Run, Task, fit
+from dschat.data.collators import SFTBatch, SFTCollator
+from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.models.causal_lm import check_context, create_hf_model
 from dschat.quickstart import world
 from dschat.quickstart.model import build_model, build_tokenizer, corpus
 from dschat.quickstart.task import sft_rows, split_prompts
-from dschat.utils.data.collators import SFTBatch, SFTCollator
-from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
-from dschat.utils.model.model_utils import check_context, create_hf_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.optim import OptimizerConfig
 
 EVAL_BATCH = 32

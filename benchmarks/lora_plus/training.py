@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dschat.losses import sft_loss, window_scale
-from dschat.utils.data.collators import SFTBatch, SFTCollator
+from dschat.data.collators import SFTBatch, SFTCollator
+from dschat.functional.losses import sft_loss, window_scale
 from dschat.utils.module.lora import (
     LoraConfig,
     convert_linear_layer_to_lora,

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.collators import PromptBatch, PromptCollator
+from dschat.functional.returns import answer_mask_from
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import RewardModel, create_critic_model, scores_at_end
 from dschat.quickstart.model import MAX_NEW_TOKENS
 from dschat.quickstart.task import GoldScore, gold_score
 from dschat.rlhf.generation import SamplingConfig, generate
-from dschat.rlhf.returns import answer_mask_from
-from dschat.utils.data.collators import PromptBatch, PromptCollator
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.reward_model import RewardModel, create_critic_model, scores_at_end
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.text.tokenizer import load_hf_tokenizer
 
 SHOWN_PROMPTS = 3
 ANSWERS_PER_PROMPT = 5

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dschat.rlhf.experience import Experience
-from dschat.rlhf.ppo_config import PPOConfig
-from dschat.rlhf.returns import (
+from dschat.functional.returns import (
     Reduce,
     generalized_advantages,
     group_normalised,
@@ -15,6 +13,8 @@ from dschat.rlhf.returns import (
     shaped_rewards,
     whiten,
 )
+from dschat.rlhf.experience import Experience
+from dschat.rlhf.ppo_config import PPOConfig
 
 
 def with_advantages(

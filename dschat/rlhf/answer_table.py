@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dschat.functional.returns import kl_k1
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.returns import kl_k1
 from dschat.rlhf.rewards import texts_of
-from dschat.utils.metrics import format_value, set_aside
+from dschat.train.metrics import format_value, set_aside
 
 FILE = "answers.jsonl"
 LINES = 4  # of one cell

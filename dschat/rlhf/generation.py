@@ -18,18 +18,18 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
-from dschat.rlhf.returns import answer_mask_from
-from dschat.utils.data.collators import PromptBatch
-from dschat.utils.distributed import print_rank_0
-from dschat.utils.model.model_utils import (
+from dschat.functional.returns import answer_mask_from
+from dschat.models.causal_lm import (
     forward_inputs,
     position_ids_from,
     takes_argument,
     unwrap,
 )
-from dschat.utils.model.source import resolve_model
+from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.lora import fused_adapters
+from dschat.utils.module.model_source import resolve_model
 
 SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, a first one that is cut
 

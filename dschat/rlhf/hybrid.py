@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
+from dschat.models.causal_lm import unwrap
 from dschat.rlhf.generation import RolloutEngine, SamplingConfig, TransformersRollout
-from dschat.utils.data.collators import PromptBatch
-from dschat.utils.model.model_utils import unwrap
 
 FLAG = "enable_hybrid_engine"
 ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may differ

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from dschat.losses import token_entropy, token_logprobs
+from dschat.functional.losses import token_entropy, token_logprobs
+from dschat.models.causal_lm import forward_inputs, takes_argument, unwrap
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.model.model_utils import forward_inputs, takes_argument, unwrap
 
 BLOCK_BYTES = 64 * 2**20  # of fp32 logits at one time
 PROBE = 100.0  # logits of this size show any scaling or capping

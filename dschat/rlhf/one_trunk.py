@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
-from dschat.utils.model.model_utils import adopt_special_tokens, create_hf_model, load_config
-from dschat.utils.model.reward_model import RewardModel, create_critic_model, read_head, with_head
-from dschat.utils.model.source import ModelSource, resolve_model, same_model
+from dschat.models.causal_lm import adopt_special_tokens, create_hf_model, load_config
+from dschat.models.reward_model import RewardModel, create_critic_model, read_head, with_head
 from dschat.utils.module.adapter_merge import fitting_updates
 from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_apart
+from dschat.utils.module.model_source import ModelSource, resolve_model, same_model
 
 FLAG = "share_trunk all"
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, fields
 
 from dschat.errors import UserError
+from dschat.functional.returns import KL_ESTIMATORS
 from dschat.rlhf.generation import SamplingConfig
-from dschat.rlhf.returns import KL_ESTIMATORS
 from dschat.rlhf.rollout import RolloutConfig
 
 ESTIMATORS = ("gae", "rloo", "grpo")

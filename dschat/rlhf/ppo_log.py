@@ -9,12 +9,12 @@ from dschat.rlhf.answer_table import AnswerFile, answer_table, choose_answers
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.train.engine import Recipe
+from dschat.train.metrics import console_line, format_value, progress
+from dschat.train.progress import LogConfig, WorkShape
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
-from dschat.utils.engine import Recipe
-from dschat.utils.metrics import console_line, format_value, progress
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
-from dschat.utils.progress import LogConfig, WorkShape
 
 PARTS = ("reward_model", "reward_function")  # in the line where there are both
 SHOWN = (

@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import torch
 
+from dschat.functional.returns import kl_k1, kl_k3, masked_mean, masked_moments
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.returns import kl_k1, kl_k3, masked_mean, masked_moments
 from dschat.utils.distributed import all_reduce_sum
 
 

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from dschat.losses import kl_loss, policy_loss, value_loss, window_scale
+from dschat.data.collators import PromptBatch
+from dschat.functional.losses import kl_loss, policy_loss, value_loss, window_scale
+from dschat.functional.returns import kl_k3
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience, minibatches
 from dschat.rlhf.generation import RolloutEngine, TransformersRollout
@@ -30,13 +32,11 @@ from dschat.rlhf.ppo_statistics import (
     value_statistics,
 )
 from dschat.rlhf.ptx import PTX
-from dschat.rlhf.returns import kl_k3
 from dschat.rlhf.rewards import Rewards, score_statistics
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
-from dschat.utils.data.collators import PromptBatch
+from dschat.train.engine import backward, windows
 from dschat.utils.distributed import all_reduce_sum
-from dschat.utils.engine import backward, windows
 
 
 class DeepSpeedPPOTrainer:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dschat.losses import window_scale
+from dschat.data.text_blocks import TextBlocks
+from dschat.functional.losses import window_scale
 from dschat.rlhf.logprobs import answer_logprobs
-from dschat.utils.data.text_blocks import TextBlocks
+from dschat.train.engine import backward
 from dschat.utils.distributed import all_reduce_sum
-from dschat.utils.engine import backward
 
 
 class BlockOrder:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.tokenise import truncate
 from dschat.errors import UserError
-from dschat.utils.data.conversations import Turn
-from dschat.utils.data.formats import PromptFormat, choose_format, render
-from dschat.utils.data.tokenise import truncate
-from dschat.utils.model.encoding import encode, encode_answers
-from dschat.utils.model.tokenizer import tokenizer_fingerprint
+from dschat.text.conversations import Turn
+from dschat.text.encoding import encode, encode_answers
+from dschat.text.formats import PromptFormat, choose_format, render
+from dschat.text.tokenizer import tokenizer_fingerprint
 
 CONVERSATION = (Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?"))
 WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.user_functions import brief, function_of, source_digest
 from dschat.errors import UserError
+from dschat.functional.returns import masked_mean, masked_moments
+from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.returns import masked_mean, masked_moments
-from dschat.utils.data.own_reader import brief, function_of, source_digest
 from dschat.utils.distributed import agreed_by_all, all_reduce_sum
-from dschat.utils.model.reward_statistics import RewardStatistics
 
 FLAG = "reward_function"
 SHOWN_CHARACTERS = 80  # of a text in a message

@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dschat.models.causal_lm import disable_dropout
+from dschat.models.reward_model import scores_at_end
 from dschat.rlhf.ema import EMA
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
+from dschat.train.engine import build_engine, build_frozen, torch_dtype
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
-from dschat.utils.engine import build_engine, build_frozen, torch_dtype
-from dschat.utils.model.model_utils import disable_dropout
-from dschat.utils.model.reward_model import scores_at_end
 from dschat.utils.module.lora import adapters_disabled
 from dschat.utils.zero import is_partitioned
 

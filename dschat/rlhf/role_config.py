@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
+from dschat.models.causal_lm import check_context, load_config
+from dschat.models.reward_model import DISK_HEAD, check_reward_head, read_head
+from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.retokenise import Retokeniser
+from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from dschat.train.engine import Recipe, Schedule
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.engine import Recipe, Schedule
-from dschat.utils.model.model_utils import check_context, load_config
-from dschat.utils.model.reward_model import DISK_HEAD, check_reward_head, read_head
-from dschat.utils.model.reward_statistics import RewardStatistics
-from dschat.utils.model.source import resolve_model, same_model
-from dschat.utils.model.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from dschat.utils.module.model_source import resolve_model, same_model
 
 LAYOUTS = ("auto", "all", "none")  # of trunks
 

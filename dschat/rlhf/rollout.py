@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import RolloutEngine, SamplingConfig, StopStrings, answer_ends
 from dschat.rlhf.logprobs import answer_logprobs
-from dschat.utils.data.collators import PromptBatch
 
 
 def answer_values(

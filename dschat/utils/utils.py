@@ -1,8 +1,8 @@
 """Re-exports of the names that DeepSpeed-Chat users import from here; nothing else."""
 
-from dschat.utils.checkpoint import save_hf_format
+from dschat.models.save import save_hf_format
+from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.distributed import print_rank_0, set_random_seed
-from dschat.utils.model.tokenizer import load_hf_tokenizer
 from dschat.utils.optim import get_optimizer_grouped_parameters
 
 __all__ = [

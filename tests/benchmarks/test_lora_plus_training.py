@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PAD, padded, tiny_llama, token_rows
 
 from benchmarks.lora_plus import tasks, training
 from benchmarks.lora_plus.training import Run, Task, train_once
-from dschat.utils.data.collators import SFTCollator
+from dschat.data.collators import SFTCollator
+from tests.helpers.tiny import PAD, padded, tiny_llama, token_rows
 
 
 def test_the_cipher_exchanges_every_word_and_turns_the_answer_round():

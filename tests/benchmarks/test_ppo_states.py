@@ -1,20 +1,14 @@
 """The table of model states against parameters counted by hand and bytes that engines allocate."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "rlhf"))  # where tiny roles are
-
-from one_base import save_one_base
-from tiny import tiny_llama, tiny_opt
-from tiny_roles import Setting, ppo_trainer, rollout
 
 from benchmarks.ppo_states import LLAMA_3, PAIRS, Options, count, states, table
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import init_distributed
 from dschat.utils.module.lora_layers import LoraConfig
+from tests.helpers.tiny import tiny_llama, tiny_opt
+from tests.rlhf.one_base import save_one_base
+from tests.rlhf.tiny_roles import Setting, ppo_trainer, rollout
 
 LORA = LoraConfig(dim=4)
 SHARE = {"full": "auto", "none": "none", "auto": "auto", "all": "all"}

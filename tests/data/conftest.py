@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dschat.utils.data.raw_datasets import load_source
-from dschat.utils.data.sources import Reading
+from dschat.data.registry import Reading
+from dschat.data.sources import load_source
 
 MERGES_BYTE = [("Ġ", "w"), ("h", "i"), ("Ċ", "Ċ"), ("l", "o"), ("Ġw", "e")]
 MERGES_SPACE = [("▁", "a"), ("▁", "w"), ("n", "d"), ("▁a", "nd"), ("h", "i"), ("l", "o")]

@@ -11,12 +11,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer
 
+from dschat.data import cache, tokenise
+from dschat.data.cache import written_once
+from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.errors import UserError
-from dschat.utils.data import cache, tokenise
-from dschat.utils.data.cache import written_once
-from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
+from tests.helpers.tiny import byte_tokenizer
 
 ROWS = 3000
 

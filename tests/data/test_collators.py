@@ -2,13 +2,13 @@ import datasets
 import pytest
 import torch
 
-from dschat.utils.data.collators import (
+from dschat.data.collators import (
     PairCollator,
     PromptCollator,
     SFTCollator,
 )
-from dschat.utils.data.loaders import build_loader
-from dschat.utils.model.model_utils import position_ids_from
+from dschat.data.loaders import build_loader
+from dschat.models.causal_lm import position_ids_from
 
 PAD = EOS = 2
 

@@ -3,14 +3,14 @@
 import datasets
 import numpy as np
 import pytest
-from tiny import byte_tokenizer
 
 from dschat.data import main
+from dschat.data.batching import ByRows, ByTokens, Packed
+from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
+from dschat.data.dataset_stats import Marks, histogram, real_share, render, sequence_lengths
+from dschat.data.loaders import build_loader
 from dschat.errors import UserError
-from dschat.utils.data.collators import PackedCollator, PairCollator, SFTCollator
-from dschat.utils.data.grouping import ByRows, ByTokens, Packed
-from dschat.utils.data.loaders import build_loader
-from dschat.utils.data.survey import Marks, histogram, real_share, render, sequence_lengths
+from tests.helpers.tiny import byte_tokenizer
 
 PAIRS = [
     {"prompt": f"say {n}:", "chosen": f" {n}!", "rejected": " no" * (n % 5)} for n in range(1, 41)

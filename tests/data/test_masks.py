@@ -1,11 +1,11 @@
 """What trains, to the token: answers and their end tokens, in every format and template."""
 
 import pytest
-from templates import COUNTING, ENDLESS, FAMILIES, THINKING, with_template
 
+from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.errors import UserError
-from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
-from dschat.utils.data.formats import choose_format
+from dschat.text.formats import choose_format
+from tests.text.templates import COUNTING, ENDLESS, FAMILIES, THINKING, with_template
 
 TALK = [
     {"role": "user", "content": "hi"},

@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-from meanings import meaning
 
+from dschat.data.registry import Reading
 from dschat.errors import UserError
-from dschat.utils.data.sources import Reading
+from tests.data.meanings import meaning
 
 ASK = {"role": "user", "content": "hi"}
 ASKED = (("user", "hi"),)
@@ -43,7 +43,7 @@ def test_mappings_that_cannot_be_are_refused(columns, words, load):
 
 
 OWN = """
-from dschat.utils.data.conversations import Example, Turn
+from dschat.text.conversations import Example, Turn
 
 def record(row):
     return {"prompt": [{"role": "user", "content": row["q"]}], "chosen": row["a"]}

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dschat.data import sources as raw_datasets
+from dschat.data.sources import load_source
 from dschat.errors import UserError
-from dschat.utils.data import raw_datasets
-from dschat.utils.data.raw_datasets import load_source
 
 PAIR = {"prompt": "hi", "chosen": " we", "rejected": " lo"}
 ROWS = [{**PAIR, "prompt": f"hi {number}"} for number in range(20)]

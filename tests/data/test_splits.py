@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from dschat.data.splits import holdout_split, parse_proportions, phase_split
 from dschat.errors import UserError
-from dschat.utils.data.splits import holdout_split, parse_proportions, phase_split
 
 
 def _sizes(size, proportions):

@@ -3,16 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from tiny import byte_tokenizer
 
-from dschat.arguments import RewardSettings, RLHFSettings, SFTSettings
-from dschat.cli import parse
+from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.cli import parse
+from dschat.data import stream
+from dschat.data.collators import PairCollator, PromptCollator, SFTCollator
+from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.data.loaders import build_loader
 from dschat.errors import UserError
-from dschat.utils.data import stream
-from dschat.utils.data.collators import PairCollator, PromptCollator, SFTCollator
-from dschat.utils.data.data_utils import DataSpec, create_prompt_dataset
-from dschat.utils.data.loaders import build_loader
-from dschat.utils.training_plan import Course
+from dschat.train.run_plan import Course
+from tests.helpers.tiny import byte_tokenizer
 
 ROWS = [
     {"prompt": f"{n:03}" + "." * (n % 7), "chosen": f" {n}" if n % 10 else "", "rejected": " no"}

@@ -8,8 +8,8 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dschat.data.text_blocks import TextBlocks, create_text_blocks
 from dschat.errors import UserError
-from dschat.utils.data.text_blocks import TextBlocks, create_text_blocks
 
 TEXTS = ["hi all", "low", "  \n", "we go"]
 EOS = 0

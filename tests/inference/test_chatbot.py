@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapters import ALONE, plan, with_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dschat.cli import run_cli
+from dschat.config.cli import run_cli
 from dschat.errors import UserError
-from dschat.utils.checkpoint import save_hf_format
+from dschat.models.save import save_hf_format
 from dschat.utils.module.lora_layers import LoraConfig
 from inference.chatbot import (
     Chatbot,
@@ -26,6 +25,7 @@ from inference.chatbot import (
     prompt_room,
 )
 from inference.conversation import Turn, fit_conversation, format_conversation, settled_part
+from tests.helpers.adapters import ALONE, plan, with_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch.nn.functional as F
-from tiny_roles import MODELS, Folders, Setting, save_folders
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import Distributed, init_distributed
+from tests.rlhf.tiny_roles import MODELS, Folders, Setting, save_folders
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tiny import BOS, EOS, PAD, byte_tokenizer
 
 from dschat.rlhf.experience import Experience
+from tests.helpers.tiny import BOS, EOS, PAD, byte_tokenizer
 
 
 def ids(text: str) -> list[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from adapters import ALONE, plan, save_base, with_adapter
-from tiny import byte_tokenizer
-from tiny_roles import Folders
 
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.reward_model import create_critic_model
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import create_critic_model
+from dschat.models.save import save_hf_format
 from dschat.utils.module.lora_layers import LoraConfig
+from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.tiny_roles import Folders
 
 SFT_LORA = LoraConfig(dim=3, alpha=2.0)
 REWARD_LORA = LoraConfig(dim=2, alpha=3.0, use_rslora=True)

@@ -11,12 +11,20 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_roles import LORA, Folders, Setting, end_after, ppo_trainer, prompts, without_critic
 
+from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
-from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
+from tests.rlhf.tiny_roles import (
+    LORA,
+    Folders,
+    Setting,
+    end_after,
+    ppo_trainer,
+    prompts,
+    without_critic,
+)
 
 # Four rows a rank, all of them in one window.
 CELLS = {

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import datasets
 import torch
-from ppo_worker import share
-from tiny_roles import LORA, Folders, Setting, ppo_trainer
 from torch import nn
 
+from dschat.data.text_blocks import TextBlocks
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ptx import PTX
-from dschat.utils.data.text_blocks import TextBlocks
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
+from tests.rlhf.ppo_worker import share
+from tests.rlhf.tiny_roles import LORA, Folders, Setting, ppo_trainer
 
 CELLS = {
     "zero 0, full": Setting(micro_batch=1, accumulation=2),

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from ppo_worker import share
-from tiny_roles import LORA, Folders, Setting, ppo_trainer
 
 from dschat.rlhf.experience import Experience
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
+from tests.rlhf.ppo_worker import share
+from tests.rlhf.tiny_roles import LORA, Folders, Setting, ppo_trainer
 
 
 def one_trunk(stage: int, micro_batch: int = 2) -> Setting:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import tiny
 import torch
-from tiny_roles import LORA, Folders, Setting, left_padded, ppo_trainer
 
+from dschat.data.collators import PromptBatch
+from dschat.models.causal_lm import create_hf_model
 from dschat.rlhf import logprobs
-from dschat.utils.data.collators import PromptBatch
 from dschat.utils.distributed import Distributed, init_distributed
-from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.zero import consolidated_state_dict
+from tests.helpers import tiny
+from tests.rlhf.tiny_roles import LORA, Folders, Setting, left_padded, ppo_trainer
 
 CELLS = {
     "zero 3, lora": Setting(zero_stage=3, lora=LORA, gradient_checkpointing=True),

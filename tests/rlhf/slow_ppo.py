@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tiny_roles import Folders
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.rlhf.tiny_roles import Folders
 
 BETAS = (0.9, 0.95)
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from test_ppo_numbers import learned, synthetic
 
+from dschat.functional.returns import group_normalised, leave_one_out, shaped_rewards
 from dschat.rlhf.advantages import whitened
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.returns import group_normalised, leave_one_out, shaped_rewards
+from tests.rlhf.test_ppo_numbers import learned, synthetic
 
 GROUP = torch.tensor([4, 7, 4, 4, 7, 9])
 REAL = torch.tensor([True, True, True, True, True, False])

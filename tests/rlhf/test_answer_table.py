@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from hand_made import sampled
-from tiny import byte_tokenizer
 
 from dschat.rlhf.answer_table import (
     LINES,
@@ -16,6 +14,8 @@ from dschat.rlhf.answer_table import (
     choose_answers,
 )
 from dschat.rlhf.rewards import RewardFunction, Rewards
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.hand_made import sampled
 
 ANSWER = Answer(
     iteration=3,

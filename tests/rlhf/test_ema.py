@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from tiny_roles import LORA, Setting, assert_same, largest_change, ppo_trainer, rollout, weights
+
+from tests.rlhf.tiny_roles import (
+    LORA,
+    Setting,
+    assert_same,
+    largest_change,
+    ppo_trainer,
+    rollout,
+    weights,
+)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

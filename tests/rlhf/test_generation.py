@@ -4,21 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
-import tiny
 import torch
-from tiny import EOS, PAD
-from tiny_roles import (
-    LORA,
-    Setting,
-    end_after,
-    left_padded,
-    ppo_trainer,
-    prompts,
-    weights,
-)
 from torch import nn
 from transformers import GenerationConfig
 
+from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.generation import (
     SamplingConfig,
@@ -29,9 +19,19 @@ from dschat.rlhf.generation import (
 )
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import generate_sorted
-from dschat.utils.data.collators import PromptBatch
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_layers import LoraConfig
+from tests.helpers import tiny
+from tests.helpers.tiny import EOS, PAD
+from tests.rlhf.tiny_roles import (
+    LORA,
+    Setting,
+    end_after,
+    left_padded,
+    ppo_trainer,
+    prompts,
+    weights,
+)
 
 
 def ids_of(text: str) -> list[int]:

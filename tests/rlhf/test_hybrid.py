@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field
 
 import pytest
-import tiny
 import torch
-from tiny_roles import prompts
 from torch import nn
 
+from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.generation import SamplingConfig, TransformersRollout
 from dschat.rlhf.hybrid import HybridRollout, check_hybrid_available, check_parity, proven_hybrid
-from dschat.utils.data.collators import PromptBatch
 from dschat.utils.ds_utils import EngineConfig, HybridConfig, get_train_ds_config
+from tests.helpers import tiny
+from tests.rlhf.tiny_roles import prompts
 
 
 def plain(seed: int = 0) -> TransformersRollout:

@@ -5,19 +5,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapters import ALONE, plan, with_adapter
-from one_base import SFT_LORA, save_one_base
-from tiny import byte_tokenizer
-from tiny_roles import LORA, Setting, assert_same, largest_change, ppo_trainer, rollout, weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat.errors import UserError
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.save import save_hf_format
 from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.model.model_utils import create_hf_model
 from dschat.utils.module.lora import fused_adapters
+from tests.helpers.adapters import ALONE, plan, with_adapter
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.one_base import SFT_LORA, save_one_base
+from tests.rlhf.tiny_roles import (
+    LORA,
+    Setting,
+    assert_same,
+    largest_change,
+    ppo_trainer,
+    rollout,
+    weights,
+)
 
 LAYOUTS = ("none", "auto", "all")
 PARTS = ("logprobs", "ref_logprobs", "values", "scores")

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
-from tiny_roles import left_padded
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -13,14 +11,16 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dschat.models.causal_lm import forward_inputs
 from dschat.rlhf import logprobs
 from dschat.rlhf.logprobs import answer_logprobs
-from dschat.utils.model.model_utils import forward_inputs
 from dschat.utils.module.lora import (
     convert_linear_layer_to_lora,
     make_model_gradient_checkpointing_compatible,
 )
 from dschat.utils.module.lora_layers import LoraConfig
+from tests.helpers import tiny
+from tests.rlhf.tiny_roles import left_padded
 
 SHAPE = {
     "vocab_size": tiny.VOCABULARY,

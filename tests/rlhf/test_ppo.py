@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from tiny import byte_tokenizer
-from tiny_roles import (
+
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import create_critic_model, scores_at_end
+from dschat.rlhf.logprobs import answer_logprobs
+from dschat.rlhf.rollout import answer_values
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.tiny_roles import (
     LORA,
     Setting,
     assert_same,
@@ -12,11 +17,6 @@ from tiny_roles import (
     rollout,
     weights,
 )
-
-from dschat.rlhf.logprobs import answer_logprobs
-from dschat.rlhf.rollout import answer_values
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.reward_model import create_critic_model, scores_at_end
 
 CASES = [
     ("llama", Setting()),

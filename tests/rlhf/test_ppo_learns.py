@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_roles import Setting, ppo_trainer, prompts
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.module.lora import LoraConfig
+from tests.rlhf.tiny_roles import Setting, ppo_trainer, prompts
 
 FULL = Setting(learning_rate=2e-2, eps=1e-8, micro_batch=64)
 LORA = LoraConfig(8, module_names=("lm_head", "q_proj"))

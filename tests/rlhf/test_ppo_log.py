@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_roles import LORA, Setting, ppo_trainer, prompts
 
 from dschat.rlhf import ppo_log
 from dschat.rlhf.ppo_log import AnswerPrinting, PPOLog
+from dschat.train.progress import LogConfig
 from dschat.utils.perf import Gpus
-from dschat.utils.progress import LogConfig
+from tests.rlhf.tiny_roles import LORA, Setting, ppo_trainer, prompts
 
 
 @pytest.mark.parametrize(

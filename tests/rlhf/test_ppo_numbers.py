@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import PAD
 
 from dschat.rlhf import ppo_trainer
 from dschat.rlhf.advantages import whitened, with_advantages
@@ -19,6 +18,7 @@ from dschat.rlhf.ppo_statistics import (
     rollout_statistics,
     value_statistics,
 )
+from tests.helpers.tiny import PAD
 
 
 def synthetic(**columns: list) -> Experience:

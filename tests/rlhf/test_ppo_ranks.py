@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_ranks
-from ppo_worker import CELLS, CHANGES, train
-from tiny_roles import Setting, end_after, ppo_trainer, prompts
 
 from dschat.rlhf.experience import Experience
+from tests.helpers.launch import run_ranks
+from tests.rlhf.ppo_worker import CELLS, CHANGES, train
+from tests.rlhf.tiny_roles import Setting, end_after, ppo_trainer, prompts
 
 PAIRS = [name for name, changes in CHANGES.items() if "answers_per_prompt" in changes]
 

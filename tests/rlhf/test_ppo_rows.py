@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
-from tiny_roles import (
+
+from dschat.rlhf.experience import Experience
+from tests.rlhf.tiny_roles import (
     Setting,
     assert_same,
     largest_change,
@@ -14,8 +16,6 @@ from tiny_roles import (
     weights,
     without_critic,
 )
-
-from dschat.rlhf.experience import Experience
 
 
 def test_a_window_may_span_rollouts_of_different_width(load_roles):

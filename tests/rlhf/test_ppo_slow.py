@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from slow_ppo import Numbers, SlowPPO, Text
-from tiny_roles import (
+
+from dschat.rlhf.experience import Experience
+from tests.rlhf.slow_ppo import Numbers, SlowPPO, Text
+from tests.rlhf.tiny_roles import (
     EPS,
     Setting,
     assert_same,
@@ -17,8 +19,6 @@ from tiny_roles import (
     weights,
     without_critic,
 )
-
-from dschat.rlhf.experience import Experience
 
 # All coefficients away from their defaults; the same by the names of either side.
 COMMON = {"gamma": 0.97, "lam": 0.9, "reward_clip": 0.4, "missing_eos_penalty": 0.6}

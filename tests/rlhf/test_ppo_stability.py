@@ -7,8 +7,13 @@ import shlex
 
 import pytest
 import torch
-from tiny import byte_tokenizer
-from tiny_roles import (
+
+from dschat.config import RLHFSettings
+from dschat.config.cli import parse
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.utils.optim import group_rates
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.tiny_roles import (
     LORA,
     Setting,
     assert_same,
@@ -19,11 +24,6 @@ from tiny_roles import (
     weights,
     without_critic,
 )
-
-from dschat.arguments import RLHFSettings
-from dschat.cli import parse
-from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.utils.optim import group_rates
 
 POLICY = {"entropy", "ratio", "clip_fraction", "approx_kl", "actor_loss"}
 VALUES = {"critic_loss", "value_clip_fraction", "explained_variance", "returns"}

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import run_ranks
-from ptx_worker import BLOCKS, CELLS, COEFFICIENT, LENGTH, SEED, blocks, mix_in, train
-from tiny_roles import LORA, Folders, Setting, end_after, ppo_trainer, prompts
 from transformers import AutoModelForCausalLM
 
+from dschat.functional.returns import identity
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ptx import PTX, BlockOrder
-from dschat.rlhf.returns import identity
+from tests.helpers.launch import run_ranks
+from tests.rlhf.ptx_worker import BLOCKS, CELLS, COEFFICIENT, LENGTH, SEED, blocks, mix_in, train
+from tests.rlhf.tiny_roles import LORA, Folders, Setting, end_after, ppo_trainer, prompts
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,18 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import EOS, byte_tokenizer, tiny_llama
-from tiny_roles import LORA, Setting, left_padded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dschat.data.collators import PairCollator
+from dschat.data.tokenise import converter
 from dschat.errors import UserError
+from dschat.models.reward_model import RewardModel, create_critic_model
+from dschat.models.save import write_model_folder
 from dschat.rlhf.retokenise import Retokeniser
-from dschat.utils.checkpoint import write_model_folder
-from dschat.utils.data.collators import PairCollator
-from dschat.utils.data.tokenise import converter
-from dschat.utils.evaluation import pair_scores
-from dschat.utils.model.reward_model import RewardModel, create_critic_model
+from dschat.train.evaluation import pair_scores
+from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
+from tests.rlhf.tiny_roles import LORA, Setting, left_padded
 
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}"

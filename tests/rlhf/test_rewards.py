@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_made import sampled
-from tiny import byte_tokenizer
-from tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
 
-from dschat.arguments.rewards import RewardArguments
+from dschat.config.rewards import RewardArguments
 from dschat.errors import UserError
+from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf import rewards
 from dschat.rlhf.rewards import RewardFunction, Rewards, score_statistics, texts_of
-from dschat.utils.model.reward_statistics import RewardStatistics
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.hand_made import sampled
+from tests.rlhf.tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
 
 OWN = """
 import math

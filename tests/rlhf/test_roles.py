@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_ranks
-from one_base import save_one_base
-from roles_worker import one_trunk, trained
-from tiny import byte_tokenizer
-from tiny_roles import (
+
+from dschat.models.reward_model import create_critic_model, scores_at_end
+from dschat.models.reward_statistics import RewardStatistics
+from dschat.models.save import write_model_folder
+from dschat.rlhf import rlhf_engine
+from dschat.rlhf.experience import Experience
+from dschat.rlhf.one_trunk import SeparateTrunks
+from dschat.rlhf.rlhf_engine import on_device
+from dschat.utils.distributed import Distributed
+from tests.helpers.launch import run_ranks
+from tests.helpers.tiny import byte_tokenizer
+from tests.rlhf.one_base import save_one_base
+from tests.rlhf.roles_worker import one_trunk, trained
+from tests.rlhf.tiny_roles import (
     LORA,
     Folders,
     Setting,
@@ -20,15 +29,6 @@ from tiny_roles import (
     rollout,
     save_folders,
 )
-
-from dschat.rlhf import rlhf_engine
-from dschat.rlhf.experience import Experience
-from dschat.rlhf.one_trunk import SeparateTrunks
-from dschat.rlhf.rlhf_engine import on_device
-from dschat.utils.checkpoint import write_model_folder
-from dschat.utils.distributed import Distributed
-from dschat.utils.model.reward_model import create_critic_model, scores_at_end
-from dschat.utils.model.reward_statistics import RewardStatistics
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,15 @@
 import pytest
-import tiny
 import torch
-from tiny import EOS, PAD
-from tiny_roles import MODELS, Setting, end_after, left_padded, ppo_trainer, prompts
 from transformers import LlamaForCausalLM
 
 from dschat.errors import UserError
+from dschat.models.reward_model import RewardModel, scores_at_end
 from dschat.rlhf.generation import SamplingConfig, generate
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import answer_values, pad_rows
-from dschat.utils.model.reward_model import RewardModel, scores_at_end
+from tests.helpers import tiny
+from tests.helpers.tiny import EOS, PAD
+from tests.rlhf.tiny_roles import MODELS, Setting, end_after, left_padded, ppo_trainer, prompts
 
 FAMILIES = pytest.mark.parametrize("family", list(MODELS))
 ENDS = {"eos_token_id": EOS, "pad_token_id": PAD}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_ranks
-from rollout_worker import CELLS
+
+from tests.helpers.launch import run_ranks
+from tests.rlhf.rollout_worker import CELLS
 
 
 @pytest.fixture(scope="module")

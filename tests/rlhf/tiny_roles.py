@@ -5,26 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tiny
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from dschat.data.collators import PromptBatch
+from dschat.models.reward_model import RewardModel
+from dschat.models.save import write_model_folder
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
-from dschat.utils.checkpoint import write_model_folder
-from dschat.utils.data.collators import PromptBatch
+from dschat.train.engine import Recipe
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.engine import Recipe
-from dschat.utils.model.reward_model import RewardModel
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
+from tests.helpers import tiny
 
 MODELS = {
     "llama": tiny.tiny_llama,

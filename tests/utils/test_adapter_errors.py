@@ -9,20 +9,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from adapters import ALONE, plan, save_base, with_adapter
 from safetensors.torch import load_file, save_file
 
 from dschat.errors import UserError
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.model import source
-from dschat.utils.model.model_utils import check_context, create_hf_model, load_config
-from dschat.utils.model.reward_model import check_reward_head, create_critic_model
-from dschat.utils.model.source import resolve_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.models.causal_lm import check_context, create_hf_model, load_config
+from dschat.models.reward_model import check_reward_head, create_critic_model
+from dschat.models.save import save_hf_format
+from dschat.models.save_plan import MERGED, plan_saving
+from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.utils.module import model_source as source
 from dschat.utils.module.lora_layers import LoraConfig
-from dschat.utils.save_plan import MERGED, plan_saving
+from dschat.utils.module.model_source import resolve_model
+from tests.helpers import tiny
+from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 
 LORA = LoraConfig(dim=2, module_names=("q_proj",))
 PREFIX = "base_model.model.model.layers.0.self_attn"

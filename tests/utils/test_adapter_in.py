@@ -7,9 +7,16 @@ import warnings
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from adapters import (
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import create_critic_model
+from dschat.models.save import save_hf_format
+from tests.helpers import tiny
+from tests.helpers.adapters import (
     ALONE,
     ARCHITECTURES,
     LAST_NORM,
@@ -19,13 +26,6 @@ from adapters import (
     save_base,
     scores_of,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.reward_model import create_critic_model
 
 LINEAR = {"target_modules": "all-linear"}
 KINDS = {

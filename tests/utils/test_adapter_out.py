@@ -8,17 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import (
-    ALONE,
-    ARCHITECTURES,
-    assert_equal,
-    logits_of,
-    options,
-    plan,
-    save_base,
-    scores_of,
-    with_adapter,
-)
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -30,13 +19,24 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.reward_model import create_critic_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import create_critic_model
+from dschat.models.save import save_hf_format
+from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.module.adapter_write import _exactly
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_layers import LoraConfig
+from tests.helpers.adapters import (
+    ALONE,
+    ARCHITECTURES,
+    assert_equal,
+    logits_of,
+    options,
+    plan,
+    save_base,
+    scores_of,
+    with_adapter,
+)
 
 CAUSAL = {
     "llama": ("plain", "rslora", "dora", "random B", "embedding", "dora embedding", "whole"),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from steps import free_port
 
 from dschat.errors import UserError
 from dschat.utils.distributed import agreed_by_all
+from tests.helpers.steps import free_port
 
 RANKS = 2
 

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
 from dschat.errors import UserError
+from dschat.train.engine import Recipe, build_engine
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
-from dschat.utils.engine import Recipe, build_engine
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
+from tests.helpers import tiny
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from steps import free_port
 
 from dschat.errors import UserError
 from dschat.utils.distributed import from_local_main
+from tests.helpers.steps import free_port
 
 RANKS, PER_NODE = 4, 2
 

@@ -6,13 +6,12 @@ import copy
 import math
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
-from dschat.utils.model.reward_model import RewardModel
+from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import (
     LoraConfig,
     LoRALinear,
@@ -26,6 +25,7 @@ from dschat.utils.module.lora import (
     only_optimize_lora_parameters,
     whole_modules,
 )
+from tests.helpers import tiny
 
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}
 IDS, MASK = tiny.padded(tiny.token_rows(3, seed=4))

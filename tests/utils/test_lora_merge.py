@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -19,6 +18,7 @@ from dschat.utils.module.lora import (
     lora_layers,
     merged_state_dict,
 )
+from tests.helpers import tiny
 
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}
 IDS, MASK = tiny.padded(tiny.token_rows(3, seed=4))

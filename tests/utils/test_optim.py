@@ -7,12 +7,11 @@ import math
 import re
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.utils.model.reward_model import RewardModel
+from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import (
     LoraConfig,
     convert_linear_layer_to_lora,
@@ -28,6 +27,7 @@ from dschat.utils.optim import (
     group_table,
     schedule_factory,
 )
+from tests.helpers import tiny
 
 IDS, MASK = tiny.padded(tiny.token_rows(4, seed=6))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +21,7 @@ from dschat.utils.module.lora import (
 from dschat.utils.module.lora_layers import LoraConfig, LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.optim import OptimizerConfig, get_optimizer_grouped_parameters, group_table
+from tests.helpers import tiny
 
 pytest.importorskip("bitsandbytes")
 BITS = ("4bit", "8bit")

@@ -12,13 +12,21 @@ from __future__ import annotations
 
 from transformers import AutoModelForCausalLM
 
-from dschat.arguments import SFTSettings
-from dschat.cli import parse, run_cli
-from dschat.losses import window_scale
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import PackedCollator, SFTCollator
-from dschat.utils.data.data_utils import create_prompt_dataset
-from dschat.utils.data.loaders import build_loader
+from dschat.config import SFTSettings
+from dschat.config.cli import parse, run_cli
+from dschat.data.collators import PackedCollator, SFTCollator
+from dschat.data.datasets import create_prompt_dataset
+from dschat.data.loaders import build_loader
+from dschat.functional.losses import window_scale
+from dschat.models.causal_lm import check_context, create_hf_model
+from dschat.models.packing import check_packing, prove_packing
+from dschat.models.save import save_hf_format
+from dschat.train.checkpointer import TrainingStates
+from dschat.train.engine import backward, build_engine, windows
+from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
+from dschat.train.progress import TrainingLog, WorkShape, timed, window_counts
+from dschat.train.run_plan import Course, EnginePlan, Plan
+from dschat.train.startup import start
 from dschat.utils.distributed import (
     all_reduce_sum,
     from_local_main,
@@ -26,14 +34,6 @@ from dschat.utils.distributed import (
     set_random_seed,
 )
 from dschat.utils.ds_utils import get_train_ds_config
-from dschat.utils.engine import backward, build_engine, windows
-from dschat.utils.evaluation import answer_loss, evaluate_answers, trained_tokens
-from dschat.utils.model.model_utils import check_context, create_hf_model
-from dschat.utils.model.packing import check_packing, prove_packing
-from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
-from dschat.utils.startup import start
-from dschat.utils.training_plan import Course, EnginePlan, Plan
-from dschat.utils.training_state import TrainingStates
 
 
 def main() -> None:

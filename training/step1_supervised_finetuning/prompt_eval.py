@@ -14,15 +14,16 @@ from dataclasses import MISSING, dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dschat.cli import flag, parse, run_cli
+from dschat.config.cli import parse, run_cli
 from dschat.errors import UserError
-from dschat.utils.data.conversations import Turn
-from dschat.utils.data.formats import choose_format
+from dschat.models.causal_lm import create_hf_model
+from dschat.settings import Settings, setting
+from dschat.text.conversations import Turn
+from dschat.text.encoding import encode
+from dschat.text.formats import choose_format
+from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.utils.distributed import set_random_seed
-from dschat.utils.engine import resolve_dtype, torch_dtype
-from dschat.utils.model.encoding import encode
-from dschat.utils.model.model_utils import create_hf_model
-from dschat.utils.model.tokenizer import load_hf_tokenizer
 
 QUESTIONS = {
     "English": (
@@ -43,25 +44,26 @@ QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class PromptEvaluation:
+class PromptEvaluation(Settings):
     """Flags of this script."""
 
-    model_name_or_path_baseline: str = flag(MISSING, "model before fine-tuning", type=str)
-    model_name_or_path_finetune: str = flag(MISSING, "model after fine-tuning", type=str)
-    num_beams: int = flag(1, "beams of the beam search; 1: none")
-    num_beam_groups: int = flag(1, "transformers 5 has no group beam search", retired=True)
-    top_k: int = flag(4, "top-k of the sampled answers")
-    penalty_alpha: float = flag(0.6, "transformers 5 has no contrastive search", retired=True)
-    num_return_sequences: int = flag(1, "sampled answers per prompt")
-    max_new_tokens: int = flag(100, "tokens of an answer")
-    language: str = flag("English", "of the built-in prompts", choices=list(QUESTIONS))
-    prompts: list[str] = flag([], "your own questions instead", nargs="+", type=str)
-    raw: bool = flag(False, "take prompts as they are, without turns", action="store_true")
-    add_eot_token: bool = flag(False, "answers end with <|endoftext|>", action="store_true")
-    dtype: str = flag("auto", "number format", choices=["auto", "fp32", "bf16", "fp16"])
-    seed: int = flag(1234, "seed of sampling")
+    model_name_or_path_baseline: str = setting(MISSING, "model before fine-tuning")
+    model_name_or_path_finetune: str = setting(MISSING, "model after fine-tuning")
+    num_beams: int = setting(1, "beams of the beam search; 1: none")
+    num_beam_groups: int = setting(1, "transformers 5 has no group beam search", retired=True)
+    top_k: int = setting(4, "top-k of the sampled answers")
+    penalty_alpha: float = setting(0.6, "transformers 5 has no contrastive search", retired=True)
+    num_return_sequences: int = setting(1, "sampled answers per prompt")
+    max_new_tokens: int = setting(100, "tokens of an answer")
+    language: str = setting("English", "of the built-in prompts", choices=tuple(QUESTIONS))
+    prompts: tuple[str, ...] = setting((), "your own questions instead")
+    raw: bool = setting(False, "take prompts as they are, without turns")
+    add_eot_token: bool = setting(False, "answers end with <|endoftext|>")
+    dtype: str = setting("auto", "number format", choices=("auto", "fp32", "bf16", "fp16"))
+    seed: int = setting(1234, "seed of sampling")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_beams", "top_k", "num_return_sequences", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")

@@ -10,13 +10,21 @@ trunk; the head trains in a group of its own.
 
 from __future__ import annotations
 
-from dschat.arguments import RewardSettings
-from dschat.cli import parse, run_cli
-from dschat.losses import pairwise_loss, window_scale
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import PairCollator
-from dschat.utils.data.data_utils import create_prompt_dataset
-from dschat.utils.data.loaders import build_loader
+from dschat.config import RewardSettings
+from dschat.config.cli import parse, run_cli
+from dschat.data.collators import PairCollator
+from dschat.data.datasets import create_prompt_dataset
+from dschat.data.loaders import build_loader
+from dschat.functional.losses import pairwise_loss, window_scale
+from dschat.models.causal_lm import check_context
+from dschat.models.reward_model import RewardModel, create_critic_model
+from dschat.models.save import save_hf_format
+from dschat.train.checkpointer import TrainingStates
+from dschat.train.engine import backward, build_engine, windows
+from dschat.train.evaluation import evaluate_pairs, pair_scores, pairs, scores_summary
+from dschat.train.progress import TrainingLog, WorkShape, timed, window_counts
+from dschat.train.run_plan import Course, EnginePlan, Plan
+from dschat.train.startup import start
 from dschat.utils.distributed import (
     all_reduce_sum,
     from_local_main,
@@ -24,14 +32,6 @@ from dschat.utils.distributed import (
     set_random_seed,
 )
 from dschat.utils.ds_utils import get_train_ds_config
-from dschat.utils.engine import backward, build_engine, windows
-from dschat.utils.evaluation import evaluate_pairs, pair_scores, pairs, scores_summary
-from dschat.utils.model.model_utils import check_context
-from dschat.utils.model.reward_model import RewardModel, create_critic_model
-from dschat.utils.progress import TrainingLog, WorkShape, timed, window_counts
-from dschat.utils.startup import start
-from dschat.utils.training_plan import Course, EnginePlan, Plan
-from dschat.utils.training_state import TrainingStates
 
 
 def main() -> None:

@@ -10,26 +10,27 @@ from dataclasses import dataclass
 
 import torch
 
-from dschat.arguments import DataArguments, EvaluationArguments
-from dschat.cli import flag, group, parse, run_cli
-from dschat.utils.data.collators import PairCollator
-from dschat.utils.data.data_utils import create_prompt_dataset
-from dschat.utils.data.loaders import build_loader
+from dschat.config import DataArguments, EvaluationArguments
+from dschat.config.cli import parse, run_cli
+from dschat.data.collators import PairCollator
+from dschat.data.datasets import create_prompt_dataset
+from dschat.data.loaders import build_loader
+from dschat.models.reward_model import check_reward_head, create_critic_model
+from dschat.settings import Settings, group, setting
+from dschat.train.evaluation import evaluate_pairs, pair_scores
+from dschat.train.metrics import format_value
+from dschat.train.startup import start
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.evaluation import evaluate_pairs, pair_scores
-from dschat.utils.metrics import format_value
-from dschat.utils.model.reward_model import check_reward_head, create_critic_model
-from dschat.utils.startup import start
 
 
 @dataclass(frozen=True)
-class RewardEvaluation:
+class RewardEvaluation(Settings):
     """Flags of this script."""
 
     evaluation: EvaluationArguments = group(EvaluationArguments)
     data: DataArguments = group(DataArguments)
-    show: int = flag(3, "pairs whose scores are printed")
-    num_padding_at_beginning: int = flag(1, "masks come from lengths", retired=True)
+    show: int = setting(3, "pairs whose scores are printed")
+    num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
 
 
 @torch.no_grad()

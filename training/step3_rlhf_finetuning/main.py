@@ -17,8 +17,14 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dschat.arguments import RLHFSettings
-from dschat.cli import parse, run_cli
+from dschat.config import RLHFSettings
+from dschat.config.cli import parse, run_cli
+from dschat.data.collators import PromptCollator
+from dschat.data.datasets import create_prompt_dataset
+from dschat.data.loaders import build_loader
+from dschat.models.reward_model import RewardModel
+from dschat.models.save import save_hf_format
+from dschat.models.save_plan import SavePlan
 from dschat.rlhf.generation import tell_unused_ends
 from dschat.rlhf.hybrid import check_hybrid_available, rollout_engine
 from dschat.rlhf.ppo_log import PPOLog
@@ -26,18 +32,12 @@ from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_config import RoleNames
-from dschat.utils.checkpoint import save_hf_format
-from dschat.utils.data.collators import PromptCollator
-from dschat.utils.data.data_utils import create_prompt_dataset
-from dschat.utils.data.loaders import build_loader
+from dschat.train.checkpointer import TrainingStates
+from dschat.train.engine import windows
+from dschat.train.run_plan import Course, EnginePlan, Plan
+from dschat.train.startup import start
 from dschat.utils.distributed import Distributed, from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
-from dschat.utils.engine import windows
-from dschat.utils.model.reward_model import RewardModel
-from dschat.utils.save_plan import SavePlan
-from dschat.utils.startup import start
-from dschat.utils.training_plan import Course, EnginePlan, Plan
-from dschat.utils.training_state import TrainingStates
 
 
 def main() -> None:

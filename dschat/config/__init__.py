@@ -1,0 +1,25 @@
+"""Every flag once: frozen settings of each step, checked before any work starts."""
+
+from dschat.config.data import BatchArguments, DataArguments, EvaluationArguments
+from dschat.config.models import LoraArguments, ModelArguments
+from dschat.config.rlhf import PPOArguments, RLHFSettings
+from dschat.config.rollout import RolloutArguments
+from dschat.config.run import RunArguments, StateArguments
+from dschat.config.stability import StabilityArguments
+from dschat.config.steps import RewardSettings, SFTSettings
+
+__all__ = [
+    "BatchArguments",
+    "DataArguments",
+    "EvaluationArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "PPOArguments",
+    "RLHFSettings",
+    "RewardSettings",
+    "RolloutArguments",
+    "RunArguments",
+    "SFTSettings",
+    "StabilityArguments",
+    "StateArguments",
+]

@@ -1,0 +1,133 @@
+"""Settings from the command line or a YAML file; every error is one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from tqdm import tqdm
+
+from dschat.errors import UserError
+from dschat.settings import Flag, Settings, flags_of, unknown
+from dschat.utils.distributed import launched_rank, print_rank_0
+
+S = TypeVar("S", bound=Settings)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, raised as UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print together with the usage."""
+        raise UserError(message)
+
+
+def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    """Declare a flag; its default stays out of the namespace, so that only given values are in."""
+    options: dict[str, Any]
+    if flag.kind.element is bool:
+        options = {"action": "store_true"}
+    else:
+        options = {"type": flag.kind.element, "choices": flag.rule.choices}
+        if flag.kind.is_tuple:
+            options["nargs"] = "*" if flag.rule.may_be_empty else "+"
+        elif flag.rule.bare is not None:
+            options |= {"nargs": "?", "const": flag.rule.bare}
+    text = flag.help.replace("%", "%%")
+    if flag.default not in (None, False, (), MISSING) and "default" not in text:
+        shown = " ".join(flag.default) if flag.kind.is_tuple else flag.default
+        text += f" (default: {shown})"
+    parser.add_argument(
+        f"--{flag.name}", dest=flag.name, default=argparse.SUPPRESS, help=text, **options
+    )
+
+
+def parse(cls: type[S], argv: Sequence[str] | None, description: str | None) -> S:
+    """Build settings from `--config FILE.yaml`, where given, and the command line, which wins.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest name), a wrong type, a failed check.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = flags_of(cls)
+    parser = OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of flag: value; the command line wins")
+    for flag in flags:
+        add_flag(parser, flag)
+    yaml_path = parser.parse_known_args([*_only(argv, "--config")])[0].config
+    from_yaml = _yaml_argv(yaml_path, flags) if yaml_path else []
+    # Two passes, so that a word before the first flag cannot join a list that the file ends with.
+    try:
+        from_file = parser.parse_args(from_yaml)
+    except UserError as error:
+        raise UserError(f"config {yaml_path}: {error}") from error
+    namespace, extra = parser.parse_known_args(argv, from_file)
+    if extra:
+        raise UserError(unknown("flag", extra[0], [f"--{flag.name}" for flag in flags]))
+    for flag in flags:
+        if flag.name in namespace and flag.rule.retired:
+            print_rank_0(f"--{flag.name} does nothing: {flag.help}", launched_rank())
+    given = vars(namespace)
+    del given["config"]
+    return cls.of(**given)
+
+
+def _only(argv: list[str], name: str) -> list[str]:
+    for i, token in enumerate(argv):
+        if token == name or token.startswith(name + "="):
+            return argv[i : i + (1 if "=" in token else 2)]
+    return []
+
+
+def _yaml_argv(path: str, flags: list[Flag]) -> list[str]:
+    """Turn a YAML mapping into command-line tokens, so that both go through the same checks."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {path}: expected lines of `flag: value`")
+    by_name = {flag.name: flag for flag in flags}
+    tokens: list[str] = []
+    for key, value in content.items():
+        if key not in by_name:
+            raise UserError(f"config {path}: {unknown('key', str(key), list(by_name))}")
+        if value is not None:
+            tokens += _yaml_tokens(path, by_name[key], value)
+    return tokens
+
+
+def _yaml_tokens(path: str, flag: Flag, value: Any) -> list[str]:
+    if flag.kind.element is bool:
+        wanted = "true or false"
+        if isinstance(value, bool):
+            return [f"--{flag.name}"] if value else []
+    elif flag.kind.is_tuple and isinstance(value, list):
+        return [f"--{flag.name}", *map(str, value)]
+    else:
+        wanted = "values" if flag.kind.is_tuple else "one value"
+        if not isinstance(value, (bool, dict, list)):
+            return [f"--{flag.name}={value}"]
+    raise UserError(f"config {path}: {flag.name} is {value!r}, expected {wanted}")
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run an entry point; a UserError becomes one line on stderr (rank 0) and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if launched_rank() == 0:
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, after any bar
+            sys.stderr.flush()
+        sys.exit(2)

@@ -1,0 +1,133 @@
+"""Look at data as training would see it, before training on it.
+
+    python -m dschat.data inspect --data_path ./pairs.jsonl --model_name_or_path ./model
+    python -m dschat.data inspect --data_path ./pairs.jsonl --model_name_or_path ./model --phase 1
+
+For each phase (1 supervised fine-tuning, 2 preference pairs, 3 PPO prompts): what became of every
+row by source, lengths, how much padding is left, and a few rows with the trained tokens marked, in
+colour on a terminal (unless NO_COLOR is set), else in [[ ]]. The tokenised sets are those that
+training uses, and are kept for it. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from dschat.config import DataArguments
+from dschat.config.cli import parse, run_cli
+from dschat.data.dataset_stats import Marks, histogram, padding_lines, render, sequence_lengths
+from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.data.report import PHASE_NAMES
+from dschat.data.tokenise import TRAIN_ON
+from dschat.errors import UserError
+from dschat.settings import Settings, group, setting
+from dschat.text.formats import choose_format
+from dschat.text.tokenizer import load_hf_tokenizer
+
+
+@dataclass(frozen=True)
+class InspectSettings(Settings):
+    """Flags of `inspect`; names and defaults are those of training."""
+
+    model_name_or_path: str = setting(MISSING, "whose tokenizer is used: a folder or hub id")
+    data: DataArguments = group(DataArguments)
+    sft_only_data_path: tuple[str, ...] = setting((), "data of phase 1 alone", may_be_empty=True)
+    phase: int | None = setting(None, "1, 2 or 3 (default: all)", choices=(1, 2, 3))
+    max_seq_len: int = setting(512, "tokens of prompt and answer together")
+    max_prompt_seq_len: int = setting(256, "tokens of a prompt in phase 3")
+    per_device_train_batch_size: int = setting(16, "rows per batch")
+    max_tokens_per_batch: int = setting(8192, "tokens per batch, where batches are made by them")
+    samples: int = setting(3, "rows to show")
+    seed: int = setting(1234, "seed of splits; as in training")
+    add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
+    eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
+    train_on: str | None = setting(
+        None, "which answers of a conversation train; as in step 1", choices=tuple(TRAIN_ON)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_prompt_seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.data.streaming:
+            raise UserError("streaming: inspect looks at all rows; drop it, or give it fewer")
+        if self.samples < 0:
+            raise UserError(f"samples is {self.samples}: give 0 or more")
+
+    def spec(self) -> DataSpec:
+        """What to read and how to cut it."""
+        only = tuple(self.sft_only_data_path)
+        more = {"sft_only_data_path": only, "max_prompt_len": self.max_prompt_seq_len}
+        more["train_on"] = self.train_on
+        return self.data.spec(self.seed, self.max_seq_len, **more)
+
+
+def inspect(
+    settings: InspectSettings, tokenizer: PreTrainedTokenizerBase, marks: Marks
+) -> Iterator[str]:
+    """The lines about each phase; one that the data cannot serve says why, if all were asked for.
+
+    Raises:
+        UserError: bad input.
+    """
+    for phase in (1, 2, 3) if settings.phase is None else (settings.phase,):
+        yield f"== phase {phase}, {PHASE_NAMES[phase]} =="
+        try:
+            yield from _phase_lines(settings, phase, tokenizer, marks)
+        except UserError as error:
+            if settings.phase is not None:
+                raise
+            yield f"cannot be made of this data: {error}"
+        yield ""
+
+
+def _phase_lines(
+    settings: InspectSettings, phase: int, tokenizer: PreTrainedTokenizerBase, marks: Marks
+) -> Iterator[str]:
+    data = create_prompt_dataset(settings.spec(), tokenizer, phase)
+    yield from data.report.lines()
+    yield ""
+    lengths = sequence_lengths(data.train, phase)
+    yield from histogram(lengths)
+    yield ""
+    longest = settings.max_prompt_seq_len if phase == 3 else settings.max_seq_len
+    batch, tokens = settings.per_device_train_batch_size, settings.max_tokens_per_batch
+    yield from padding_lines(lengths, phase, batch, tokens, longest)
+    # From all over the set, always the same.
+    shown = min(settings.samples, len(data.train))
+    for number in range(shown):
+        row = number * len(data.train) // shown
+        for label, text in render(data.train[row], phase, tokenizer, marks):
+            yield ""
+            yield f"-- row {row + 1} of {len(data.train)}: {label}"
+            yield text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print what `inspect` finds."""
+    command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return
+    if command != "inspect":
+        found = f"unknown command {command}" if command else "no command"
+        raise UserError(f"{found}; give: python -m dschat.data inspect --data_path ...")
+    settings = parse(InspectSettings, flags, __doc__)
+    tokenizer = load_hf_tokenizer(
+        settings.model_name_or_path, settings.add_eot_token, settings.eot_token
+    )
+    asked = settings.data.prompt_format
+    choose_format(tokenizer, asked, teaches=True, end_is_given=settings.add_eot_token)
+    marks = Marks.of(sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    for line in inspect(settings, tokenizer, marks):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_cli(main)

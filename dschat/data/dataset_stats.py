@@ -1,0 +1,123 @@
+"""A tokenised set told to people: lengths, padding, and rows with their trained tokens marked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dschat.data.batching import ByRows, ByTokens, Grouping, Packed
+
+_BINS, _BAR = 12, 40
+_GREEN, _PLAIN = "\033[1;32m", "\033[0m"
+# The token columns of each phase, and what a row of each is called.
+_SEQUENCES = {
+    1: {"input_ids": "row"},
+    2: {"chosen_ids": "chosen", "rejected_ids": "rejected"},
+    3: {"prompt_ids": "prompt"},
+}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands before and behind trained text."""
+
+    start: str
+    stop: str
+
+    @classmethod
+    def of(cls, in_colour: bool) -> "Marks":
+        """Green letters, or brackets."""
+        return cls(_GREEN, _PLAIN) if in_colour else cls("[[", "]]")
+
+
+def sequence_lengths(rows: datasets.Dataset, phase: int) -> np.ndarray:
+    """(sequences a row, rows) lengths in tokens; two sequences in phase 2, else one."""
+    columns = list(_SEQUENCES[phase])
+    lengths = [
+        [len(ids) for batch in rows.select_columns(name).iter(1000) for ids in batch[name]]
+        for name in columns
+    ]
+    return np.array(lengths)
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Of all sequences: the figures in a line, then a bar for each range of lengths."""
+    flat = lengths.ravel()
+    middle, high = np.percentile(flat, [50, 95])
+    lines = [
+        f"tokens a sequence: {flat.min()} to {flat.max()}, mean {flat.mean():.1f}, "
+        f"median {middle:.0f}, 95 % have at most {high:.0f}"
+    ]
+    edges = np.unique(np.linspace(flat.min(), flat.max() + 1, _BINS + 1).round().astype(int))
+    counts, _ = np.histogram(flat, edges)
+    for (start, stop), count in zip(pairwise(edges), counts, strict=True):
+        bar = "#" * round(_BAR * count / counts.max())
+        lines.append(f"{start:>6} to {stop - 1:<6} {count:>8}  {bar}".rstrip())
+    return lines
+
+
+def real_share(lengths: np.ndarray, grouping: Grouping, seed: int = 0) -> float:
+    """The share of a first epoch's slots that hold real tokens, on one rank.
+
+    Args:
+        lengths: (sequences a row, rows), as `sequence_lengths` gives them.
+    """
+    longest = lengths.max(axis=0)
+    epoch = grouping.epoch(longest, 1, np.random.default_rng([seed, 0]))
+    slots = 0
+    for number in range(len(epoch)):
+        units = epoch.batch(number)
+        if isinstance(grouping, Packed):
+            widths = [int(longest[unit].sum()) for unit in units]
+        else:
+            widths = [int(longest[row]) for unit in units for row in unit]
+        slots += len(widths) * max(widths) * len(lengths)
+    return float(lengths.sum()) / slots
+
+
+def padding_lines(
+    lengths: np.ndarray, phase: int, batch_size: int, max_tokens: int, max_len: int
+) -> list[str]:
+    """What share of the slots is real under each way of making batches."""
+    sequences = len(lengths)
+    ways: dict[str, Grouping] = {f"{batch_size} rows, like lengths together": ByRows(batch_size)}
+    if phase != 3 and max_tokens >= sequences * max_len:
+        ways[f"--max_tokens_per_batch {max_tokens}"] = ByTokens(max_tokens, sequences)
+    if phase == 1:
+        ways[f"--packing, {batch_size} rows of up to {max_len}"] = Packed(batch_size, max_len)
+    shares = {f"every row padded to {max_len}": lengths.sum() / (lengths.size * max_len)}
+    shares |= {name: real_share(lengths, grouping) for name, grouping in ways.items()}
+    width = max(map(len, shares))
+    return [f"{name:<{width}}  {share:6.1%} real tokens" for name, share in shares.items()]
+
+
+def render(
+    row: dict, phase: int, tokenizer: PreTrainedTokenizerBase, marks: Marks
+) -> list[tuple[str, str]]:
+    """(what it is, its text) of each sequence of a row, trained tokens between marks.
+
+    In phase 2 they are those of the answer, which the score is of; in phase 3 none.
+    """
+    shown = []
+    for column, label in _SEQUENCES[phase].items():
+        ids = row[column]
+        spans = {1: row.get("trained", []), 2: [row.get("prompt_len", 0), len(ids)], 3: []}[phase]
+        shown.append((f"{label}, {len(ids)} tokens", _marked(ids, spans, tokenizer, marks)))
+    return shown
+
+
+def _marked(
+    ids: list[int], spans: Sequence[int], tokenizer: PreTrainedTokenizerBase, marks: Marks
+) -> str:
+    """Pieces are cut out of the text of everything before them: alone, some lose a space."""
+    bounds = [0, *spans, len(ids)]
+    texts = [tokenizer.decode(ids[:bound]) for bound in bounds]
+    pieces = []
+    for number, (before, text) in enumerate(pairwise(texts)):
+        piece = text[len(before) :]
+        is_trained = number % 2 == 1
+        pieces.append(f"{marks.start}{piece}{marks.stop}" if is_trained and piece else piece)
+    return "".join(pieces)

@@ -1,0 +1,163 @@
+"""Rows tokenised as they are read, for sets larger than the disk: nothing of them is kept.
+
+Every rank reads all rows in blocks, and tokenises its own share of each. A block is shuffled, so
+each epoch has a new order as far as blocks reach; each row is trained on once an epoch, whatever
+the number of ranks.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+
+from dschat.data.collators import Row
+from dschat.errors import UserError
+
+BATCHES_PER_BLOCK = 50
+_SPLIT_STREAM = 3  # of the seed, apart from those of `splits`
+_ROWS_PER_DRAW = 4096
+
+_DROPPED = ("identical_pairs", "empty_answers")
+_CUT = ("prompts_cut", "answers_cut", "turns_cut", *_DROPPED)
+
+# What a rank without rows trains on; it counts nowhere. Each collator takes its own columns.
+_FILLER = {
+    **{"input_ids": [0, 0], "trained": [1, 2], "chosen_ids": [0, 0], "rejected_ids": [0, 0]},
+    **{"prompt_ids": [0], "prompt_len": 1, "length": 2, "real": False},
+}
+
+TextRow = dict[str, Any]
+Convert = Callable[[dict[str, list[Any]], Counter[str]], dict[str, list[Any]]]
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Text rows that can be read again and again, and what makes token rows of a batch of them."""
+
+    read: Callable[[], Iterator[TextRow]]
+    convert: Convert  # adds what it cut and dropped to the counts that it is given
+    skipped: Counter[str] = field(default_factory=Counter)  # rows without use, of all readings
+
+
+def in_turns(sources: Sequence[Iterator[TextRow]]) -> Iterator[TextRow]:
+    """A row of each source in turn, until all have ended."""
+    waiting = list(sources)
+    while waiting:
+        for rows in tuple(waiting):
+            row = next(rows, None)
+            if row is None:
+                waiting.remove(rows)
+            else:
+                yield row
+
+
+def complete(rows: Iterator[TextRow], needed: Sequence[str], phase: int) -> Iterator[TextRow]:
+    """The same rows; UserError at the first that lacks a column."""
+    for row in rows:
+        for column in needed:
+            if row[column] is None:
+                raise UserError(
+                    f"{row['place']} has no {column!r}, which phase {phase} needs; "
+                    "add the column or use another source"
+                )
+        yield row
+
+
+def columns_of(rows: Sequence[TextRow]) -> dict[str, list[Any]]:
+    """A batch as `datasets` hands it to a function."""
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def rows_of_phase(
+    rows: Iterator[TextRow], seed: int, proportions: Sequence[float], phase: int
+) -> Iterator[TextRow]:
+    """The rows that belong to a phase; a row's place in its source decides, so phases never mix.
+
+    The size being unknown, each row is drawn by itself: sizes are near the proportions.
+    """
+    if len(proportions) == 1:
+        yield from rows
+        return
+    bounds = np.cumsum(proportions) / sum(proportions)
+    for number in count():
+        part = list(islice(rows, _ROWS_PER_DRAW))
+        if not part:
+            return
+        draws = np.random.default_rng([seed, _SPLIT_STREAM, number]).random(_ROWS_PER_DRAW)
+        phases = np.searchsorted(bounds, draws, side="right") + 1
+        yield from (row for row, drawn in zip(part, phases, strict=False) if drawn == phase)
+
+
+@dataclass
+class StreamLoader:
+    """Batches of one rank, as many on every rank; how many there are shows when they end."""
+
+    stream: RowStream
+    collator: Callable[[Sequence[Row]], Any]
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    counts: Counter[str] = field(default_factory=Counter)  # of this rank's rows, all epochs
+    epoch: int = 0
+    _told_skipped: int = 0
+
+    def batches_in(self, epoch: int) -> None:
+        """Not known before."""
+        return None
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Draw the order of this epoch from (seed, epoch)."""
+        if skip:
+            raise ValueError("a stream cannot go on in the middle of an epoch")
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        size = self.batch_size * self.world_size
+        rows, number = self.stream.read(), 0
+        while block := list(islice(rows, size * BATCHES_PER_BLOCK)):
+            rng = np.random.default_rng([self.seed, self.epoch, number])
+            order = rng.permutation(len(block))
+            mine = [block[at] for at in order[self.rank :: self.world_size]]
+            yield from self._batches(mine, -(-len(block) // size), rng)
+            number += 1
+        if not number:
+            raise UserError(
+                "--streaming: the data holds no rows for this phase; check --data_split"
+            )
+
+    def _batches(
+        self, block: list[TextRow], batches: int, rng: np.random.Generator
+    ) -> Iterator[Any]:
+        """So many batches of this rank's rows, like lengths together; without rows, of filler."""
+        rows = self._tokens(block)
+        rows.sort(key=lambda row: row["length"])
+        parts = np.array_split(np.arange(len(rows)), batches)
+        for part in (parts[at] for at in rng.permutation(batches)):
+            yield self.collator([{**rows[at], "real": True} for at in part] or [_FILLER])
+
+    def _tokens(self, block: list[TextRow]) -> list[Row]:
+        if not block:
+            return []
+        before = self.counts.copy()
+        found = self.stream.convert(columns_of(block), self.counts)
+        rows = [
+            dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)
+        ]
+        self.counts.update(rows=len(block), used=len(rows))
+        skipped = self.stream.skipped.total()
+        dropped = any((self.counts - before)[name] for name in _DROPPED)
+        if self.rank == 0 and (dropped or skipped > self._told_skipped):
+            told = _told(self.counts, self.stream.skipped)
+            print(f"streaming, so far on rank 0: {told}", flush=True)
+        self._told_skipped = skipped
+        return rows
+
+
+def _told(counts: Counter[str], skipped: Counter[str]) -> str:
+    named = [(counts[name], name.replace("_", " ")) for name in ("rows", "used", *_CUT)]
+    named += [(number, f"skipped ({reason})") for reason, number in skipped.items()]
+    return ", ".join(f"{number} {name}" for number, name in named)

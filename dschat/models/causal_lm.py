@@ -1,0 +1,234 @@
+"""Causal language models and reward models: from a folder or a hub id to a module."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from dschat.errors import UserError
+from dschat.utils import zero
+from dschat.utils.module.adapter import REWARD
+from dschat.utils.module.adapter_merge import merge_adapter
+from dschat.utils.module.model_source import resolve_model
+
+VOCABULARY_MULTIPLE = 8  # matrix units like embeddings in multiples of 8 rows
+NEW_ROWS_SEED = 0
+
+
+def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
+    """The model's configuration, with every dropout probability set when one is given.
+
+    An adapter folder's is its base's.
+    """
+    source = resolve_model(model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(source.base)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {source.label}: no readable config.json ({_first_line(error)}); {source.remedy}"
+        ) from error
+    if dropout is not None:
+        _set_dropout(config, dropout)
+    return config
+
+
+def _set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Every dropout probability of the config, whatever the family calls it."""
+    for name, value in config.to_dict().items():
+        is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_rate and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, probability)
+
+
+def check_context(model_name_or_path: str, tokens: int, flags: str) -> None:
+    """Stop when sequences may grow longer than the positions that the model has.
+
+    Args:
+        tokens: of the longest sequence. flags: what sets it, for the message.
+
+    Raises:
+        UserError: with the model's own limit.
+    """
+    limit = getattr(load_config(model_name_or_path), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise UserError(
+            f"{flags}: sequences of {tokens} tokens, but model {model_name_or_path} has {limit} "
+            f"positions; give at most {limit}"
+        )
+
+
+def create_hf_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    ds_config: dict | None = None,
+    dropout: float | None = None,
+) -> PreTrainedModel:
+    """A causal language model whose vocabulary holds the tokenizer's; adapters are merged in.
+
+    Args:
+        ds_config: the engine's DeepSpeed config; with ZeRO-3 the model is built partitioned.
+        dropout: sets every dropout probability of the config; None keeps the config's own.
+
+    Raises:
+        UserError: the folder holds no model, or its weights do not fit its config, or an adapter
+            does not fit its base.
+    """
+    config = load_config(model_name_or_path, dropout)
+    source = resolve_model(model_name_or_path)
+    adapters = source.read_adapters()
+    for adapter in adapters:
+        if adapter.is_reward:
+            raise UserError(
+                f"adapter {adapter.name}: is a reward model's ({REWARD}); give a language model"
+            )
+    with zero.init_context(ds_config), quiet_loading():
+        model, info = load_weights(AutoModelForCausalLM, source.base, config=config, dtype=dtype)
+        check_loading(source.label, info)
+        for adapter in adapters:
+            merge_adapter(model, adapter)
+        grow_vocabulary(model, len(tokenizer))
+    if (generation := source.generation_config()) is not None:
+        model.generation_config = generation
+    adopt_special_tokens(model, tokenizer)
+    return model
+
+
+def load_weights(
+    model_class: type, name: str, *, state_dict: dict | None = None, **options: Any
+) -> tuple[PreTrainedModel, dict]:
+    """The model and what `check_loading` needs to know; with a state dict, no file is read.
+
+    Raises:
+        UserError: there are no weights under this name.
+    """
+    try:
+        return model_class.from_pretrained(
+            name if state_dict is None else None,
+            **({} if state_dict is None else {"state_dict": state_dict}),
+            **options,
+            ignore_mismatched_sizes=True,  # to be reported by `check_loading`
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise UserError(f"model {name}: {_first_line(error)}") from error
+
+
+def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
+    """Stop unless checkpoint and architecture have the same keys and shapes."""
+    unexpected = [
+        k for k in info["unexpected_keys"] if not k.startswith(allowed_unexpected or "\0")
+    ]
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "mismatched": sorted(str(k) for k in info["mismatched_keys"]),
+    }
+    found = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
+    if found:
+        total = sum(len(keys) for keys in problems.values())
+        raise UserError(
+            f"model {name}: weights do not fit the architecture ({total} keys: {'; '.join(found)})"
+        )
+
+
+def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Add embedding rows when the tokenizer is larger; never remove any.
+
+    They are random, and the same whenever they are added to the same model: a policy and the frozen
+    copy of it start alike.
+    """
+    if size > zero.full_shape(model.get_input_embeddings().weight)[0]:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(NEW_ROWS_SEED)
+            model.resize_token_embeddings(
+                size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
+            )
+
+
+def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model's configs agree with the tokenizer on padding and on the end of an answer."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the live module to 0; its config keeps its own values.
+
+    PPO needs it: old and new log-probabilities must come from one function, and `eval()` would
+    also switch gradient checkpointing off.
+    """
+    without: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        is_layer = module is not model and not isinstance(module, PreTrainedModel)
+        if is_layer and isinstance(config, PretrainedConfig):
+            # Falcon's layers ask their config at every pass.
+            if id(config) not in without:
+                without[id(config)] = copy.copy(config)
+                _set_dropout(without[id(config)], 0.0)
+            module.config = without[id(config)]
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def position_ids_from(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens only: (B, T) mask -> (B, T) int64, 0 under padding."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def forward_inputs(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+    """Keyword arguments of one forward pass; explicit positions where the model takes them."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    if takes_argument(model, "position_ids"):
+        inputs["position_ids"] = position_ids_from(attention_mask)
+    return inputs
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has this parameter (ALiBi models have no `position_ids`)."""
+    return name in inspect.signature(unwrap(model).forward).parameters
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a DeepSpeed engine, or the module itself."""
+    return model.module if hasattr(model, "module") else model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' load report and bars: `check_loading` says what matters, in a line."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

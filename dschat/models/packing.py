@@ -1,0 +1,105 @@
+"""Packed sequences in one row of a model: the masks and positions that keep them apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dschat.errors import UserError
+from dschat.models.causal_lm import load_config, takes_argument, unwrap
+
+IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
+# Layers of other kinds carry a state from each token to the next, which no mask interrupts.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_UNPACKED = "drop --packing, or give --max_tokens_per_batch, which saves padding with any model"
+
+# What one and the same sequence may differ by beside other neighbours, over the largest logit:
+# rounding, and no more.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def packed_inputs(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
+    """Keyword arguments of one forward pass over packed rows, each sequence seeing itself alone.
+
+    Args:
+        input_ids: (B, T). position_ids: (B, T), 0 where a sequence begins and on padding.
+    """
+    module = unwrap(model)
+    mask = packed_mask(position_ids)
+    if module.config._attn_implementation == "eager":  # adds its mask to the scores
+        dtype = module.dtype
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+
+
+def packed_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) positions -> (B, 1, T, T) bool; [b, 0, q, k] True = q may see k."""
+    sequence = (position_ids == 0).cumsum(dim=-1)
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    return same.tril()
+
+
+def check_packing(model_name_or_path: str, max_seq_len: int) -> None:
+    """Stop when this model cannot keep packed sequences apart; reads the config alone.
+
+    Raises:
+        UserError: with what the model has that packing cannot serve.
+    """
+    config = load_config(model_name_or_path)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    problem = _obstacle(module, module.config, max_seq_len)
+    if problem is not None:
+        raise UserError(f"packing: model {model_name_or_path} {problem}; {_UNPACKED}")
+
+
+def _obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> str | None:
+    if getattr(config, "alibi", False) or not takes_argument(module, "position_ids"):
+        return "takes no position_ids (ALiBi, or a recurrent state), so none can begin anew"
+    used = config._attn_implementation
+    if used not in IMPLEMENTATIONS:
+        return f"uses {used} attention; masks between packed sequences work in sdpa and eager"
+    others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if others:
+        return f"has layers of {', '.join(sorted(others))}, whose state runs on from row to row"
+    for name in ("sliding_window", "attention_chunk_size"):
+        reach = getattr(config, name, None)
+        in_use = name != "sliding_window" or getattr(config, "use_sliding_window", True)
+        if isinstance(reach, int) and in_use and reach < max_seq_len:
+            return (
+                f"has {name} {reach}, which a mask between packed sequences would replace: "
+                f"it must reach over --max_seq_len {max_seq_len}"
+            )
+    return None
+
+
+@torch.no_grad()
+def prove_packing(model: nn.Module, device: torch.device) -> None:
+    """Stop unless a sequence has the same logits at two places among different neighbours.
+
+    It is what the checks of the config cannot know of each architecture; two passes over 16
+    tokens, on every rank.
+
+    Raises:
+        UserError: neighbours are seen, or positions do not begin anew.
+    """
+    was_training = model.training
+    model.eval()
+    found = []
+    for before, after, first in ((5, 7, 10), (7, 5, 30)):
+        lengths = (before, 4, after)
+        ids = torch.arange(first, first + 16) % 60
+        ids[before : before + 4] = torch.tensor([3, 5, 4, 6])
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        inputs = packed_inputs(model, ids[None].to(device), positions[None].to(device))
+        logits = model(**inputs, use_cache=False).logits
+        found.append(logits[0, before : before + 4].float())
+    model.train(was_training)
+    one, other = found
+    difference = ((one - other).abs().max() / one.abs().max()).item()
+    if not difference <= _TOLERANCE[unwrap(model).dtype]:
+        raise UserError(
+            f"packing: this model's logits depend on a sequence's neighbours (by {difference:.1%} "
+            f"of the largest); {_UNPACKED}"
+        )

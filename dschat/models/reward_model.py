@@ -1,0 +1,255 @@
+"""A transformer trunk with a scalar head: the reward model of step 2, the critic of step 3.
+
+On disk it is transformers' own sequence-classification format with one label (`score.weight`), so
+that other tools load it; DeepSpeed-Chat's `rwtransformer.` and `v_head.` keys load too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dschat.errors import UserError
+from dschat.models.causal_lm import (
+    adopt_special_tokens,
+    check_loading,
+    forward_inputs,
+    grow_vocabulary,
+    load_config,
+    load_weights,
+    quiet_loading,
+)
+from dschat.models.reward_statistics import RewardStatistics
+from dschat.utils import zero
+from dschat.utils.module.adapter import REWARD_HEAD, Adapter
+from dschat.utils.module.adapter_merge import merge_adapter
+from dschat.utils.module.model_source import resolve_model
+
+TRUNK, HEAD = "rwtransformer", "v_head.weight"
+DISK_HEAD = f"{REWARD_HEAD}.weight"
+
+
+class RewardModel(nn.Module):
+    """A value for every position; the reward is the value at the last real token."""
+
+    def __init__(self, base_model: PreTrainedModel):
+        super().__init__()
+        self.rwtransformer = base_model
+        self.config = base_model.config
+        width = getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
+        self.v_head = nn.Linear(width, 1, bias=False)
+        nn.init.normal_(self.v_head.weight, std=1.0 / math.sqrt(width + 1))
+        self.v_head.to(base_model.dtype)
+        self.reward_head: nn.Linear | None = None
+        self.value_scaling: RewardStatistics | None = None  # what values are given in the units of
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> RewardModel:
+        """A reward model of this shape with fresh weights."""
+        return cls(AutoModel.from_config(config))
+
+    def keep_reward_head(self) -> None:
+        """Keep a frozen copy of the head: with adapters off the model is its first self again."""
+        self.reward_head = copy.deepcopy(self.v_head).requires_grad_(False)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_reward_head: bool = False
+    ) -> torch.Tensor:
+        """(B, T) ids and bool mask -> (B, T) values in fp32, by `value_scaling` where it is set.
+
+        With `use_reward_head`, by the copy that `keep_reward_head` made, and never scaled. Both
+        heads run whenever both exist: ZeRO-3 prefetches by the order of modules, which must not
+        vary.
+        """
+        inputs = forward_inputs(self.rwtransformer, input_ids, attention_mask)
+        hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (B, T, H)
+        values = self.v_head(hidden)
+        if self.reward_head is not None:
+            kept = self.reward_head(hidden)
+            values = kept if use_reward_head else values
+        values = values.squeeze(-1).float()
+        if self.value_scaling is None or use_reward_head:
+            return values
+        return self.value_scaling.scaled(values)
+
+
+def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool -> (B,) index of the last real token, wherever the padding is."""
+    positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    return (positions * attention_mask).argmax(dim=-1)
+
+
+def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) values -> (B,) scores: the value at each row's last real token."""
+    return values.gather(-1, last_token_index(attention_mask).unsqueeze(-1)).squeeze(-1)
+
+
+def create_critic_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    ds_config: dict | None = None,
+    dropout: float | None = None,
+    init_head: bool = False,
+) -> RewardModel:
+    """A reward model from a folder or hub id; adapters are merged into the trunk.
+
+    The adapter of a language model gives its trunk, that of a reward model its head as well.
+
+    Args:
+        init_head: True starts a fresh head on a model without one (step 2); False demands that the
+            head is in the checkpoint (step 3, evaluation).
+
+    Raises:
+        UserError: the head is missing, or keys are missing or unexpected.
+    """
+    config = load_config(model_name_or_path, dropout)
+    source = resolve_model(model_name_or_path)
+    adapters = source.read_adapters()
+    bin_state = _read_bin(source.base)
+    old_state = _predecessor_state(bin_state)
+    head = old_state.pop(HEAD, None) if old_state else _stored_head(source.base, bin_state)
+    head = _last_head(adapters, head)
+    del bin_state
+    if head is None and not init_head:
+        raise UserError(_no_head(model_name_or_path))
+    base_class = AutoModel._model_mapping[type(config)]
+    with zero.init_context(ds_config), quiet_loading():
+        base, info = load_weights(
+            base_class, source.base, state_dict=old_state, config=config, dtype=dtype
+        )
+        check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD))
+        for adapter in adapters:
+            merge_adapter(base, adapter, trunk=base.base_model_prefix)
+        grow_vocabulary(base, len(tokenizer))
+    adopt_special_tokens(base, tokenizer)
+    return with_head(base, head, model_name_or_path)
+
+
+def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> RewardModel:
+    """A reward model of a loaded trunk and a (1, width) head; None starts a fresh one.
+
+    Raises:
+        UserError: the head is of another width.
+    """
+    model = RewardModel(base)
+    if head is not None:
+        if head.shape != model.v_head.weight.shape:
+            raise UserError(
+                f"reward model {name}: head of shape {tuple(head.shape)} does not fit "
+                f"{tuple(model.v_head.weight.shape)}"
+            )
+        with torch.no_grad():
+            model.v_head.weight.copy_(head)
+    return model
+
+
+def read_head(model_name_or_path: str) -> torch.Tensor | None:
+    """The head's weight in a folder or under a hub id; None where there is none."""
+    source = resolve_model(model_name_or_path)
+    head = _last_head(source.read_adapters(), None)
+    return _stored_head(source.base, _read_bin(source.base)) if head is None else head
+
+
+def check_reward_head(model_name_or_path: str) -> None:
+    """Stop when a checkpoint holds no head, before any model is built.
+
+    Raises:
+        UserError: what `create_critic_model` raises without `init_head`.
+    """
+    if read_head(model_name_or_path) is None:
+        raise UserError(_no_head(model_name_or_path))
+
+
+def _last_head(adapters: Sequence[Adapter], base_head: torch.Tensor | None) -> torch.Tensor | None:
+    """The head of the last adapter that has one, else the base's."""
+    return next((a.head for a in reversed(adapters) if a.head is not None), base_head)
+
+
+def _no_head(name: str) -> str:
+    return f"reward model {name}: no {DISK_HEAD} or {HEAD} in it; train one with step 2 first"
+
+
+def _weights_folder(name: str) -> Path:
+    """The folder itself, or the hub's files in the local cache; safetensors before others."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"model {name}: no such folder, and no hub model that can be reached"
+        ) from error
+    return folder
+
+
+def _read_bin(path: str) -> dict[str, torch.Tensor]:
+    """What `pytorch_model.bin` holds; {} for a folder without one."""
+    file = _weights_folder(path) / "pytorch_model.bin"
+    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+
+
+def _predecessor_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """DeepSpeed-Chat's reward checkpoint, trunk keys without prefix; None for another's."""
+    if not any(key.startswith(f"{TRUNK}.") for key in state):
+        return None
+    return {key.removeprefix(f"{TRUNK}."): tensor for key, tensor in state.items()}
+
+
+def _stored_head(path: str, bin_state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The head's weight from a folder's safetensors files, or from its `pytorch_model.bin`."""
+    for file in sorted(_weights_folder(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in (DISK_HEAD, HEAD):
+                if key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    return tensors.get_tensor(key)
+    return bin_state.get(DISK_HEAD, bin_state.get(HEAD))
+
+
+def disk_format(
+    model: RewardModel, state: dict[str, torch.Tensor]
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The sequence-classification twin (on `meta`) and the state dict under its names."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        twin = disk_class(model)(config)
+    names = {k: disk_name(k, twin.base_model_prefix) for k in state}
+    return twin, {names[k]: tensor for k, tensor in state.items() if names[k] is not None}
+
+
+def disk_class(model: RewardModel) -> type[PreTrainedModel]:
+    """The class of transformers that a saved reward model loads as."""
+    mapping = AutoModelForSequenceClassification._model_mapping
+    if type(model.config) not in mapping:
+        raise UserError(
+            f"reward model of type {model.config.model_type!r}: transformers has no sequence "
+            "classifier for it, so its head cannot be saved in a loadable form"
+        )
+    return mapping[type(model.config)]
+
+
+def disk_name(name: str, trunk: str) -> str | None:
+    """A module's or tensor's name there, the trunk being called `trunk`; None: not saved."""
+    first, _, rest = name.partition(".")
+    if first == "reward_head":
+        return None
+    return ".".join(filter(None, [{TRUNK: trunk, "v_head": REWARD_HEAD}[first], rest]))

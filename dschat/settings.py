@@ -1,0 +1,248 @@
+"""Settings: frozen dataclasses that declare every flag once and check themselves in one loop.
+
+A field made by `setting` holds its default, its help, its bounds and choices, and whether a resumed
+run may change it. The library takes these objects as they are; `config/cli.py` builds a parser from
+them, and `Settings.of(lora_dim=16, ...)` builds one from Python by the flags' names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, Self, TypeVar
+
+from dschat.errors import UserError
+
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known of a setting beside its type and its default.
+
+    Attributes:
+        help: one line; may hold fields like {full_rate}: other fields of the same group.
+        at_least, above, at_most, below: bounds of a number, or of each number of a tuple.
+        choices: the values allowed, or of a tuple its elements.
+        may_change: a resumed run may give another value than the first one.
+        may_be_empty: a tuple's flag may stand without a value.
+        bare: the value of a flag that stands without one; None: it needs one.
+        retired: accepted without effect; its help says why.
+    """
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] | None = None
+    may_change: bool = False
+    may_be_empty: bool = False
+    bare: str | None = None
+    retired: bool = False
+
+    def check(self, name: str, value: Any, kind: type) -> None:
+        """Stop at a value that this setting cannot have.
+
+        Args:
+            kind: the setting's type without None; of a tuple that of its elements.
+
+        Raises:
+            UserError: naming the setting, its value and what it may be.
+        """
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is None:
+                continue
+            if self.choices is not None and item not in self.choices:
+                known = ", ".join(str(choice) for choice in self.choices)
+                raise UserError(f"{name} is {item}: choose one of {known}")
+            if kind in (int, float) and not self._holds(item, kind):
+                raise UserError(f"{name} is {item}: give {self._wanted(kind)}")
+
+    def _holds(self, value: Any, kind: type) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return (
+            math.isfinite(value)
+            and (kind is float or isinstance(value, int))
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _wanted(self, kind: type) -> str:
+        """The numbers allowed, in words."""
+        a_number = "a whole number" if kind is int else "a number"
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        if high is not None and low is not None:
+            opening = "[" if self.at_least is not None else "("
+            closing = "]" if self.at_most is not None else ")"
+            return f"{a_number} in {opening}{low:g}, {high:g}{closing}"
+        if high is not None:
+            return f"at most {high:g}" if self.at_most is not None else f"{a_number} below {high:g}"
+        if self.at_least is not None:
+            return "0 or more" if low == 0 else f"at least {low:g}"
+        return f"{a_number} above {low:g}" if low is not None else f"a finite {a_number[2:]}"
+
+
+def setting(default: Any, help: str, **rule: Any) -> Any:
+    """Declare a field of a `Settings` class; it becomes a flag of the same name.
+
+    Args:
+        default: MISSING for a setting that must be given.
+        help: what it means. rule: see `Rule`.
+    """
+    return dataclasses.field(default=default, metadata={"rule": Rule(help, **rule)})
+
+
+def group(cls: type[Settings], prefix: str = "", **defaults: Any) -> Any:
+    """Declare a field that holds a group of settings, whose flags get `prefix` before their names.
+
+    Args:
+        defaults: values that replace the group's own defaults.
+    """
+    return dataclasses.field(
+        default_factory=lambda: _build(cls, {}, prefix, **defaults),
+        metadata={"group": cls, "prefix": prefix, "defaults": defaults},
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings: every field is checked against its rule when an object is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "rule" in field.metadata:
+                kind = type_of(type(self), field.name)
+                field.metadata["rule"].check(field.name, getattr(self, field.name), kind.element)
+
+    @classmethod
+    def of(cls, **flags: Any) -> Self:
+        """Build settings with all their groups from flags by name; the others keep their defaults.
+
+        Raises:
+            UserError: an unknown name (with the nearest), a required one missing, a failed check.
+        """
+        known = [flag.name for flag in flags_of(cls)]
+        for name in flags:
+            if name not in known:
+                raise UserError(unknown("setting", name, known))
+        return _build(cls, flags)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A setting's type: the type of one value, and whether it is a tuple of them."""
+
+    element: type
+    is_tuple: bool = False
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def type_of(cls: type, name: str) -> Kind:
+    """The type of a field: `str | None` is str, `tuple[str, ...]` a tuple of str."""
+    hint = _types(cls)[name]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return Kind(typing.get_args(hint)[0], is_tuple=True)
+    return Kind(hint)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting by its full name, and its place in a settings object.
+
+    Attributes:
+        path: names of the groups from the top, then of the field.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    kind: Kind
+    default: Any
+    help: str
+    rule: Rule
+
+    def value(self, settings: Settings) -> Any:
+        """The flag's value in a settings object."""
+        return functools.reduce(getattr, self.path, settings)
+
+
+def flags_of(
+    cls: type, prefix: str = "", path: tuple[str, ...] = (), **defaults: Any
+) -> list[Flag]:
+    """List every flag of a settings class, groups flattened."""
+    flags = []
+    fields = dataclasses.fields(cls)
+    values = {f.name: defaults.get(f.name, f.default) for f in fields}
+    for field in fields:
+        here, m = (*path, field.name), field.metadata
+        if "group" in m:
+            flags += flags_of(m["group"], prefix + m["prefix"], here, **m["defaults"])
+        elif "rule" in m:
+            rule, kind = m["rule"], type_of(cls, field.name)
+            help_text = rule.help.format(**values) if "{" in rule.help else rule.help
+            flags.append(Flag(prefix + field.name, here, kind, values[field.name], help_text, rule))
+    return flags
+
+
+def flag_values(settings: Settings) -> dict[str, Any]:
+    """Map every flag's name to its value in a settings object, retired flags left out."""
+    return {
+        flag.name: flag.value(settings)
+        for flag in flags_of(type(settings))
+        if not flag.rule.retired
+    }
+
+
+def given_flags(settings: Settings) -> Iterator[Flag]:
+    """List the flags whose value differs from their default."""
+    for flag in flags_of(type(settings)):
+        if not flag.rule.retired and flag.value(settings) != flag.default:
+            yield flag
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    """Say that a name is unknown, and which known one is nearest."""
+    near = difflib.get_close_matches(name.split("=")[0], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see --help"
+    return f"unknown {kind} {name}{hint}"
+
+
+def _build(cls: type[S], flags: Mapping[str, Any], prefix: str = "", **defaults: Any) -> S:
+    values: dict[str, Any] = dict(defaults)
+    for field in dataclasses.fields(cls):
+        m, name = field.metadata, prefix + field.name
+        if "group" in m:
+            values[field.name] = _build(m["group"], flags, prefix + m["prefix"], **m["defaults"])
+        elif "rule" in m and name in flags:
+            value = flags[name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+            m["rule"].check(name, values[field.name], type_of(cls, field.name).element)
+        elif field.default is MISSING and field.name not in values:
+            raise UserError(f"{name} is required")
+    return _with_prefix(prefix, {f.name for f in dataclasses.fields(cls)}, lambda: cls(**values))
+
+
+def _with_prefix(prefix: str, names: set[str], make: Callable[[], S]) -> S:
+    """Call `make`; an error that begins with a setting of the group then names its full flag."""
+    try:
+        return make()
+    except UserError as error:
+        if prefix and str(error).split(" ")[0].rstrip(":") in names:
+            raise UserError(f"{prefix}{error}") from error
+        raise

@@ -1,0 +1,167 @@
+"""Texts to token ids, with prompt and answer split exactly."""
+
+from transformers import PreTrainedTokenizerBase
+
+from dschat.errors import UserError
+from dschat.text.word_cache import word_cache
+
+# An answer that merges with its prompt is tokenised after one of these instead. They are of
+# different classes (newline, punctuation, letter), so whatever an answer begins with, at least one
+# of them is kept apart from it by common pre-tokenizers.
+SENTINELS = ("\n", ":", "a")
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True
+) -> list[list[int]]:
+    """Token ids of each text, with the tokenizer's own BOS if `special`."""
+    cache = word_cache(tokenizer)
+    if cache is None:
+        return _encode_whole(tokenizer, texts, special)
+    fits = [cache.fits(text) for text in texts]
+    words = iter(cache.encode([t for t, fit in zip(texts, fits, strict=True) if fit], special))
+    rest = [t for t, fit in zip(texts, fits, strict=True) if not fit]
+    others = iter(_encode_whole(tokenizer, rest, special))
+    return [next(words if fit else others) for fit in fits]
+
+
+def _encode_whole(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool
+) -> list[list[int]]:
+    """The tokenizer's own ids, in one batched call."""
+    if not texts:
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # longer than model_max_length is normal here: rows are cut afterwards
+    )["input_ids"]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    prompt_ids: list[list[int]],
+    answers: list[str],
+    special: bool = True,
+) -> list[list[int]]:
+    """Token ids of each answer as the continuation of its prompt, ending in exactly one eos.
+
+    The prompt's ids stay those of the prompt alone (what generation sees; `special` as they were
+    encoded with), no token straddles the boundary, and prompt ids + answer ids decode to
+    prompt + answer.
+    """
+    eos = tokenizer.eos_token
+    bare = []
+    for answer in answers:
+        while answer.endswith(eos):
+            answer = answer[: -len(eos)]
+        bare.append(answer)
+    answer_ids: list[list[int]] = [[] for _ in bare]
+    apart = _begins_a_word(tokenizer, prompts, bare)
+    for row, ids in zip(apart, _encode_words(tokenizer, [bare[row] for row in apart]), strict=True):
+        answer_ids[row] = ids
+    rest = sorted(set(range(len(bare))).difference(apart))
+    joined = encode(tokenizer, [prompts[row] + bare[row] for row in rest], special)
+    merged = []
+    for row, whole in zip(rest, joined, strict=True):
+        head = prompt_ids[row]
+        answer_ids[row] = whole[len(head) :]
+        if whole[: len(head)] != head:
+            merged.append(row)
+    replacements = _encode_apart(
+        tokenizer, [prompt_ids[row] for row in merged], [bare[row] for row in merged]
+    )
+    for row, ids in zip(merged, replacements, strict=True):
+        answer_ids[row] = ids
+    end = tokenizer.eos_token_id  # looked up once: transformers takes microseconds for it
+    for ids in answer_ids:
+        ids.append(end)
+    return answer_ids
+
+
+def _begins_a_word(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
+) -> list[int]:
+    """Rows whose answer begins where the tokenizer cuts anyhow: the prompt plays no part."""
+    cache = word_cache(tokenizer)
+    if cache is None:
+        return []
+    return [
+        row
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        if answer.startswith(" ") and prompt and not prompt[-1].isspace()
+        if cache.fits(prompt + answer)
+    ]
+
+
+def _encode_words(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[list[int]]:
+    """Ids of the answers of such rows."""
+    return word_cache(tokenizer).encode_behind(answers) if answers else []
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, rows: list[list[tuple[str, str]]], special: bool = True
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Token ids of conversations, each a list of (context, answer) texts in their order.
+
+    Each answer ends in one eos and is the continuation of its context, as in `encode_answers`; a
+    context behind an answer has the ids of a text behind that eos.
+    """
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    first = _encode_pairs(tokenizer, [row[0] for row in rows], special)
+    later_texts = [(eos + context, answer) for row in rows for context, answer in row[1:]]
+    later = iter(_encode_pairs(tokenizer, later_texts, special=False))
+    conversations = []
+    for row, pair in zip(rows, first, strict=True):
+        pairs = [pair]
+        for _ in row[1:]:
+            context, answer = next(later)
+            if context[0] != eos_id:
+                raise UserError(
+                    f"tokenizer {tokenizer.name_or_path!r}: its end token {eos!r} is not one token "
+                    "inside a text; save it as a special token, or use --train_on last_turn"
+                )
+            pairs.append((context[1:], answer))
+        conversations.append(pairs)
+    return conversations
+
+
+def _encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], special: bool
+) -> list[tuple[list[int], list[int]]]:
+    contexts, answers = [context for context, _ in pairs], [answer for _, answer in pairs]
+    ids = encode(tokenizer, contexts, special)
+    replies = encode_answers(tokenizer, contexts, ids, answers, special)
+    return list(zip(ids, replies, strict=True))
+
+
+def _encode_apart(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], answers: list[str]
+) -> list[list[int]]:
+    """Ids of answers that would merge with their prompts, tokenised away from them.
+
+    Alone, an answer may gain a space (tokenizers that put `▁` before every text), so it is
+    tokenised after a sentinel whose ids are stripped again. The first candidate that decodes to
+    the answer's own text behind the prompt is taken; where the tokenizer normalises text and none
+    does, the first candidate.
+    """
+    if not answers:
+        return []
+    candidates: list[list[list[int]]] = [[] for _ in answers]
+    for sentinel in SENTINELS:
+        head = encode(tokenizer, [sentinel], special=False)[0]
+        texts = [sentinel + answer for answer in answers]
+        for row, whole in enumerate(encode(tokenizer, texts, special=False)):
+            if whole[: len(head)] == head:
+                candidates[row].append(whole[len(head) :])
+    for row, alone in enumerate(encode(tokenizer, answers, special=False)):
+        candidates[row].append(alone)
+    chosen = []
+    for head, answer, options in zip(prompt_ids, answers, candidates, strict=True):
+        expected = tokenizer.decode(head) + answer
+        right = (ids for ids in options if tokenizer.decode(head + ids) == expected)
+        chosen.append(next(right, options[0]))
+    return chosen

@@ -1,0 +1,131 @@
+"""Load a tokenizer under one end-of-answer convention; compare and fingerprint tokenizers."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dschat.errors import UserError
+from dschat.text.formats import CONFIG_KEY, choose_format
+from dschat.utils.module.model_source import is_local, resolve_model
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def load_hf_tokenizer(
+    model_name_or_path: str, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
+) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer whose `eos_token` ends answers in every step and whose pad is set.
+
+    With `add_eot_token`, `eot_token` is added if unknown and becomes the `eos_token`, so a saved
+    folder carries the convention. An own pad token is kept; a missing one becomes the eos token.
+
+    Raises:
+        UserError: no such folder or Hub name, no tokenizer files in it, or no end token.
+    """
+    name = tokenizer_home(model_name_or_path)
+    if is_local(name) and not _has_tokenizer(name):
+        state = "holds no tokenizer files" if Path(name).is_dir() else "is not a folder"
+        raise UserError(
+            f"tokenizer {model_name_or_path!r} {state}: give a folder that holds tokenizer.json, "
+            "or the name of a model on the Hub"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"tokenizer {model_name_or_path!r} does not load ({reason}): "
+            "give a model folder, or the name of a model on the Hub that can be reached"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {model_name_or_path!r} has no fast version: save one with a tokenizer.json"
+        )
+    _set_special_tokens(tokenizer, model_name_or_path, eot_token if add_eot_token else None)
+    return tokenizer
+
+
+def tokenizer_home(model_name_or_path: str) -> str:
+    """Where the tokenizer is: an adapter folder that holds none uses its base's."""
+    source = resolve_model(model_name_or_path)
+    for folder in reversed(source.adapters):
+        if _has_tokenizer(folder.path):
+            return str(folder.path)
+    return os.path.expanduser(source.base)
+
+
+def _has_tokenizer(folder: str | Path) -> bool:
+    return any((Path(folder) / file).is_file() for file in VOCABULARY_FILES)
+
+
+def _set_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, name: str, eot_token: str | None
+) -> None:
+    if eot_token is not None:
+        if not eot_token:
+            raise UserError("--eot_token is empty: give the text of the end token")
+        tokenizer.add_special_tokens({"eos_token": eot_token})
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {name!r} has no end token: name one with --add_eot_token --eot_token"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with_special, plain = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    if with_special[-len(plain) :] != plain:
+        # A prompt ending in such a token would ask the model to go on after the end.
+        token = tokenizer.convert_ids_to_tokens(with_special[-1])
+        raise UserError(
+            f"tokenizer {name!r} appends {token!r} to every text: switch that off in its "
+            "tokenizer.json (post_processor) or with add_eos_token"
+        )
+
+
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, eot_token: str | None = None
+) -> None:
+    """Stop when a second model reads other token ids or another prompt format than the first.
+
+    Raises:
+        UserError: the model's own tokenizer differs in vocabulary, special tokens or format.
+    """
+    shared = choose_format(tokenizer, end_is_given=eot_token is not None).name
+    other = load_hf_tokenizer(
+        model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
+    )
+    stored = other.init_kwargs.get(CONFIG_KEY, shared)
+    if stored != shared:
+        raise UserError(
+            f"{model_name_or_path}: trained with the prompt format {stored!r}, but "
+            f"{tokenizer.name_or_path} with {shared!r}; train both with one --prompt_format"
+        )
+    choose_format(other, shared, end_is_given=eot_token is not None)
+    if shared == "chat" and other.chat_template != tokenizer.chat_template:
+        raise UserError(
+            f"{model_name_or_path}: its chat template is not that of {tokenizer.name_or_path}; "
+            "train both with one template, or with --prompt_format dschat"
+        )
+    same_ends = other.eos_token_id == tokenizer.eos_token_id
+    if other.get_vocab() != tokenizer.get_vocab() or not same_ends:
+        raise UserError(
+            f"{model_name_or_path}: its tokenizer is not that of {tokenizer.name_or_path}; "
+            "train actor and reward model from models with one tokenizer"
+        )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of all that decides ids: backend, special ids, a chat template in use."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What an earlier call asked for, not part of the tokenizer: padding and truncation are
+    # switched on and off in the backend by each call.
+    for transient in ("padding", "truncation"):
+        backend.pop(transient, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if tokenizer.init_kwargs.get(CONFIG_KEY) == "chat":
+        special.append(tokenizer.chat_template)
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What every training step shares: engine, start-up, evaluation, metrics, checkpoints."""

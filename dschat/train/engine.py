@@ -1,0 +1,226 @@
+"""A model and its configs in, a DeepSpeed engine with named parameter groups out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from dschat.errors import UserError
+from dschat.models.causal_lm import load_config
+from dschat.train.advice import lora_advice
+from dschat.utils.distributed import print_rank_0
+from dschat.utils.ds_utils import (
+    EngineConfig,
+    get_eval_ds_config,
+    get_train_ds_config,
+    read_user_config,
+)
+from dschat.utils.module.lora import (
+    LoraConfig,
+    convert_linear_layer_to_lora,
+    make_model_gradient_checkpointing_compatible,
+    match_layers,
+    only_optimize_lora_parameters,
+)
+from dschat.utils.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    check_rates,
+    get_optimizer_grouped_parameters,
+    group_table,
+)
+
+Batch = TypeVar("Batch")
+Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+def resolve_dtype(name: str) -> str:
+    """`auto` becomes bf16 where the device computes in it, else fp32; the rest is checked.
+
+    Raises:
+        UserError: the device cannot train in the dtype asked for.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().device_name()
+    if device == "cpu":
+        has_bf16, has_fp16 = torch.cpu._is_amx_tile_supported(), False
+    elif device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_fp16 = True
+    else:
+        has_bf16, has_fp16 = (
+            get_accelerator().is_bf16_supported(),
+            get_accelerator().is_fp16_supported(),
+        )
+    if name == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if name == "fp16" and not has_fp16:
+        raise UserError(f"dtype fp16 cannot train on {device}: use --dtype bf16 or fp32")
+    if name == "bf16" and not has_bf16 and device != "cpu":
+        raise UserError(f"dtype bf16 is not supported by this {device}: use --dtype fp16 or fp32")
+    return name
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """fp32, bf16 or fp16 as torch's dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model trains: adapters, rates, what is frozen, checkpointing."""
+
+    optimizer: OptimizerConfig
+    lora: LoraConfig | None = None
+    train_base: bool = False  # with adapters: train what they wrap as well
+    gradient_checkpointing: bool = False
+
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether switching the adapters off gives the model back that training started from."""
+        return self.lora is not None and not self.train_base and not self.lora.modules_to_save
+
+    def check(
+        self, model_name_or_path: str, build: Callable[[PretrainedConfig], nn.Module]
+    ) -> None:
+        """Stop when no layer would get an adapter; builds the model on `meta`, without weights."""
+        config = load_config(model_name_or_path)
+        with torch.device("meta"):
+            module = build(config)
+        if self.lora is not None:
+            match_layers(module, self.lora.module_names, self.lora.modules_to_save)
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """Adapters on, base frozen, checkpointing on, in place: ready for `build_engine`."""
+        if self.lora is not None:
+            convert_linear_layer_to_lora(module, self.lora)
+            if self.train_base:
+                module.requires_grad_(True)
+            else:
+                only_optimize_lora_parameters(module, self.lora.modules_to_save)
+        if self.gradient_checkpointing:
+            make_model_gradient_checkpointing_compatible(module)
+        return module
+
+
+def build_engine(
+    module: nn.Module,
+    config: EngineConfig,
+    recipe: Recipe,
+    schedule: Schedule,
+    world_size: int,
+    title: str,
+):
+    """Apply the recipe and initialise DeepSpeed; print the table of what trains.
+
+    An optimizer block in the user's JSON is honoured with the groups kept; otherwise AdamW.
+
+    Returns:
+        The engine, with `engine.lr_scheduler` set and every group's rate checked.
+    """
+    import deepspeed
+
+    recipe.apply(module)
+    optimizer_config = recipe.optimizer
+    groups = get_optimizer_grouped_parameters(module, optimizer_config)
+    advice = lora_advice(recipe.lora, optimizer_config, config, world_size)
+    print_rank_0("\n".join([group_table(groups, module, title), *advice]))
+    ds_config = get_train_ds_config(config, world_size)
+    own_optimizer = "optimizer" not in ds_config
+    if not own_optimizer:
+        _complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.user_config)
+    # DeepSpeed's bf16 optimizer prints its memory use at every turn.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(groups, optimizer_config) if own_optimizer else None,
+            model_parameters=None if own_optimizer else groups,
+            lr_scheduler=schedule,
+            config=ds_config,
+            dist_init_required=False,
+        )
+    check_rates(engine.optimizer, optimizer_config)
+    engine.train()  # models load in eval mode, where dropout and checkpointing are off
+    return engine
+
+
+def check_optimizer_block(path: str, config: OptimizerConfig) -> None:
+    """Stop before weights are loaded when the JSON's optimizer contradicts the flags."""
+    block = read_user_config(path).get("optimizer")
+    if block is not None:
+        params = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
+        _complete_optimizer_block({**block, "params": params}, config, path)
+
+
+def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | None) -> None:
+    """Fill in what the JSON leaves open; refuse rates that the groups would pass over in silence.
+
+    Raises:
+        UserError: no type, or a rate or weight decay that contradicts its flag.
+    """
+    if "type" not in block:
+        raise UserError(f"deepspeed_config {path}: the optimizer block names no type: add one")
+    params = block.setdefault("params", {})
+    flags = {"lr": ("learning_rate", config.learning_rate)}
+    flags["weight_decay"] = ("weight_decay", config.weight_decay)
+    for name, (flag, value) in flags.items():
+        if params.setdefault(name, value) != value:
+            raise UserError(
+                f"deepspeed_config {path}: optimizer.params.{name} {params[name]} contradicts "
+                f'--{flag} {value}, which the groups carry; make them equal or write "auto"'
+            )
+    if block["type"].lower() in ("adam", "adamw"):
+        params.setdefault("betas", list(config.betas))
+        params.setdefault("eps", config.eps)
+
+
+def build_frozen(
+    module: nn.Module, config: EngineConfig, device: torch.device, *, offload: bool = False
+) -> nn.Module:
+    """A module that is only ever scored: on the device, or sharded when `zero_stage` is 3.
+
+    With `offload` its weights stay on the CPU; the caller moves them in for a pass (ZeRO-3 does so
+    by itself, layer by layer).
+    """
+    module.requires_grad_(False).eval()
+    if config.zero_stage < 3:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch_dtype(config.dtype))
+        # Not the buffers: an engine keeps them as they were loaded (rotary frequencies in fp32).
+        return module.to("cpu" if offload else device)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=module, config=get_eval_ds_config(config, offload), dist_init_required=False
+    )
+    return engine.module
+
+
+def backward(engine: nn.Module, loss: torch.Tensor, last: bool) -> None:
+    """Accumulate one micro-batch's gradients; they are reduced with the window's last.
+
+    The loss must already be divided by what the whole window holds (`losses.window_scale`).
+    """
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def windows(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step; the last window of an epoch may be shorter."""
+    iterator = iter(loader)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+def num_windows(num_batches: int, size: int) -> int:
+    """How many optimizer steps `num_batches` micro-batches make."""
+    return -(-num_batches // size)

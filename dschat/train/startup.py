@@ -1,0 +1,92 @@
+"""What every step does first: device, process group, tokenizer, output folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dschat.models.save import check_output_dir
+from dschat.text.formats import CONFIG_KEY, choose_format, describe_format
+from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train.engine import resolve_dtype, torch_dtype
+from dschat.utils.distributed import (
+    Distributed,
+    init_distributed,
+    print_rank_0,
+    set_random_seed,
+)
+from dschat.utils.perf import Gpus
+
+
+@dataclass(frozen=True)
+class Startup:
+    """A process that is ready to load data and models."""
+
+    distributed: Distributed
+    dtype_name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models are loaded and computed in."""
+        return torch_dtype(self.dtype_name)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.distributed.device
+
+    @property
+    def rank(self) -> int:
+        """This process among `world_size`."""
+        return self.distributed.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.distributed.world_size
+
+    @property
+    def gpus(self) -> Gpus:
+        """The devices as throughput counts them."""
+        is_cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_cuda else None
+        return Gpus(self.world_size, self.dtype, name)
+
+
+def start(
+    model_name_or_path: str,
+    *,
+    dtype: str,
+    seed: int,
+    output_dir: str | None,
+    eot_token: str | None,
+    prompt_format: str | None = None,
+    teaches_format: bool = False,
+) -> Startup:
+    """Join the process group and check what can be checked without data or weights.
+
+    Args:
+        eot_token: the token that ends answers instead of the tokenizer's eos; None keeps that.
+        prompt_format: asked for; None takes the one stored with the model, or its default.
+        teaches_format: the model may learn another format than the stored one.
+
+    Raises:
+        UserError: a dtype the device lacks, no tokenizer, an output folder that is none, a prompt
+            format that the model cannot have.
+    """
+    name = resolve_dtype(dtype)
+    check_output_dir(output_dir)
+    tokenizer = load_hf_tokenizer(
+        model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
+    )
+    stored = tokenizer.init_kwargs.get(CONFIG_KEY)
+    form = choose_format(
+        tokenizer, prompt_format, teaches=teaches_format, end_is_given=eot_token is not None
+    )
+    distributed = init_distributed()
+    print_rank_0(describe_format(form, tokenizer, stored), distributed.rank)
+    set_random_seed(seed)
+    return Startup(distributed, name, tokenizer)

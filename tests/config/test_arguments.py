@@ -1,0 +1,546 @@
+"""What the flags of the steps mean, refuse and contradict."""
+
+import shlex
+
+import pytest
+import torch
+
+from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.cli import parse
+from dschat.config.roles import RoleArguments
+from dschat.data.batching import ByRows, ByTokens, Packed
+from dschat.errors import UserError
+from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
+from dschat.rlhf.role_config import RoleNames
+
+
+def sft(*argv: str) -> SFTSettings:
+    return parse(SFTSettings, ["--model_name_or_path", "m", *argv], "")
+
+
+def reward(*argv: str) -> RewardSettings:
+    return parse(RewardSettings, ["--model_name_or_path", "m", *argv], "")
+
+
+def rlhf(*argv: str) -> RLHFSettings:
+    models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
+    return parse(RLHFSettings, [*models, *argv], "")
+
+
+def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
+    """A command line of step 3 as its scripts write them, LoRA and ZeRO included."""
+    settings = rlhf(
+        *shlex.split(
+            "--data_path Dahoas/rm-static --data_split 2,4,4 --num_padding_at_beginning 1 "
+            "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 "
+            "--generation_batches 1 --ppo_epochs 1 --max_answer_seq_len 256 "
+            "--max_prompt_seq_len 256 "
+            "--actor_learning_rate 5e-4 --critic_learning_rate 5e-6 --num_train_epochs 1 "
+            "--lr_scheduler_type cosine --gradient_accumulation_steps 2 --num_warmup_steps 100 "
+            "--deepspeed --seed 1234 --actor_zero_stage 2 --critic_zero_stage 3 "
+            "--actor_lora_dim 128 "
+            "--actor_gradient_checkpointing --critic_gradient_checkpointing --actor_dropout 0.0 "
+            "--enable_hybrid_engine --actor_lora_module_name decoder.layers. --offload "
+            "--output_dir ./output --enable_ema --dtype bf16"
+        )
+    )
+    cast = settings.cast("bf16", iterations=10)
+    actor, critic = cast.actor, cast.critic
+    assert (actor.model, critic.model) == ("a", "c")
+    assert actor.engine.zero_stage == 2 and critic.engine.zero_stage == 3
+    assert actor.engine.offload and critic.engine.offload
+    assert actor.engine.micro_batch_size == 2 and actor.engine.gradient_accumulation_steps == 2
+    assert actor.recipe.lora.dim == 128 and critic.recipe.lora is None
+    assert actor.recipe.lora.module_names == ("decoder.layers.",)
+    assert actor.recipe.optimizer.rate("lora_A") == 5e-4
+    assert actor.recipe.optimizer.rate("lora_B") == 16 * 5e-4
+    assert critic.recipe.optimizer.rate("decay") == 5e-6
+    assert actor.recipe.gradient_checkpointing and critic.recipe.gradient_checkpointing
+
+
+def test_one_seed_in_all_steps():
+    assert sft().run.seed == reward().run.seed == rlhf().run.seed == 1234
+
+
+def test_the_rate_with_and_without_adapters():
+    rates = sft().model.optimizer_config()
+    assert rates.rate("decay") == 9.65e-6
+    rates = sft("--lora_dim", "8").model.optimizer_config()
+    # Three times the full rate is the geometric mean of A's and B's.
+    assert rates.rate("lora_A") == pytest.approx(3 / 4 * 9.65e-6)
+    assert rates.rate("lora_B") == pytest.approx(3 * 4 * 9.65e-6)
+    assert rates.rate("decay") == 9.65e-6  # of what trains whole beside the adapters
+    rates = sft("--lora_dim", "8", "--loraplus_lr_ratio", "1").model.optimizer_config()
+    assert rates.rate("lora_A") == rates.rate("lora_B") == pytest.approx(3 * 9.65e-6)
+    both = ["--lora_dim", "8", "--learning_rate", "1e-3", "--loraplus_lr_ratio", "4"]
+    rates = sft(*both).model.optimizer_config()
+    assert (rates.rate("lora_A"), rates.rate("lora_B")) == (1e-3, 4e-3)
+    rates = sft(*both, "--lora_learning_rate", "1e-4").model.optimizer_config()
+    assert (rates.rate("lora_A"), rates.rate("decay")) == (1e-4, 1e-3)
+    assert sft(*both).model.lora.config().dim == 8 and sft().model.lora.config() is None
+
+
+def test_layer_names_with_commas_and_spaces():
+    argv = ["--lora_dim", "4", "--lora_module_name", "q_proj,v_proj", "fc"]
+    assert sft(*argv).model.lora.config().module_names == ("q_proj", "v_proj", "fc")
+
+
+def test_ppo_flags_reach_the_loop():
+    config = rlhf(
+        *shlex.split(
+            "--kl_coef 0.3 --cliprange 0.1 --cliprange_value 0.4 --gamma 0.99 --lam 0.9 "
+            "--reward_clip 3 --missing_eos_penalty 1.5 --ppo_epochs 2 --max_answer_seq_len 17 "
+            "--temperature 0.7 --top_p 0.8 --top_k 9 --per_device_generation_batch_size 6 "
+            "--per_device_training_batch_size 3 --gradient_accumulation_steps 5 --seed 4"
+        )
+    ).ppo_config()
+    assert (config.kl_coefficient, config.clip_range, config.value_clip_range) == (0.3, 0.1, 0.4)
+    assert (config.gamma, config.lam, config.reward_clip) == (0.99, 0.9, 3.0)
+    assert (config.missing_eos_penalty, config.ppo_epochs, config.seed) == (1.5, 2, 4)
+    sampling = config.sampling
+    assert (sampling.max_new_tokens, sampling.temperature) == (17, 0.7)
+    assert (sampling.top_p, sampling.top_k) == (0.8, 9)
+    assert (config.rollout_batch_size, config.micro_batch_size) == (6, 3)
+    assert config.gradient_accumulation_steps == 5
+
+
+def test_flags_of_stability_reach_the_loop():
+    config = rlhf(
+        *shlex.split(
+            "--kl_estimator k3 --kl_target 6 --kl_horizon 512 --whiten_advantages never "
+            "--critic_warmup_iterations 3 --update_kl_limit 0.05 --cliprange_value 0"
+        )
+    ).ppo_config()
+    assert (config.kl_estimator, config.kl_target, config.kl_horizon) == ("k3", 6.0, 512)
+    assert not config.whitens and config.value_clip_range == 0.0
+    assert (config.critic_warmup_iterations, config.update_kl_limit) == (3, 0.05)
+    default = rlhf().ppo_config()
+    assert default.whitens and default.kl_target is None and default.update_kl_limit == 0.0
+
+
+def test_the_actors_schedule_begins_behind_the_critics_warm_up():
+    """10 iterations of 2 epochs of 4 rows in windows of 2: the critic makes 40 steps."""
+    argv = shlex.split(
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --ppo_epochs 2 "
+        "--num_warmup_steps 0 --lr_scheduler_type linear"
+    )
+
+    def steps(*warmup: str) -> list[int]:
+        found = []
+        for role in rlhf(*argv, *warmup).cast("fp32", iterations=10).trained.values():
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+            factor = role.schedule(optimizer).lr_lambdas[0]
+            found.append(next(step for step in range(99) if factor(step) == 0.0))
+        return found
+
+    assert steps() == [40, 40]
+    assert steps("--critic_warmup_iterations", "3") == [28, 40]
+
+
+def test_a_warm_up_that_leaves_nothing_to_the_actor():
+    argv = ["--critic_warmup_iterations", "7"]
+    assert rlhf(*argv).iterations(8) == 8
+    with pytest.raises(UserError, match="critic_warmup_iterations is 7, but the run has 7 iter"):
+        rlhf(*argv).iterations(7)
+
+
+@pytest.mark.parametrize(
+    "argv, iterations",
+    [
+        ([], 7),
+        (["--num_train_epochs", "2"], 14),
+        (["--generation_batches", "2"], 4),  # 2 + 2 + 2 + 1 batches
+        (["--max_steps", "3"], 3),
+        (["--max_steps", "30"], 7),
+        (["--enable_test_mode", "--test_stop_step", "2"], 2),
+        (["--test_stop_step", "2"], 7),
+    ],
+)
+def test_iterations_over_seven_batches(argv, iterations):
+    assert rlhf(*argv).iterations(7) == iterations
+
+
+def test_a_warm_up_longer_than_the_run_is_said(capsys):
+    """Seven iterations of two epochs, one window each."""
+    for steps, said in ((13, False), (14, True)):
+        rlhf("--ppo_epochs", "2", "--num_warmup_steps", str(steps)).iterations(7)
+        assert ("makes 14 steps in all and never" in capsys.readouterr().out) == said
+
+
+def test_how_training_rows_become_batches():
+    assert sft("--per_device_train_batch_size", "3").grouping() == ByRows(3)
+    assert sft("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096)
+    assert reward("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096, sequences=2)
+    packed = sft("--packing", "--per_device_train_batch_size", "3", "--max_seq_len", "256")
+    assert packed.grouping() == Packed(3, 256)
+    with pytest.raises(UserError, match=r"packing and max_tokens_per_batch: .*drop one"):
+        sft("--packing", "--max_tokens_per_batch", "4096")
+    with pytest.raises(UserError, match="max_tokens_per_batch is 1000: a pair may have 1024"):
+        reward("--max_tokens_per_batch", "1000")
+
+
+def test_seed_and_length_of_the_data():
+    spec = rlhf("--max_prompt_seq_len", "100", "--max_answer_seq_len", "30").data_spec()
+    assert (spec.max_prompt_len, spec.max_seq_len, spec.seed) == (100, 130, 1234)
+
+
+@pytest.mark.parametrize("build", [sft, reward, rlhf])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--only_optimize_lora", "--train_base_model"], "contradict"),
+        (["--num_train_epochs", "0"], "num_train_epochs is 0: give at least 1"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
+        (["--num_warmup_steps", "-1"], "num_warmup_steps is -1"),
+        (["--log_every", "0"], "log_every is 0"),
+        (["--lr_scheduler_type", "warm"], "argument --lr_scheduler_type: invalid choice: 'warm'"),
+        (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+        (["--lora_dimension", "8"], "unknown flag --lora_dimension; did you mean --"),
+    ],
+)
+def test_what_every_step_refuses(build, argv, message):
+    with pytest.raises(UserError) as error:
+        build(*argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size is 0"),
+        (["--max_seq_len", "0"], "max_seq_len is 0"),
+        (["--max_steps", "-1"], "max_steps is -1: give 0 (no limit) or more"),
+        (["--max_tokens_per_batch", "511"], "max_tokens_per_batch is 511: a row may have 512"),
+        (["--zero_stage", "4"], "argument --zero_stage: invalid choice: 4"),
+        (["--lora_init", "C"], "argument --lora_init: invalid choice: 'C'"),
+    ],
+)
+@pytest.mark.parametrize("build", [sft, reward])
+def test_what_steps_1_and_2_refuse(build, argv, message):
+    with pytest.raises(UserError) as error:
+        build(*argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--offload"], "offload needs ZeRO"),
+        (["--offload", "--critic_zero_stage", "2"], "offload needs ZeRO"),
+        (["--ema_decay", "1.0"], "ema_decay is 1.0"),
+        (["--unsupervised_dataset_name", "wiki", "--unsup_coef", "0"], "unsup_coef is 0.0"),
+        (["--unsupervised_dataset_config_name", "x"], "config_name x: there is no text"),
+        (["--reward_function_weight", "2"], "reward_function_weight is 2.0, and there is no"),
+        (["--reward_model_weight", "0"], "reward_model_weight is 0: nothing is rewarded"),
+        (["--print_answers_interval", "0"], "print_answers_interval is 0: give at least 1"),
+        (["--generation_batches", "0"], "generation_batches is 0"),
+        (["--max_prompt_seq_len", "0"], "max_prompt_seq_len is 0"),
+        (["--max_answer_seq_len", "0"], "max_answer_seq_len is 0"),
+        (["--max_steps", "-1"], "max_steps is -1"),
+        (["--eval_interval", "-1"], "eval_interval is -1"),
+        (["--test_stop_step", "-1"], "test_stop_step is -1"),
+        (["--kl_coef", "nan"], "kl_coef is nan"),
+        (["--reward_clip", "nan"], "reward_clip is nan"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--kl_target", "nan"], "kl_target is nan"),
+        (["--ppo_epochs", "0"], "ppo_epochs is 0"),
+        (["--per_device_training_batch_size", "0"], "per_device_training_batch_size is 0"),
+        (["--per_device_generation_batch_size", "0"], "per_device_generation_batch_size is 0"),
+        (["--temperature", "0"], "temperature is 0.0"),
+        (["--cliprange", "0"], "cliprange is 0.0"),
+        (["--advantage_estimator", "rloo"], "answers_per_prompt is 1: give 2 or more"),
+        (["--kl_horizon", "100"], "kl_horizon is 100, but kl_coef is fixed: give --kl_target"),
+        (["--kl_target", "6", "--kl_coef", "0"], "kl_target scales kl_coef, which is 0"),
+        (["--critic_warmup_iterations", "-1"], "critic_warmup_iterations is -1"),
+        (["--update_kl_limit", "-1"], "update_kl_limit is -1.0"),
+        (["--answers_per_prompt", "0"], "answers_per_prompt is 0"),
+        (["--generation_chunk_size", "-1"], "generation_chunk_size is -1"),
+        (["--min_answer_seq_len", "257"], "min_answer_seq_len is 257: give 0 to max_answer_seq"),
+        (["--stop_strings", "a", ""], "stop_strings holds an empty string"),
+        (["--fuse_lora_for_generation"], "fuse_lora_for_generation: the actor has no adapters"),
+        (
+            ["--fuse_lora_for_generation", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
+            "fuse_lora_for_generation: with --actor_zero_stage 3 no rank holds a whole weight",
+        ),
+        (
+            ["--enable_hybrid_engine", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
+            "enable_hybrid_engine with --actor_lora_dim: with --actor_zero_stage 3 no rank",
+        ),
+        (["--inference_tp_size", "2"], "inference_tp_size is a setting of the hybrid engine"),
+        (["--release_inference_cache"], "release_inference_cache is a setting of the hybrid"),
+        (["--unpin_actor_parameters"], "unpin_actor_parameters is a setting of the hybrid"),
+        (["--tp_gather_partition_size", "4"], "tp_gather_partition_size is a setting of the"),
+        (["--enable_hybrid_engine", "--inference_tp_size", "0"], "inference_tp_size is 0"),
+        (["--actor_lora_dim", "-1"], "lora_dim is -1"),
+        (["--actor_learning_rate", "0"], "learning_rate is 0.0"),
+        (["--zero_stage", "2"], "unknown flag --zero_stage; did you mean --"),
+    ],
+)
+def test_what_step_3_refuses_before_it_starts(argv, message):
+    with pytest.raises(UserError) as error:
+        rlhf(*argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("build", [sft, reward])
+def test_offload_needs_zero(build):
+    settings = build("--offload")
+    with pytest.raises(UserError, match="offload needs ZeRO"):
+        settings.run.engine_config(settings.model, "fp32", 1)
+    settings = build("--offload", "--zero_stage", "2")
+    assert settings.run.engine_config(settings.model, "fp32", 1).offload
+
+
+def test_settings_of_rollouts():
+    flags = (
+        "--answers_per_prompt 3 --generation_chunk_size 5 --min_answer_seq_len 7 "
+        "--temperature 0.5 --actor_lora_dim 4 --fuse_lora_for_generation"
+    )
+    settings = rlhf(*shlex.split(flags), "--stop_strings", "\n\n", "User:")
+    config = settings.ppo_config()
+    assert (config.answers_per_prompt, config.generation_chunk_size) == (3, 5)
+    assert config.sampling.stop_strings == ("\n\n", "User:")
+    assert (config.sampling.min_new_tokens, config.sampling.temperature) == (7, 0.5)
+    assert settings.rollout.fuses(settings.actor) and not rlhf().rollout.fuses(rlhf().actor)
+    assert settings.cast("fp32", 1).actor.engine.hybrid is None
+
+
+def test_the_schedule_counts_every_answer():
+    """Four prompts of three answers in micro-batches of six: two steps an iteration."""
+    flags = (
+        "--answers_per_prompt 3 --per_device_generation_batch_size 4 "
+        "--per_device_training_batch_size 6 --lr_scheduler_type linear --num_warmup_steps 0"
+    )
+    actor = rlhf(*shlex.split(flags)).cast("fp32", iterations=5).actor
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule, rates = actor.schedule(optimizer), []
+    for _ in range(10):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1 - i / 10 for i in range(10)])
+    assert schedule.get_last_lr() == [0.0]
+
+
+def test_the_hybrid_engine_folds_adapters_in():
+    settings = rlhf("--enable_hybrid_engine", "--actor_lora_dim", "4", "--inference_tp_size", "2")
+    assert settings.rollout.fuses(settings.actor)
+    cast = settings.cast("bf16", iterations=1)
+    hybrid = cast.actor.engine.hybrid
+    assert (hybrid.inference_tp_size, hybrid.max_out_tokens) == (2, 512)
+    assert cast.critic.engine.hybrid is None
+
+
+def test_the_scaling_of_a_critics_values_is_read_from_its_folder(tmp_path):
+    own, scores = RewardStatistics(1.0, 3.0, 4, "x"), RewardStatistics(5.0, 2.0, 8, "x")
+    write_statistics(own, tmp_path, VALUE_FILE)
+    settings = rlhf(
+        "--critic_model_name_or_path", str(tmp_path), "--reward_model_name_or_path", "r"
+    )
+    assert settings.cast("fp32", 1, scaling=scores).value_scaling == own
+    assert settings.cast("fp32", 1).value_scaling is None
+
+
+def test_offload_reaches_the_frozen_copies():
+    cast = rlhf().cast("fp32", iterations=1)
+    assert (cast.reference.offload, cast.reward.offload) == (False, False)
+    cast = rlhf("--offload_reference_model").cast("fp32", iterations=1)
+    assert (cast.reference.offload, cast.reward.offload) == (True, False)
+    cast = rlhf("--offload_reward_model").cast("fp32", iterations=1)
+    assert (cast.reference.offload, cast.reward.offload) == (False, True)
+
+
+def test_what_trains():
+    assert sft("--lora_dim", "4").run.recipe(sft("--lora_dim", "4").model).base_is_frozen
+    both = sft("--lora_dim", "4", "--train_base_model")
+    assert not both.run.recipe(both.model).base_is_frozen
+    assert not sft().run.recipe(sft().model).base_is_frozen
+
+
+RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], []),
+        (["--actor_dropout", "0.0"], []),
+        (["--actor_dropout", "0.1"], ["--actor_dropout does nothing"]),
+        (
+            ["--critic_lora_dim", "4", "--critic_lora_dropout", "0.1"],
+            ["--critic_lora_dropout does nothing"],
+        ),
+        (["--offload_reference_model", "--offload_reward_model"], []),
+        (
+            ["--offload_reference_model", "--actor_lora_dim", "4"],
+            ["--offload_reference_model does nothing: with LoRA the reference model is the actor"],
+        ),
+        (
+            ["--offload_reward_model", "--critic_lora_dim", "4"],
+            ["--offload_reward_model does nothing: with LoRA the reward model is the critic"],
+        ),
+        (["--offload_reward_model", "--critic_lora_dim", "4", "--train_base_model"], []),
+        (["--unsup_coef", "2"], ["--unsup_coef does nothing without --unsupervised_dataset_name"]),
+        (["--ema_decay", "0.5"], ["--ema_decay does nothing without --enable_ema"]),
+        (["--ema_decay", "0.5", "--enable_ema"], []),
+        (["--test_stop_step", "2"], ["--test_stop_step does nothing without --enable_test_mode"]),
+        (["--enable_test_mode"], ["--enable_test_mode does nothing without --test_stop_step"]),
+        (
+            ["--print_answers_interval", "5"],
+            ["--print_answers_interval does nothing without --print_answers"],
+        ),
+        (
+            ["--actor_lora_alpha", "8", "--critic_lora_dim", "4", "--critic_lora_alpha", "8"],
+            ["--actor_lora_alpha does nothing: without --actor_lora_dim there are no adapters"],
+        ),
+        (["--actor_head_learning_rate", "1e-3"], ["--actor_head_learning_rate does nothing"]),
+        (["--train_base_model"], ["--train_base_model does nothing: without LoRA all weights"]),
+        # The frozen reward model is sharded by the critic's stage.
+        ([*RLOO, "--critic_zero_stage", "3"], []),
+        (
+            [*RLOO, "--critic_lora_dim", "4"],
+            ["--critic_lora_dim does nothing: --advantage_estimator rloo trains no critic"],
+        ),
+        (
+            [*RLOO, "--critic_learning_rate", "1e-4", "--critic_gradient_checkpointing"],
+            ["--critic_gradient_checkpointing, --critic_learning_rate do nothing: --advantage"],
+        ),
+    ],
+)
+def test_step_3_says_what_does_nothing(capsys, argv, said):
+    rlhf(*argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
+RETIRED = {
+    sft: ["compute_fp32_loss"],
+    reward: ["compute_fp32_loss", "num_padding_at_beginning"],
+    rlhf: [
+        "compute_fp32_loss",
+        "enable_mixed_precision_lora",
+        "align_overflow",
+        "num_padding_at_beginning",
+    ],
+}
+WITH_VALUE = {
+    "num_padding_at_beginning",
+}
+
+
+@pytest.mark.parametrize(
+    "build, name", [(build, name) for build, names in RETIRED.items() for name in names]
+)
+def test_retired_flags_say_so(capsys, build, name):
+    build(f"--{name}", *(["1"] if name in WITH_VALUE else []))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"--{name} does nothing: ")
+
+
+def test_every_option_of_adapters_reaches_its_model():
+    options = (
+        "--{0}lora_dim 8 --{0}lora_alpha 4 --{0}lora_init B --{0}use_rslora --{0}use_dora "
+        "--{0}lora_module_name all-linear,embed_tokens --{0}modules_to_save norm lm_head "
+        "--{0}lora_learning_rate 2e-4 --{0}loraplus_lr_ratio 8 "
+        "--{0}lora_embedding_learning_rate 3e-6"
+    )
+    for recipe in (
+        (one := sft(*options.format("").split())).run.recipe(one.model),
+        (two := reward(*options.format("").split())).run.recipe(two.model),
+        (three := rlhf(*options.format("actor_").split())).run.recipe(three.actor),
+        (four := rlhf(*options.format("critic_").split())).run.recipe(four.critic),
+    ):
+        lora, rates = recipe.lora, recipe.optimizer
+        assert (lora.dim, lora.scaling, lora.init) == (8, pytest.approx(4 / 8**0.5), "B")
+        assert lora.use_dora and lora.module_names == ("all-linear", "embed_tokens")
+        assert lora.modules_to_save == ("norm", "lm_head")
+        assert rates.rate("lora_A") == rates.rate("lora_magnitude") == 2e-4
+        assert rates.rate("lora_B") == pytest.approx(16e-4)
+        assert rates.rate("lora_embedding") == 3e-6
+        assert not recipe.base_is_frozen  # what trains whole changes with adapters off as well
+    assert four.actor.lora.config() is None and three.critic.lora.config() is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "packed weights cannot train; add adapters with lora_dim"),
+        ("--lora_dim 8 --train_base_model", "drop train_base_model"),
+        ("--lora_dim 8 --zero_stage 3", "use zero_stage 0, 1 or 2"),
+    ],
+)
+def test_quantised_base_where_it_cannot_serve(argv: str, words: str):
+    settings = sft("--quantize_base", "4bit", *argv.split())
+    with pytest.raises(UserError, match=f"quantize_base 4bit: .*{words}"):
+        settings.run.recipe(settings.model)
+
+
+def test_quantised_base_needs_its_package(monkeypatch):
+    settings = sft("--quantize_base", "8bit", "--lora_dim", "8")
+    assert settings.run.recipe(settings.model).lora.quantize == "8bit"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bitsandbytes is not installed; run `pip install"):
+        settings.run.recipe(settings.model)
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ("--critic_model_name_or_path c", RoleNames("a", "c", "c")),
+        (
+            "--critic_model_name_or_path c --reward_model_name_or_path r --share_trunk none",
+            RoleNames("a", "c", "r", share_trunk="none"),
+        ),
+        (
+            "--critic_model_name_or_path a --reward_model_name_or_path r --init_head_randomly",
+            RoleNames("a", "a", "r", fresh_head=True),
+        ),
+        (
+            "--critic_model_name_or_path c --advantage_estimator rloo --answers_per_prompt 2",
+            RoleNames("a", None, "c"),
+        ),
+        (
+            "--reward_model_name_or_path r --advantage_estimator grpo --answers_per_prompt 2",
+            RoleNames("a", None, "r"),
+        ),
+    ],
+)
+def test_who_plays_which_role(flags, names):
+    argv = ["--actor_model_name_or_path", "a", *flags.split()]
+    settings = parse(RLHFSettings, argv, "")
+    assert settings.role_names() == names
+    cast = settings.cast("fp32", iterations=1)
+    assert [*cast.trained] == ["actor", "critic"][: 1 + (names.critic is not None)]
+    assert cast.reward.model == names.reward
+
+
+@pytest.mark.parametrize(
+    "estimator, says",
+    [
+        ("gae", "--critic_model_name_or_path is required with --advantage_estimator gae; rloo and"),
+        ("rloo", "rloo: nothing gives rewards; add --reward_model_name_or_path REWARD_MODEL or"),
+    ],
+)
+def test_roles_that_nothing_plays(estimator, says):
+    argv = ["--actor_model_name_or_path", "a", "--advantage_estimator", estimator]
+    argv += ["--answers_per_prompt", "2"]
+    with pytest.raises(UserError, match=f"^{says}"):
+        parse(RLHFSettings, argv, "")
+
+
+def test_two_folders_for_one_reward_model():
+    roles = RoleArguments(reward_model_name_or_path="r")
+    with pytest.raises(
+        UserError, match=r"^critic_model_name_or_path c: .* rloo trains no critic, a"
+    ):
+        roles.names("a", "c", "rloo", has_reward_function=False)
+    assert roles.names("a", "r", "rloo", has_reward_function=False) == RoleNames("a", None, "r")
+
+
+def test_a_function_can_give_the_rewards_alone():
+    roles = RoleArguments()
+    assert roles.names("a", None, "rloo", has_reward_function=True) == RoleNames("a", None, None)
+    fresh = RoleArguments(init_head_randomly=True).names("a", "a", "gae", has_reward_function=True)
+    assert fresh == RoleNames("a", "a", None, fresh_head=True)

@@ -1,0 +1,279 @@
+"""Command line and YAML to settings, on a small class of settings of its own."""
+
+import math
+import sys
+from dataclasses import MISSING, dataclass
+
+import pytest
+
+from dschat.config.cli import parse, run_cli
+from dschat.errors import UserError
+from dschat.settings import Settings, flag_values, group, setting
+from dschat.train.metrics import progress
+
+
+@dataclass(frozen=True)
+class Part(Settings):
+    """Flags that occur twice, under two prefixes."""
+
+    rate: float = setting(0.5, "a rate")
+    depth: int = setting(2, "a depth, like {twice}", choices=(1, 2, 3))
+    share: float = setting(0.5, "a share", at_least=0, below=1)
+    twice: int = 4  # no flag
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rate > self.depth:
+            raise UserError(f"rate is {self.rate}, above depth, which is {self.depth}: give less")
+
+
+@dataclass(frozen=True)
+class Example(Settings):
+    """A bit of everything."""
+
+    name: str = setting(MISSING, "a name")
+    left: Part = group(Part, prefix="left_")
+    right: Part = group(Part, prefix="right_", rate=0.25, twice=6)
+    paths: tuple[str, ...] = setting(("a", "b"), "some paths", may_be_empty=True)
+    limit: int | None = setting(None, "a limit", at_least=1)
+    fast: bool = setting(False, "a switch")
+    resume: str | None = setting(None, "where from", bare="newest", may_change=True)
+    old: bool = setting(False, "everything is new", retired=True)
+    older: int = setting(1, "nothing is counted", retired=True)
+
+
+def given(*argv: str) -> Example:
+    return parse(Example, ["--name", "x", *argv], "A test.")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a YAML file and return the flags that name it."""
+
+    def write(text: str) -> list[str]:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_defaults_and_groups():
+    settings = given()
+    assert settings.name == "x" and settings.paths == ("a", "b") and not settings.fast
+    assert (settings.left.rate, settings.left.depth, settings.left.twice) == (0.5, 2, 4)
+    assert (settings.right.rate, settings.right.depth, settings.right.twice) == (0.25, 2, 6)
+    assert settings.limit is None
+
+
+def test_the_command_line():
+    settings = given(
+        "--right_rate", "1e-5", "--left_depth=3", "--fast", "--paths", "c", "--limit", "7"
+    )
+    assert settings.right.rate == 1e-5 and settings.left.rate == 0.5
+    assert settings.left.depth == 3 and settings.fast and settings.limit == 7
+    assert settings.paths == ("c",)
+    assert given("--paths").paths == ()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--left_rat", "1"], "unknown flag --left_rat; did you mean --left_rate?"),
+        (["--left_rat=1"], "unknown flag --left_rat=1; did you mean --left_rate?"),
+        (["--quite_another"], "unknown flag --quite_another; see --help"),
+        # An unambiguous beginning is not enough: tomorrow it may be ambiguous.
+        (["--lim", "3"], "unknown flag --lim; did you mean --limit?"),
+        (["--limit", "three"], "argument --limit: invalid int value: 'three'"),
+        (["--left_depth", "4"], "argument --left_depth: invalid choice: 4"),
+        (["--limit"], "argument --limit: expected one argument"),
+        (["--limit", "0"], "limit is 0: give at least 1"),
+        (["stray"], "unknown flag stray"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line(argv, message):
+    with pytest.raises(UserError) as error:
+        given(*argv)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_required_flag_is_missed_by_name():
+    with pytest.raises(UserError, match=r"^name is required$"):
+        parse(Example, [], "A test.")
+
+
+def test_yaml(config):
+    flags = config(
+        "name: from file\nleft_rate: 1e-5\nright_rate: 2\nlimit: 3\nfast: true\npaths: [c, d]\n"
+    )
+    settings = parse(Example, flags, "A test.")
+    assert settings.name == "from file" and settings.paths == ("c", "d") and settings.fast
+    assert settings.left.rate == 1e-5  # which YAML itself would read as text
+    assert settings.right.rate == 2.0 and isinstance(settings.right.rate, float)
+    assert settings.limit == 3
+
+
+def test_the_command_line_wins_over_yaml(config):
+    flags = config("name: from file\nlimit: 3\npaths: [c, d]\nleft_rate: 1.0\n")
+    for argv in (["--limit", "9", "--paths", "z", *flags], [*flags, "--limit=9", "--paths", "z"]):
+        settings = parse(Example, argv, "A test.")
+        assert (settings.limit, settings.paths) == (9, ("z",))
+        assert (settings.name, settings.left.rate) == ("from file", 1.0)
+
+
+def test_yaml_null_and_false_are_the_defaults(config):
+    settings = parse(Example, config("name: x\nlimit: null\nfast: false\n"), "A test.")
+    assert settings.limit is None and settings.fast is False
+
+
+def test_yaml_values_may_look_like_flags(config):
+    assert parse(Example, config("name: --dash\n"), "A test.").name == "--dash"
+    assert parse(Example, config("name: x\nleft_rate: -1\n"), "A test.").left.rate == -1.0
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: x\nlimmit: 3\n", "unknown key limmit; did you mean limit?"),
+        ("name: x\nrate: 3\n", "unknown key rate; did you mean "),
+        ("name: x\nlimit: three\n", "argument --limit: invalid int value: 'three'"),
+        ("name: x\nleft_depth: 9\n", "argument --left_depth: invalid choice: 9"),
+        ("name: x\nlimit: [1, 2]\n", "limit is [1, 2], expected one value"),
+        ("name: {a: 1}\n", "name is {'a': 1}, expected one value"),
+        ("name: x\nlimit: true\n", "limit is True, expected one value"),
+        ("name: x\nlimit: false\n", "limit is False, expected one value"),
+        ("name: x\nfast: 3\n", "fast is 3, expected true or false"),
+        ("name: x\nfast: 'yes'\n", "fast is 'yes', expected true or false"),
+        ("name: x\npaths: {a: 1}\n", "paths is {'a': 1}, expected values"),
+        ("- name\n", "expected lines of `flag: value`"),
+        ("name: [x\n", "not YAML"),
+    ],
+)
+def test_what_is_wrong_in_yaml(config, text, message):
+    flags = config(text)
+    with pytest.raises(UserError) as error:
+        parse(Example, flags, "A test.")
+    assert str(error.value).startswith(f"config {flags[1]}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_stray_word_does_not_join_a_list_of_the_file(config):
+    with pytest.raises(UserError, match="unknown flag stray"):
+        parse(Example, ["stray", *config("name: x\npaths: [a]\n")], "A test.")
+
+
+def test_a_config_file_that_is_not_there(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(UserError, match=f"config {path}: No such file"):
+        parse(Example, ["--config", str(path)], "A test.")
+
+
+def test_retired_flags_say_so_once(config, capsys):
+    given("--old", "--old", "--older", "5")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "--old does nothing: everything is new",
+        "--older does nothing: nothing is counted",
+    ]
+    given()
+    assert capsys.readouterr().out == ""
+    parse(Example, config("name: x\nold: true\n"), "A test.")
+    assert capsys.readouterr().out == "--old does nothing: everything is new\n"
+
+
+def test_retired_flags_say_so_on_the_first_rank_alone(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    given("--old")
+    assert capsys.readouterr().out == ""
+
+
+def test_help_shows_defaults_of_each_group(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Example, ["--help"], "A test.")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A test." in text
+    assert "--left_rate LEFT_RATE a rate (default: 0.5)" in text
+    assert "--right_rate RIGHT_RATE a rate (default: 0.25)" in text
+    assert "a depth, like 6 (default: 2)" in text
+
+
+def test_run_cli_turns_a_user_error_into_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--name", "x", "--limit", "0"])
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: parse(Example, None, "A test."))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert (out, err) == ("", "error: limit is 0: give at least 1\n")
+
+
+def test_run_cli_speaks_on_the_first_rank_alone(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    def fail():
+        raise UserError("no")
+
+    with pytest.raises(SystemExit) as end:
+        run_cli(fail)
+    assert end.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys):
+    bar = progress(total=3, desc="ppo")
+
+    def fail():
+        raise UserError("no such thing")
+
+    with pytest.raises(SystemExit):
+        run_cli(fail)
+    bar.close()
+    assert "error: no such thing" in capsys.readouterr().err.splitlines()
+
+
+def test_run_cli_hides_no_other_error():
+    with pytest.raises(ZeroDivisionError):
+        run_cli(lambda: 1 / 0)
+    run_cli(lambda: None)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"limit": 0}, "limit is 0: give at least 1"),
+        ({"limit": 1.5}, "limit is 1.5: give at least 1"),
+        ({"left_rate": math.nan}, "left_rate is nan: give a finite number"),
+        ({"left_rate": math.inf}, "left_rate is inf: give a finite number"),
+        ({"left_rate": True}, "left_rate is True: give a finite number"),
+        ({"right_share": 1.0}, "right_share is 1.0: give a number in [0, 1)"),
+        ({"right_share": -math.inf}, "right_share is -inf: give a number in [0, 1)"),
+        ({"left_depth": 4}, "left_depth is 4: choose one of 1, 2, 3"),
+        # A check of two settings names the flag of the group that it failed in.
+        ({"right_rate": 3.0}, "right_rate is 3.0, above depth, which is 2: give less"),
+        ({"left_rat": 1.0}, "unknown setting left_rat; did you mean left_rate?"),
+    ],
+)
+def test_what_is_wrong_from_python(flags, message):
+    with pytest.raises(UserError) as error:
+        Example.of(name="x", **flags)
+    assert str(error.value) == message
+
+
+def test_settings_are_made_without_a_command_line():
+    assert Example("x") == Example.of(name="x") == given()
+    made = Example("x", left=Part(depth=3), paths=("c",))
+    assert made == given("--left_depth", "3", "--paths", "c")
+    assert made.right.twice == 6
+    with pytest.raises(UserError, match=r"^share is 2: give a number in \[0, 1\)$"):
+        Part(share=2)
+
+
+def test_values_by_flag_leave_retired_ones_out():
+    values = flag_values(Example("x", fast=True))
+    assert values["fast"] is True and values["right_rate"] == 0.25
+    assert "old" not in values and "left_twice" not in values
+
+
+def test_a_flag_without_its_value():
+    assert given("--resume").resume == "newest" and given("--resume", "a").resume == "a"

@@ -1,0 +1,251 @@
+from dataclasses import replace
+
+import pytest
+
+from dschat.data import datasets as data_utils
+from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.data.tokenise import Cut, cut_left, truncate
+from dschat.errors import UserError
+
+BOS, EOS = 1, 2
+ROWS = [{"prompt": f"hi {n}", "chosen": f" we {n}", "rejected": f" {n}"} for n in range(10)]
+
+
+@pytest.fixture
+def spec(write_rows, tmp_path):
+    write_rows(ROWS, "set/train.jsonl")
+    write_rows(ROWS[:3], "set/test.jsonl")
+    out = str(tmp_path / "out")
+    return DataSpec((str(tmp_path / "set"),), "2,4,4", out, 1234, 64, max_prompt_len=8)
+
+
+def _texts(rows, column, tokenizer):
+    return sorted(tokenizer.decode(ids) for ids in rows[column])
+
+
+def _folders(spec):
+    root = data_utils.Path(spec.data_output_path)
+    return sorted(path for path in root.iterdir() if path.name not in ("sources", ".locks"))
+
+
+def test_rows_fit_as_they_are():
+    cut = truncate([BOS, 5, 6], [[7, EOS], [8, 9, EOS]], 6, BOS)
+    assert cut == Cut([BOS, 5, 6], [[7, EOS], [8, 9, EOS]], False, 0)
+
+
+def test_long_prompt_gives_way_on_the_left_alike_for_both_sides():
+    # 6 + 3 > 8: the longer answer leaves 5 places, BOS and the last four.
+    cut = truncate([BOS, 4, 5, 6, 7, 8], [[9, EOS], [9, 9, EOS]], 8, BOS)
+    assert cut == Cut([BOS, 5, 6, 7, 8], [[9, EOS], [9, 9, EOS]], True, 0)
+    cut = truncate([3, 4, 5, 6, 7, 8], [[9, 9, EOS]], 8, None)
+    assert cut.prompt == [4, 5, 6, 7, 8]
+
+
+def test_long_answer_is_cut_on_the_right_and_keeps_its_end():
+    # The prompt leaves 8 - 2 = 6 places, more than half of 8.
+    cut = truncate([BOS, 3], [[4, 5, 6, 7, 8, 9, EOS], [4, EOS]], 8, BOS)
+    assert cut == Cut([BOS, 3], [[4, 5, 6, 7, 8, EOS], [4, EOS]], False, 1)
+
+
+def test_both_long_share_the_length():
+    # 9 places: the answer gets max(9 - 7, 4) = 4, the prompt the other 5.
+    cut = truncate([BOS, 3, 4, 5, 6, 7, 8], [[10, 11, 12, 13, 14, EOS]], 9, BOS)
+    assert cut == Cut([BOS, 5, 6, 7, 8], [[10, 11, 12, EOS]], True, 1)
+
+
+def test_cut_left():
+    assert cut_left([BOS, 3, 4], 3, BOS) == [BOS, 3, 4]
+    assert cut_left([BOS, 3, 4], 2, BOS) == [BOS, 4]
+    assert cut_left([BOS, 3, 4], 1, BOS) == [BOS]
+    assert cut_left([7, 3, 4], 1, BOS) == [4]
+    assert cut_left([BOS, 3, 4], 0, BOS) == []
+
+
+def test_phases_share_out_the_train_rows_and_not_the_test_rows(spec, byte_tokenizer):
+    sft, pairs, prompts = (create_prompt_dataset(spec, byte_tokenizer, p) for p in (1, 2, 3))
+    assert [len(data.train) for data in (sft, pairs, prompts)] == [2, 4, 4]
+    assert [len(data.eval) for data in (sft, pairs, prompts)] == [3, 3, 3]
+    trained = (
+        _texts(sft.train, "input_ids", byte_tokenizer)
+        + _texts(pairs.train, "chosen_ids", byte_tokenizer)
+        + [
+            f"{text} we {text.split()[1]}<eos>"
+            for text in _texts(prompts.train, "prompt_ids", byte_tokenizer)
+        ]
+    )
+    assert sorted(trained) == [f"{row['prompt']}{row['chosen']}<eos>" for row in ROWS]
+
+
+def test_columns_of_each_phase(spec, space_tokenizer):
+    row = create_prompt_dataset(replace(spec, data_split="1"), space_tokenizer, 1).eval[0]
+    prompt = space_tokenizer("hi 0")["input_ids"]
+    assert row["prompt_len"] == len(prompt) and row["input_ids"][: len(prompt)] == prompt
+    assert row["input_ids"][-1] == EOS and row["length"] == len(row["input_ids"])
+    row = create_prompt_dataset(spec, space_tokenizer, 2).eval[0]
+    assert row["chosen_ids"][: len(prompt)] == row["rejected_ids"][: len(prompt)] == prompt
+    assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    row = create_prompt_dataset(spec, space_tokenizer, 3).eval[0]
+    assert row == {"prompt_ids": prompt, "length": len(prompt)}
+
+
+def test_sft_only_sources_go_wholly_to_phase_one(spec, write_rows, byte_tokenizer):
+    extra = write_rows([{"prompt": "a", "response": f" {n}"} for n in range(20)], "extra.jsonl")
+    spec = replace(spec, sft_only_data_path=(extra,))
+    sft = create_prompt_dataset(spec, byte_tokenizer, 1)
+    assert (len(sft.train), len(sft.eval)) == (2 + 18, 3 + 2)
+    assert len(create_prompt_dataset(spec, byte_tokenizer, 2).train) == 4
+
+
+def test_every_row_is_used_or_counted(spec, write_rows, byte_tokenizer, tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": " ab", "rejected": " cd"},
+        {"prompt": "p", "chosen": " ab", "rejected": " ab"},  # equal
+        {"prompt": "p", "chosen": "abcdefgxx", "rejected": "abcdefgyy"},  # equal when cut
+        {"prompt": "p", "chosen": "", "rejected": " ab"},  # an empty answer can be preferred
+        {"prompt": "pppppppp", "chosen": " ab", "rejected": "abcdefg"},  # 8 tokens, 7 + end
+    ]
+    write_rows(rows, "set/train.jsonl")
+    spec = replace(spec, data_split="1", max_seq_len=8, max_prompt_len=5)
+    report = create_prompt_dataset(spec, byte_tokenizer, 2).report.sources[0]
+    # The long answers keep 7 of 10 tokens beside "p", and 4 of 8 beside "pppppppp".
+    counted = (report.rows, report.used, report.identical_pairs, report.empty_answers)
+    assert counted == (5, 3, 2, 0)
+    assert (report.prompts_cut, report.answers_cut) == (1, 3)
+    report = create_prompt_dataset(spec, byte_tokenizer, 1).report.sources[0]
+    assert (report.rows, report.used, report.empty_answers) == (5, 4, 1)
+    data = create_prompt_dataset(spec, byte_tokenizer, 3)
+    assert (data.report.sources[0].used, data.report.sources[0].prompts_cut) == (5, 1)
+    assert byte_tokenizer.decode(max(data.train["prompt_ids"], key=len)) == "ppppp"
+
+
+def test_report_reads_aloud_and_is_kept_with_the_set(spec, byte_tokenizer):
+    first, again = (create_prompt_dataset(spec, byte_tokenizer, 2).report for _ in range(2))
+    assert first == again
+    assert first.lines()[0].startswith(f"{spec.data_path[0]} train: 4 of 4 rows used")
+    assert first.lines()[-1] == "preference pairs: 4 rows to train on, 3 to evaluate"
+
+
+def test_sample_limits_are_seeded_choices(spec, byte_tokenizer):
+    spec = replace(spec, data_split="1", max_train_samples=6, max_eval_samples=2)
+    first, again = (create_prompt_dataset(spec, byte_tokenizer, 1) for _ in range(2))
+    assert (
+        (first.report.train_rows, first.report.eval_rows)
+        == (6, 2)
+        == (
+            len(first.train),
+            len(first.eval),
+        )
+    )
+    assert first.train["input_ids"][:] == again.train["input_ids"][:]
+
+
+def test_cache_is_reused_and_every_change_makes_another(spec, write_rows, byte_tokenizer):
+    create_prompt_dataset(spec, byte_tokenizer, 2)
+    (folder,) = _folders(spec)
+    stamp = (folder / "report.json").stat().st_mtime_ns
+    create_prompt_dataset(spec, byte_tokenizer, 2)
+    assert _folders(spec) == [folder]
+    assert (folder / "report.json").stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "eval-000.arrow",
+        "report.json",
+        "train-000.arrow",
+    ]
+    changes = (replace(spec, seed=5), replace(spec, max_seq_len=32), replace(spec, data_split="1"))
+    for count, changed in enumerate(changes, 2):
+        create_prompt_dataset(changed, byte_tokenizer, 2)
+        assert len(_folders(spec)) == count
+    create_prompt_dataset(spec, byte_tokenizer, 1)
+    byte_tokenizer.add_special_tokens({"eos_token": "<end>"})
+    create_prompt_dataset(spec, byte_tokenizer, 2)
+    write_rows([{**ROWS[0], "chosen": " new"}], "set/test.jsonl")
+    edited = create_prompt_dataset(spec, byte_tokenizer, 2)
+    assert len(_folders(spec)) == 7
+    assert byte_tokenizer.decode(edited.eval[0]["chosen_ids"]) == "hi 0 new<end>"
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_several_processes_write_and_count_what_one_does(spec, write_rows, byte_tokenizer, phase):
+    rows = [
+        {"prompt": "p" * (n % 9), "chosen": f" {n}", "rejected": f" {n + n % 2}"} for n in range(60)
+    ]
+    write_rows([{**row, "prompt": "q" + row["prompt"]} for row in rows], "set/train.jsonl")
+    found = []
+    for workers in (1, 3):
+        out = f"{spec.data_output_path}-{workers}"
+        several = replace(
+            spec, data_split="1", max_seq_len=8, max_prompt_len=6, data_output_path=out
+        )
+        found.append(
+            create_prompt_dataset(replace(several, workers=workers), byte_tokenizer, phase)
+        )
+    one, three = found
+    assert three.train.to_list() == one.train.to_list()
+    assert three.report == one.report and three.key == one.key
+    report = one.report.sources[0]
+    assert report.prompts_cut > 0 and (phase == 3 or report.used + report.identical_pairs == 60)
+    assert len(list(data_utils.Path(out, one.key).glob("train-*.arrow"))) == 3
+
+
+def test_a_choice_of_processes():
+    assert [data_utils.choose_workers(None, rows) for rows in (1, 5_000)] == [1, 1]
+    assert data_utils.choose_workers(8, 5) == 5
+    assert data_utils.choose_workers(None, 10**9) == len(data_utils.os.sched_getaffinity(0))
+
+
+def test_others_take_what_one_has_written(spec, byte_tokenizer):
+    """What `once` gives is the folder: a rank that did not write it needs no source."""
+    done = []
+
+    def first(work):
+        done.append(work())
+        return done[0]
+
+    one = create_prompt_dataset(spec, byte_tokenizer, 2, once=first)
+    elsewhere = replace(spec, data_path=("gone.jsonl",))
+    other = create_prompt_dataset(elsewhere, byte_tokenizer, 2, once=lambda work: done[0])
+    assert other.train.to_list() == one.train.to_list() and other.report == one.report
+
+
+def _refused(spec, tokenizer, phase):
+    with pytest.raises(UserError) as caught:
+        create_prompt_dataset(spec, tokenizer, phase)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert _folders(spec) == []
+    return message
+
+
+def test_missing_column_is_named_with_its_row(spec, write_rows, byte_tokenizer):
+    write_rows([ROWS[0], {"prompt": "a", "chosen": "b"}, *ROWS], "set/train.jsonl")
+    message = _refused(spec, byte_tokenizer, 2)
+    assert "train.jsonl line 2 has no 'rejected' (1 of 12 rows lack it)" in message
+    write_rows([{"prompt": "a"}] * 10, "set/train.jsonl")
+    assert "line 1 has no 'chosen' (10 of 10 rows" in _refused(spec, byte_tokenizer, 1)
+    assert len(create_prompt_dataset(spec, byte_tokenizer, 3).train) == 4
+
+
+def test_no_rows_left_is_refused(spec, write_rows, byte_tokenizer):
+    message = _refused(replace(spec, data_split="0,5,5"), byte_tokenizer, 1)
+    assert "phase 1 (supervised fine-tuning) gets no rows" in message and "'0,5,5'" in message
+    write_rows([{**ROWS[0], "rejected": ROWS[0]["chosen"]}] * 3, "set/test.jsonl")
+    assert "no eval rows" in _refused(spec, byte_tokenizer, 2)
+    write_rows([{"prompt": ""}] * 3, "set/test.jsonl")
+    assert "test.jsonl line 1: the prompt gives no tokens" in _refused(spec, byte_tokenizer, 3)
+    assert "--max_prompt_len" in _refused(replace(spec, max_prompt_len=None), byte_tokenizer, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_seq_len": 3}, "--max_seq_len 3"),
+        ({"data_path": ()}, "--data_path is empty"),
+        ({"data_split": "a"}, "--data_split 'a'"),
+        ({"seed": -1}, "--seed -1"),
+        ({"max_train_samples": 0}, "--max_train_samples 0"),
+        ({"workers": 0}, "--preprocessing_num_workers 0"),
+    ],
+)
+def test_bad_settings_are_refused(change, words, spec):
+    with pytest.raises(UserError, match=words):
+        replace(spec, **change)

@@ -1,0 +1,133 @@
+"""The prompt format of a model: chosen, stored with its tokenizer, followed, contradicted."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from dschat.errors import UserError
+from dschat.text.conversations import Turn
+from dschat.text.formats import CONFIG_KEY, choose_format, describe_format
+from dschat.text.tokenizer import (
+    check_same_tokenizer,
+    load_hf_tokenizer,
+    tokenizer_fingerprint,
+)
+from tests.text.templates import FAMILIES, THINKING, Family, with_template
+
+ASKED = (Turn("user", "hi"),)
+TALK = (*ASKED, Turn("assistant", "we"), Turn("user", "lo"))
+
+
+def test_default_is_dschat_without_a_template_and_chat_with_one(byte_tokenizer):
+    assert choose_format(byte_tokenizer).name == "dschat"
+    del byte_tokenizer.init_kwargs[CONFIG_KEY]
+    assert choose_format(with_template(byte_tokenizer, FAMILIES["chatml"])).name == "chat"
+
+
+def test_format_and_end_token_are_saved_with_the_tokenizer(byte_tokenizer, tmp_path):
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    for name, end in (("dschat", "<end>"), ("chat", "<|im_end|>")):
+        choose_format(tokenizer, name, teaches=True)
+        tokenizer.save_pretrained(tmp_path / name)
+        settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert (settings[CONFIG_KEY], settings["eos_token"]) == (name, end)
+        again = load_hf_tokenizer(str(tmp_path / name))
+        assert (choose_format(again).name, again.eos_token) == (name, end)
+        # Without this package the folder is an ordinary one.
+        assert AutoTokenizer.from_pretrained(tmp_path / name).eos_token == end
+
+
+def test_another_format_is_for_the_step_that_teaches_it(byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    choose_format(tokenizer, "dschat")
+    assert choose_format(tokenizer, "dschat").name == "dschat"
+    with pytest.raises(UserError, match=r"--prompt_format chat: .*was trained with .*'dschat'"):
+        choose_format(tokenizer, "chat")
+    form = choose_format(tokenizer, "chat", teaches=True)
+    assert form.name == "chat" == choose_format(tokenizer).name
+    assert describe_format(form, tokenizer, "dschat") == (
+        "prompt format chat (the tokenizer's chat template), answers end with '<|im_end|>'; "
+        "the model came with dschat"
+    )
+    assert "came with" not in describe_format(form, tokenizer, None)
+
+
+def test_what_cannot_be_is_refused(byte_tokenizer):
+    with pytest.raises(UserError, match=r"has no chat template; .*--prompt_format dschat"):
+        choose_format(byte_tokenizer, "chat")
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    with pytest.raises(UserError, match=r"ends answers with '<\|im_end\|>'; leave --add_eot_token"):
+        choose_format(tokenizer, end_is_given=True)
+    tokenizer.eos_token = "<|im_end|>"
+    assert choose_format(tokenizer, end_is_given=True).name == "chat"
+    tokenizer.init_kwargs[CONFIG_KEY] = "alpaca"
+    with pytest.raises(UserError, match=r"prompt_format in tokenizer_config\.json is 'alpaca'"):
+        choose_format(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system turns\\nat all') }}", r"refuses .*\(no system turns\)"),
+        ("{% for m in messages %}{{ m['text'].x }}{% endfor %}", "refuses the conversation"),
+    ],
+)
+def test_a_template_that_raises_is_one_line(template, words, byte_tokenizer):
+    with pytest.raises(UserError, match=words) as caught:
+        choose_format(with_template(byte_tokenizer, Family(template, "")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_changes_what_is_said_is_refused(byte_tokenizer):
+    family = FAMILIES["zephyr"]
+    shouting = Family(family.template.replace("m['content']", "m['content'] | lower"), family.end)
+    form = choose_format(with_template(byte_tokenizer, FAMILIES["zephyr"]))
+    byte_tokenizer.chat_template = shouting.template
+    assert form.answer(ASKED, form.prompt(ASKED), "we") == "we"
+    with pytest.raises(UserError, match=r"changes its text \(answer 'We'\)"):
+        form.answer(ASKED, form.prompt(ASKED), "We")
+
+
+def test_a_prompt_that_ends_in_an_answer_is_refused_under_chat(byte_tokenizer):
+    form = choose_format(with_template(byte_tokenizer, FAMILIES["zephyr"]))
+    for prompt in ("\n\nHuman: hi\n\nAssistant: Sure,", ""):
+        with pytest.raises(UserError, match="prompt ends inside an answer, or is empty"):
+            form.prompt(prompt)
+
+
+def test_dschat_text_of_turns(byte_tokenizer):
+    form = choose_format(byte_tokenizer)
+    prompt = form.prompt((Turn("system", "Be kind."), *TALK))
+    assert prompt == "Be kind.\n\nHuman: hi\n\nAssistant: we\n\nHuman: lo\n\nAssistant:"
+    assert form.answer(TALK, prompt, "so") == form.answer(TALK, prompt, " so") == " so"
+    # Text is taken as it stands.
+    assert form.prompt(" Once") == " Once" and form.answer(" Once", " Once", "upon") == "upon"
+    assert "".join(form.earlier(prompt)) == prompt and len(form.earlier(prompt)) == 3
+
+
+def test_the_set_is_tokenised_anew_for_another_format_or_template(byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    prints = set()
+    for name, template in (("dschat", None), ("chat", None), ("chat", THINKING.template)):
+        tokenizer.eos_token = "<|im_end|>"
+        tokenizer.chat_template = template or tokenizer.chat_template
+        choose_format(tokenizer, name, teaches=True)
+        prints.add(tokenizer_fingerprint(tokenizer))
+    assert len(prints) == 3
+
+
+def test_models_of_one_run_share_a_format(byte_tokenizer, tmp_path):
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    tokenizer.save_pretrained(tmp_path / "plain")
+    choose_format(tokenizer, "dschat")
+    tokenizer.save_pretrained(tmp_path / "dschat")
+    choose_format(tokenizer, "chat", teaches=True)
+    tokenizer.save_pretrained(tmp_path / "chat")
+    check_same_tokenizer(tokenizer, str(tmp_path / "plain"))
+    check_same_tokenizer(tokenizer, str(tmp_path / "chat"))
+    with pytest.raises(UserError, match=r"trained with the prompt format 'dschat', but .*'chat'"):
+        check_same_tokenizer(tokenizer, str(tmp_path / "dschat"))
+    tokenizer.chat_template = THINKING.template
+    with pytest.raises(UserError, match="its chat template is not that of"):
+        check_same_tokenizer(tokenizer, str(tmp_path / "chat"))

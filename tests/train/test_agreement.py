@@ -1,0 +1,173 @@
+"""The same weights from every ZeRO stage, number of ranks and way to spread a step.
+
+Two starts of `worker.py`, on 1 and on 2 ranks, train every cell of `cells.all_cells()`; here their
+weights are held against `reference.py`, plain PyTorch on the whole global batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dschat.models.save import save_hf_format
+from dschat.utils.distributed import Distributed
+from tests.helpers.launch import run_ranks
+from tests.helpers.tiny import byte_tokenizer
+from tests.train import cells, reference
+
+WORKER = Path(__file__).with_name("worker.py")
+CELLS = {cell.name: cell for cell in cells.all_cells()}
+LIKE_PLAIN = [n for n, c in CELLS.items() if c.dtype == "fp32" and not c.first_steps]
+RANKS = (1, 2)
+# "auto" is what the flags say. DeepSpeed makes torch's AdamW of it, not the fused one we would.
+USER_JSON = {
+    "optimizer": {
+        "type": "Adam",
+        "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto"},
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, SimpleNamespace]:
+    """Per number of ranks: the folder of weights and the stories of all cells."""
+    folder = tmp_path_factory.mktemp("agreement")
+    alone = Distributed(0, 1, 0, torch.device("cpu"))
+    for model in ("causal", "reward"):
+        module = cells.build_module(model)
+        save_hf_format(module, byte_tokenizer(), folder / "models" / model, alone)
+    (folder / "models/adam.json").write_text(json.dumps(USER_JSON))
+    found = {}
+    for ranks in RANKS:
+        output = folder / str(ranks)
+        output.mkdir()
+        run_ranks(WORKER, ranks, [str(output), str(folder / "models")], 300, folder)
+        stories = json.loads((output / "story.json").read_text())
+        found[ranks] = SimpleNamespace(output=output, stories=stories)
+    return found
+
+
+@functools.cache
+def plain(cell: cells.Cell, steps: int):
+    return reference.train(cell, steps)
+
+
+def expected(cell: cells.Cell, steps: int = cells.STEPS):
+    """The reference's result: one for all cells that differ in how a step is spread."""
+    same = ("model", "full", "everything", "quantize", "accumulation", "dtype")
+    return plain(cells.Cell("", stage=0, **{key: getattr(cell, key) for key in same}), steps)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", LIKE_PLAIN)
+def test_weights_are_plain_pytorchs(runs, name: str, ranks: int):
+    cell = CELLS[name]
+    weights = torch.load(runs[ranks].output / f"{name}.pt")
+    ours, losses, _ = expected(cell)
+    start, *_ = expected(cell, 0)
+    assert weights.keys() == ours.keys()
+    for key, tensor in weights.items():
+        distance = (tensor - ours[key]).abs().max()
+        # A token that occurs once gives its column of A a gradient of about Adam's eps, where the
+        # gradient's rounding moves most: float64 differs from either side by up to 2.4e-5.
+        tolerance = 3e-5 if key.endswith("lora_embedding_A") else 1e-5
+        assert distance <= tolerance * ours[key].abs().max(), key
+        moved = (ours[key] - start[key]).norm()
+        if moved == 0:
+            assert torch.equal(tensor, start[key]), key
+        else:  # the path, not only its end: the tensors themselves are much longer than it
+            rounding = torch.finfo(torch.float32).eps * ours[key].norm()
+            assert (tensor - ours[key]).norm() <= 5e-5 * moved + rounding, key
+    assert runs[ranks].stories[name]["losses"] == pytest.approx(losses, rel=1e-6)
+
+
+def test_reference_leaves_room_for_mistakes():
+    """Some steps are clipped and some not, the last window is shorter, and what must move moves."""
+    cell = CELLS["causal-z0-windows"]
+    norms = expected(cell)[2]
+    assert min(norms) < cells.CLIP < max(norms)
+    assert [len(rows) for rows in cells.cell_steps(cell)] == [8, 8, 8, 3]
+    for name in ("causal-z0", "reward-z0"):
+        after, before = expected(CELLS[name])[0], expected(CELLS[name], 0)[0]
+        moved = {key for key in after if not torch.equal(after[key], before[key])}
+        adapters = {key for key in after if "lora_" in key}
+        assert len(adapters) == 2 * 2 * 7
+        assert moved == adapters | ({"v_head.weight"} if name.startswith("reward") else set())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", CELLS)
+def test_rates_follow_the_schedule_at_the_ratio(runs, name: str, ranks: int):
+    cell, story = CELLS[name], runs[ranks].stories[name]
+    if cell.full:
+        peaks = {"decay": 1e-3, "no_decay": 1e-3}
+        decays = {"decay": 0.1, "no_decay": 0.0}
+    else:
+        peaks = {"lora_A": 1e-3, "lora_B": 16e-3}
+        if cell.everything:
+            peaks["lora_embedding"] = 2e-3
+        decays = dict.fromkeys(peaks, 0.0 if cell.first_steps else 0.1)
+        if cell.model == "reward":
+            peaks["head"], decays["head"] = 4e-3, 0.0 if cell.first_steps else 0.1
+        if cell.everything:
+            undecayed = {"lora_magnitude": 1e-3, "no_decay": 1e-3}
+            peaks |= undecayed
+            decays |= dict.fromkeys(undecayed, 0.0)
+    factors = [1.0] * 5 if cell.first_steps else [0.0, 0.5, 1.0, 0.75, 0.5]
+    assert story["groups"] == decays
+    assert len(story["rates"]) == len(factors)
+    for rates, factor in zip(story["rates"], factors, strict=True):
+        assert rates == pytest.approx({group: factor * peak for group, peak in peaks.items()})
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_optimizer_of_the_users_json_is_used(runs, stage: int):
+    """Its groups, rates and weights are held to the same figures as all others above."""
+    assert runs[1].stories[f"causal-z{stage}-json"]["fused"] is None
+    assert runs[1].stories[f"causal-z{stage}"]["fused"] is True
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", [f"{cell.name}-first" for cell in cells.matrix()])
+def test_first_steps_are_as_large_as_the_rates(runs, name: str, ranks: int):
+    """Adam's first step is the rate itself, B moves by it; A has a gradient only from step 2 on.
+
+    A's moments then are m = 0.1 g / (1 - 0.9^2), v = 0.05 g^2 / (1 - 0.95^2): m / sqrt(v) = 0.735.
+    """
+    first, second, *_ = runs[ranks].stories[name]["moves"]
+    assert first["lora_B"] == pytest.approx([16e-3, 16e-3], rel=1e-3)
+    assert first["lora_A"] == [0.0, 0.0]
+    assert second["lora_A"] == pytest.approx([0.735e-3, 0.735e-3], rel=2e-3)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bf16_takes_the_same_path_within_its_rounding(runs, stage: int, ranks: int):
+    cell = CELLS[f"causal-z{stage}-bf16"]
+    weights = torch.load(runs[ranks].output / f"{cell.name}.pt")
+    ours, start = expected(cell)[0], expected(cell, 0)[0]
+    for key, tensor in weights.items():
+        assert tensor.dtype == torch.bfloat16
+        if key.endswith("lora_B"):
+            moved = (ours[key] - start[key]).norm()
+            assert (tensor.float() - ours[key]).norm() <= 0.05 * moved, key
+        elif key.endswith("lora_A"):  # moves by a few of bf16's steps only
+            assert (tensor.float() - ours[key]).abs().max() <= 2**-8 * ours[key].abs().max(), key
+        else:
+            assert torch.equal(tensor.float(), start[key]), key
+
+
+def test_launcher_tells_which_rank_failed(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no luck')\ntime.sleep(60)\n"
+    )
+    with pytest.raises(RuntimeError, match="rank 1 ended with 1\nno luck"):
+        run_ranks(script, 2, [], timeout=30, log_dir=tmp_path)
+    script.write_text("import os\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'])\n")
+    assert run_ranks(script, 2, [], timeout=30, log_dir=tmp_path) == ["0 2\n", "1 2\n"]

@@ -1,0 +1,145 @@
+"""Folders of states: which is taken, what is refused, what goes when."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dschat.errors import UserError
+from dschat.train import checkpoint_folder
+from dschat.train.checkpoint_folder import NEWEST, choose, read_record, whole_states
+
+
+def write_state(output: Path, step: int) -> Path:
+    """A finished part of a state, not yet in place."""
+    part = checkpoint_folder.part_path(checkpoint_folder.states_of(output), step)
+    (part / "model").mkdir(parents=True)
+    (part / "model" / "weights.pt").write_bytes(b"12345")
+    checkpoint_folder.write_record(part, {"step": step})
+    return part
+
+
+def save(output: Path, step: int, limit: int = 1) -> None:
+    write_state(output, step)
+    checkpoint_folder.publish(checkpoint_folder.states_of(output), step, limit)
+
+
+def present(output: Path) -> list[str]:
+    return sorted(os.listdir(checkpoint_folder.states_of(output)))
+
+
+def test_the_newest_stay_and_steps_are_numbers(tmp_path):
+    for step in (5, 999_999, 1_000_000):
+        save(tmp_path, step, limit=2)
+    assert list(whole_states(tmp_path / "checkpoints")) == [999_999, 1_000_000]
+    assert choose(str(tmp_path), NEWEST, True).name == "step-1000000"
+
+
+def test_an_old_state_goes_only_when_the_new_one_is_in_place(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    write_state(tmp_path, 2)
+    seen = []
+    original = Path.rename
+
+    def rename(path, target):
+        seen.append((path.name, present(tmp_path)))
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    checkpoint_folder.publish(tmp_path / "checkpoints", 2, limit=1)
+    assert seen == [
+        (".step-000002.tmp", [".step-000002.tmp", "step-000001"]),
+        ("step-000001", ["step-000001", "step-000002"]),
+    ]
+    assert present(tmp_path) == ["step-000002"]
+
+
+def test_a_run_that_went_back_replaces_what_came_after(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, limit=3)
+    save(tmp_path, 15, limit=2)  # after a resume from step 10
+    assert present(tmp_path) == ["step-000010", "step-000015"]
+    save(tmp_path, 15, limit=2)  # once more from step 10
+    assert present(tmp_path) == ["step-000010", "step-000015"]
+
+
+def test_leftovers_are_no_states_and_are_removed(tmp_path):
+    save(tmp_path, 1)
+    write_state(tmp_path, 2)
+    (tmp_path / "checkpoints" / ".step-000000.old.tmp").mkdir()
+    assert choose(str(tmp_path), NEWEST, True).name == "step-000001"
+    checkpoint_folder.repair(tmp_path)
+    assert present(tmp_path) == ["step-000001"]
+
+
+def test_states_come_back_from_a_folder_that_was_moved_aside(tmp_path):
+    """As a process leaves it that dies while a model takes the output folder's place."""
+    output = tmp_path / "out[1]"
+    save(output, 7)
+    output.rename(tmp_path / ".out[1].0a1b2c3d.old")
+    output.mkdir()
+    checkpoint_folder.repair(output)
+    assert present(output) == ["step-000007"]
+
+
+@pytest.mark.parametrize(
+    "resume, will_save, message",
+    [
+        (None, True, "holds training states of an earlier run (step-000001); add --resume"),
+        ("elsewhere", True, "holds training states of an earlier run (step-000001); add --resume"),
+        ("nowhere", False, "resume nowhere: no such folder"),
+    ],
+)
+def test_what_is_not_begun(tmp_path, monkeypatch, resume, will_save, message):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "out", 1)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError) as error:
+        choose("out", resume, will_save)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "out", 1)
+    (tmp_path / "elsewhere").mkdir()
+    state = "out/checkpoints/step-000001"
+    assert choose("out", state, True) == Path(state)
+    assert choose("out", None, False) is None  # without new states nothing mixes
+    assert choose("new", "elsewhere", True) == Path("elsewhere")
+    assert choose("new", NEWEST, True) is None
+
+
+def test_a_state_that_is_whole(tmp_path):
+    save(tmp_path, 3)
+    record = read_record(tmp_path / "checkpoints" / "step-000003")
+    assert record["step"] == 3
+    assert record["files"] == {"model/weights.pt": 5}
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no training state"),
+        (lambda s: (s / "state.json").write_text("{"), "state.json cannot be read; remove"),
+        (lambda s: (s / "state.json").write_text("[]"), "state.json cannot be read; remove"),
+        (
+            lambda s: (s / "state.json").write_text(json.dumps({"format": 9, "files": {}})),
+            "of format 9, this code reads format 1",
+        ),
+        (lambda s: (s / "model/weights.pt").unlink(), "model/weights.pt is missing; remove"),
+        (
+            lambda s: (s / "model/weights.pt").write_bytes(b"1234"),
+            "model/weights.pt has 4 bytes, saved were 5; remove",
+        ),
+    ],
+)
+def test_a_state_that_is_not(tmp_path, damage, message):
+    save(tmp_path, 3)
+    state = tmp_path / "checkpoints" / "step-000003"
+    damage(state)
+    with pytest.raises(UserError) as error:
+        read_record(state)
+    assert str(error.value).startswith(f"resume {state}: {message}")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,129 @@
+"""One rank of the agreement test: trains every cell; rank 0 writes weights and rates.
+
+Started by `launch.run_ranks` with two arguments: a folder to write to, a model folder to read from.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dschat.functional.losses import pairwise_loss, sft_loss, window_scale
+from dschat.models.causal_lm import create_hf_model, forward_inputs
+from dschat.models.reward_model import create_critic_model, scores_at_end
+from dschat.train.engine import backward, build_engine, torch_dtype, windows
+from dschat.utils import zero
+from dschat.utils.distributed import Distributed, all_reduce_sum, init_distributed
+from dschat.utils.ds_utils import get_train_ds_config
+from dschat.utils.module.lora import lora_layers
+from dschat.utils.optim import group_rates, schedule_factory
+from tests.helpers.tiny import byte_tokenizer
+from tests.train import cells
+
+
+def build(cell: cells.Cell, folder: str, ds_config: dict) -> nn.Module:
+    """The cell's model, whole or (from a folder, at stage 3) in shards from the start."""
+    dtype = torch_dtype(cell.dtype)
+    if cell.built_from == "module":
+        return cells.build_module(cell.model).to(dtype)
+    create = create_hf_model if cell.model == "causal" else create_critic_model
+    name = f"{folder}/{cell.model}"
+    module = create(name, byte_tokenizer(), dtype, ds_config=ds_config)
+    trunk = module if cell.model == "causal" else module.rwtransformer
+    shapes = {p.ndim for p in trunk.parameters()}
+    assert shapes == {1}, f"not built in shards: ndim {shapes}"
+    return module
+
+
+def loss_and_count(engine: nn.Module, cell: cells.Cell, rows: list[int]) -> tuple:
+    """This rank's summed loss as a function to call, and how many terms it sums."""
+    if cell.model != "reward":
+        ids, mask, loss_mask = cells.sft_batch(rows)
+
+        def sft() -> torch.Tensor:
+            logits = engine(**forward_inputs(engine, ids, mask), use_cache=False).logits
+            return sft_loss(logits, ids, loss_mask)
+
+        return sft, loss_mask[:, 1:].sum().item()
+    ids, mask, real = cells.pair_batch(rows, size=max(4, len(rows)))
+
+    def pairwise() -> torch.Tensor:
+        scores = scores_at_end(engine(ids, mask), mask)
+        return pairwise_loss(*scores.chunk(2), real)
+
+    return pairwise, len(rows)
+
+
+def moves(before: dict, after: dict) -> dict[str, list[float]]:
+    """Median and largest |change| over all elements of the A's, and of the B's."""
+    changes = {}
+    for kind in ("lora_A", "lora_B"):
+        parts = [(after[n] - before[n]).abs().flatten() for n in after if n.endswith(kind)]
+        if parts:
+            every = torch.cat(parts).float()
+            changes[kind] = [every.median().item(), every.max().item()]
+    return changes
+
+
+def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict]:
+    """Full weights after the last step, and what is told about the way there (on rank 0)."""
+    micro = 8 // cell.accumulation // peers.world_size
+    config = cell.engine_config(micro, folder)
+    module = build(cell, folder, get_train_ds_config(config, peers.world_size))
+    name = "constant" if cell.first_steps else "linear"
+    schedule = schedule_factory(name, cells.WARM_UP, cells.TOTAL_STEPS)
+    torch.manual_seed(cells.ADAPTER_SEED)
+    engine = build_engine(module, config, cell.recipe(), schedule, peers.world_size, cell.name)
+    assert all(module.training for module in engine.module.modules())
+    story = {
+        "fused": engine.basic_optimizer.defaults["fused"],
+        "groups": {g["name"]: g["weight_decay"] for g in engine.optimizer.param_groups},
+        "rates": [group_rates(engine.optimizer)],
+        "losses": [],
+        "moves": [],
+    }
+    before = zero.consolidated_state_dict(engine.module, peers.rank) if cell.first_steps else {}
+    for window in windows(cells.row_numbers(cell), cell.accumulation):
+        parts = [
+            loss_and_count(engine, cell, rows[peers.rank :: peers.world_size]) for rows in window
+        ]
+        (total,) = all_reduce_sum([sum(count for _, count in parts)])
+        scale, loss_sum = window_scale(total, peers.world_size), 0.0
+        for i, (loss_of, _) in enumerate(parts):
+            loss = loss_of()
+            backward(engine, loss * scale, last=i == len(parts) - 1)
+            loss_sum += loss.item()
+        engine.step()
+        story["rates"].append(group_rates(engine.optimizer))
+        story["losses"].append(all_reduce_sum([loss_sum])[0] / total)
+        if cell.first_steps:
+            after = zero.consolidated_state_dict(engine.module, peers.rank)
+            story["moves"].append(moves(before, after))
+            before = after
+    weights = zero.consolidated_state_dict(engine.module, peers.rank)
+    if cell.quantize is not None:
+        packed = lora_layers(engine.module).items()
+        weights |= {f"{name}.weight": layer.dense_weight() for name, layer in packed}
+    engine.destroy()
+    return weights, story
+
+
+def main() -> None:
+    """Train every cell; write `<name>.pt` for each and one `story.json`."""
+    output, folder = sys.argv[1:]
+    peers = init_distributed()
+    stories = {}
+    for cell in cells.all_cells():
+        weights, stories[cell.name] = train(cell, peers, folder)
+        if peers.is_main:
+            torch.save(weights, Path(output) / f"{cell.name}.pt")
+    if peers.is_main:
+        (Path(output) / "story.json").write_text(json.dumps(stories))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Killed and resumed runs of the three steps end as runs that never stopped, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.resume_runs import (
+    LORA,
+    MODEL,
+    PPO_COMMON,
+    REWARD_FULL,
+    SFT_LORA,
+    TIMES,
+    Outcome,
+    Run,
+    assert_same_run,
+    figures,
+    interrupted,
+    launch_runs,
+    while_saving,
+    write_models,
+)
+from tests.helpers.steps import REWARD
+
+SAVING = ["--save_steps", "3", "--output_dir", "sft-cut"]
+RESUMED = [*SFT_LORA, *SAVING, "--resume"]
+LAST = "sft-cut/checkpoints/step-000012"
+FROM_LAST = ["--resume", LAST, "--output_dir", "other"]
+NEW_RATES = ["--learning_rate", "5e-4", "--loraplus_lr_ratio", "8"]
+COPY = f"cp -r {LAST} broken"
+
+# 13 prompts, 2 x 2 an iteration: 4 iterations, the last of one row, with an evaluation (which
+# samples) amid them.
+SAMPLING = ["--dtype", "fp32", "--ppo_epochs", "2", "--generation_batches", "2"]
+SAMPLING += ["--eval_interval", "2"]
+# The critic's warm-up ends, the coefficient moves and updates end early before and after the kill.
+SAMPLING += ["--critic_warmup_iterations", "1", "--kl_target", "0.5", "--kl_horizon", "8"]
+SAMPLING += ["--update_kl_limit", "1e-3"]
+
+PPO_STATE = ["--save_steps", "1", "--output_dir", "ppo-cut", "--resume"]
+
+ONE_RANK = {
+    "sft whole": Run([*SFT_LORA, "--output_dir", "sft-whole"]),
+    "sft cut": Run([*SFT_LORA, *SAVING], while_saving(6)),
+    # Step 6 is in place and step 3 half removed.
+    "sft cut again": Run(RESUMED, ("os.rename", "*/.step-000003.old.tmp")),
+    # The finished model has taken the place of the output folder, states and all.
+    "sft cut at the end": Run(RESUMED, ("os.rename", "*/.sft-cut.*.old")),
+    "sft resumed": Run(RESUMED),
+    "ratio": Run([*SFT_LORA, *FROM_LAST, "--loraplus_lr_ratio", "8"]),
+    "new rates": Run([*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates"]),
+    "setting": Run([*SFT_LORA, *FROM_LAST, "--gradient_clipping", "0.5"]),
+    "other step": Run([REWARD, *MODEL, *LORA, "--dtype", "fp32", *FROM_LAST]),
+    "other rows": Run(
+        [*SFT_LORA, *FROM_LAST], shell="cp -r data kept && sed -i 's/ now/ then/' data/train.jsonl"
+    ),
+    "two processes": Run(
+        [*SFT_LORA, "--resume", "broken", "--output_dir", "other"],
+        shell="rm -r data && mv kept data && "
+        f"""{COPY} && sed -i 's/"processes": 1/"processes": 2/' broken/state.json""",
+    ),
+    "cut file": Run(
+        [*SFT_LORA, "--resume", "broken", "--output_dir", "other"],
+        shell=f"rm -r broken && {COPY} && truncate -s -1 broken/random-rank-0000.pt",
+    ),
+    "fresh start": Run([*SFT_LORA, *SAVING]),
+    **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
+    **interrupted([*PPO_COMMON, *SAMPLING], "ppo", save_steps=1, killed=3),
+    "edited function": Run(
+        [*PPO_COMMON, *SAMPLING, *PPO_STATE], shell="echo '# another' >> own_rewards.py"
+    ),
+    "other text": Run(
+        [*PPO_COMMON, *SAMPLING, *PPO_STATE],
+        shell="sed -i '$d' own_rewards.py && sed -i 's/make/give/' texts.jsonl",
+    ),
+    "other statistics": Run(
+        [*PPO_COMMON, *SAMPLING, *PPO_STATE],
+        shell="sed -i 's/give/make/' texts.jsonl && sed -i 's/1.5/1.6/' "
+        "critic/reward_statistics.json",
+    ),
+}
+# Two iterations: generation that gathers every layer from two ranks takes its time.
+SHARDED = ["--dtype", "bf16", "--critic_lora_dim", "4", "--max_train_samples", "8"]
+SHARDED += ["--actor_zero_stage", "3", "--critic_zero_stage", "2"]
+TWO_RANKS = interrupted([*PPO_COMMON, *SHARDED], "ppo", save_steps=1, killed=2)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    folder = tmp_path_factory.mktemp("resume")
+    write_models(folder)
+    return folder, launch_runs(ONE_RANK, folder, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    folder = tmp_path_factory.mktemp("resume-two")
+    write_models(folder)
+    return folder, launch_runs(TWO_RANKS, folder, ranks=2)
+
+
+def codes(outcomes: dict[str, Outcome], name: str) -> list[int]:
+    found = {n: o for n, o in outcomes.items() if n.split()[0] == name}
+    for outcome in found.values():
+        assert outcome.code in (0, -9), outcome.stderr[-3000:]
+    return [outcome.code for outcome in found.values()]
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_step_1_survives_three_kills(one):
+    """In a save, in removing an old state, and while the model takes the output folder's place."""
+    folder, outcomes = one
+    assert codes(outcomes, "sft") == [0, -9, -9, -9, 0]
+    resumed = [outcomes[name].stdout for name in ("sft cut again", "sft cut at the end")]
+    resumed.append(outcomes["sft resumed"].stdout)
+    for step, text in zip((3, 6, 12), resumed, strict=True):
+        assert f"resumed from sft-cut/checkpoints/step-{step:06d} at step {step}\n" in text
+    assert_same_run(folder / "sft-whole", folder / "sft-cut")
+    assert states(folder / "sft-cut") == ["step-000012"]  # and no leftovers
+
+
+def test_step_2_with_all_weights_in_bf16_at_zero_2(one):
+    folder, outcomes = one
+    assert codes(outcomes, "reward") == [0, -9, 0]
+    assert "at step 4\n" in outcomes["reward resumed"].stdout
+    assert_same_run(folder / "reward-whole", folder / "reward-cut")
+
+
+def test_step_3_with_a_moving_average(one):
+    """Sampling, mini-batch order, text and the average go on; the reward model is a copy."""
+    folder, outcomes = one
+    assert codes(outcomes, "ppo") == [0, -9, 0]
+    assert "at step 2\n" in outcomes["ppo resumed"].stdout
+    assert {path.name for path in (folder / "ppo-whole").iterdir()} >= {"actor_ema", "critic"}
+    steps = [line for line in figures(folder / "ppo-whole") if "actor_updates" in line]
+    assert [line["actor_updates"] > 0 for line in steps] == [False, True, True, True]
+    assert all(line["actor_updates"] < 1 for line in steps)
+    assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
+    assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
+    answers = [(folder / name / "answers.jsonl").read_text() for name in ("ppo-whole", "ppo-cut")]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 3 * 3 + 2
+    last = [line for line in figures(folder / "ppo-whole") if line["kind"] == "train"][-1]
+    scaled = (last["reward_model"] - 0.2) / 1.5
+    assert last["reward"] == pytest.approx(scaled + last["reward_function"], abs=1e-5)
+    assert last["ptx_loss"] > 0
+
+
+def test_step_3_on_two_ranks_at_zero_3_in_bf16(two):
+    folder, outcomes = two
+    assert codes(outcomes, "ppo") == [0, -9, 0]
+    assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
+    files = {path.name for path in next((folder / "ppo-cut/checkpoints").iterdir()).iterdir()}
+    assert {"ema-rank-0000.pt", "ema-rank-0001.pt", "random-rank-0001.pt"} <= files
+
+
+def test_another_ratio_is_refused(one):
+    _, outcomes = one
+    assert outcomes["ratio"].error == (
+        f"error: resume {LAST}: saved with --loraplus_lr_ratio 16, now 8; give 16, "
+        "or --resume_with_new_rates to go on with 8"
+    )
+
+
+def test_new_rates_go_into_optimizer_and_schedule(one):
+    """At the same point of the schedule: A at half of its rate, B at eight times that."""
+    folder, outcomes = one
+    assert outcomes["new rates"].code == 0, outcomes["new rates"].stderr[-3000:]
+    before, after = (figures(folder / name) for name in ("sft-whole", "other"))
+    assert [(r["kind"], r["step"]) for r in before] == [(r["kind"], r["step"]) for r in after]
+    assert before[:-2] == after[:-2]  # lines 14 are new: one of training, one of evaluation
+    assert after[-2]["lr/lora_A"] == pytest.approx(before[-2]["lr/lora_A"] / 2, rel=1e-12)
+    assert after[-2]["lr/lora_B"] == pytest.approx(8 * after[-2]["lr/lora_A"], rel=1e-12)
+    assert after[-2]["loss"] != before[-2]["loss"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("setting", "saved with --gradient_clipping 1.0, now 0.5; give 1.0, nothing overrides it"),
+        ("other step", "a state of step 1 (SFT), this is step 2 (reward model)"),
+        ("other rows", "the rows of --data_path data have changed (digest "),
+        ("two processes", "saved by 2 processes, now there are 1; start 2, DeepSpeed cuts its"),
+        ("cut file", "random-rank-0000.pt has "),
+        ("edited function", "source behind --reward_function own_rewards:length was "),
+        ("other text", "rows behind --unsupervised_dataset_name texts.jsonl was "),
+        ("other statistics", "std behind --reward_scaling saved was 1.5, now 1.6; a resumed run"),
+        ("fresh start", "holds training states of an earlier run (step-000012); add --resume"),
+    ],
+)
+def test_what_is_refused_before_weights_are_read(one, name, message):
+    _, outcomes = one
+    assert message in outcomes[name].error
+
+
+def test_the_record_is_for_people(one):
+    folder, _ = one
+    record = json.loads((folder / LAST / "state.json").read_text())
+    assert (record["step"], record["epoch"], record["batch"]) == (12, 1, 10)
+    assert record["engines"]["model"] == {
+        "zero_stage": 0,
+        "loraplus_lr_ratio": 16.0,
+        "peak_rates": {"lora_A": 1e-3, "lora_B": 16e-3},
+    }
+    assert record["settings"]["lora_dim"] == 4 and record["settings"]["dtype"] == "fp32"
+
+
+def test_the_clock_alone_differs(one):
+    """What the comparison leaves out is really there, and only that."""
+    folder, _ = one
+    line = json.loads((folder / "sft-cut/metrics.jsonl").read_text().splitlines()[1])
+    left = {name for name in line if not name.startswith(TIMES)}
+    assert left == {"kind", "step", "loss", "lr/lora_A", "lr/lora_B"} | (left & {"grad_norm"})

@@ -1,0 +1,333 @@
+"""The three steps end to end, in miniature: one rank, two ranks, and the deepspeed launcher."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.helpers.steps import (
+    PPO,
+    PROMPT_EVALUATION,
+    REWARD,
+    REWARD_EVALUATION,
+    ROOT,
+    SFT,
+    Run,
+    free_port,
+    launch,
+    run_worker,
+    write_inputs,
+)
+from tests.helpers.steps_outputs import (
+    assert_all_finite,
+    assert_on_policy,
+    column,
+    evaluation_ids,
+    load,
+    records,
+)
+
+DATA = ["--data_path", "data", "--data_split", "4,4,2"]  # 27, 27 and 13 of 67 rows
+SHORT = ["--max_seq_len", "64", "--log_every", "1"]
+LORA = ["--lora_dim", "4", "--learning_rate", "1e-3"]
+# 8 rows a step on any number of ranks; 27 and 13 rows do not divide into these.
+GLOBAL_BATCH, EVAL_BATCH = 8, 4
+PPO_LENGTHS = ["--max_prompt_seq_len", "48", "--max_answer_seq_len", "8"]
+PPO_RATES = ["--actor_learning_rate", "1e-3", "--critic_learning_rate", "1e-3"]
+
+
+def cache(folder: Path) -> list[object]:
+    return ["--data_output_path", folder / "cache"]
+
+
+def sft_fp32(folder: Path, ranks: int) -> list[object]:
+    """Two epochs of step 1 that come out the same on any number of ranks."""
+    batch = ["--per_device_train_batch_size", GLOBAL_BATCH // ranks]
+    batch += ["--per_device_eval_batch_size", EVAL_BATCH // ranks, "--num_train_epochs", 2]
+    argv = [SFT, "--model_name_or_path", "model", *DATA, *cache(folder), *SHORT, *LORA, *batch]
+    return [*argv, "--dtype", "fp32", "--output_dir", folder / "sft"]
+
+
+def sft_in_other_batches(folder: Path, ranks: int) -> list[list[object]]:
+    """Step 1 on packed rows; on batches by tokens, two of them a step on either; on a stream."""
+    argv = sft_fp32(folder, ranks)[:-1]
+    packed = [*argv, folder / "sft-packed", "--packing"]
+    packed += ["--per_device_train_batch_size", 2 // ranks, "--max_seq_len", "80"]
+    tokens = [*argv, folder / "sft-tokens", "--max_tokens_per_batch", "160"]
+    tokens += ["--gradient_accumulation_steps", 2 // ranks, "--max_steps", "5"]
+    stream = [*argv, folder / "sft-stream", "--streaming", "--max_steps", "6"]
+    return [packed, tokens, [*stream, "--num_train_epochs", "1"]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(inputs: Path) -> Run:
+    """All three steps and both evaluations: fp32, LoRA+, no ZeRO; the later ones from adapters."""
+    folder = inputs / "one"
+    fp32 = [*DATA, *cache(folder), "--dtype", "fp32"]
+    batch = ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "4"]
+    generation = ["--per_device_generation_batch_size", "8", "--num_warmup_steps", "0"]
+    generation += ["--per_device_training_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    sft, reward, tensorboard = folder / "sft", folder / "reward", folder / "tensorboard"
+    actor, critic = sft / "adapter", reward / "adapter"
+    models = ["--actor_model_name_or_path", actor, "--critic_model_name_or_path", critic]
+    compared = ["--model_name_or_path_baseline", "model", "--model_name_or_path_finetune", actor]
+    plan = [
+        [*sft_fp32(folder, 1), "--enable_tensorboard", "--tensorboard_path", tensorboard],
+        [REWARD, "--model_name_or_path", sft, *fp32, *SHORT, *LORA, *batch, "--output_dir", reward],
+        [PPO, *models, *fp32, *PPO_LENGTHS, *PPO_RATES, *generation, "--actor_lora_dim", "4"],
+        [REWARD_EVALUATION, "--model_name_or_path", critic, *fp32, "--max_seq_len", "64"],
+        [PROMPT_EVALUATION, *compared, "--prompts", "1 and 2?", "--max_new_tokens", "3"],
+    ]
+    plan[2] += ["--critic_lora_dim", "4", "--output_dir", folder / "ppo"]
+    plan += sft_in_other_batches(folder, 1)
+    return Run(folder, *run_worker(plan, inputs, ranks=1, timeout=180))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs: Path, one_rank: Run) -> Run:
+    """Under torchrun: the same step 1 in ZeRO 2; the reward model again in ZeRO 3; then bf16."""
+    folder = inputs / "two"
+    data = [*DATA, *cache(folder)]
+    again = [
+        "--model_name_or_path",
+        one_rank.folder / "reward/adapter",
+        "--zero_stage",
+        "3",
+        *SHORT,
+    ]
+    again += ["--dtype", "fp32", "--per_device_eval_batch_size", "3", "--max_train_samples", "8"]
+    saving = ["--dtype", "bf16", "--gradient_accumulation_steps", "2"]
+    frugal = [*saving, *SHORT, "--gradient_checkpointing", "--learning_rate", "1e-3"]
+    frugal += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2"]
+    sft, reward = folder / "sft-bf16", folder / "reward-bf16"
+    models = ["--actor_model_name_or_path", sft, "--critic_model_name_or_path", reward]
+    roles = ["--actor_zero_stage", "3", "--critic_zero_stage", "2", "--enable_ema"]
+    roles += ["--actor_gradient_checkpointing", "--critic_gradient_checkpointing"]
+    generation = ["--per_device_generation_batch_size", "4", "--num_warmup_steps", "0"]
+    generation += ["--per_device_training_batch_size", "2", "--output_dir", folder / "ppo"]
+    no_file = ["--data_path", "./nothing.jsonl"]
+    plan = [
+        [*sft_fp32(folder, 2), *no_file],
+        [*sft_fp32(folder, 2), "--zero_stage", "2"],
+        [REWARD, *again, *data, "--output_dir", folder / "reward-again"],
+        [SFT, "--model_name_or_path", "model", *data, *frugal, "--zero_stage", "2"],
+        [REWARD, "--model_name_or_path", sft, *data, *frugal, "--zero_stage", "3"],
+        [PPO, *models, *data, *PPO_LENGTHS, *PPO_RATES, *saving, *roles, *generation],
+    ]
+    plan[3] += ["--output_dir", sft]
+    plan[4] += ["--output_dir", reward]
+    plan += sft_in_other_batches(folder, 2)
+    return Run(folder, *run_worker(plan, inputs, ranks=2, timeout=300))
+
+
+def test_every_program_runs_on_one_rank(one_rank: Run):
+    assert [result.code for result in one_rank.results] == 8 * [0]
+    for name in ("sft", "reward", "ppo"):
+        assert_all_finite(one_rank.folder / name)
+    assert list((one_rank.folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_steps_and_evaluations_are_recorded(one_rank: Run):
+    # 27 rows in batches of 8 are 4 steps an epoch; evaluated before and after each epoch.
+    for name, steps, evaluated in (("sft", 8, [0, 4, 8]), ("reward", 4, [0, 4])):
+        train, evaluation = (records(one_rank.folder / name, k) for k in ("train", "eval"))
+        assert [record["step"] for record in train] == [*range(1, steps + 1)]
+        assert [record["step"] for record in evaluation] == evaluated
+        rates = column(train, "lr/lora_A", "lr/lora_B")
+        torch.testing.assert_close(rates[:, 1], 16 * rates[:, 0], rtol=1e-12, atol=0)
+        losses = column(evaluation, "loss")
+        assert losses[-1] < losses[0]
+
+
+def test_every_role_carries_the_same_adapters(one_rank: Run):
+    """Seven in each of two layers: none on an output head, a value head or a copy of one."""
+    rows = re.findall(r"^(lora_[AB]) .* (\d+)  +([\d,]+)$", one_rank.printed, re.MULTILINE)
+    # r = 4: A has 4 x (6 x 32 + 48) numbers a layer, B has 4 x (32 + 16 + 16 + 32 + 48 + 48 + 32).
+    assert rows == 7 * [("lora_A", "14", "1,920"), ("lora_B", "14", "1,792")]
+
+
+def test_the_saved_language_model_has_the_loss_that_was_reported(one_rank: Run, inputs: Path):
+    model = load(AutoModelForCausalLM, one_rank.folder / "sft")
+    total = count = 0
+    with torch.no_grad():
+        for ids, prompt in evaluation_ids(inputs, "chosen"):
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total -= sum(logprobs[t - 1, ids[t]].item() for t in range(prompt, len(ids)))
+            count += len(ids) - prompt
+    reported = records(one_rank.folder / "sft", "eval")[-1]["loss"]
+    assert total / count == pytest.approx(reported, abs=1e-5)
+
+
+def test_the_saved_reward_model_scores_as_was_reported(one_rank: Run, inputs: Path):
+    model = load(AutoModelForSequenceClassification, one_rank.folder / "reward")
+    assert model.num_labels == 1
+    with torch.no_grad():
+        chosen, rejected = (
+            torch.tensor([model(torch.tensor([ids])).logits.item() for ids, _ in rows])
+            for rows in (evaluation_ids(inputs, "chosen"), evaluation_ids(inputs, "rejected"))
+        )
+    reported = records(one_rank.folder / "reward", "eval")[-1]
+    assert (chosen - rejected).mean().item() == pytest.approx(reported["margin"], abs=1e-5)
+    assert (chosen > rejected).float().mean().item() == pytest.approx(reported["accuracy"])
+
+
+def test_rw_eval_prints_the_figures_of_the_last_evaluation(one_rank: Run):
+    line = re.search(r"^loss .* accuracy .*$", one_rank.printed, re.MULTILINE)
+    figures = dict(part.rsplit(" ", 1) for part in line.group().split(" | "))
+    reported = records(one_rank.folder / "reward", "eval")[-1]
+    assert set(figures) == set(reported) - {"kind", "step"}
+    for name, text in figures.items():
+        assert float(text) == pytest.approx(reported[name], rel=1e-3), name
+
+
+def test_prompt_eval_answers_with_both_models(one_rank: Run):
+    answers = one_rank.printed.partition("== Human: 1 and 2?")[2]
+    labels = re.findall(r"^ *(\w+), (\w+): ", answers, re.MULTILINE)
+    assert labels == [(m, k) for m in ("baseline", "finetune") for k in ("greedy", "sampled")]
+
+
+def test_ppo_on_one_rank(one_rank: Run):
+    assert_on_policy(one_rank.folder / "ppo", iterations=2)  # 13 prompts, 8 at a time
+    before = load(AutoModelForCausalLM, one_rank.folder / "sft").state_dict()
+    after = load(AutoModelForCausalLM, one_rank.folder / "ppo" / "actor").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "_proj." in name}  # what carries adapters
+    load(AutoModelForSequenceClassification, one_rank.folder / "ppo" / "critic")
+    assert not (one_rank.folder / "ppo" / "actor_ema").exists()
+
+
+def test_adapters_lie_beside_merged_models_whose_base_is_whole(one_rank: Run, inputs: Path):
+    for name, base in (("sft", inputs / "model"), ("reward", one_rank.folder / "sft")):
+        config = json.loads((one_rank.folder / name / "adapter/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+    for role in ("actor", "critic"):  # trained on an adapter
+        assert not (one_rank.folder / "ppo" / role / "adapter").exists()
+    notes = re.findall(r"^only the merged model will be saved.*$", one_rank.printed, re.MULTILINE)
+    assert len(notes) == 2
+
+
+def test_every_program_runs_on_two_ranks(two_ranks: Run):
+    assert [result.code for result in two_ranks.results] == [2, *(8 * [0])]
+    for name in ("sft", "reward-again", "sft-bf16", "reward-bf16", "ppo"):
+        assert_all_finite(two_ranks.folder / name)
+
+
+def test_bad_data_ends_both_ranks_with_one_line(two_ranks: Run, inputs: Path):
+    """The worker goes on afterwards: no rank was left waiting."""
+    first = two_ranks.results[0]
+    assert first.stderr.startswith("error: --data_path ./nothing.jsonl: no such file")
+    assert len(first.stderr.splitlines()) == 1
+    assert first.read == []
+    assert two_ranks.printed.count("ended with 2 ") == 2
+    assert (inputs / "worker-2" / "stderr.0.1").read_text() == ""  # the other rank's
+
+
+def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Run):
+    """One rank without ZeRO, two with ZeRO 2, the same global batch: the same path in fp32."""
+    one, two = one_rank.folder / "sft", two_ranks.folder / "sft"
+    for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
+        found, expected = (column(records(folder, kind), *names) for folder in (two, one))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    weights = load_file(one / "model.safetensors")
+    for name, tensor in load_file(two / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft-packed", "sft-tokens"])
+def test_other_batches_are_the_same_on_one_and_on_two_ranks(
+    one_rank: Run, two_ranks: Run, name: str
+):
+    """Packs and micro-batches by tokens are dealt; what an optimizer step averages over is one."""
+    one, two = one_rank.folder / name, two_ranks.folder / name
+    for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
+        found, expected = (column(records(folder, kind), *names) for folder in (two, one))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    losses = column(records(one, "eval"), "loss")
+    assert losses[-1] < losses[0]
+    # Before training, evaluation by rows is that of the run in rows.
+    torch.testing.assert_close(
+        losses[0], column(records(one_rank.folder / "sft", "eval"), "loss")[0]
+    )
+
+
+def test_a_stream_trains_until_max_steps(one_rank: Run, two_ranks: Run):
+    for folder in (one_rank.folder, two_ranks.folder):
+        train, evaluation = (records(folder / "sft-stream", kind) for kind in ("train", "eval"))
+        assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+        losses = column(evaluation, "loss")
+        # The evaluation set is the same as without a stream, and the model starts the same.
+        expected = column(records(one_rank.folder / "sft", "eval"), "loss")[0]
+        torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
+        assert losses[-1] < losses[0]
+
+
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(one_rank: Run):
+    train = records(one_rank.folder / "sft-tokens", "train")
+    evaluation = records(one_rank.folder / "sft-tokens", "eval")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5]
+    assert evaluation[-1]["step"] == 5
+    assert train[-1]["lr/lora_A"] < 0.2 * train[0]["lr/lora_A"]  # the schedule ends there too
+
+
+def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Run):
+    """Other batches and ZeRO 3 change nothing: 13 pairs, 4 at a time or 2 x 3 at a time."""
+    last = records(one_rank.folder / "reward", "eval")[-1:]
+    first = records(two_ranks.folder / "reward-again", "eval")[:1]
+    names = ("loss", "accuracy", "margin", "confidence", "mean_score", "score_std")
+    torch.testing.assert_close(column(first, *names), column(last, *names), rtol=0, atol=1e-5)
+
+
+def test_scores_are_scaled_by_the_figures_of_the_last_evaluation(one_rank: Run):
+    """Step 2 saves them with the merged weights and with the adapter; step 3 reads the latter."""
+    reward, ppo = one_rank.folder / "reward", one_rank.folder / "ppo"
+    last = records(reward, "eval")[-1]
+    for folder in (reward, reward / "adapter"):
+        saved = json.loads((folder / "reward_statistics.json").read_text())
+        assert (saved["mean"], saved["std"]) == (last["mean_score"], last["score_std"])
+        assert saved["count"] == 26
+    for record in records(ppo, "train"):  # no score comes near the clip
+        scaled = (record["reward_model"] - last["mean_score"]) / last["score_std"]
+        assert record["reward"] == pytest.approx(scaled, abs=1e-5)
+    assert not list(ppo.rglob("reward_statistics.json"))  # a critic's values are no scores
+    kept = json.loads((ppo / "critic" / "value_scaling.json").read_text())
+    assert (kept["mean"], kept["std"]) == (last["mean_score"], last["score_std"])
+
+
+def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):
+    folder = two_ranks.folder / "ppo"
+    assert_on_policy(folder, iterations=2)  # 13 prompts, 2 x 4 at a time
+    names = {"start": "../sft-bf16", "actor": "actor", "average": "actor_ema"}
+    loaded = {k: load(AutoModelForCausalLM, folder / name) for k, name in names.items()}
+    states = {k: model.state_dict() for k, model in loaded.items()}
+    assert {p.dtype for model in loaded.values() for p in model.parameters()} == {torch.bfloat16}
+    weight = "model.layers.0.mlp.up_proj.weight"
+    moved = (states["actor"][weight] - states["start"][weight]).abs().max()
+    lag = (states["average"][weight] - states["start"][weight]).abs().max()
+    assert lag < 0.1 * moved  # after two steps of decay 0.992 the average has hardly moved
+    load(AutoModelForSequenceClassification, folder / "critic")
+
+
+def test_step_1_under_the_deepspeed_launcher(inputs: Path):
+    """It sets ranks and appends --local_rank itself."""
+    folder = inputs / "launcher"
+    argv = [ROOT / SFT, *sft_fp32(folder, 2)[1:], "--max_train_samples", 10, "--zero_stage", 2]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    launcher += ["--master_port", free_port()]
+    done = launch([str(word) for word in [*launcher, *argv, "--deepspeed"]], inputs, timeout=180)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_all_finite(folder / "sft")
+    # 10 rows, 2 x 4 at a time, are 2 steps in each of 2 epochs.
+    assert [record["step"] for record in records(folder / "sft", "train")] == [1, 2, 3, 4]
+    load(AutoModelForCausalLM, folder / "sft")
