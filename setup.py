@@ -32,6 +32,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["dschat", "dschat.*"]),
+    package_data={"dschat": ["py.typed"]},
     python_requires=">=3.11",
     # Lower bounds are what the tests run on (constraints.txt), but where an older release is
     # known to serve; upper bounds stand before the next release that may break an interface.
@@ -50,7 +51,15 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.15", "peft>=0.19", "bitsandbytes>=0.49"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.15",
+            "mypy>=2.4",
+            "types-PyYAML",
+            "types-tqdm",
+            "peft>=0.19",
+            "bitsandbytes>=0.49",
+        ],
         "quantize": ["bitsandbytes>=0.49"],
         "wandb": ["wandb>=0.18"],
     },
