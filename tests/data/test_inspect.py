@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from dschat.data import main
+from dschat.data.__main__ import main
 from dschat.data.batching import ByRows, ByTokens, Packed
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
 from dschat.data.dataset_stats import Marks, histogram, real_share, render, sequence_lengths
