@@ -6,3 +6,16 @@ class UserError(ValueError):
 
     Entry points turn it into `error: <message>` on stderr and exit code 2 (see `cli.run_cli`).
     """
+
+
+def brief(error: Exception, with_type: bool = False) -> str:
+    """Reduce an error to the first line of its message, or to its type where it has none.
+
+    Args:
+        with_type: put the type before the message.
+    """
+    kind, message = type(error).__name__, str(error).strip()
+    if not message:
+        return kind
+    line = message.splitlines()[0]
+    return f"{kind}: {line}" if with_type else line

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from tqdm import tqdm
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
 from dschat.utils.distributed import launched_rank, print_rank_0
 
@@ -95,7 +95,7 @@ def _yaml_argv(path: str, flags: list[Flag]) -> list[str]:
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"config {path}: not YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"config {path}: not YAML ({brief(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path}: expected lines of `flag: value`")
     by_name = {flag.name: flag for flag in flags}

@@ -15,7 +15,7 @@ from dschat.data.files import SUFFIXES, Rows, digest, digest_files, file_rows
 from dschat.data.registry import LOCAL_JSON, ON_THE_HUB, Reading
 from dschat.data.splits import holdout_split
 from dschat.data.store import READER_VERSION, NamedReading, store
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 
 # The first name that is present is the set; those behind are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
@@ -105,10 +105,10 @@ def _find(name: str, streaming: bool = False) -> tuple[Rows, Rows | None]:
     try:
         loaded = datasets.load_dataset(*ON_THE_HUB.get(name, (name,)), **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"--data_path {name}: not a file or folder here, and the Hub did not give it "
-            f"({reason}); check the name and the connection, or download it and give its folder"
+            f"({brief(error)}); check the name and the connection, or download it and give its "
+            "folder"
         ) from error
     digests = {split: partial(getattr, rows, "_fingerprint") for split, rows in loaded.items()}
     return _splits(name, loaded, digests)

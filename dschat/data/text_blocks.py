@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import written_once
 from dschat.data.files import SUFFIXES, Rows, digest, digest_files, file_rows
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.text.encoding import encode
 from dschat.text.tokenizer import tokenizer_fingerprint
 from dschat.utils.module.model_source import is_local
@@ -144,10 +144,10 @@ def _hub_rows(name: str, config: str | None) -> Rows:
     try:
         loaded = datasets.load_dataset(name, config)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{FLAG} {name}: not a file or folder here, and the Hub did not give it ({reason}); "
-            "check the name, --unsupervised_dataset_config_name and the connection"
+            f"{FLAG} {name}: not a file or folder here, and the Hub did not give it "
+            f"({brief(error)}); check the name, --unsupervised_dataset_config_name and the "
+            "connection"
         ) from error
     train = _train(loaded, name)
     return _dataset_rows(name, train, lambda: train._fingerprint)

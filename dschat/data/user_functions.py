@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from dschat.data.files import digest_files
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.text.conversations import Example, Skip, Turn, check_order, read_messages
 
 TARGETS = ("prompt", "chosen", "rejected")
@@ -30,7 +30,9 @@ def load_function(name: str) -> Callable[[Mapping[str, Any]], Example]:
         except (UserError, Skip):
             raise
         except Exception as error:  # whatever the user's function raises, with the row's place
-            raise UserError(f"{place} fails ({brief(error)}); mend it or the row") from error
+            raise UserError(
+                f"{place} fails ({brief(error, with_type=True)}); mend it or the row"
+            ) from error
         return _as_example(result, place)
 
     return read
@@ -55,7 +57,7 @@ def function_of(name: str, flag: str, *parameters: str) -> Callable[..., Any]:
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{place}: it is called as {attribute}({', '.join(parameters)}), which does not "
-                f"fit ({brief(error)})"
+                f"fit ({brief(error, with_type=True)})"
             ) from error
     return function
 
@@ -77,15 +79,10 @@ def module_of(name: str, flag: str) -> ModuleType:
         return importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is read
         raise UserError(
-            f"--{flag} {name}: {module_name} does not import ({brief(error)})"
+            f"--{flag} {name}: {module_name} does not import ({brief(error, with_type=True)})"
         ) from error
     finally:
         sys.path.remove(here)
-
-
-def brief(error: Exception) -> str:
-    """An error in one line: its kind and the first line of its message."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _as_example(result: Any, place: str) -> Example:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.utils import zero
 from dschat.utils.module.adapter import REWARD
 from dschat.utils.module.adapter_merge import merge_adapter
@@ -39,7 +39,7 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
         config = AutoConfig.from_pretrained(source.base)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model {source.label}: no readable config.json ({_first_line(error)}); {source.remedy}"
+            f"model {source.label}: no readable config.json ({brief(error)}); {source.remedy}"
         ) from error
     if dropout is not None:
         _set_dropout(config, dropout)
@@ -126,7 +126,7 @@ def load_weights(
             output_loading_info=True,
         )
     except OSError as error:
-        raise UserError(f"model {name}: {_first_line(error)}") from error
+        raise UserError(f"model {name}: {brief(error)}") from error
 
 
 def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
@@ -228,7 +228,3 @@ def quiet_loading() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dschat.data.collators import PromptBatch
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.models.causal_lm import unwrap
 from dschat.rlhf.generation import RolloutEngine, SamplingConfig, TransformersRollout
 
@@ -135,9 +135,8 @@ def proven_hybrid(plain: TransformersRollout, prompts: PromptBatch, tokens: int)
     except UserError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{FLAG}: DeepSpeed's kernels fail on {name} ({first}); drop the flag"
+            f"{FLAG}: DeepSpeed's kernels fail on {name} ({brief(error)}); drop the flag"
         ) from error
     return hybrid
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.user_functions import brief, function_of, source_digest
-from dschat.errors import UserError
+from dschat.data.user_functions import function_of, source_digest
+from dschat.errors import UserError, brief
 from dschat.functional.returns import masked_mean, masked_moments
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf.experience import Experience
@@ -57,7 +57,9 @@ class RewardFunction:
         try:
             value = self.function(prompt, answer)
         except Exception as error:  # whatever the user's function raises, with its row
-            raise UserError(f"--{FLAG} {self.name} fails ({brief(error)}) {place}") from error
+            raise UserError(
+                f"--{FLAG} {self.name} fails ({brief(error, with_type=True)}) {place}"
+            ) from error
         # A NaN is not below anything; scores are fp32.
         if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:
             raise UserError(

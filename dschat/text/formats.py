@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.text.conversations import (
     ASSISTANT,
     HUMAN,
@@ -160,10 +160,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open:
             messages, tokenize=False, add_generation_prompt=is_open
         )
     except (TemplateError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"the chat template refuses the conversation ({reason}); mend or drop the row, or use "
-            "--prompt_format dschat"
+            f"the chat template refuses the conversation ({brief(error)}); fix or drop the row, "
+            "or use --prompt_format dschat"
         ) from error
 
 

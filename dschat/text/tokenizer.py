@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.text.formats import CONFIG_KEY, choose_format
 from dschat.utils.module.model_source import is_local, resolve_model
 
@@ -35,9 +35,8 @@ def load_hf_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"tokenizer {model_name_or_path!r} does not load ({reason}): "
+            f"tokenizer {model_name_or_path!r} does not load ({brief(error)}): "
             "give a model folder, or the name of a model on the Hub that can be reached"
         ) from error
     if not tokenizer.is_fast:
