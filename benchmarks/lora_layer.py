@@ -26,7 +26,7 @@ from dschat.utils.module.lora import convert_linear_layer_to_lora
 from dschat.utils.module.lora_layers import LoraConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPTIONS = {"plain": {}, "dropout": {"dropout": 0.05}, "DoRA": {"use_dora": True}}
+OPTIONS = {"plain": {}, "dropout": {"lora_dropout": 0.05}, "DoRA": {"use_dora": True}}
 
 
 def layers(
@@ -37,8 +37,8 @@ def layers(
     base = nn.ModuleDict({"layer": nn.Linear(features, features)}).to(device, dtype)
     twin = nn.ModuleDict({"layer": nn.Linear(features, features)}).to(device, dtype)
     twin.load_state_dict(base.state_dict())
-    ours = convert_linear_layer_to_lora(base, LoraConfig(dim=rank, **options))["layer"]
-    dropout = options.get("dropout", 0.0)
+    ours = convert_linear_layer_to_lora(base, LoraConfig(lora_dim=rank, **options))["layer"]
+    dropout = options.get("lora_dropout", 0.0)
     dora = options.get("use_dora", False)
     config = PeftConfig(
         r=rank, lora_alpha=rank, lora_dropout=dropout, use_dora=dora, target_modules=["layer"]

@@ -72,7 +72,7 @@ def write_folders(args: argparse.Namespace, folder: Path) -> int:
     base = str(folder / "base")
     model.to(dtype).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    alone, lora = Distributed(0, 1, 0, torch.device("cpu")), LoraConfig(dim=args.lora_dim)
+    alone, lora = Distributed(0, 1, 0, torch.device("cpu")), LoraConfig(lora_dim=args.lora_dim)
     for name in ("actor", "reward"):
         adapted = (
             create_hf_model(base, tokenizer, dtype)
@@ -91,7 +91,7 @@ def cast(args: argparse.Namespace, folder: Path, layout: str) -> Cast:
     engine = EngineConfig(zero_stage=0, dtype=args.dtype, micro_batch_size=args.batch)
     recipe = Recipe(
         OptimizerConfig(1e-5),
-        LoraConfig(dim=args.lora_dim),
+        LoraConfig(lora_dim=args.lora_dim),
         gradient_checkpointing=args.gradient_checkpointing,
     )
     schedule = schedule_factory("constant", 0, args.iterations)
@@ -224,7 +224,7 @@ def main() -> None:
     if args.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if args.table:
-        lora = LoraConfig(dim=args.lora_dim)
+        lora = LoraConfig(lora_dim=args.lora_dim)
         options = Options(args.dtype, args.zero_stage, args.ranks, lora)
         print("\n".join(table(options, args.gpu_gib)))
     elif args.layout is not None:

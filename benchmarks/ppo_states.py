@@ -79,7 +79,7 @@ class Options:
     dtype: str = "bf16"
     zero_stage: int = 0
     ranks: int = 1
-    lora: LoraConfig = LoraConfig(dim=16)
+    lora: LoraConfig = LoraConfig(lora_dim=16)
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ class States:
         return self.weights + self.gradients + self.optimizer + self.frozen
 
 
+NO_LORA = LoraConfig()
+
+
 @dataclass(frozen=True)
 class Count:
     """Parameters of one model: those that train, and those that do not."""
@@ -105,13 +108,13 @@ class Count:
     frozen: int
 
 
-def count(config: PretrainedConfig, lora: LoraConfig | None, *, critic: bool) -> Count:
+def count(config: PretrainedConfig, lora: LoraConfig, *, critic: bool) -> Count:
     """A model's parameters, tied ones once; an actor has an output head, a critic a value head."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
         if critic:
             model = RewardModel(model.base_model)
-        if lora is not None:
+        if lora.lora_dim:
             convert_linear_layer_to_lora(model, lora)
             only_optimize_lora_parameters(model, lora.modules_to_save)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -126,7 +129,7 @@ def states(
     With `all` the critic is an adapter on the actor's base (the adapters of the folders that both
     started from, which stay apart, are left out).
     """
-    lora = None if layout == "full" else options.lora
+    lora = NO_LORA if layout == "full" else options.lora
     counts = {
         "actor": count(actor, lora, critic=False),
         "critic": count(critic, lora, critic=True),
@@ -134,11 +137,11 @@ def states(
     copied = layout in ("full", "none")
     of_actor, of_critic = (c.trained + c.frozen for c in counts.values())
     if not copied:
-        reward_head = count(critic, None, critic=True).trained - _trunk(critic)
+        reward_head = count(critic, NO_LORA, critic=True).trained - _trunk(critic)
         of_actor, of_critic = 0, reward_head
-    elif lora is not None:  # the copies carry no adapters
-        of_actor = count(actor, None, critic=False).trained
-        of_critic = count(critic, None, critic=True).trained
+    elif lora.lora_dim:  # the copies carry no adapters
+        of_actor = count(actor, NO_LORA, critic=False).trained
+        of_critic = count(critic, NO_LORA, critic=True).trained
     roles = {name: _trained(c, options) for name, c in counts.items()}
     if layout == "all":
         roles["critic"] = _trained(Count(counts["critic"].trained, 0), options)
@@ -171,7 +174,8 @@ def table(options: Options, gpu_gib: float) -> list[str]:
     """Lines of a Markdown table over all pairs and layouts; what leaves a tenth of a GPU fits."""
     sharded = f"ZeRO {options.zero_stage}, {options.ranks} ranks"
     lines = [
-        f"GiB a rank, {options.dtype}, {sharded}, LoRA r = {options.lora.dim} on all linear layers",
+        f"GiB a rank, {options.dtype}, {sharded}, LoRA r = {options.lora.lora_dim} on "
+        "all linear layers",
         "",
         "| models | layout | actor | reference | critic | reward | trained w + g + o | total "
         f"| fits {gpu_gib:g} GiB |",

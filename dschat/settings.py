@@ -107,7 +107,7 @@ def group(cls: type[Settings], prefix: str = "", **defaults: Any) -> Any:
     """Declare a field that holds a group of settings, whose flags get `prefix` before their names.
 
     Args:
-        defaults: values that replace the group's own defaults.
+        defaults: values that replace the group's own defaults; of a group inside it a mapping.
     """
     return dataclasses.field(
         default_factory=lambda: _build(cls, {}, prefix, **defaults),
@@ -192,7 +192,8 @@ def flags_of(
     for field in fields:
         here, m = (*path, field.name), field.metadata
         if "group" in m:
-            flags += flags_of(m["group"], prefix + m["prefix"], here, **m["defaults"])
+            inner = m["defaults"] | defaults.get(field.name, {})
+            flags += flags_of(m["group"], prefix + m["prefix"], here, **inner)
         elif "rule" in m:
             rule, kind = m["rule"], type_of(cls, field.name)
             help_text = rule.help.format(**values) if "{" in rule.help else rule.help
@@ -228,7 +229,8 @@ def _build(cls: type[S], flags: Mapping[str, Any], prefix: str = "", **defaults:
     for field in dataclasses.fields(cls):
         m, name = field.metadata, prefix + field.name
         if "group" in m:
-            values[field.name] = _build(m["group"], flags, prefix + m["prefix"], **m["defaults"])
+            inner = m["defaults"] | values.get(field.name, {})
+            values[field.name] = _build(m["group"], flags, prefix + m["prefix"], **inner)
         elif "rule" in m and name in flags:
             value = flags[name]
             values[field.name] = tuple(value) if isinstance(value, list) else value

@@ -101,7 +101,7 @@ def train_once(task: Task, run: Run, rank: int, batch_size: int) -> Outcome:
     torch.manual_seed(run.seed)
     model = copy.deepcopy(task.model)
     if run.init != "full":
-        adapters = LoraConfig(dim=rank, alpha=run.alpha * rank, init=run.init)
+        adapters = LoraConfig(lora_dim=rank, lora_alpha=run.alpha * rank, lora_init=run.init)
         convert_linear_layer_to_lora(model, adapters)
         only_optimize_lora_parameters(model)
     config = OptimizerConfig(run.eta_A, loraplus_lr_ratio=run.ratio)

@@ -1,7 +1,7 @@
 """Every flag once: frozen settings of each step, checked before any work starts."""
 
 from dschat.config.data import BatchArguments, DataArguments, EvaluationArguments
-from dschat.config.models import LoraArguments, ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.config.rlhf import PPOArguments, RLHFSettings
 from dschat.config.rollout import RolloutArguments
 from dschat.config.run import RunArguments, StateArguments
@@ -12,8 +12,7 @@ __all__ = [
     "BatchArguments",
     "DataArguments",
     "EvaluationArguments",
-    "LoraArguments",
-    "ModelArguments",
+    "ModelConfig",
     "PPOArguments",
     "RLHFSettings",
     "RewardSettings",

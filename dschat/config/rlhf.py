@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, replace
 
 from dschat.config.data import DataArguments
 from dschat.config.mixin import MixInArguments
-from dschat.config.models import ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.config.rewards import RewardArguments
 from dschat.config.roles import RoleArguments
 from dschat.config.rollout import RolloutArguments
@@ -81,8 +81,8 @@ class RLHFSettings(Settings):
     rewards: RewardArguments = group(RewardArguments)
     mixin: MixInArguments = group(MixInArguments)
     data: DataArguments = group(DataArguments, max_eval_samples=128)
-    actor: ModelArguments = group(ModelArguments, prefix="actor_", full_rate=9.65e-6)
-    critic: ModelArguments = group(ModelArguments, prefix="critic_", full_rate=5e-6)
+    actor: ModelConfig = group(ModelConfig, prefix="actor_", optimizer={"full_rate": 9.65e-6})
+    critic: ModelConfig = group(ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6})
     run: RunArguments = group(
         RunArguments, tensorboard_path="step3_tensorboard", num_warmup_steps=100, log_every=1
     )
@@ -156,7 +156,7 @@ class RLHFSettings(Settings):
             answers_per_prompt=rollout.answers_per_prompt,
             generation_chunk_size=rollout.generation_chunk_size,
             micro_batch_size=ppo.per_device_training_batch_size,
-            gradient_accumulation_steps=self.run.gradient_accumulation_steps,
+            gradient_accumulation_steps=self.run.engine.gradient_accumulation_steps,
             seed=self.run.seed,
             **self.stability.coefficients(),
         )
@@ -194,7 +194,9 @@ class RLHFSettings(Settings):
         micro_batches = ppo.generation_batches * num_windows(
             rows, ppo.per_device_training_batch_size
         )
-        return ppo.ppo_epochs * num_windows(micro_batches, self.run.gradient_accumulation_steps)
+        return ppo.ppo_epochs * num_windows(
+            micro_batches, self.run.engine.gradient_accumulation_steps
+        )
 
     def role_names(self) -> RoleNames:
         """Which folder plays which role."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dschat.config.models import ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.errors import UserError
 from dschat.rlhf.role_config import LAYOUTS, RoleNames
 from dschat.settings import Settings, setting
@@ -63,7 +63,7 @@ class RoleArguments(Settings):
         return RoleNames(actor, critic, reward, self.init_head_randomly, self.share_trunk)
 
     def check_layout(
-        self, models: dict[str, ModelArguments], *, train_base: bool, sharded_reward: bool
+        self, models: dict[str, ModelConfig], *, train_base: bool, sharded_reward: bool
     ) -> None:
         """Stop where weights cannot be shared as asked.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dschat.config.models import ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
 from dschat.utils.ds_utils import HybridConfig
@@ -56,7 +56,7 @@ class RolloutArguments(Settings):
                     "or drop the flag"
                 )
 
-    def fuses(self, actor: ModelArguments) -> bool:
+    def fuses(self, actor: ModelConfig) -> bool:
         """Whether generation folds adapters in: on request, and for kernels that know none.
 
         Raises:

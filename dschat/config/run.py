@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dschat.config.models import ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.errors import UserError
 from dschat.models.save_plan import SavePlan, plan_saving
 from dschat.settings import Settings, group, setting
@@ -14,7 +14,7 @@ from dschat.train.checkpointer import StateConfig
 from dschat.train.engine import Recipe, Schedule, check_optimizer_block
 from dschat.train.metrics import Continued, require_package
 from dschat.train.progress import LogConfig
-from dschat.utils.ds_utils import EngineConfig
+from dschat.utils.ds_utils import EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory
 
 
@@ -53,15 +53,9 @@ class RunArguments(Settings):
 
     output_dir: str | None = setting(None, "where the trained model is written")
     seed: int = setting(1234, "seed of data order, splits, initialisation and sampling")
-    dtype: str = setting(
-        "auto", "auto is bf16 where the device has it", choices=("auto", "fp32", "bf16", "fp16")
-    )
     num_train_epochs: int = setting(1, "passes over the training data")
-    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step")
-    gradient_clipping: float = setting(1.0, "largest gradient norm")
     lr_scheduler_type: str = setting("cosine", "shape of the schedule", choices=tuple(SCHEDULES))
     num_warmup_steps: int = setting(0, "optimizer steps of linear warm-up")
-    offload: bool = setting(False, "keep optimizer states on the CPU (parameters too at ZeRO-3)")
     only_optimize_lora: bool = setting(False, "train adapters and heads only (the default)")
     train_base_model: bool = setting(False, "with LoRA: train the base weights as well")
     lora_save: str = setting(
@@ -69,7 +63,6 @@ class RunArguments(Settings):
         "with LoRA, write merged weights, the adapter in PEFT's format, or both",
         choices=("both", "merged", "adapter"),
     )
-    deepspeed_config: str | None = setting(None, "DeepSpeed JSON merged over ours")
     enable_tensorboard: bool = setting(False, "write TensorBoard events")
     tensorboard_path: str = setting("tensorboard", "folder of the TensorBoard events")
     wandb_project: str | None = setting(None, "log to this Weights & Biases project")
@@ -79,11 +72,12 @@ class RunArguments(Settings):
     deepspeed: bool = setting(False, "accepted: DeepSpeed is always used")
     local_rank: int = setting(-1, "accepted: the launcher's environment decides")
     compute_fp32_loss: bool = setting(False, "losses are always computed in fp32", retired=True)
+    engine: EngineSettings = group(EngineSettings)
     states: StateArguments = group(StateArguments)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_train_epochs", "gradient_accumulation_steps", "log_every"):
+        for name in ("num_train_epochs", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.num_warmup_steps < 0:
@@ -105,21 +99,21 @@ class RunArguments(Settings):
         """The token that ends answers in place of the tokenizer's eos."""
         return self.eot_token if self.add_eot_token else None
 
-    def recipe(self, model: ModelArguments) -> Recipe:
+    def recipe(self, model: ModelConfig) -> Recipe:
         """How one model trains; the optimizer of a DeepSpeed JSON must agree with the flags."""
         recipe = Recipe(
-            optimizer=model.optimizer_config(),
-            lora=model.lora.config(),
+            optimizer=model.optimizer,
+            lora=model.lora,
             train_base=self.train_base_model,
             gradient_checkpointing=model.gradient_checkpointing,
         )
         if model.lora.quantize_base is not None:
             self._check_quantized(model)
-        if self.deepspeed_config is not None:
-            check_optimizer_block(self.deepspeed_config, recipe.optimizer)
+        if self.engine.deepspeed_config is not None:
+            check_optimizer_block(self.engine.deepspeed_config, recipe.optimizer)
         return recipe
 
-    def _check_quantized(self, model: ModelArguments) -> None:
+    def _check_quantized(self, model: ModelConfig) -> None:
         """Stop where frozen weights in few bits cannot serve."""
         given = f"quantize_base {model.lora.quantize_base}"
         if model.lora.lora_dim == 0:
@@ -171,14 +165,7 @@ class RunArguments(Settings):
             continued=continued,
         )
 
-    def engine_config(self, model: ModelArguments, dtype: str, micro_batch: int) -> EngineConfig:
-        """DeepSpeed's numbers for one model."""
-        return EngineConfig(
-            zero_stage=model.zero_stage,
-            dtype=dtype,
-            offload=self.offload,
-            micro_batch_size=micro_batch,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            gradient_clipping=self.gradient_clipping,
-            user_config=self.deepspeed_config,
-        )
+    def engine_config(self, model: ModelConfig, dtype: str, micro_batch: int) -> EngineConfig:
+        """The engine of one model: the run's flags, the model's stage, and what is known now."""
+        own = {"dtype": dtype, "zero_stage": model.zero_stage, "micro_batch_size": micro_batch}
+        return EngineConfig(**{**vars(self.engine), **own})

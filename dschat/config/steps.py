@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dschat.config.data import BatchArguments, DataArguments
-from dschat.config.models import ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.config.run import RunArguments
 from dschat.data.batching import Grouping
 from dschat.data.tokenise import TRAIN_ON
@@ -18,7 +18,7 @@ class SFTSettings(Settings):
 
     batch: BatchArguments = group(BatchArguments)
     data: DataArguments = group(DataArguments)
-    model: ModelArguments = group(ModelArguments, full_rate=9.65e-6)
+    model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 9.65e-6})
     run: RunArguments = group(RunArguments, tensorboard_path="step1_tensorboard")
     sft_only_data_path: tuple[str, ...] = setting(
         (), "data used in this step alone (prompt and response)", may_be_empty=True
@@ -52,7 +52,7 @@ class RewardSettings(Settings):
 
     batch: BatchArguments = group(BatchArguments)
     data: DataArguments = group(DataArguments)
-    model: ModelArguments = group(ModelArguments, full_rate=5e-5)
+    model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5})
     run: RunArguments = group(RunArguments, tensorboard_path="step2_tensorboard")
     margin: float = setting(0.0, "margin by which chosen should beat rejected")
     centering_coefficient: float = setting(0.0, "weight of (chosen + rejected)^2")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dschat.config.models import ModelArguments
+from dschat.config.models import ModelConfig
 from dschat.rlhf.role_config import Cast
 from dschat.settings import flag_values, given_flags
 
 
-def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelArguments]) -> Iterator[str]:
+def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelConfig]) -> Iterator[str]:
     """A line for each of them.
 
     Args:
@@ -18,7 +18,7 @@ def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelArguments
     """
     yield from _without_switch(settings)
     yield from _without_adapters(settings, trained)
-    if settings.actor.head_learning_rate is not None:
+    if settings.actor.optimizer.head_learning_rate is not None:
         yield "--actor_head_learning_rate does nothing: a language model has no head of its own"
     yield from _dropout(trained)
     yield from _offload(settings, cast)
@@ -44,10 +44,12 @@ def _without_switch(settings: Any) -> Iterator[str]:
             yield f"--{name} does nothing without --{needed}"
 
 
-def _without_adapters(settings: Any, trained: Mapping[str, ModelArguments]) -> Iterator[str]:
+def _without_adapters(settings: Any, trained: Mapping[str, ModelConfig]) -> Iterator[str]:
     """Flags of adapters, which a role that trains all its weights has none of."""
     for role in (name for name, model in trained.items() if not model.lora.lora_dim):
-        names = [f"--{f.name}" for f in given_flags(settings) if f.path[:2] == (role, "lora")]
+        given = [flag for flag in given_flags(settings) if flag.path[0] == role]
+        of_adapters = [f for f in given if f.path[1] == "lora" or f.path[-1].startswith("lora")]
+        names = [f"--{flag.name}" for flag in of_adapters]
         if names:
             yield f"{_listed(names)} nothing: without --{role}_lora_dim there are no adapters"
     if settings.run.train_base_model and not any(m.lora.lora_dim for m in trained.values()):
@@ -58,7 +60,7 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names)} {'does' if len(names) == 1 else 'do'}"
 
 
-def _dropout(trained: Mapping[str, ModelArguments]) -> Iterator[str]:
+def _dropout(trained: Mapping[str, ModelConfig]) -> Iterator[str]:
     for name, model in trained.items():
         given = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
         for flag_name in (n for n, value in given.items() if value):

@@ -30,7 +30,7 @@ MERGED = SavePlan()
 def plan_saving(
     mode: str,
     model_name_or_path: str,
-    lora: LoraConfig | None,
+    lora: LoraConfig,
     *,
     train_base: bool,
     output_dirs: Sequence[str | Path],
@@ -54,9 +54,9 @@ def plan_saving(
                 f"output_dir {folder}: its folder {ADAPTER_FOLDER!r} is what training starts from "
                 "and would be replaced; give another output_dir"
             )
-    if lora is None and mode == "adapter":
+    if lora.lora_dim == 0 and mode == "adapter":
         print_rank_0(f"{model_name_or_path} trains without LoRA: all of it will be saved")
-    if lora is None or mode == "merged":
+    if lora.lora_dim == 0 or mode == "merged":
         return MERGED
     obstacle = _no_adapter(source, train_base, folders)
     if obstacle is None:

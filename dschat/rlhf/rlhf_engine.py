@@ -26,7 +26,7 @@ from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
 from dschat.train.engine import build_engine, build_frozen, torch_dtype
 from dschat.utils.distributed import Distributed
-from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
+from dschat.utils.ds_utils import get_eval_ds_config, get_train_ds_config
 from dschat.utils.module.lora import adapters_disabled
 from dschat.utils.zero import is_partitioned
 
@@ -168,11 +168,13 @@ def _trained(
 
 
 def _frozen(role: FrozenConfig, kind: str, models: Models, distributed: Distributed) -> nn.Module:
-    config = EngineConfig(zero_stage=3 if role.zero_stage == 3 else 0, dtype=role.dtype)
-    ds_config = get_eval_ds_config(config, role.offload) if config.zero_stage == 3 else {}
+    sharded = role.zero_stage == 3
+    ds_config = get_eval_ds_config(role.dtype, role.offload) if sharded else {}
     create = models.language_model if kind == "lm" else models.reward_model
     module = create(role.model, ds_config)
-    return build_frozen(module, config, distributed.device, offload=role.offload)
+    return build_frozen(
+        module, role.dtype, distributed.device, sharded=sharded, offload=role.offload
+    )
 
 
 @contextlib.contextmanager

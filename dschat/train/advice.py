@@ -6,27 +6,18 @@ import math
 
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_layers import LoraConfig
-from dschat.utils.optim import OptimizerConfig
+from dschat.utils.optim import FIRST_RATIO, OptimizerConfig, first_lora_rate
 
 RATIO_RANGE = (8.0, 32.0)  # where the LoRA+ authors found the best ratios (arXiv:2402.12354)
-FIRST_RATIO = 16.0
-# Adapters start from two to three times the rate of full fine-tuning: A and B at one rate, or,
-# under a ratio, the geometric mean of their two (docs/lora_plus.md has the measurements).
-FULL_TO_LORA_RATE = 3.0
 PLAIN_LORA_RATES = 2.0
 LARGE_DIM, CALIBRATED_ACCUMULATION = 128, 8
 
 
-def first_lora_rate(full_rate: float, ratio: float) -> float:
-    """Where A's learning rate starts: three times full fine-tuning's over the ratio's root."""
-    return FULL_TO_LORA_RATE * full_rate / math.sqrt(ratio)
-
-
 def lora_advice(
-    lora: LoraConfig | None, rates: OptimizerConfig, engine: EngineConfig, world_size: int
+    lora: LoraConfig, rates: OptimizerConfig, engine: EngineConfig, world_size: int
 ) -> list[str]:
     """One line for each setting that a known rule of thumb speaks against; none stops a run."""
-    if lora is None:
+    if lora.lora_dim == 0:
         return []
     ratio = rates.loraplus_lr_ratio
     low, high = RATIO_RANGE
@@ -42,12 +33,11 @@ def lora_advice(
             f"loraplus_lr_ratio {ratio:g}{plain} is outside {low:g} to {high:g}, where the authors "
             f"of LoRA+ found the best ratios: start from {FIRST_RATIO:g}"
         )
-    if rates.full_rate is not None:
-        lines += _about_rates(rates, rates.full_rate)
-    if lora.dim >= LARGE_DIM and world_size == 1 and engine.gradient_accumulation_steps == 1:
+    lines += _about_rates(rates)
+    if lora.lora_dim >= LARGE_DIM and world_size == 1 and engine.gradient_accumulation_steps == 1:
         lines.append(
-            f"lora_dim {lora.dim} on one device without accumulation: so many directions follow "
-            "the noise of one small batch; gradient_accumulation_steps "
+            f"lora_dim {lora.lora_dim} on one device without accumulation: so many directions "
+            "follow the noise of one small batch; gradient_accumulation_steps "
             f"{CALIBRATED_ACCUMULATION} is the setting that was calibrated"
         )
     if engine.dtype == "fp16":
@@ -58,9 +48,11 @@ def lora_advice(
     return [f"advice: {line}" for line in lines]
 
 
-def _about_rates(rates: OptimizerConfig, full_rate: float) -> list[str]:
+def _about_rates(rates: OptimizerConfig) -> list[str]:
     """Adapters no faster than the whole model would be, or a ratio on top of plain LoRA's rate."""
     ratio, rate_A = rates.loraplus_lr_ratio, rates.lora_A_rate
+    # Beside a rate of the adapters' own, the other one is that of what trains in full.
+    full_rate = rates.base_rate if rates.lora_learning_rate is not None else rates.full_rate
     start = first_lora_rate(full_rate, ratio)
     raised = ratio > 1 and rate_A >= PLAIN_LORA_RATES * full_rate
     raised |= ratio > FIRST_RATIO and rate_A >= first_lora_rate(full_rate, FIRST_RATIO)

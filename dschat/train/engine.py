@@ -80,14 +80,14 @@ class Recipe:
     """How one model trains: adapters, rates, what is frozen, checkpointing."""
 
     optimizer: OptimizerConfig
-    lora: LoraConfig | None = None
+    lora: LoraConfig = LoraConfig()
     train_base: bool = False  # with adapters: train what they wrap as well
     gradient_checkpointing: bool = False
 
     @property
     def base_is_frozen(self) -> bool:
         """Whether switching the adapters off gives the model back that training started from."""
-        return self.lora is not None and not self.train_base and not self.lora.modules_to_save
+        return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
 
     def check(
         self, model_name_or_path: str, build: Callable[[PretrainedConfig], nn.Module]
@@ -96,12 +96,12 @@ class Recipe:
         config = load_config(model_name_or_path)
         with torch.device("meta"):
             module = build(config)
-        if self.lora is not None:
-            match_layers(module, self.lora.module_names, self.lora.modules_to_save)
+        if self.lora.lora_dim:
+            match_layers(module, self.lora.lora_module_name, self.lora.modules_to_save)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Adapters on, base frozen, checkpointing on, in place: ready for `build_engine`."""
-        if self.lora is not None:
+        if self.lora.lora_dim:
             convert_linear_layer_to_lora(module, self.lora)
             if self.train_base:
                 module.requires_grad_(True)
@@ -137,7 +137,7 @@ def build_engine(
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:
-        _complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.user_config)
+        _complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.deepspeed_config)
     # DeepSpeed's bf16 optimizer prints its memory use at every turn.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
@@ -170,7 +170,7 @@ def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | 
     if "type" not in block:
         raise UserError(f"deepspeed_config {path}: the optimizer block names no type: add one")
     params = block.setdefault("params", {})
-    flags = {"lr": ("learning_rate", config.learning_rate)}
+    flags = {"lr": ("learning_rate", config.base_rate)}
     flags["weight_decay"] = ("weight_decay", config.weight_decay)
     for name, (flag, value) in flags.items():
         if params.setdefault(name, value) != value:
@@ -184,23 +184,23 @@ def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | 
 
 
 def build_frozen(
-    module: nn.Module, config: EngineConfig, device: torch.device, *, offload: bool = False
+    module: nn.Module, dtype: str, device: torch.device, *, sharded: bool, offload: bool = False
 ) -> nn.Module:
-    """A module that is only ever scored: on the device, or sharded when `zero_stage` is 3.
+    """Prepare a module that is only ever scored: on the device, or `sharded` by ZeRO-3.
 
     With `offload` its weights stay on the CPU; the caller moves them in for a pass (ZeRO-3 does so
     by itself, layer by layer).
     """
     module.requires_grad_(False).eval()
-    if config.zero_stage < 3:
+    if not sharded:
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(torch_dtype(config.dtype))
+            parameter.data = parameter.data.to(torch_dtype(dtype))
         # Not the buffers: an engine keeps them as they were loaded (rotary frequencies in fp32).
         return module.to("cpu" if offload else device)
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
-        model=module, config=get_eval_ds_config(config, offload), dist_init_required=False
+        model=module, config=get_eval_ds_config(dtype, offload), dist_init_required=False
     )
     return engine.module
 

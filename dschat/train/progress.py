@@ -71,8 +71,8 @@ class WorkShape:
         return cls(
             config=engine.module.config,
             gpus=gpus,
-            lora_dim=recipe.lora.dim if recipe.lora else 0,
-            base_trainable=recipe.train_base if recipe.lora else None,
+            lora_dim=recipe.lora.lora_dim,
+            base_trainable=recipe.train_base if recipe.lora.lora_dim else None,
             gradient_checkpointing=recipe.gradient_checkpointing,
             value_head=isinstance(engine.module, RewardModel),
         )

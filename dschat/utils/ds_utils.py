@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 from dschat.errors import UserError
+from dschat.settings import Settings, setting
 
 DTYPES = ("fp32", "bf16", "fp16")
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -24,28 +26,31 @@ class HybridConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """What DeepSpeed needs to know of a training engine."""
+class EngineSettings(Settings):
+    """Flags that all engines of a run share."""
 
-    zero_stage: int = 0
-    dtype: str = "bf16"
-    offload: bool = False
-    micro_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    gradient_clipping: float = 1.0
-    user_config: str | None = None  # path of a DeepSpeed JSON
+    dtype: str = setting(
+        "auto", "auto is bf16 where the device has it", choices=("auto", *DTYPES), may_change=True
+    )
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
+    gradient_clipping: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+    offload: bool = setting(False, "keep optimizer states on the CPU (parameters too at ZeRO-3)")
+    deepspeed_config: str | None = setting(None, "DeepSpeed JSON merged over ours", may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(EngineSettings):
+    """One training engine: the run's flags, its own ZeRO stage and batch, the dtype resolved."""
+
+    zero_stage: int = setting(MISSING, "ZeRO stage", choices=ZERO_STAGES)
+    micro_batch_size: int = setting(MISSING, "rows per device and pass", at_least=1)
+    dtype: str = setting(MISSING, "what the engine computes in", choices=DTYPES)
     hybrid: HybridConfig | None = None
 
-    def __post_init__(self):
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise UserError(f"zero_stage is {self.zero_stage}: choose 0, 1, 2 or 3")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}: choose {', '.join(DTYPES)}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.offload and self.zero_stage == 0:
-            raise UserError("offload needs ZeRO: add a zero_stage of 1, 2 or 3, or drop --offload")
-        for name in ("micro_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+            raise UserError("offload needs ZeRO: give a zero_stage of 1, 2 or 3, or drop offload")
 
 
 def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
@@ -83,13 +88,19 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.hybrid is not None:
         ours["hybrid_engine"] = {"enabled": True, **asdict(config.hybrid)}
-    if config.user_config is None:
+    if config.deepspeed_config is None:
         return ours
-    return merge_user_config(ours, config.user_config, config.zero_stage)
+    return merge_user_config(ours, config.deepspeed_config, config)
 
 
-def get_eval_ds_config(config: EngineConfig, offload: bool = False) -> dict:
-    """DeepSpeed's configuration of a frozen model under ZeRO-3; lower stages need no engine."""
+def get_eval_ds_config(dtype: str, offload: bool = False) -> dict:
+    """Build DeepSpeed's configuration of a frozen model under ZeRO-3.
+
+    Frozen models at lower stages need no engine.
+
+    Args:
+        dtype: fp32, bf16 or fp16. offload: keep the parameters on the CPU.
+    """
     zero = {"stage": 3}
     if offload:
         zero["offload_param"] = {"device": "cpu"}
@@ -98,7 +109,7 @@ def get_eval_ds_config(config: EngineConfig, offload: bool = False) -> dict:
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31 - 1,
         "zero_optimization": zero,
-        **_precision(config.dtype),
+        **_precision(dtype),
     }
 
 
@@ -110,67 +121,58 @@ def _precision(dtype: str) -> dict:
     return {}
 
 
-def merge_user_config(ours: dict, path: str, zero_stage: int) -> dict:
+def merge_user_config(ours: dict, path: str, config: EngineConfig) -> dict:
     """Merge the DeepSpeed JSON at `path` over `ours`, key by key; "auto" keeps our value.
-
-    Args:
-        zero_stage: the flag's, which `ours` runs as stage 1 where 0 will not do.
 
     Raises:
         UserError: the file is missing or not JSON; it holds a scheduler block (one schedule would
-            write one rate into all groups and level B's rate to A's); it contradicts a flag that
+            write one rate into all groups and level B's rate to A's); it contradicts a setting that
             the training loop depends on (batch sizes, accumulation, precision, ZeRO stage).
     """
     user = read_user_config(path)
     if "scheduler" in user:
         raise UserError(
             f"deepspeed_config {path}: remove the scheduler block, it would write one rate into "
-            "every group and undo loraplus_lr_ratio; use --lr_scheduler_type and --num_warmup_steps"
+            "every group and undo loraplus_lr_ratio; use lr_scheduler_type and num_warmup_steps"
         )
     merged = copy.deepcopy(ours)
     _merge_into(merged, user, f"deepspeed_config {path}:")
-    flags = {
-        "train_batch_size": "--per_device_train_batch_size",
-        "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
-        "gradient_accumulation_steps": "--gradient_accumulation_steps",
-        "bf16": "--dtype",
-        "bfloat16": "--dtype",
-        "fp16": "--dtype",
-    }
-    for key, flag in flags.items():
-        if flag == "--dtype":
-            differs = _enabled(merged, key) != _enabled(ours, key)
-        else:
-            differs = merged[key] != ours[key]
-        if differs:
-            raise UserError(
-                f"deepspeed_config {path}: {key} {user[key]} contradicts {flag}; "
-                'make them equal or write "auto"'
-            )
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    conflicts = {key: f"the settings' {ours[key]}" for key in sizes if merged[key] != ours[key]}
+    for key in ("bf16", "bfloat16", "fp16"):
+        if _enabled(merged, key) != _enabled(ours, key):
+            conflicts[key] = f"dtype {config.dtype}"
     zero = user.get("zero_optimization", "auto")
-    theirs = "auto" if zero == "auto" else zero.get("stage", "auto")
-    if theirs not in ("auto", zero_stage):
+    stage = "auto" if zero == "auto" else zero.get("stage", "auto")
+    # Not `ours`, which runs half precision at stage 0 as stage 1.
+    if stage not in ("auto", config.zero_stage):
+        conflicts["zero_optimization"] = f"zero_stage {config.zero_stage}"
+    for key, setting_value in conflicts.items():
         raise UserError(
-            f"deepspeed_config {path}: zero_optimization.stage {theirs} contradicts zero_stage "
-            f"{zero_stage}; give the stage as a flag too"
+            f"deepspeed_config {path}: {key} {user[key]} contradicts {setting_value}; make them "
+            'equal or write "auto"'
         )
     merged["zero_optimization"]["stage"] = ours["zero_optimization"]["stage"]
     return merged
 
 
 def read_user_config(path: str) -> dict:
-    """The user's DeepSpeed JSON; UserError where it is missing or no JSON object."""
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or holds no JSON object.
+    """
     try:
-        found = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise UserError(f"deepspeed_config {path}: no such file") from error
     except OSError as error:
         raise UserError(f"deepspeed_config {path}: {error.strerror}; give a JSON file") from error
     except ValueError as error:
         raise UserError(f"deepspeed_config {path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UserError(f"deepspeed_config {path}: holds no JSON object, write {{...}}")
-    return found
+    return config
 
 
 def _enabled(config: dict, key: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.settings import Settings, setting
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import full_numel
 
@@ -21,46 +22,76 @@ GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embed
 UNDECAYED = ("no_decay", "lora_magnitude")
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Rates of every group; rates that are None follow the base rate."""
+FIRST_RATIO = 16.0  # lambda that the LoRA+ authors try first
+# Adapters start from two to three times the rate of full fine-tuning: A and B at one rate, or,
+# under a ratio, the geometric mean of their two (docs/lora_plus.md has the measurements).
+FULL_TO_LORA_RATE = 3.0
 
-    learning_rate: float
-    weight_decay: float = 0.0
-    lora_learning_rate: float | None = None  # eta_A
-    loraplus_lr_ratio: float = 16.0  # lambda: eta_B = lambda * eta_A
-    lora_embedding_learning_rate: float = 1e-6  # the LoRA+ authors' choice
-    head_learning_rate: float | None = None
+
+def first_lora_rate(full_rate: float, ratio: float) -> float:
+    """First learning rate of A to try: three times full fine-tuning's over the ratio's root."""
+    return FULL_TO_LORA_RATE * full_rate / math.sqrt(ratio)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """Learning rates of every parameter group, weight decay, and AdamW's constants.
+
+    Attributes:
+        full_rate: learning rate that suits training all weights in this step; no flag.
+    """
+
+    learning_rate: float | None = setting(
+        None,
+        "learning rate of all that trains (default: {full_rate:g}, of adapters another)",
+        above=0,
+        may_change=True,
+    )
+    weight_decay: float = setting(
+        0.0, "weight decay, except on biases and normalisation", at_least=0
+    )
+    lora_learning_rate: float | None = setting(
+        None,
+        "learning rate of A (default: the learning rate given, else what suits the ratio)",
+        above=0,
+        may_change=True,
+    )
+    loraplus_lr_ratio: float = setting(
+        FIRST_RATIO, "LoRA+: learning rate of B over that of A", above=0, may_change=True
+    )
+    lora_embedding_learning_rate: float = setting(
+        1e-6, "learning rate of adapters on embeddings", above=0, may_change=True
+    )
+    head_learning_rate: float | None = setting(
+        None,
+        "learning rate of a reward or value head (default: the learning rate)",
+        above=0,
+        may_change=True,
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    full_rate: float | None = None  # what training all weights would take; advice alone reads it
+    full_rate: float = 1e-5
 
-    def __post_init__(self):
-        rates = {
-            "learning_rate": self.learning_rate,
-            "lora_learning_rate": self.lora_learning_rate,
-            "loraplus_lr_ratio": self.loraplus_lr_ratio,
-            "lora_embedding_learning_rate": self.lora_embedding_learning_rate,
-            "head_learning_rate": self.head_learning_rate,
-        }
-        for name, value in rates.items():
-            if value is not None and value <= 0:
-                raise UserError(f"{name} is {value}: give a number above 0")
+    @property
+    def base_rate(self) -> float:
+        """Learning rate of everything but adapters and heads with rates of their own."""
+        return self.full_rate if self.learning_rate is None else self.learning_rate
 
     @property
     def lora_A_rate(self) -> float:  # noqa: N802
-        """eta_A: the adapters' own rate, or the base rate."""
-        return self.lora_learning_rate or self.learning_rate
+        """eta_A: the adapters' own rate, else the rate given, else what suits the ratio."""
+        first = first_lora_rate(self.full_rate, self.loraplus_lr_ratio)
+        return self.lora_learning_rate or self.learning_rate or first
 
     def rate(self, group: str) -> float:
-        """The learning rate of a named group."""
+        """Learning rate of a named group."""
         return {
             "lora_A": self.lora_A_rate,
             "lora_B": self.loraplus_lr_ratio * self.lora_A_rate,
             "lora_magnitude": self.lora_A_rate,
             "lora_embedding": self.lora_embedding_learning_rate,
-            "head": self.head_learning_rate or self.learning_rate,
-        }.get(group, self.learning_rate)
+            "head": self.head_learning_rate or self.base_rate,
+        }.get(group, self.base_rate)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -116,7 +147,7 @@ def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) 
 def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the groups; torch's fused kernels need no compiler, on GPU or CPU."""
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        groups, lr=config.base_rate, betas=config.betas, eps=config.eps, fused=True
     )
 
 

@@ -10,7 +10,7 @@ from tests.helpers.tiny import tiny_llama, tiny_opt
 from tests.rlhf.one_base import save_one_base
 from tests.rlhf.tiny_roles import Setting, ppo_trainer, rollout
 
-LORA = LoraConfig(dim=4)
+LORA = LoraConfig(lora_dim=4)
 SHARE = {"full": "auto", "none": "none", "auto": "auto", "all": "all"}
 
 
@@ -46,7 +46,7 @@ def allocated(roles: DeepSpeedRLHFEngine) -> dict[str, float]:
 @pytest.mark.parametrize("layout", SHARE)
 def test_states_are_what_engines_allocate(one_base, layout, dtype):
     folders, distributed = one_base
-    lora = None if layout == "full" else LORA
+    lora = LoraConfig() if layout == "full" else LORA
     setting = Setting(lora=lora, dtype=dtype, share_trunk=SHARE[layout])
     roles = setting.load(folders, distributed)
     ppo_trainer(roles, setting).train_rlhf([rollout(ppo_trainer(roles, setting))])
@@ -78,13 +78,13 @@ def test_gradients_are_those_of_what_trains(one_base):
 
 def test_parameters_by_hand():
     """Llama 3: its published 8.03 billion; r = 16 on the seven layers of 32 blocks."""
-    whole = count(LLAMA_3, None, critic=False)
+    whole = count(LLAMA_3, LoraConfig(), critic=False)
     assert (whole.trained, whole.frozen) == (8_030_261_248, 0)
     h, ffn, kv = 4096, 14336, 1024
     per_block = 16 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + ffn))
-    adapted = count(LLAMA_3, LoraConfig(dim=16), critic=False)
+    adapted = count(LLAMA_3, LoraConfig(lora_dim=16), critic=False)
     assert (adapted.trained, adapted.frozen) == (32 * per_block, 8_030_261_248)
-    critic = count(LLAMA_3, None, critic=True)
+    critic = count(LLAMA_3, LoraConfig(), critic=True)
     assert critic.trained == 8_030_261_248 - 128256 * h + h  # no output head, a value head
 
 

@@ -12,6 +12,7 @@ from dschat.data.batching import ByRows, ByTokens, Packed
 from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.rlhf.role_config import RoleNames
+from dschat.utils.module.lora import LoraConfig
 
 
 def sft(*argv: str) -> SFTSettings:
@@ -50,8 +51,8 @@ def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
     assert actor.engine.zero_stage == 2 and critic.engine.zero_stage == 3
     assert actor.engine.offload and critic.engine.offload
     assert actor.engine.micro_batch_size == 2 and actor.engine.gradient_accumulation_steps == 2
-    assert actor.recipe.lora.dim == 128 and critic.recipe.lora is None
-    assert actor.recipe.lora.module_names == ("decoder.layers.",)
+    assert actor.recipe.lora.lora_dim == 128 and critic.recipe.lora.lora_dim == 0
+    assert actor.recipe.lora.lora_module_name == ("decoder.layers.",)
     assert actor.recipe.optimizer.rate("lora_A") == 5e-4
     assert actor.recipe.optimizer.rate("lora_B") == 16 * 5e-4
     assert critic.recipe.optimizer.rate("decay") == 5e-6
@@ -63,26 +64,26 @@ def test_one_seed_in_all_steps():
 
 
 def test_the_rate_with_and_without_adapters():
-    rates = sft().model.optimizer_config()
+    rates = sft().model.optimizer
     assert rates.rate("decay") == 9.65e-6
-    rates = sft("--lora_dim", "8").model.optimizer_config()
+    rates = sft("--lora_dim", "8").model.optimizer
     # Three times the full rate is the geometric mean of A's and B's.
     assert rates.rate("lora_A") == pytest.approx(3 / 4 * 9.65e-6)
     assert rates.rate("lora_B") == pytest.approx(3 * 4 * 9.65e-6)
     assert rates.rate("decay") == 9.65e-6  # of what trains whole beside the adapters
-    rates = sft("--lora_dim", "8", "--loraplus_lr_ratio", "1").model.optimizer_config()
+    rates = sft("--lora_dim", "8", "--loraplus_lr_ratio", "1").model.optimizer
     assert rates.rate("lora_A") == rates.rate("lora_B") == pytest.approx(3 * 9.65e-6)
     both = ["--lora_dim", "8", "--learning_rate", "1e-3", "--loraplus_lr_ratio", "4"]
-    rates = sft(*both).model.optimizer_config()
+    rates = sft(*both).model.optimizer
     assert (rates.rate("lora_A"), rates.rate("lora_B")) == (1e-3, 4e-3)
-    rates = sft(*both, "--lora_learning_rate", "1e-4").model.optimizer_config()
+    rates = sft(*both, "--lora_learning_rate", "1e-4").model.optimizer
     assert (rates.rate("lora_A"), rates.rate("decay")) == (1e-4, 1e-3)
-    assert sft(*both).model.lora.config().dim == 8 and sft().model.lora.config() is None
+    assert sft(*both).model.lora.lora_dim == 8 and sft().model.lora.lora_dim == 0
 
 
 def test_layer_names_with_commas_and_spaces():
     argv = ["--lora_dim", "4", "--lora_module_name", "q_proj,v_proj", "fc"]
-    assert sft(*argv).model.lora.config().module_names == ("q_proj", "v_proj", "fc")
+    assert sft(*argv).model.lora.lora_module_name == ("q_proj", "v_proj", "fc")
 
 
 def test_ppo_flags_reach_the_loop():
@@ -453,14 +454,14 @@ def test_every_option_of_adapters_reaches_its_model():
         (four := rlhf(*options.format("critic_").split())).run.recipe(four.critic),
     ):
         lora, rates = recipe.lora, recipe.optimizer
-        assert (lora.dim, lora.scaling, lora.init) == (8, pytest.approx(4 / 8**0.5), "B")
-        assert lora.use_dora and lora.module_names == ("all-linear", "embed_tokens")
+        assert (lora.lora_dim, lora.scaling, lora.lora_init) == (8, pytest.approx(4 / 8**0.5), "B")
+        assert lora.use_dora and lora.lora_module_name == ("all-linear", "embed_tokens")
         assert lora.modules_to_save == ("norm", "lm_head")
         assert rates.rate("lora_A") == rates.rate("lora_magnitude") == 2e-4
         assert rates.rate("lora_B") == pytest.approx(16e-4)
         assert rates.rate("lora_embedding") == 3e-6
         assert not recipe.base_is_frozen  # what trains whole changes with adapters off as well
-    assert four.actor.lora.config() is None and three.critic.lora.config() is None
+    assert four.actor.lora == three.critic.lora == LoraConfig()
 
 
 @pytest.mark.parametrize(
@@ -479,7 +480,7 @@ def test_quantised_base_where_it_cannot_serve(argv: str, words: str):
 
 def test_quantised_base_needs_its_package(monkeypatch):
     settings = sft("--quantize_base", "8bit", "--lora_dim", "8")
-    assert settings.run.recipe(settings.model).lora.quantize == "8bit"
+    assert settings.run.recipe(settings.model).lora.quantize_base == "8bit"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; run `pip install"):
         settings.run.recipe(settings.model)

@@ -26,12 +26,12 @@ def options(kind: str, name: str) -> dict[str, object]:
     """A kind of adapter as our settings for one of `ARCHITECTURES`."""
     embedding = EMBEDDING[name]
     return {
-        "plain": {"alpha": 6.0},
-        "rslora": {"alpha": 2.5, "use_rslora": True},
-        "dora": {"alpha": 6.0, "use_dora": True},
-        "random B": {"init": "B"},
-        "embedding": {"module_names": ("all-linear", embedding)},
-        "dora embedding": {"module_names": (embedding, "fc", "proj"), "use_dora": True},
+        "plain": {"lora_alpha": 6.0},
+        "rslora": {"lora_alpha": 2.5, "use_rslora": True},
+        "dora": {"lora_alpha": 6.0, "use_dora": True},
+        "random B": {"lora_init": "B"},
+        "embedding": {"lora_module_name": ("all-linear", embedding)},
+        "dora embedding": {"lora_module_name": (embedding, "fc", "proj"), "use_dora": True},
         "whole": {"modules_to_save": (LAST_NORM[name],)},
         "whole embedding": {"modules_to_save": (embedding, LAST_NORM[name])},
     }[kind]

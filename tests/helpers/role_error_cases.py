@@ -98,7 +98,7 @@ def write_wrong_roles(folder: Path) -> None:
     """Adapters on `model`, reward models of few positions and of another template."""
     tokenizer, base = byte_tokenizer(), str(folder / "model")
     for name, dora in (("reward-adapter", False), ("dora-adapter", True), ("sft-adapter", False)):
-        lora = LoraConfig(dim=2, use_dora=dora)
+        lora = LoraConfig(lora_dim=2, use_dora=dora)
         if name == "sft-adapter":
             model = create_hf_model(base, tokenizer, torch.float32)
         else:

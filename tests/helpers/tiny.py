@@ -119,7 +119,7 @@ def reward_model(name: str = "llama") -> RewardModel:
 
 def adapted(module: nn.Module, **options: object) -> nn.Module:
     """The module with adapters that are no longer zero, as after some training."""
-    convert_linear_layer_to_lora(module, LoraConfig(**{"dim": 4, **options}))
+    convert_linear_layer_to_lora(module, LoraConfig(**{"lora_dim": 4, **options}))
     torch.manual_seed(1)
     for layer in lora_layers(module).values():
         nn.init.normal_(layer.lora_A, std=0.2)

@@ -257,7 +257,7 @@ def test_terminal_session(tokenizer, tmp_path, monkeypatch, capsys):
 
 def test_a_folder_that_holds_an_adapter_alone(tokenizer, tmp_path):
     """Its base, with the adapter merged in, answers; the dtype is the base's own."""
-    base, lora = tmp_path / "base", LoraConfig(dim=2)
+    base, lora = tmp_path / "base", LoraConfig(lora_dim=2)
     model = tiny_llama().bfloat16()
     save_hf_format(model, tokenizer, base, ALONE)
     with_adapter(model, lora)

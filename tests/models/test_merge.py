@@ -33,7 +33,7 @@ from tests.helpers.adapters import (
 )
 from tests.helpers.tiny import byte_tokenizer
 
-LORA = LoraConfig(dim=4, alpha=6.0, use_dora=True)
+LORA = LoraConfig(lora_dim=4, lora_alpha=6.0, use_dora=True)
 
 
 @pytest.fixture(scope="module")

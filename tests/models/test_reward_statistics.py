@@ -23,7 +23,7 @@ from dschat.utils.module.lora_layers import LoraConfig
 from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 from tests.helpers.tiny import byte_tokenizer
 
-LORA = LoraConfig(dim=4, alpha=6.0)
+LORA = LoraConfig(lora_dim=4, lora_alpha=6.0)
 SAVED = RewardStatistics(mean=-1.5, std=0.25, count=26, data="rows")
 
 

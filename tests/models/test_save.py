@@ -133,7 +133,11 @@ def test_folder_with_logs_keeps_them_and_loses_old_weights(tmp_path: Path, tiny_
 
 def test_each_kind_of_output_leaves_nothing_of_another(tmp_path: Path, tiny_tokenizer):
     """One folder, written in each mode after each other: what lies there is of the last alone."""
-    base, out, lora = save_base(tmp_path / "base", "llama"), tmp_path / "out", LoraConfig(dim=4)
+    base, out, lora = (
+        save_base(tmp_path / "base", "llama"),
+        tmp_path / "out",
+        LoraConfig(lora_dim=4),
+    )
     model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
     out.mkdir()
     (out / "metrics.jsonl").write_text("kept")
@@ -167,7 +171,7 @@ def test_adapter_alone_gathers_its_own_tensors_only(tmp_path: Path, tiny_tokeniz
         return state
 
     monkeypatch.setattr(checkpoint, "consolidated_state_dict", consolidated)
-    base, lora = save_base(tmp_path / "base", "llama"), LoraConfig(dim=4)
+    base, lora = save_base(tmp_path / "base", "llama"), LoraConfig(lora_dim=4)
     model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
     for mode in ("adapter", "both"):
         out = tmp_path / mode
@@ -179,7 +183,11 @@ def test_adapter_alone_gathers_its_own_tensors_only(tmp_path: Path, tiny_tokeniz
 def test_failure_while_writing_an_adapter_changes_nothing(
     tmp_path: Path, tiny_tokenizer, monkeypatch
 ):
-    base, out, lora = save_base(tmp_path / "base", "llama"), tmp_path / "out", LoraConfig(dim=4)
+    base, out, lora = (
+        save_base(tmp_path / "base", "llama"),
+        tmp_path / "out",
+        LoraConfig(lora_dim=4),
+    )
     model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
     save_hf_format(model, tiny_tokenizer, out, ALONE, plan("both", base, lora, out))
     before = files(out)

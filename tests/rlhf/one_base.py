@@ -14,8 +14,8 @@ from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import Folders
 
-SFT_LORA = LoraConfig(dim=3, alpha=2.0)
-REWARD_LORA = LoraConfig(dim=2, alpha=3.0, use_rslora=True)
+SFT_LORA = LoraConfig(lora_dim=3, lora_alpha=2.0)
+REWARD_LORA = LoraConfig(lora_dim=2, lora_alpha=3.0, use_rslora=True)
 
 
 def save_one_base(folder: Path, family: str = "llama") -> Folders:

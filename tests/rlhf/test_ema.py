@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.rlhf.tiny_roles import (
+    FULL,
     LORA,
     Setting,
     assert_same,
@@ -14,7 +15,7 @@ from tests.rlhf.tiny_roles import (
 )
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_ema_follows_real_steps_in_fp32(load_roles, lora):
     setting = Setting(lora=lora, ema_decay=0.75, dtype="bf16")
     roles = load_roles(setting)

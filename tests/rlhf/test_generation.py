@@ -351,7 +351,7 @@ def trainer_entropy(roles, e) -> float:
 
 
 @pytest.mark.parametrize(
-    "lora", [LORA, LoraConfig(dim=4, alpha=8.0, use_dora=True)], ids=["lora", "dora"]
+    "lora", [LORA, LoraConfig(lora_dim=4, lora_alpha=8.0, use_dora=True)], ids=["lora", "dora"]
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

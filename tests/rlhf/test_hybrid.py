@@ -1,6 +1,6 @@
 """The proof that a rollout engine must pass, and when the hybrid engine is refused."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from dschat.rlhf.hybrid import HybridRollout, check_hybrid_available, check_pari
 from dschat.utils.ds_utils import EngineConfig, HybridConfig, get_train_ds_config
 from tests.helpers import tiny
 from tests.rlhf.tiny_roles import prompts
+
+ENGINE = EngineConfig(zero_stage=0, micro_batch_size=1, dtype="bf16")
 
 
 def plain(seed: int = 0) -> TransformersRollout:
@@ -130,7 +132,7 @@ def test_a_hybrid_engine_that_does_not_is_refused(changes, message):
 
 def test_its_settings_reach_deepspeed():
     hybrid = HybridConfig(512, inference_tp_size=2, pin_parameters=False)
-    config = get_train_ds_config(EngineConfig(hybrid=hybrid), world_size=2)["hybrid_engine"]
+    config = get_train_ds_config(replace(ENGINE, hybrid=hybrid), world_size=2)["hybrid_engine"]
     assert config == {
         "enabled": True,
         "max_out_tokens": 512,
@@ -139,4 +141,4 @@ def test_its_settings_reach_deepspeed():
         "pin_parameters": False,
         "tp_gather_partition_size": 8,
     }
-    assert "hybrid_engine" not in get_train_ds_config(EngineConfig(), world_size=2)
+    assert "hybrid_engine" not in get_train_ds_config(ENGINE, world_size=2)

@@ -30,7 +30,7 @@ from tests.rlhf.tiny_roles import (
 LAYOUTS = ("none", "auto", "all")
 PARTS = ("logprobs", "ref_logprobs", "values", "scores")
 # On some layers alone: the others keep what the folder's adapter does, and train nothing.
-FEW = replace(LORA, module_names=("q_proj", "c_attn", "fc1"), dropout=0.0)
+FEW = replace(LORA, lora_module_name=("q_proj", "c_attn", "fc1"), lora_dropout=0.0)
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def test_a_cap_that_small_logits_would_hide_is_found():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("names", [("all-linear",), ("lm_head",)], ids=["trunk", "head"])
 def test_adapters_on_trunk_and_head_get_their_gradients(checkpointing, names):
-    model, (ids, mask) = tiny.adapted(tiny.tiny_llama(), module_names=names), batch()
+    model, (ids, mask) = tiny.adapted(tiny.tiny_llama(), lora_module_name=names), batch()
     expected, wanted = gradients(model, lambda: plainly(model, ids, mask)[0])
     if checkpointing:
         make_model_gradient_checkpointing_compatible(model)
@@ -219,7 +219,7 @@ def test_an_adapter_put_on_the_head_later_is_seen():
     model, (ids, mask) = tiny.tiny_llama(), batch()
     with torch.no_grad():
         before = answer_logprobs(model, ids, mask, 7).logprobs
-        convert_linear_layer_to_lora(model, LoraConfig(dim=4, module_names=("lm_head",)))
+        convert_linear_layer_to_lora(model, LoraConfig(lora_dim=4, lora_module_name=("lm_head",)))
         nn.init.normal_(model.lm_head.lora_B)
         after = answer_logprobs(model, ids, mask, 7).logprobs
         torch.testing.assert_close(after, plainly(model, ids, mask)[0], atol=1e-6, rtol=1e-6)

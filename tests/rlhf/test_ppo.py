@@ -9,6 +9,7 @@ from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import answer_values
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import (
+    FULL,
     LORA,
     Setting,
     assert_same,
@@ -73,8 +74,8 @@ def test_on_fresh_experience_the_ratio_is_one(load_roles, family, setting):
 def test_reference_and_reward_are_the_loaded_folders_and_stay_so(load_roles, folders, setting):
     """Two trunks or four: bit for bit the numbers of models that nothing ever trains."""
     roles = load_roles(setting)
-    shared = setting.lora is not None and not setting.train_base and setting.share_trunk != "none"
-    assert (roles.reference is None) == (roles.reward is None) == shared
+    shared = setting.lora.lora_dim and not setting.train_base and setting.share_trunk != "none"
+    assert (roles.reference is None) == (roles.reward is None) == bool(shared)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype]
     tokenizer = byte_tokenizer()
     reference = create_hf_model(str(folders["llama"].actor), tokenizer, dtype).eval()
@@ -96,7 +97,7 @@ def test_reference_and_reward_are_the_loaded_folders_and_stay_so(load_roles, fol
     assert (final - first).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_the_update_does_not_depend_on_the_micro_batch(load_roles, lora):
     results = []
     for micro_batch in (4, 2, 1):

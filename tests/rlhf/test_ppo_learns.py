@@ -12,7 +12,7 @@ from dschat.utils.module.lora import LoraConfig
 from tests.rlhf.tiny_roles import Setting, ppo_trainer, prompts
 
 FULL = Setting(learning_rate=2e-2, eps=1e-8, micro_batch=64)
-LORA = LoraConfig(8, module_names=("lm_head", "q_proj"))
+LORA = LoraConfig(8, lora_module_name=("lm_head", "q_proj"))
 ADAPTERS = Setting(lora=LORA, learning_rate=1e-2, eps=1e-8, micro_batch=64)
 
 

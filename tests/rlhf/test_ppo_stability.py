@@ -14,6 +14,7 @@ from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.optim import group_rates
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import (
+    FULL,
     LORA,
     Setting,
     assert_same,
@@ -41,7 +42,7 @@ def counted(module: torch.nn.Module) -> list[bool]:
     return passes
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
     setting = Setting(lora=lora, ema_decay=0.5)
     roles = load_roles(setting)

@@ -15,7 +15,7 @@ from dschat.models.save import write_model_folder
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.train.evaluation import pair_scores
 from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
-from tests.rlhf.tiny_roles import LORA, Setting, left_padded
+from tests.rlhf.tiny_roles import FULL, LORA, Setting, left_padded
 
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}"
@@ -102,7 +102,7 @@ def reward(tmp_path):
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_scores_are_those_of_the_text(name, lora, reward, folders, distributed, tmp_path):
     """Against step 2's rows under `rw_eval.py`'s scores; without an end, those rows without it."""
     source, reader = byte_tokenizer(), other_tokenizer(**READERS[name])

@@ -20,6 +20,7 @@ from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.one_base import save_one_base
 from tests.rlhf.roles_worker import one_trunk, trained
 from tests.rlhf.tiny_roles import (
+    FULL,
     LORA,
     Folders,
     Setting,
@@ -50,7 +51,7 @@ def expected_scores(folder: Path, batch) -> torch.Tensor:
         return scores_at_end(model(batch.input_ids, batch.attention_mask), batch.attention_mask)
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_reward_model_of_its_own_folder(folders, distributed, other, lora, offload):
     setting, batch = Setting(lora=lora, offload_frozen=offload), prompts()
@@ -64,7 +65,7 @@ def test_a_reward_model_of_its_own_folder(folders, distributed, other, lora, off
     assert (expected - expected_scores(folders["llama"].critic, batch)).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_values_start_in_the_units_of_scaled_scores(folders, distributed, lora):
     """(score - 5) / 2, in rollouts and in training; the scores themselves are scaled elsewhere."""
     setting, scaling = Setting(lora=lora), RewardStatistics(5.0, 2.0, 8, "rows")
@@ -111,7 +112,7 @@ def test_without_a_critic_the_reward_model_is_a_copy(folders, distributed, layou
     assert torch.equal(scores, expected_scores(folders["llama"].critic, batch))
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_without_a_reward_model_none_is_kept(folders, distributed, lora):
     roles = Setting(lora=lora).load(folders["llama"], distributed, reward=None)
     assert roles.reward is None and not roles.has_reward_model

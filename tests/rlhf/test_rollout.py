@@ -177,7 +177,7 @@ def test_generation_stops_at_the_end_token():
 
 
 def test_experience_masks_ends_and_columns(load_roles):
-    roles = load_roles(Setting(lora=None))
+    roles = load_roles(Setting())
     trainer = ppo_trainer(roles, Setting(micro_batch=3), answer=5)
     hook = end_after(roles.actor.module, [2, 1, None, 5])
     (e,) = trainer.rollout([prompts()])

@@ -38,7 +38,8 @@ DROPOUTS = {
     "opt": ("dropout", "attention_dropout"),
     "falcon": ("hidden_dropout", "attention_dropout"),
 }
-LORA = LoraConfig(dim=4, alpha=8.0, dropout=0.5)
+FULL = LoraConfig()  # no adapters: all weights train
+LORA = LoraConfig(lora_dim=4, lora_alpha=8.0, lora_dropout=0.5)
 # Adam divides by |g| + eps: with a tiny eps it would turn rounding of the smallest gradients into
 # whole steps, and forgive any common factor on the others.
 EPS = 1e-3
@@ -75,7 +76,7 @@ def save_folders(folder: Path, family: str = "llama") -> Folders:
 class Setting:
     """How both roles train; each test states only what it changes."""
 
-    lora: LoraConfig | None = None
+    lora: LoraConfig = FULL
     dtype: str = "fp32"
     zero_stage: int = 0
     micro_batch: int = 4

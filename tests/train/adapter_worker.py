@@ -28,7 +28,9 @@ from tests.helpers.tiny import byte_tokenizer
 
 CONFIG = EngineConfig(zero_stage=3, dtype="fp32", micro_batch_size=1)
 PARTED = "adapter-dora-embedding"  # its head is a whole parameter, which an engine must take too
-LORA = LoraConfig(dim=4, alpha=6.0, use_dora=True, module_names=("q_proj", "embed_tokens"))
+LORA = LoraConfig(
+    lora_dim=4, lora_alpha=6.0, use_dora=True, lora_module_name=("q_proj", "embed_tokens")
+)
 
 
 def load(folder: str, peers: Distributed) -> nn.Module:

@@ -54,7 +54,7 @@ class Cell:
             micro_batch_size=micro_batch,
             gradient_accumulation_steps=self.accumulation,
             gradient_clipping=0.0 if self.first_steps else CLIP,
-            user_config=f"{folder}/adam.json" if self.user_json else None,
+            deepspeed_config=f"{folder}/adam.json" if self.user_json else None,
         )
 
     def recipe(self) -> Recipe:
@@ -70,21 +70,21 @@ class Cell:
         )
         return Recipe(rates, self.lora(), gradient_checkpointing=self.checkpointing)
 
-    def lora(self) -> LoraConfig | None:
+    def lora(self) -> LoraConfig:
         """The adapters."""
         if self.full:
-            return None
-        options = {"quantize": self.quantize}
+            return LoraConfig()
+        options = {"quantize_base": self.quantize}
         if self.everything:
             table = "wte" if self.model == "gpt2" else "embed_tokens"
             options |= {
-                "init": "B",
+                "lora_init": "B",
                 "use_rslora": True,
                 "use_dora": True,
-                "module_names": ("all-linear", table),
+                "lora_module_name": ("all-linear", table),
                 "modules_to_save": ("ln_f",) if self.model == "gpt2" else ("norm",),
             }
-        return LoraConfig(dim=RANK, alpha=ALPHA, **options)
+        return LoraConfig(lora_dim=RANK, lora_alpha=ALPHA, **options)
 
 
 def matrix() -> list[Cell]:

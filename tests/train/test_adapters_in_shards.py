@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
     for kind in (*CAUSAL, "reward"):
         is_reward = kind == "reward"
-        lora = LoraConfig(dim=4, **options("embedding" if is_reward else kind, "llama"))
+        lora = LoraConfig(lora_dim=4, **options("embedding" if is_reward else kind, "llama"))
         load = {"init_head": True} if is_reward else {}
         create = create_critic_model if is_reward else create_hf_model
         model = with_adapter(create(base, tokenizer, torch.float32, **load), lora)

@@ -8,16 +8,16 @@ import pytest
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
-from dschat.train.advice import first_lora_rate, lora_advice
+from dschat.train.advice import lora_advice
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_layers import LoraConfig
-from dschat.utils.optim import OptimizerConfig
+from dschat.utils.optim import OptimizerConfig, first_lora_rate
 
 FULL = 1e-5
 START = 3 / 4 * FULL  # at a ratio of 16
-LORA = LoraConfig(dim=16)
-RATES = OptimizerConfig(learning_rate=START, full_rate=FULL)
-ENGINE = EngineConfig(dtype="bf16")
+LORA = LoraConfig(lora_dim=16)
+RATES = OptimizerConfig(full_rate=FULL)
+ENGINE = EngineConfig(zero_stage=0, micro_batch_size=1, dtype="bf16")
 
 
 def advice(lora: LoraConfig = LORA, engine: dict | None = None, ranks: int = 1, **rates) -> str:
@@ -33,7 +33,7 @@ def test_the_rules_of_thumb_themselves_are_quiet():
     for ratio in (8.0, 16.0, 32.0):
         rate = first_lora_rate(FULL, ratio)
         assert advice(loraplus_lr_ratio=ratio, lora_learning_rate=rate) == ""
-    assert lora_advice(None, replace(RATES, learning_rate=1e-9), ENGINE, 1) == []
+    assert lora_advice(LoraConfig(), replace(RATES, learning_rate=1e-9), ENGINE, 1) == []
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0, 40.0])
@@ -68,10 +68,10 @@ def test_ratio_raised_with_a_as_it_was():
 
 
 def test_many_directions_on_one_device_without_accumulation():
-    large = LoraConfig(dim=128)
+    large = LoraConfig(lora_dim=128)
     assert "gradient_accumulation_steps 8" in advice(large)
     assert advice(large, ranks=2) == advice(large, {"gradient_accumulation_steps": 8}) == ""
-    assert advice(LoraConfig(dim=64)) == ""
+    assert advice(LoraConfig(lora_dim=64)) == ""
 
 
 def test_fp16_adapters():
@@ -88,4 +88,4 @@ def test_the_defaults_of_every_step_follow_the_advice(settings: type):
     found = parse(settings, argv, "")
     models = [found.actor, found.critic] if settings is RLHFSettings else [found.model]
     for model in models:
-        assert lora_advice(model.lora.config(), model.optimizer_config(), ENGINE, 1) == []
+        assert lora_advice(model.lora, model.optimizer, ENGINE, 1) == []

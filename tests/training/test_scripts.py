@@ -160,7 +160,7 @@ def test_step_1_on_one_gpu_keeps_accumulation_and_rank(shell):
     assert (found.launcher, found.options) == ("deepspeed", ["--num_gpus", "1"])
     settings = found.settings()
     assert settings.batch.model_name_or_path == "facebook/opt-1.3b"
-    assert settings.run.gradient_accumulation_steps == 8
+    assert settings.run.engine.gradient_accumulation_steps == 8
     assert settings.model.lora.lora_dim == 128
 
 
@@ -173,5 +173,5 @@ def test_adapters_of_shipped_scripts_follow_the_advice(script: Path, shell):
     ranks = 1 if "single_gpu" in script.parts else 8
     for model in filter(None, roles):
         engine = settings.run.engine_config(model, "bf16", micro_batch=1)
-        rates = model.optimizer_config()
-        assert lora_advice(model.lora.config(), rates, engine, ranks) == []
+        rates = model.optimizer
+        assert lora_advice(model.lora, rates, engine, ranks) == []

@@ -64,7 +64,7 @@ def write_adapters(folder: Path) -> None:
         "reward-adapter": create_critic_model(base, tokenizer, torch.float32, init_head=True),
     }
     for seed, (name, model) in enumerate(models.items(), 1):
-        lora, out = LoraConfig(dim=2, alpha=3.0), folder / name
+        lora, out = LoraConfig(lora_dim=2, lora_alpha=3.0), folder / name
         adapted = with_adapter(model, lora, seed)
         save_hf_format(adapted, tokenizer, out, ALONE, plan("adapter", base, lora, out))
 

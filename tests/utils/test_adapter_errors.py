@@ -24,7 +24,7 @@ from dschat.utils.module.model_source import resolve_model
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 
-LORA = LoraConfig(dim=2, module_names=("q_proj",))
+LORA = LoraConfig(lora_dim=2, lora_module_name=("q_proj",))
 PREFIX = "base_model.model.model.layers.0.self_attn"
 
 
@@ -98,7 +98,7 @@ def assert_one_line(call, *words: str) -> None:
         ],
         ("lora_alpha", "much", "adapter_config.json is malformed"),
         ("lora_alpha", 0, "malformed (lora_alpha is 0.0: give a number above 0); save"),
-        ("r", 0, "malformed (lora_dim is 0: give a rank of at least 1)"),
+        ("r", 0, "malformed (r is 0)"),
     ],
 )
 def test_configs_that_mean_something_else(folder: Path, key: str, value: object, reason: str):
@@ -248,10 +248,10 @@ def test_what_is_saved_is_decided_before_work(made: Path, tmp_path: Path, capsys
     assert found.adapter.vocabulary == tiny.VOCABULARY
     assert not plan_of("adapter", base, out).merged
     assert plan_of("merged", base, out) == MERGED
-    assert plan_of("both", base, out, lora=None) == MERGED
+    assert plan_of("both", base, out, lora=LoraConfig()) == MERGED
     assert plan_saving("adapter", str(base), LORA, train_base=True, output_dirs=[]) == MERGED
     assert capsys.readouterr().out == ""
-    assert plan_of("adapter", base, out, lora=None) == MERGED
+    assert plan_of("adapter", base, out, lora=LoraConfig()) == MERGED
     assert "trains without LoRA: all of it will be saved" in capsys.readouterr().out
 
 

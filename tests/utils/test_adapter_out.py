@@ -86,7 +86,7 @@ def test_causal_adapter_computes_the_same_everywhere(
     tmp_path: Path, tiny_tokenizer, bases: dict[str, str], name: str, kind: str
 ):
     base, out = bases[name], tmp_path / "out"
-    lora = LoraConfig(dim=4, **options(kind, name))
+    lora = LoraConfig(lora_dim=4, **options(kind, name))
     model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
     expected = logits_of(model)
     save_hf_format(model, tiny_tokenizer, out, ALONE, plan("both", base, lora, out))
@@ -112,7 +112,7 @@ def test_reward_adapter_scores_the_same_everywhere(
 ):
     """Before saving, from the adapter's folder, merged, and in PEFT: the trained head included."""
     base, out = bases[name], tmp_path / "out"
-    lora = LoraConfig(dim=4, **options(kind, name))
+    lora = LoraConfig(lora_dim=4, **options(kind, name))
     model = create_critic_model(base, tiny_tokenizer, torch.float32, init_head=True)
     model = with_adapter(model, lora)
     expected = scores_of(model)
@@ -128,8 +128,10 @@ def test_reward_adapter_scores_the_same_everywhere(
 
 def test_folder_says_all_that_training_chose(tmp_path: Path, tiny_tokenizer, bases: dict[str, str]):
     base, out = bases["gpt2"], tmp_path / "out"
-    choices = {"alpha": 2.5, "dropout": 0.1, "init": "B", "use_rslora": True}
-    lora = LoraConfig(dim=4, module_names=("c_attn",), modules_to_save=("ln_f",), **choices)
+    choices = {"lora_alpha": 2.5, "lora_dropout": 0.1, "lora_init": "B", "use_rslora": True}
+    lora = LoraConfig(
+        lora_dim=4, lora_module_name=("c_attn",), modules_to_save=("ln_f",), **choices
+    )
     model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora)
     model.generation_config.max_new_tokens = 5
     save_hf_format(model, tiny_tokenizer, out, ALONE, plan("adapter", base, lora, out))
@@ -165,7 +167,7 @@ def test_folder_says_all_that_training_chose(tmp_path: Path, tiny_tokenizer, bas
 
 
 def test_reward_adapter_names_its_task_and_head(tmp_path: Path, tiny_tokenizer, bases):
-    out, lora = tmp_path / "out", LoraConfig(dim=4, alpha=8.0)
+    out, lora = tmp_path / "out", LoraConfig(lora_dim=4, lora_alpha=8.0)
     model = create_critic_model(bases["opt"], tiny_tokenizer, torch.float32, init_head=True)
     with_adapter(model, lora).keep_reward_head()  # the critic's own copy stays in memory
     save_hf_format(model, tiny_tokenizer, out, ALONE, plan("adapter", bases["opt"], lora, out))
@@ -183,7 +185,7 @@ def test_grown_vocabulary_comes_back(tmp_path: Path, name: str, kind: str):
     base, out = save_base(tmp_path / "base", name), tmp_path / "out"
     tokenizer = load_hf_tokenizer(base)
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
-    lora = LoraConfig(dim=4, **options(kind, "llama"))
+    lora = LoraConfig(lora_dim=4, **options(kind, "llama"))
     model = with_adapter(create_hf_model(base, tokenizer, torch.float32), lora)
     assert model.config.vocab_size == 272
     save_hf_format(model, tokenizer, out, ALONE, plan("adapter", base, lora, out))
@@ -203,7 +205,7 @@ def test_grown_reward_model_comes_back(tmp_path: Path):
     base, out = save_base(tmp_path / "base", "llama"), tmp_path / "out"
     tokenizer = load_hf_tokenizer(base)
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
-    lora = LoraConfig(dim=4)
+    lora = LoraConfig(lora_dim=4)
     model = create_critic_model(base, tokenizer, torch.float32, init_head=True)
     with_adapter(model, lora)
     save_hf_format(model, tokenizer, out, ALONE, plan("adapter", base, lora, out))

@@ -15,6 +15,10 @@ from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers import tiny
 
 
+def engine_config(**options) -> EngineConfig:
+    return EngineConfig(**{"zero_stage": 0, "dtype": "bf16", "micro_batch_size": 1, **options})
+
+
 @pytest.fixture
 def merged(tmp_path: Path):
     """The configuration with this user JSON merged over it."""
@@ -23,7 +27,7 @@ def merged(tmp_path: Path):
         path = tmp_path / "ds.json"
         path.write_text(user if isinstance(user, str) else json.dumps(user))
         settings = {"zero_stage": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 3}
-        config = EngineConfig(**{**settings, **options}, user_config=str(path))
+        config = engine_config(**{**settings, **options}, deepspeed_config=str(path))
         return get_train_ds_config(config, world_size=2)
 
     return merge
@@ -55,7 +59,7 @@ def test_numbers():
 def test_precision_and_stage(stage: int, dtype: str):
     """Half precision at stage 0 runs as stage 1; bf16 gradients of a window add up in fp32."""
     ours = get_train_ds_config(
-        EngineConfig(stage, dtype, gradient_accumulation_steps=2), world_size=1
+        engine_config(zero_stage=stage, dtype=dtype, gradient_accumulation_steps=2), world_size=1
     )
     assert ours["zero_optimization"]["stage"] == (1 if stage == 0 and dtype != "fp32" else stage)
     assert [k for k in ("bf16", "fp16") if k in ours] == ([dtype] if dtype != "fp32" else [])
@@ -64,17 +68,17 @@ def test_precision_and_stage(stage: int, dtype: str):
 
 
 def test_frozen_models_are_sharded():
-    ours = get_eval_ds_config(EngineConfig(3, "bf16"))
+    ours = get_eval_ds_config("bf16")
     assert ours["zero_optimization"] == {"stage": 3} and ours["bf16"] == {"enabled": True}
-    offloaded = get_eval_ds_config(EngineConfig(3, "fp32"), offload=True)
+    offloaded = get_eval_ds_config("fp32", offload=True)
     assert offloaded["zero_optimization"]["offload_param"] == {"device": "cpu"}
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"zero_stage": 4}, "zero_stage is 4: choose 0, 1, 2 or 3"),
-        ({"dtype": "fp8"}, "dtype is 'fp8': choose fp32, bf16, fp16"),
+        ({"zero_stage": 4}, "zero_stage is 4: choose one of 0, 1, 2, 3"),
+        ({"dtype": "fp8"}, "dtype is fp8: choose one of fp32, bf16, fp16"),
         ({"offload": True}, "offload needs ZeRO"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
@@ -82,7 +86,7 @@ def test_frozen_models_are_sharded():
 )
 def test_impossible_settings_are_refused(options: dict, words: str):
     with pytest.raises(UserError, match=words):
-        EngineConfig(**options)
+        engine_config(**options)
 
 
 def test_user_json_is_merged_key_by_key(merged):
@@ -124,14 +128,20 @@ def test_the_flags_stage_may_be_repeated(merged):
     ("user", "words"),
     [
         ({"scheduler": {"type": "WarmupLR"}}, "remove the scheduler block"),
-        ({"train_batch_size": 25}, "train_batch_size 25 contradicts --per_device_train_batch_size"),
-        ({"train_micro_batch_size_per_gpu": 1}, "train_micro_batch_size_per_gpu 1 contradicts"),
-        ({"gradient_accumulation_steps": 1}, "1 contradicts --gradient_accumulation_steps"),
-        ({"bf16": {"enabled": False}}, "bf16 .*contradicts --dtype"),
+        ({"train_batch_size": 25}, "train_batch_size 25 contradicts the settings' 24"),
+        (
+            {"train_micro_batch_size_per_gpu": 1},
+            "train_micro_batch_size_per_gpu 1 contradicts the settings' 4",
+        ),
+        (
+            {"gradient_accumulation_steps": 1},
+            "gradient_accumulation_steps 1 contradicts the settings' 3",
+        ),
+        ({"bf16": {"enabled": False}}, "bf16 .*contradicts dtype bf16"),
         ({"bf16": False}, "bf16 is False: give an object"),
-        ({"fp16": {"enabled": True}}, "fp16 .*contradicts --dtype"),
-        ({"bfloat16": {"enabled": True}}, "bfloat16 .*contradicts --dtype"),
-        ({"zero_optimization": {"stage": 3}}, "stage 3 contradicts zero_stage 2"),
+        ({"fp16": {"enabled": True}}, "fp16 .*contradicts dtype bf16"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 .*contradicts dtype bf16"),
+        ({"zero_optimization": {"stage": 3}}, "'stage': 3. contradicts zero_stage 2"),
         ({"gradient_clipping": {"value": 1}}, "gradient_clipping is .*: give a plain value"),
         ("{", "not JSON"),
         ("[1]", "holds no JSON object"),
@@ -148,7 +158,7 @@ def test_contradictions_are_refused_by_name_and_place(merged, user: object, word
 def test_unreadable_file_is_refused(tmp_path: Path):
     for path, words in ((tmp_path / "none.json", "no such file"), (tmp_path, "give a JSON file")):
         with pytest.raises(UserError, match=words):
-            get_train_ds_config(EngineConfig(user_config=str(path)), 1)
+            get_train_ds_config(engine_config(deepspeed_config=str(path)), 1)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,7 @@ def test_optimizer_block_with_other_rates_is_refused(tmp_path: Path, block: dict
     """The groups carry their own rates: the block's would be passed over in silence."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"optimizer": block}))
-    recipe = Recipe(OptimizerConfig(1e-3), LoraConfig(dim=4))
-    config = EngineConfig(0, "fp32", user_config=str(path))
+    recipe = Recipe(OptimizerConfig(1e-3), LoraConfig(lora_dim=4))
+    config = engine_config(dtype="fp32", deepspeed_config=str(path))
     with pytest.raises(UserError, match=words):
         build_engine(tiny.tiny_llama(), config, recipe, schedule_factory("cosine", 0, 1), 1, "")

@@ -39,7 +39,9 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_starts_as_its_base_exactly(name: str, init: str):
     base = MODELS[name]()
-    model = convert_linear_layer_to_lora(copy.deepcopy(base), LoraConfig(dim=4, init=init))
+    model = convert_linear_layer_to_lora(
+        copy.deepcopy(base), LoraConfig(lora_dim=4, lora_init=init)
+    )
     assert len(lora_layers(model)) >= 8
     assert torch.equal(logits_of(model), logits_of(base))
 
@@ -47,7 +49,7 @@ def test_starts_as_its_base_exactly(name: str, init: str):
 def test_layer_by_hand():
     """y = x W^T + b + s B A x with s = 6 / 2 = 3: (7 + 10) + 3 * 2 * (1 * 1 - 1 * 2) = 11."""
     base = nn.Linear(2, 1)
-    layer = LoRALinear(base, LoraConfig(dim=2, alpha=6.0))
+    layer = LoRALinear(base, LoraConfig(lora_dim=2, lora_alpha=6.0))
     with torch.no_grad():
         base.weight.copy_(torch.tensor([[1.0, 3.0]]))
         base.bias.copy_(torch.tensor([10.0]))
@@ -62,19 +64,19 @@ def test_layer_by_hand():
 )
 def test_scaling(alpha: float | None, use_rslora: bool, scaling: float):
     """With r = 16: alpha / 16, or alpha / 4; alpha is r when not given."""
-    assert LoraConfig(16, alpha=alpha, use_rslora=use_rslora).scaling == scaling
+    assert LoraConfig(16, lora_alpha=alpha, use_rslora=use_rslora).scaling == scaling
 
 
 @pytest.mark.parametrize("base", [nn.Linear(400, 50), Conv1D(50, 400)])
 def test_initial_values(base: nn.Module):
     """A: uniform within ±1/sqrt(400) = ±0.05, whose deviation is 0.05/sqrt(3); B: variance 1/r."""
     torch.manual_seed(0)
-    layer = LoRALinear(base, LoraConfig(dim=64))
+    layer = LoRALinear(base, LoraConfig(lora_dim=64))
     assert layer.lora_A.shape == (64, 400) and layer.lora_B.shape == (50, 64)
     assert 0.0499 < layer.lora_A.abs().max().item() <= 0.05
     assert layer.lora_A.std().item() == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
     assert not layer.lora_B.any()
-    layer = LoRALinear(base, LoraConfig(dim=64, init="B"))
+    layer = LoRALinear(base, LoraConfig(lora_dim=64, lora_init="B"))
     assert layer.lora_B.var().item() == pytest.approx(1 / 64, rel=0.1)
     assert not layer.lora_A.any()
 
@@ -85,7 +87,7 @@ def test_conv1d_computes_what_linear_does_on_its_transpose():
     with torch.no_grad():
         linear.weight.copy_(conv.weight.T)
         linear.bias.copy_(conv.bias.normal_())
-    pair = [LoRALinear(base, LoraConfig(dim=2, alpha=3.0)) for base in (conv, linear)]
+    pair = [LoRALinear(base, LoraConfig(lora_dim=2, lora_alpha=3.0)) for base in (conv, linear)]
     with torch.no_grad():
         for layer in pair:
             layer.lora_A.copy_(torch.arange(6.0).view(2, 3))
@@ -102,14 +104,14 @@ def test_conv1d_computes_what_linear_does_on_its_transpose():
 
 def test_dropout_acts_on_the_adapters_input_alone():
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(8, 8), LoraConfig(dim=4, dropout=0.5))
+    layer = LoRALinear(nn.Linear(8, 8), LoraConfig(lora_dim=4, lora_dropout=0.5))
     x = torch.ones(200, 8)
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)  # B is zero
     nn.init.ones_(layer.lora_B)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    model = convert_linear_layer_to_lora(tiny.tiny_llama().eval(), LoraConfig(4, dropout=0.5))
+    model = convert_linear_layer_to_lora(tiny.tiny_llama().eval(), LoraConfig(4, lora_dropout=0.5))
     assert not any(module.training for module in model.modules())
 
 
@@ -183,11 +185,15 @@ def test_what_trains_whole_gets_no_adapter():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"dim": 0}, "lora_dim is 0"), ({"init": "C"}, "lora_init is 'C'"), ({"dropout": 1.0}, "1.0")],
+    [
+        ({"lora_dim": -1}, "lora_dim is -1"),
+        ({"lora_init": "C"}, "lora_init is C"),
+        ({"lora_dropout": 1.0}, "1.0"),
+    ],
 )
 def test_impossible_settings_are_refused(options: dict, words: str):
     with pytest.raises(UserError, match=words):
-        LoraConfig(**{"dim": 4, **options})
+        LoraConfig(**{"lora_dim": 4, **options})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -51,7 +51,9 @@ def ours_and_peft(options: dict) -> tuple[nn.Module, nn.Module, dict[str, tuple]
     """
     torch.manual_seed(0)
     net = Net()
-    config = LoraConfig(dim=3, alpha=7.0, module_names=("all-linear", "table"), **options)
+    config = LoraConfig(
+        lora_dim=3, lora_alpha=7.0, lora_module_name=("all-linear", "table"), **options
+    )
     ours = convert_linear_layer_to_lora(copy.deepcopy(net), config)
     peft_config = PeftConfig(r=3, lora_alpha=7, target_modules=list(NAMES), **options)
     theirs = inject_adapter_in_model(peft_config, net)
@@ -117,7 +119,7 @@ def test_merging_computes_the_same(kind: str):
 def test_starts_as_the_base_bit_for_bit(kind: str, init: str, dtype: torch.dtype):
     torch.manual_seed(0)
     net = Net().to(dtype)
-    config = LoraConfig(3, init=init, module_names=("all-linear", "table"), **KINDS[kind])
+    config = LoraConfig(3, lora_init=init, lora_module_name=("all-linear", "table"), **KINDS[kind])
     adapted = convert_linear_layer_to_lora(copy.deepcopy(net), config)
     if "dora" in kind:  # the rescaling stands between product and bias
         adapted.linear.bias.zero_()
@@ -135,7 +137,7 @@ def test_matmul_has_the_gradients_of_the_formula(transposed: bool, bias: bool):
     torch.manual_seed(0)
     base = (Conv1D(5, 4) if transposed else nn.Linear(4, 5)).double()
     nn.init.normal_(base.weight)
-    layer = LoRALinear(base, LoraConfig(2, alpha=3.0))
+    layer = LoRALinear(base, LoraConfig(2, lora_alpha=3.0))
     layer.weight.requires_grad_(False)
     layer.bias = nn.Parameter(torch.randn(5).double(), requires_grad=False) if bias else None
     nn.init.normal_(layer.lora_B)
@@ -152,7 +154,7 @@ def test_matmul_has_the_gradients_of_the_formula(transposed: bool, bias: bool):
 
 def test_nothing_is_kept_that_the_gradients_do_not_need():
     """Of 64 rows of 32: x itself, the (64, r) product and the parameters, and no more."""
-    layer = LoRALinear(nn.Linear(32, 48), LoraConfig(dim=2))
+    layer = LoRALinear(nn.Linear(32, 48), LoraConfig(lora_dim=2))
     layer.weight.requires_grad_(False)
     layer.bias.requires_grad_(False)
     x = torch.randn(64, 32, requires_grad=True)
@@ -173,4 +175,4 @@ def test_nothing_is_kept_that_the_gradients_do_not_need():
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
 def test_impossible_alpha_is_refused(alpha: float):
     with pytest.raises(UserError, match="lora_alpha"):
-        LoraConfig(4, alpha=alpha)
+        LoraConfig(4, lora_alpha=alpha)

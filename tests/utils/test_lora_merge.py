@@ -31,7 +31,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_fused_adapters_compute_the_same_and_go_without_a_trace(name: str):
-    model = tiny.adapted(MODELS[name](), alpha=8.0)
+    model = tiny.adapted(MODELS[name](), lora_alpha=8.0)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     ours = logits_of(model)
     with fused_adapters(model):
@@ -53,7 +53,7 @@ def test_fused_adapters_compute_the_same_and_go_without_a_trace(name: str):
 def test_one_fused_layer_within_rounding():
     """A layer of 64: |y| about 1, fp32, so nothing but the last bits may differ."""
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(64, 64), LoraConfig(dim=8))
+    layer = LoRALinear(nn.Linear(64, 64), LoraConfig(lora_dim=8))
     nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(16, 64)
     ours = layer(x)
@@ -66,7 +66,7 @@ def test_merge_is_fp32_and_cast_once():
 
     The sum is nearest to 1 + 2^-7. In bf16 B A alone would become 2^-8, and the sum, a tie, 1.
     """
-    one = LoRALinear(nn.Linear(1, 1).bfloat16(), LoraConfig(dim=2))
+    one = LoRALinear(nn.Linear(1, 1).bfloat16(), LoraConfig(lora_dim=2))
     with torch.no_grad():
         one.weight.fill_(1.0)
         one.lora_A.fill_(1.0)
@@ -79,7 +79,9 @@ def test_merge_is_fp32_and_cast_once():
 
 def test_merge_of_bf16_weights_equals_fp32_by_hand_and_no_bf16_one():
     torch.manual_seed(0)
-    model = convert_linear_layer_to_lora(tiny.tiny_llama().bfloat16(), LoraConfig(4, alpha=12.0))
+    model = convert_linear_layer_to_lora(
+        tiny.tiny_llama().bfloat16(), LoraConfig(4, lora_alpha=12.0)
+    )
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.02)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}

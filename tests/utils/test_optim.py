@@ -34,7 +34,7 @@ IDS, MASK = tiny.padded(tiny.token_rows(4, seed=6))
 
 def adapted_llama(**options: object) -> nn.Module:
     torch.manual_seed(3)
-    model = convert_linear_layer_to_lora(tiny.tiny_llama(), LoraConfig(dim=4, **options))
+    model = convert_linear_layer_to_lora(tiny.tiny_llama(), LoraConfig(lora_dim=4, **options))
     return only_optimize_lora_parameters(model)
 
 
@@ -50,7 +50,7 @@ def by_name(groups: list[dict]) -> dict[str, dict]:
 def test_every_trainable_parameter_is_in_one_group(build):
     """Tied embeddings count once; all kinds of layer are in the model."""
     model = RewardModel(build().model if build is not tiny.tiny_gpt2 else build().transformer)
-    convert_linear_layer_to_lora(model, LoraConfig(dim=4))
+    convert_linear_layer_to_lora(model, LoraConfig(lora_dim=4))
     model.requires_grad_(True)
     groups = get_optimizer_grouped_parameters(model, OptimizerConfig(1e-3))
     assert [g["name"] for g in groups] == ["decay", "no_decay", "lora_A", "lora_B", "head"]
@@ -109,7 +109,7 @@ def test_rates_and_decays_of_each_group():
         head_learning_rate=3e-4,
     )
     names = ("all-linear", "embed_tokens")
-    model = RewardModel(adapted_llama(use_dora=True, module_names=names).model)
+    model = RewardModel(adapted_llama(use_dora=True, lora_module_name=names).model)
     model.requires_grad_(True)
     groups = by_name(get_optimizer_grouped_parameters(model, config))
     found = {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()}
@@ -157,7 +157,7 @@ def test_rates_must_be_positive(name: str):
 def test_ratio_1_is_plain_lora_step_for_step(init: str):
     """Against one group of torch's AdamW over all adapters: equal to the last bit."""
     config = OptimizerConfig(1e-3, weight_decay=0.1, loraplus_lr_ratio=1.0, betas=(0.9, 0.99))
-    ours = adapted_llama(init=init)
+    ours = adapted_llama(lora_init=init)
     plain = copy.deepcopy(ours)
     optimizer = build_optimizer(get_optimizer_grouped_parameters(ours, config), config)
     one_group = torch.optim.AdamW(

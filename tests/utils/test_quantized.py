@@ -46,17 +46,17 @@ def base_layer(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "bare", "conv1d"])
 @pytest.mark.parametrize("bits", BITS)
 def test_layer_is_that_of_its_dense_weight(bits: str, kind: str, options: dict, dtype):
     base = base_layer(kind, dtype)
-    layer = QuantizedLoRALinear(base, LoraConfig(4, alpha=8.0, quantize=bits, **options))
+    layer = QuantizedLoRALinear(base, LoraConfig(4, lora_alpha=8.0, quantize_base=bits, **options))
     dense = copy.deepcopy(base)
     dense.weight.data = layer.dense_weight().clone()
     error = (dense.weight.data - base.weight.data).float().abs().max()
     assert 0 < error <= WORST[bits] * base.weight.float().abs().max()
-    twin = LoRALinear(dense, LoraConfig(4, alpha=8.0, **options))
+    twin = LoRALinear(dense, LoraConfig(4, lora_alpha=8.0, **options))
     x = torch.randn(3, 5, 64, dtype=dtype)
     assert distance(layer.eval()(x), twin.eval()(x)) <= ROUNDING[dtype]
     assert distance(layer(x), base(x)) > 10 * ROUNDING[dtype] or bits == "8bit"
@@ -78,7 +78,7 @@ def test_layer_is_that_of_its_dense_weight(bits: str, kind: str, options: dict, 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_take_their_bits_and_nothing_dense_is_kept(bits: str):
-    layer = QuantizedLoRALinear(base_layer("linear"), LoraConfig(4, quantize=bits))
+    layer = QuantizedLoRALinear(base_layer("linear"), LoraConfig(4, quantize_base=bits))
     assert layer.packed.nbytes == 64 * 96 * (0.5 if bits == "4bit" else 1)
     assert set(layer.state_dict()) == {"bias", "lora_A", "lora_B"}
     kept: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ def test_weights_take_their_bits_and_nothing_dense_is_kept(bits: str):
 @torch.no_grad()
 def test_a_model_merges_into_what_it_computes(name: str, bits: str):
     plain = tiny.ARCHITECTURES[name]()
-    model = tiny.adapted(copy.deepcopy(plain), alpha=8.0, quantize=bits)
+    model = tiny.adapted(copy.deepcopy(plain), lora_alpha=8.0, quantize_base=bits)
     ids, mask = tiny.padded(tiny.token_rows(3, seed=4))
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     ours = model(**inputs).logits
@@ -113,7 +113,7 @@ def test_a_model_merges_into_what_it_computes(name: str, bits: str):
 def test_start_table_counts_packed_weights():
     plain = tiny.tiny_llama()
     total = sum(p.numel() for p in plain.parameters())
-    model = tiny.adapted(plain, quantize="4bit")
+    model = tiny.adapted(plain, quantize_base="4bit")
     groups = get_optimizer_grouped_parameters(model, OptimizerConfig(1e-3))
     adapters = sum(p.numel() for g in groups for p in g["params"])
     assert f"of {total + adapters:,} parameters" in group_table(groups, model, "")
@@ -121,10 +121,11 @@ def test_start_table_counts_packed_weights():
 
 def test_only_what_carries_adapters_is_packed():
     model = convert_linear_layer_to_lora(
-        tiny.tiny_llama(), LoraConfig(4, quantize="4bit", module_names=("q_proj", "embed_tokens"))
+        tiny.tiny_llama(),
+        LoraConfig(4, quantize_base="4bit", lora_module_name=("q_proj", "embed_tokens")),
     )
     kinds = {name: type(layer).__name__ for name, layer in lora_layers(model).items()}
     assert set(kinds.values()) == {"QuantizedLoRALinear", "LoRAEmbedding"}
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    with pytest.raises(UserError, match="quantize_base is '3bit'"):
-        LoraConfig(4, quantize="3bit")
+    with pytest.raises(UserError, match="quantize_base is 3bit"):
+        LoraConfig(4, quantize_base="3bit")

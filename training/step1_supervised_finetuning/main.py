@@ -45,7 +45,7 @@ def main() -> None:
     # 1. everything that can be wrong is checked before weights are loaded
     begun = start(
         name,
-        dtype=run.dtype,
+        dtype=run.engine.dtype,
         seed=run.seed,
         output_dir=run.output_dir,
         eot_token=run.answer_end,
@@ -78,7 +78,7 @@ def main() -> None:
     train_loader = build_loader(data.train, collator, settings.grouping(), shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, padded, eval_batch, shuffle=False, **ranks)
-    window_size = run.gradient_accumulation_steps
+    window_size = run.engine.gradient_accumulation_steps
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
     course = Course.of(batches, window_size, batch_sizes.max_steps)
     total_steps = course.total_steps

@@ -43,7 +43,7 @@ def main() -> None:
     # 1. everything that can be wrong is checked before weights are loaded
     begun = start(
         name,
-        dtype=run.dtype,
+        dtype=run.engine.dtype,
         seed=run.seed,
         output_dir=run.output_dir,
         eot_token=run.answer_end,
@@ -72,7 +72,7 @@ def main() -> None:
         rows = min(len(sample), settings.eval_iters * eval_batch * world_size)
         sample = sample.shuffle(run.seed).select(range(rows))
     sample_loader = build_loader(sample, collator, eval_batch, shuffle=False, **ranks)
-    window_size = run.gradient_accumulation_steps
+    window_size = run.engine.gradient_accumulation_steps
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
     course = Course.of(batches, window_size, batch_sizes.max_steps)
     total_steps = course.total_steps

@@ -48,7 +48,7 @@ def main() -> None:
     # 1. everything that can be wrong is checked before weights are loaded
     begun = start(
         settings.ppo.actor_model_name_or_path,
-        dtype=run.dtype,
+        dtype=run.engine.dtype,
         seed=run.seed,
         output_dir=run.output_dir,
         eot_token=run.answer_end,

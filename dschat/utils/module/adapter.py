@@ -74,6 +74,12 @@ class AdapterConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ValueError(f"r is {rank}")
+        LoraConfig(self.rank, self.alpha)  # for its checks
+
     def rank_of(self, layer: str) -> int:
         """The rank of the layer of this name."""
         return _by_pattern(self.rank_pattern, layer, self.rank)
@@ -172,7 +178,6 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             alpha_pattern=dict(raw.get("alpha_pattern") or {}),
             modules_to_save=tuple(raw.get("modules_to_save") or ()),
         )
-        LoraConfig(config.rank, config.alpha)  # for its checks
     except (TypeError, ValueError) as error:
         raise UserError(
             f"adapter {name}: {CONFIG_FILE} is malformed ({error}); save the adapter again"

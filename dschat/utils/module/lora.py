@@ -132,7 +132,9 @@ def _output_head(module: nn.Module) -> nn.Module | None:
 
 def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Put an adapter on every matching layer, in place, and freeze what it wraps."""
-    for name in match_layers(model, config.module_names, config.modules_to_save):
+    if config.lora_dim == 0:
+        return model
+    for name in match_layers(model, config.lora_module_name, config.modules_to_save):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         base = getattr(parent, leaf)
         layer = _layer_class(base, config)(base, config)
@@ -146,7 +148,7 @@ def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Mod
 def _layer_class(base: nn.Module, config: LoraConfig) -> type[LoRALayer]:
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding
-    return LoRALinear if config.quantize is None else QuantizedLoRALinear
+    return LoRALinear if config.quantize_base is None else QuantizedLoRALinear
 
 
 def only_optimize_lora_parameters(

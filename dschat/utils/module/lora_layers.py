@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from dschat.errors import UserError
+from dschat.settings import Settings, setting
 from dschat.utils.zero import full_shape, gathered
 
 ALL_LINEAR = "all-linear"
@@ -26,36 +26,44 @@ ROWS_AT_ONCE = 1024  # of a weight in fp32, where DoRA measures its rows
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """What an adapter is: rank, scaling, dropout, initialisation and the layers that carry it."""
+class LoraConfig(Settings):
+    """The adapters of one model: rank, scaling, start, and the layers that carry them.
 
-    dim: int
-    alpha: float | None = None  # None: alpha = dim, a scaling of 1
-    dropout: float = 0.0
-    init: str = "A"  # the matrix that starts random; the other starts at zero
-    use_rslora: bool = False
-    module_names: tuple[str, ...] = (ALL_LINEAR,)
-    use_dora: bool = False
-    modules_to_save: tuple[str, ...] = ()  # trained whole, beside the adapters
-    quantize: str | None = None  # 4bit, 8bit: how the wrapped weights are kept
+    A `lora_dim` of 0 is a model without adapters, which trains all its weights.
+    """
 
-    def __post_init__(self):
-        if self.dim < 1:
-            raise UserError(f"lora_dim is {self.dim}: give a rank of at least 1")
-        if self.init not in ("A", "B"):
-            raise UserError(f"lora_init is {self.init!r}: choose A or B")
-        if self.quantize not in (None, "4bit", "8bit"):
-            raise UserError(f"quantize_base is {self.quantize!r}: choose 4bit or 8bit")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"lora_dropout is {self.dropout}: give a share in [0, 1)")
-        if self.alpha is not None and not 0.0 < self.alpha < math.inf:
-            raise UserError(f"lora_alpha is {self.alpha}: give a number above 0")
+    lora_dim: int = setting(0, "rank of the adapters; 0 trains all weights", at_least=0)
+    lora_alpha: float | None = setting(None, "scaling is alpha / dim (default: dim)", above=0)
+    lora_dropout: float = setting(0.0, "dropout on the adapters' input", at_least=0, below=1)
+    lora_init: str = setting(
+        "A", "the matrix that starts random, the other is zero", choices=("A", "B")
+    )
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(dim)")
+    use_dora: bool = setting(False, "DoRA: train the lengths of the weights' rows too")
+    lora_module_name: tuple[str, ...] = setting(
+        (ALL_LINEAR,),
+        "substrings of layer names that get adapters, or all-linear; embeddings by their name",
+    )
+    modules_to_save: tuple[str, ...] = setting(
+        (), "names of modules that train in full, beside the adapters"
+    )
+    quantize_base: str | None = setting(
+        None,
+        "keep the wrapped weights in so many bits (needs bitsandbytes; ZeRO 0 to 2)",
+        choices=("4bit", "8bit"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lora_module_name", "modules_to_save"):  # commas or spaces between names
+            parts = ",".join(getattr(self, name)).split(",")
+            object.__setattr__(self, name, tuple(part for part in parts if part))
 
     @property
     def scaling(self) -> float:
         """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732)."""
-        alpha = self.dim if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+        alpha = self.lora_dim if self.lora_alpha is None else self.lora_alpha
+        return alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
 
 
 class LoRALayer(nn.Module):
@@ -75,10 +83,10 @@ class LoRALayer(nn.Module):
         self.transposed = transposed
         shape = full_shape(base.weight)
         self.in_features, self.out_features = shape if transposed else reversed(shape)
-        self.scaling, self.init, self.rank = config.scaling, config.init, config.dim
+        self.scaling, self.init, self.rank = config.scaling, config.lora_init, config.lora_dim
         self.adapter_enabled = True
         self._keep_weight(base.weight, config)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.register_parameter(self.MAGNITUDE_NAME, None)
 
     def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
@@ -88,8 +96,8 @@ class LoRALayer(nn.Module):
     def _add_adapter(self, config: LoraConfig, dtype: torch.dtype, device: torch.device) -> None:
         like = {"dtype": dtype, "device": device}
         for name, shape in (
-            (self.A_NAME, (config.dim, self.in_features)),
-            (self.B_NAME, (self.out_features, config.dim)),
+            (self.A_NAME, (config.lora_dim, self.in_features)),
+            (self.B_NAME, (self.out_features, config.lora_dim)),
         ):
             setattr(self, name, nn.Parameter(torch.empty(shape, **like)))
         self.reset_adapter()

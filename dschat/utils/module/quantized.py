@@ -42,7 +42,7 @@ class QuantizedLoRALinear(LoRALinear):
     def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
         from bitsandbytes import functional as bnb
 
-        self.dtype, self.bits = weight.dtype, config.quantize
+        self.dtype, self.bits = weight.dtype, config.quantize_base
         device = weight.device
         if device.type == "cpu":  # models load there; packing belongs to the device that trains
             from deepspeed.accelerator import get_accelerator
