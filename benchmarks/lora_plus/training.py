@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dschat.data.collators import SFTBatch, SFTCollator
-from dschat.functional.losses import sft_loss, window_scale
+from dschat.functional.losses import mean_scale, sft_loss
 from dschat.utils.module.lora import (
     LoraConfig,
     convert_linear_layer_to_lora,
@@ -125,7 +125,7 @@ def fit(
     rows = batch_order(len(task.train), batch_size, run.steps, run.seed)
     for step, numbers in enumerate(rows, start=1):
         batch = task.collator([task.train[number] for number in numbers])
-        loss = _loss_sum(model, batch) * window_scale(int(batch.loss_mask.sum()), world_size=1)
+        loss = _loss_sum(model, batch) * mean_scale(int(batch.loss_mask.sum()), world_size=1)
         if not math.isfinite(loss.item()):
             return Outcome(None, tuple(curve))
         loss.backward()

@@ -22,7 +22,7 @@ from dschat.rlhf.ppo_log import AnswerPrinting
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.settings import Settings, group, setting
-from dschat.train.engine import num_windows
+from dschat.train.engine import num_accumulation_groups
 from dschat.utils.distributed import launched_rank, print_rank_0
 
 
@@ -165,7 +165,7 @@ class RLHFSettings(Settings):
         """How many iterations the data, if it is counted, or an earlier stop make."""
         limits = []
         if batches_per_epoch is not None:
-            per_epoch = num_windows(batches_per_epoch, self.ppo.generation_batches)
+            per_epoch = num_accumulation_groups(batches_per_epoch, self.ppo.generation_batches)
             limits.append(self.run.num_train_epochs * per_epoch)
         if self.ppo.max_steps:
             limits.append(self.ppo.max_steps)
@@ -191,12 +191,11 @@ class RLHFSettings(Settings):
         """Optimizer steps of each role in a whole iteration."""
         ppo = self.ppo
         rows = ppo.per_device_generation_batch_size * self.rollout.answers_per_prompt
-        micro_batches = ppo.generation_batches * num_windows(
+        micro_batches = ppo.generation_batches * num_accumulation_groups(
             rows, ppo.per_device_training_batch_size
         )
-        return ppo.ppo_epochs * num_windows(
-            micro_batches, self.run.engine.gradient_accumulation_steps
-        )
+        size = self.run.engine.gradient_accumulation_steps
+        return ppo.ppo_epochs * num_accumulation_groups(micro_batches, size)
 
     def role_names(self) -> RoleNames:
         """Which folder plays which role."""

@@ -1,8 +1,8 @@
 """Every scalar that is ever backpropagated, as a pure function of tensors.
 
-Losses are sums over tokens or pairs, never means: an optimizer step divides by what the whole
-window holds on all ranks (`window_scale`), so that the update does not depend on micro-batch size
-or on the number of ranks.
+Losses are sums over tokens or pairs, never means: an optimizer step divides by the count of its
+accumulation group on all ranks (`mean_scale`), so that the update does not depend on micro-batch
+size or on the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(logits, dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
-def window_scale(count: float, world_size: int) -> float:
-    """Factor that turns this rank's loss sum into its part of the window's mean.
+def mean_scale(count: float, world_size: int) -> float:
+    """Factor that turns this rank's loss sum into its part of the accumulation group's mean.
 
     Args:
-        count: tokens or pairs in the whole optimizer window, on all ranks.
+        count: tokens or pairs of the accumulation group, on all ranks.
         world_size: DeepSpeed averages gradients over the ranks; this undoes the division.
     """
     return world_size / max(count, 1.0)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from dschat.data.collators import PromptBatch
-from dschat.functional.losses import kl_loss, policy_loss, value_loss, window_scale
+from dschat.functional.losses import kl_loss, mean_scale, policy_loss, value_loss
 from dschat.functional.returns import kl_k3
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience, minibatches
@@ -35,7 +35,7 @@ from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rewards import Rewards, score_statistics
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
-from dschat.train.engine import backward, windows
+from dschat.train.engine import accumulation_groups, backward
 from dschat.utils.distributed import all_reduce_sum
 
 
@@ -156,12 +156,12 @@ class DeepSpeedPPOTrainer:
         """The mini-batches of each optimizer step, shuffled anew in every epoch."""
         for _ in range(self.config.ppo_epochs):
             shuffled = minibatches(experiences, self.config.micro_batch_size, self.generator)
-            yield from windows(shuffled, self.config.gradient_accumulation_steps)
+            yield from accumulation_groups(shuffled, self.config.gradient_accumulation_steps)
 
     def scale_of(self, window: list[Experience]) -> float:
         """What makes this rank's sums its part of the mean over the window's tokens on all."""
         tokens = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in window))])[0]
-        return window_scale(tokens, self.world_size)
+        return mean_scale(tokens, self.world_size)
 
     @torch.no_grad()
     def distance(self, window: list[Experience]) -> float:

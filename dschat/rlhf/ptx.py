@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dschat.data.text_blocks import TextBlocks
-from dschat.functional.losses import window_scale
+from dschat.functional.losses import mean_scale
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.train.engine import backward
 from dschat.utils.distributed import all_reduce_sum
@@ -73,7 +73,7 @@ class PTX:
         first = self.position + self.rank
         mine = [self.order[i] for i in range(first, self.position + blocks, self.world_size)]
         self.position += blocks
-        scale = self.coefficient * window_scale(blocks * (self.length - 1), self.world_size)
+        scale = self.coefficient * mean_scale(blocks * (self.length - 1), self.world_size)
         for count in rows:
             chunk, mine = mine[:count], mine[count:]
             ids = torch.from_numpy(np.stack(self.rows[chunk]["input_ids"]).astype(np.int64))

@@ -39,7 +39,7 @@ from dschat.utils.optim import group_rates
 METRICS = "metrics.jsonl"
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """Something beside the engines that a state holds."""
 
     per_rank: bool  # whether ranks differ in it
@@ -80,7 +80,7 @@ class Position:
         return self.batch if epoch == self.epoch else 0
 
 
-class TrainingStates:
+class Checkpointer:
     """Saves the states of one run, and restores the one that it resumes from.
 
     Every rank makes every call; all of them see the same folder.
@@ -92,7 +92,7 @@ class TrainingStates:
     def __init__(self, config: StateConfig, plan: Plan, distributed: Distributed):
         self.config, self.plan, self.distributed = config, plan, distributed
         self.engines: Mapping[str, nn.Module] = {}
-        self.parts: Mapping[str, Part] = {}
+        self.parts: Mapping[str, Stateful] = {}
         self._checksums: dict[str, str] = {}
         self._source, self._record = None, None
         if config.in_use:
@@ -122,7 +122,7 @@ class TrainingStates:
     def restore(
         self,
         engines: Mapping[str, nn.Module],
-        parts: Mapping[str, Part | None],
+        parts: Mapping[str, Stateful | None],
         frozen: Mapping[str, nn.Module | None] | None = None,
     ) -> Position:
         """Fill everything from the state that the run resumes from, and say where to go on.
@@ -166,7 +166,7 @@ class TrainingStates:
     def save_if_due(self, step: int, epoch: int) -> None:
         """Save after every `save_steps`-th step, when everything of the step has been done."""
         if self.config.save_steps and step % self.config.save_steps == 0:
-            batch = self.plan.course.batches_of(step, epoch)
+            batch = self.plan.steps.batches_of(step, epoch)
             self.save(Position(step, epoch, batch))
 
     def save(self, position: Position) -> None:
@@ -191,7 +191,7 @@ class TrainingStates:
             checkpoint_folder.write_record(part, self._describe(position))
             checkpoint_folder.publish(folder, step, self.config.save_total_limit)
 
-    def _part_file(self, name: str, part: Part) -> str:
+    def _part_file(self, name: str, part: Stateful) -> str:
         rank = f"-rank-{self.distributed.rank:04d}" if part.per_rank else ""
         return f"{name}{rank}.pt"
 

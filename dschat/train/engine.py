@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -40,6 +41,51 @@ from dschat.utils.optim import (
 
 Batch = TypeVar("Batch")
 Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+class Engine(nn.Module, ABC):
+    """DeepSpeed's training engine, as much of it as is used here; for type checkers alone.
+
+    Attributes:
+        module: the model inside.
+    """
+
+    module: nn.Module
+    device: torch.device
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+
+    @abstractmethod
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the next backward pass ends an accumulation group."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
+        """Add a loss's gradients; at a boundary, reduce them over the ranks."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clip, step the optimizer unless gradients overflowed, step the schedule."""
+
+    @abstractmethod
+    def was_step_applied(self) -> bool:
+        """Tell whether the last step changed the weights (fp16 skips overflows)."""
+
+    @abstractmethod
+    def get_global_grad_norm(self) -> float | None:
+        """Gradient norm of the last step, before clipping; None before the first."""
+
+    @abstractmethod
+    def save_checkpoint(
+        self, save_dir: str, tag: str, *, save_latest: bool, exclude_frozen_parameters: bool
+    ) -> bool:
+        """Write weights, optimizer and schedule to SAVE_DIR/TAG; every rank calls it."""
+
+    @abstractmethod
+    def load_checkpoint(
+        self, load_dir: str, tag: str, *, custom_load_fn: Callable[..., None]
+    ) -> tuple[str | None, dict[str, object]]:
+        """Load them; the path is None where there was nothing to load."""
 
 
 def resolve_dtype(name: str) -> str:
@@ -119,7 +165,7 @@ def build_engine(
     schedule: Schedule,
     world_size: int,
     title: str,
-):
+) -> Engine:
     """Apply the recipe and initialise DeepSpeed; print the table of what trains.
 
     An optimizer block in the user's JSON is honoured with the groups kept; otherwise AdamW.
@@ -205,22 +251,22 @@ def build_frozen(
     return engine.module
 
 
-def backward(engine: nn.Module, loss: torch.Tensor, last: bool) -> None:
-    """Accumulate one micro-batch's gradients; they are reduced with the window's last.
+def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
+    """Accumulate one micro-batch's gradients; reduce them with the accumulation group's last.
 
-    The loss must already be divided by what the whole window holds (`losses.window_scale`).
+    The loss must already be divided by the count of the group (`losses.mean_scale`).
     """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def windows(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step; the last window of an epoch may be shorter."""
+def accumulation_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each optimizer step; an epoch's last group may be shorter."""
     iterator = iter(loader)
-    while window := list(islice(iterator, size)):
-        yield window
+    while micro_batches := list(islice(iterator, size)):
+        yield micro_batches
 
 
-def num_windows(num_batches: int, size: int) -> int:
-    """How many optimizer steps `num_batches` micro-batches make."""
+def num_accumulation_groups(num_batches: int, size: int) -> int:
+    """Optimizer steps that `num_batches` micro-batches make."""
     return -(-num_batches // size)

@@ -96,7 +96,7 @@ def timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     return work(*args), time.perf_counter() - start
 
 
-def window_counts(window: Sequence[Any], targets: Callable[[Any], torch.Tensor]) -> list[float]:
+def batch_counts(window: Sequence[Any], targets: Callable[[Any], torch.Tensor]) -> list[float]:
     """Of this rank's micro-batches: what the loss is a mean over, real tokens, sequences."""
     counts = [0.0, 0.0, 0.0]
     for batch in window:
@@ -131,7 +131,7 @@ class TrainingLog:
         self._since_evaluation = _Interval()
 
     def step(self, step: int, loss_sum: float, counts: Sequence[float]) -> None:
-        """Note one optimizer step: this rank's summed loss, and `window_counts` over all ranks."""
+        """Note one optimizer step: this rank's summed loss, and `batch_counts` over all ranks."""
         for interval in (self._since_log, self._since_evaluation):
             interval.add(loss_sum, *counts)
         self.bar.update(1)

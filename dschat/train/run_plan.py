@@ -9,7 +9,7 @@ from typing import Any
 
 from dschat.errors import UserError
 from dschat.settings import flag_values
-from dschat.train.engine import Recipe, num_windows
+from dschat.train.engine import Recipe, num_accumulation_groups
 from dschat.utils.ds_utils import EngineConfig, read_user_config
 from dschat.utils.optim import OptimizerConfig
 
@@ -32,33 +32,35 @@ OVERRIDE = "--resume_with_new_rates"
 
 
 @dataclass(frozen=True)
-class Course:
-    """The way of a whole run: windows are optimizer steps, in step 3 iterations."""
+class StepPlan:
+    """The way of a whole run: groups are optimizer steps, in step 3 iterations."""
 
     total_steps: int
-    epoch_windows: tuple[int, ...]  # of each epoch; they differ where lengths decide the batches
-    window_size: int  # batches
+    epoch_steps: tuple[int, ...]  # of each epoch; they differ where lengths decide the batches
+    batches_per_step: int
 
     @classmethod
-    def of(cls, batches: Sequence[int | None], window_size: int, max_steps: int = 0) -> Course:
-        """The course over a loader's batches of each epoch; 0 `max_steps` is no limit.
+    def of(
+        cls, batches: Sequence[int | None], batches_per_step: int, max_steps: int = 0
+    ) -> StepPlan:
+        """The steps over a loader's batches of each epoch; 0 `max_steps` is no limit.
 
         Batches that nobody has counted (None) make epochs until `max_steps`.
         """
         if None in batches:
-            return cls(max_steps, (), window_size)
-        windows = tuple(num_windows(count, window_size) for count in batches)
-        total = sum(windows)
-        return cls(min(total, max_steps) if max_steps else total, windows, window_size)
+            return cls(max_steps, (), batches_per_step)
+        groups = tuple(num_accumulation_groups(count, batches_per_step) for count in batches)
+        total = sum(groups)
+        return cls(min(total, max_steps) if max_steps else total, groups, batches_per_step)
 
     @property
     def epochs(self) -> int:
         """At most; after `total_steps` a run ends anyway."""
-        return len(self.epoch_windows) or self.total_steps
+        return len(self.epoch_steps) or self.total_steps
 
     def batches_of(self, step: int, epoch: int) -> int:
         """The batches of this epoch that are used up after a step in it."""
-        return (step - sum(self.epoch_windows[:epoch])) * self.window_size
+        return (step - sum(self.epoch_steps[:epoch])) * self.batches_per_step
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Plan:
     kind: str  # which step
     settings: Mapping[str, Any]
     engines: Mapping[str, EnginePlan]
-    course: Course
+    steps: StepPlan
 
     @classmethod
     def of(
@@ -91,7 +93,7 @@ class Plan:
         settings: Any,
         dtype: str,
         data: str,
-        course: Course,
+        steps: StepPlan,
         engines: Mapping[str, EnginePlan],
         found: Mapping[str, Any] | None = None,
     ) -> Plan:
@@ -111,10 +113,10 @@ class Plan:
         for name, plan in engines.items():
             fixed = {"betas": plan.optimizer.betas, "eps": plan.optimizer.eps}
             kept |= _flat(name, fixed)
-        kept |= {"dtype": dtype, "rows": data, "total_steps": course.total_steps}
-        kept |= {"epoch_windows": course.epoch_windows, **(found or {})}
+        kept |= {"dtype": dtype, "rows": data, "total_steps": steps.total_steps}
+        kept |= {"epoch_steps": steps.epoch_steps, **(found or {})}
         # As they come back from a file: tuples become lists.
-        return cls(kind, json.loads(json.dumps(kept)), engines, course)
+        return cls(kind, json.loads(json.dumps(kept)), engines, steps)
 
     def record(self, groups: Mapping[str, list[str]], processes: int) -> dict[str, Any]:
         """The plan as a state's record holds it.
@@ -186,7 +188,7 @@ def _differences(
 
 
 # Settings without a flag; of two differences the one that has a flag is told.
-_DERIVED = ("total_steps", "epoch_windows")
+_DERIVED = ("total_steps", "epoch_steps")
 
 
 def _setting_message(

@@ -11,7 +11,7 @@ from dschat.data.collators import PairCollator, PromptCollator, SFTCollator
 from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.data.loaders import build_loader
 from dschat.errors import UserError
-from dschat.train.run_plan import Course
+from dschat.train.run_plan import StepPlan
 from tests.helpers.tiny import byte_tokenizer
 
 ROWS = [
@@ -154,7 +154,7 @@ def test_batches_of_all_lengths_are_refused(flag):
 
 
 def test_a_stream_goes_on_until_max_steps():
-    course = Course.of([None], window_size=2, max_steps=7)
-    assert (course.total_steps, course.epochs) == (7, 7)
+    steps = StepPlan.of([None], batches_per_step=2, max_steps=7)
+    assert (steps.total_steps, steps.epochs) == (7, 7)
     settings = list(_steps("--max_steps", "7"))[2]()
     assert settings.iterations(None) == 7

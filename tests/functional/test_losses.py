@@ -5,13 +5,13 @@ import torch
 
 from dschat.functional.losses import (
     kl_loss,
+    mean_scale,
     pairwise_loss,
     policy_loss,
     sft_loss,
     token_entropy,
     token_logprobs,
     value_loss,
-    window_scale,
 )
 
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
@@ -170,10 +170,10 @@ def test_value_loss_never_sees_what_is_behind_the_answer():
     close(values.grad, [[-1.0, 0.0]])
 
 
-def test_window_scale():
+def test_mean_scale():
     # 2 ranks, 8 tokens in all: each rank's sum times 2/8; DeepSpeed's mean over 2 makes it 1/8.
-    assert window_scale(8.0, 2) == 0.25
-    assert window_scale(0.0, 2) == 2.0  # a window of filler: the sums are 0 anyway
+    assert mean_scale(8.0, 2) == 0.25
+    assert mean_scale(0.0, 2) == 2.0  # a group of filler: the sums are 0 anyway
 
 
 def loss_of(kind: str, weight: torch.Tensor, part: slice) -> tuple[torch.Tensor, float]:
@@ -216,7 +216,7 @@ def test_the_gradient_is_that_of_one_big_batch(kind, ranks):
     for micro_batches in ranks:
         weight = torch.ones((), requires_grad=True)
         for part in micro_batches:
-            (loss_of(kind, weight, part)[0] * window_scale(count, len(ranks))).backward()
+            (loss_of(kind, weight, part)[0] * mean_scale(count, len(ranks))).backward()
         gradients.append(weight.grad)
     close(torch.stack(gradients).mean(), whole.grad.item())
     assert abs(whole.grad.item()) > 1e-3

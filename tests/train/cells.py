@@ -106,7 +106,7 @@ def all_cells() -> list[Cell]:
     ]
     cells += [replace(cell, name=f"{cell.name}-first", first_steps=True) for cell in matrix()]
     for stage in range(4):
-        cells.append(Cell(f"causal-z{stage}-windows", "causal", stage, accumulation=2))
+        cells.append(Cell(f"causal-z{stage}-accumulation", "causal", stage, accumulation=2))
         cells.append(Cell(f"causal-z{stage}-everything", "causal", stage, everything=True))
     for stage in (0, 2, 3):
         cells.append(Cell(f"causal-z{stage}-json", "causal", stage, user_json=True))
@@ -119,7 +119,7 @@ def all_cells() -> list[Cell]:
         cells.append(Cell(f"gpt2-z{stage}", "gpt2", stage))
         cells.append(Cell(f"gpt2-z{stage}-everything", "gpt2", stage, everything=True))
         cells.append(Cell(f"reward-z{stage}-everything", "reward", stage, everything=True))
-    cells.append(Cell("reward-z2-windows", "reward", 2, accumulation=2))
+    cells.append(Cell("reward-z2-accumulation", "reward", 2, accumulation=2))
     cells.append(Cell("causal-z3-folder", "causal", 3, built_from="folder"))
     cells.append(Cell("reward-z3-folder", "reward", 3, built_from="folder"))
     every = {"everything": True, "checkpointing": True, "offload": True, "built_from": "folder"}

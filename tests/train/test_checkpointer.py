@@ -23,7 +23,7 @@ from dschat.train.resume_checks import (
     frozen_checksum,
     set_rates,
 )
-from dschat.train.run_plan import Course, EnginePlan, Plan, check_plan
+from dschat.train.run_plan import EnginePlan, Plan, StepPlan, check_plan
 from dschat.utils.distributed import RandomState, set_random_seed
 from dschat.utils.optim import (
     SCHEDULES,
@@ -36,7 +36,7 @@ from tests.helpers import tiny
 
 OLD = OptimizerConfig(1e-3, loraplus_lr_ratio=16.0)
 NEW = OptimizerConfig(2e-3, loraplus_lr_ratio=8.0)
-COURSE = Course(total_steps=14, epoch_windows=(7, 7), window_size=2)
+STEPS = StepPlan(total_steps=14, epoch_steps=(7, 7), batches_per_step=2)
 
 
 def sft(*argv: str) -> SFTSettings:
@@ -45,7 +45,7 @@ def sft(*argv: str) -> SFTSettings:
 
 def plan(*argv: str, rows: str = "abc", optimizer: OptimizerConfig = OLD, stage: int = 0) -> Plan:
     engines = {"model": EnginePlan(stage, optimizer)}
-    return Plan.of("step 1 (SFT)", sft(*argv), "fp32", rows, COURSE, engines)
+    return Plan.of("step 1 (SFT)", sft(*argv), "fp32", rows, STEPS, engines)
 
 
 def saved(*groups: str) -> dict:
@@ -123,7 +123,7 @@ def test_actor_and_critic_each_have_a_ratio():
             "actor": EnginePlan(0, OLD, "actor_"),
             "critic": EnginePlan(0, critic, "critic_"),
         }
-        return Plan.of("step 3 (PPO)", settings, "fp32", "abc", COURSE, engines)
+        return Plan.of("step 3 (PPO)", settings, "fp32", "abc", STEPS, engines)
 
     groups = {"actor": ["lora_A", "lora_B"], "critic": ["lora_A", "lora_B", "head"]}
     record = step_3(OLD).record(groups, 1)
@@ -222,8 +222,8 @@ def test_random_generators_go_on():
 
 
 def test_a_place_in_the_data():
-    assert [COURSE.batches_of(step, 0) for step in (1, 7)] == [2, 14]
-    assert COURSE.batches_of(8, 1) == 2
+    assert [STEPS.batches_of(step, 0) for step in (1, 7)] == [2, 14]
+    assert STEPS.batches_of(8, 1) == 2
     at = Position(step=8, epoch=1, batch=2)
     assert [at.batches(epoch) for epoch in (1, 2)] == [2, 0]
 

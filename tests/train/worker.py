@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dschat.functional.losses import pairwise_loss, sft_loss, window_scale
+from dschat.functional.losses import mean_scale, pairwise_loss, sft_loss
 from dschat.models.causal_lm import create_hf_model, forward_inputs
 from dschat.models.reward_model import create_critic_model, scores_at_end
-from dschat.train.engine import backward, build_engine, torch_dtype, windows
+from dschat.train.engine import accumulation_groups, backward, build_engine, torch_dtype
 from dschat.utils import zero
 from dschat.utils.distributed import Distributed, all_reduce_sum, init_distributed
 from dschat.utils.ds_utils import get_train_ds_config
@@ -87,12 +87,11 @@ def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict
         "moves": [],
     }
     before = zero.consolidated_state_dict(engine.module, peers.rank) if cell.first_steps else {}
-    for window in windows(cells.row_numbers(cell), cell.accumulation):
-        parts = [
-            loss_and_count(engine, cell, rows[peers.rank :: peers.world_size]) for rows in window
-        ]
+    for micro_batches in accumulation_groups(cells.row_numbers(cell), cell.accumulation):
+        mine = [rows[peers.rank :: peers.world_size] for rows in micro_batches]
+        parts = [loss_and_count(engine, cell, rows) for rows in mine]
         (total,) = all_reduce_sum([sum(count for _, count in parts)])
-        scale, loss_sum = window_scale(total, peers.world_size), 0.0
+        scale, loss_sum = mean_scale(total, peers.world_size), 0.0
         for i, (loss_of, _) in enumerate(parts):
             loss = loss_of()
             backward(engine, loss * scale, last=i == len(parts) - 1)

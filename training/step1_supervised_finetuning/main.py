@@ -17,16 +17,16 @@ from dschat.config.cli import parse, run_cli
 from dschat.data.collators import PackedCollator, SFTCollator
 from dschat.data.datasets import create_prompt_dataset
 from dschat.data.loaders import build_loader
-from dschat.functional.losses import window_scale
+from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import check_context, create_hf_model
 from dschat.models.packing import check_packing, prove_packing
 from dschat.models.save import save_hf_format
-from dschat.train.checkpointer import TrainingStates
-from dschat.train.engine import backward, build_engine, windows
+from dschat.train.checkpointer import Checkpointer
+from dschat.train.engine import accumulation_groups, backward, build_engine
 from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
-from dschat.train.progress import TrainingLog, WorkShape, timed, window_counts
-from dschat.train.run_plan import Course, EnginePlan, Plan
-from dschat.train.startup import start
+from dschat.train.prepare import setup_run
+from dschat.train.progress import TrainingLog, WorkShape, batch_counts, timed
+from dschat.train.run_plan import EnginePlan, Plan, StepPlan
 from dschat.utils.distributed import (
     all_reduce_sum,
     from_local_main,
@@ -43,7 +43,7 @@ def main() -> None:
     name = batch_sizes.model_name_or_path
 
     # 1. everything that can be wrong is checked before weights are loaded
-    begun = start(
+    ctx = setup_run(
         name,
         dtype=run.engine.dtype,
         seed=run.seed,
@@ -52,9 +52,9 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
         teaches_format=True,
     )
-    device, world_size, tokenizer = begun.device, begun.world_size, begun.tokenizer
+    device, world_size, tokenizer = ctx.device, ctx.world_size, ctx.tokenizer
     micro_batch = batch_sizes.per_device_train_batch_size
-    engine_config = run.engine_config(model_settings, begun.dtype_name, micro_batch)
+    engine_config = run.engine_config(model_settings, ctx.dtype_name, micro_batch)
     ds_config = get_train_ds_config(engine_config, world_size)
     recipe = run.recipe(model_settings)
     recipe.check(name, AutoModelForCausalLM.from_config)
@@ -74,44 +74,44 @@ def main() -> None:
     # 2. data, model, engine
     collators = [SFTCollator, PackedCollator if settings.packing else SFTCollator]
     padded, collator = (c(tokenizer.pad_token_id, settings.train_on_prompt) for c in collators)
-    ranks = {"rank": begun.rank, "world_size": world_size, "seed": run.seed}
+    ranks = {"rank": ctx.rank, "world_size": world_size, "seed": run.seed}
     train_loader = build_loader(data.train, collator, settings.grouping(), shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, padded, eval_batch, shuffle=False, **ranks)
-    window_size = run.engine.gradient_accumulation_steps
+    batches_per_step = run.engine.gradient_accumulation_steps
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
-    course = Course.of(batches, window_size, batch_sizes.max_steps)
-    total_steps = course.total_steps
+    steps = StepPlan.of(batches, batches_per_step, batch_sizes.max_steps)
+    total_steps = steps.total_steps
     engines = {"model": EnginePlan.of(engine_config, recipe)}
-    plan = Plan.of("step 1 (SFT)", settings, begun.dtype_name, data.key, course, engines)
-    states = TrainingStates(run.state_config(), plan, begun.distributed)
+    plan = Plan.of("step 1 (SFT)", settings, ctx.dtype_name, data.key, steps, engines)
+    checkpointer = Checkpointer(run.state_config(), plan, ctx.distributed)
     model = create_hf_model(
-        name, tokenizer, begun.dtype, ds_config=ds_config, dropout=model_settings.dropout
+        name, tokenizer, ctx.dtype, ds_config=ds_config, dropout=model_settings.dropout
     )
     schedule = run.schedule(total_steps)
     engine = build_engine(model, engine_config, recipe, schedule, world_size, "step 1, SFT")
     if settings.packing:
         prove_packing(engine, device)
-    shape = WorkShape.of(engine, recipe, begun.gpus)
-    log = TrainingLog(run.log_config(states.continued), engine, shape, total_steps, begun.rank)
-    set_random_seed(run.seed + begun.rank)
-    at = states.restore({"model": engine}, {"log": log})
+    shape = WorkShape.of(engine, recipe, ctx.gpus)
+    log = TrainingLog(run.log_config(checkpointer.continued), engine, shape, total_steps, ctx.rank)
+    set_random_seed(run.seed + ctx.rank)
+    position = checkpointer.restore({"model": engine}, {"log": log})
 
     # 3. train; evaluate before, at intervals, after each epoch
-    step = at.step
+    step = position.step
     if step == 0:
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
-    for epoch in range(at.epoch, course.epochs):
-        train_loader.set_epoch(epoch, skip=at.batches(epoch))
-        for window in windows(train_loader, window_size):
+    for epoch in range(position.epoch, steps.epochs):
+        train_loader.set_epoch(epoch, skip=position.batches(epoch))
+        for micro_batches in accumulation_groups(train_loader, batches_per_step):
             if step == total_steps:
                 break
-            window = [batch.to(device) for batch in window]
-            counts = all_reduce_sum(window_counts(window, trained_tokens))
-            scale, loss_sum = window_scale(counts[0], world_size), 0.0
-            for i, batch in enumerate(window):
+            micro_batches = [batch.to(device) for batch in micro_batches]
+            counts = all_reduce_sum(batch_counts(micro_batches, trained_tokens))
+            scale, loss_sum = mean_scale(counts[0], world_size), 0.0
+            for i, batch in enumerate(micro_batches):
                 loss = answer_loss(engine, batch)
-                backward(engine, loss * scale, last=i == len(window) - 1)
+                backward(engine, loss * scale, last=i == len(micro_batches) - 1)
                 loss_sum += loss.item()
             engine.step()
             step += 1
@@ -121,14 +121,14 @@ def main() -> None:
                 print_rank_0(f"step {step}/{total_steps} | loss {mean:.4f}")
             if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
-            states.save_if_due(step, epoch)
+            checkpointer.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
         if step == total_steps:
             break
 
     # 4. a model folder that transformers loads
     if run.output_dir is not None:
-        save_hf_format(engine, tokenizer, run.output_dir, begun.distributed, save_plan)
+        save_hf_format(engine, tokenizer, run.output_dir, ctx.distributed, save_plan)
     log.close()
 
 

@@ -19,7 +19,7 @@ from dschat.models.reward_model import check_reward_head, create_critic_model
 from dschat.settings import Settings, group, setting
 from dschat.train.evaluation import evaluate_pairs, pair_scores
 from dschat.train.metrics import format_value
-from dschat.train.startup import start
+from dschat.train.prepare import setup_run
 from dschat.utils.distributed import print_rank_0
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Score the evaluation pairs of the data."""
     settings = parse(RewardEvaluation, None, __doc__)
     flags = settings.evaluation
-    begun = start(
+    ctx = setup_run(
         flags.model_name_or_path,
         dtype=flags.dtype,
         seed=flags.seed,
@@ -46,7 +46,7 @@ def main() -> None:
         eot_token=flags.answer_end,
         prompt_format=settings.data.prompt_format,
     )
-    tokenizer = begun.tokenizer
+    tokenizer = ctx.tokenizer
     check_reward_head(flags.model_name_or_path)
     spec = settings.data.spec(flags.seed, flags.max_seq_len)
     data = create_prompt_dataset(spec, tokenizer, 2)
@@ -59,14 +59,14 @@ def main() -> None:
         seed=flags.seed,
         shuffle=False,
     )
-    model = create_critic_model(flags.model_name_or_path, tokenizer, begun.dtype)
-    model.to(begun.device).eval()
+    model = create_critic_model(flags.model_name_or_path, tokenizer, ctx.dtype)
+    model.to(ctx.device).eval()
 
-    figures = evaluate_pairs(model, loader, begun.device)
+    figures = evaluate_pairs(model, loader, ctx.device)
     print_rank_0(" | ".join(f"{name} {format_value(x)}" for name, x in figures.items()))
     collate = PairCollator(tokenizer.pad_token_id)
     for row in data.eval.select(range(min(settings.show, len(data.eval)))):
-        batch = collate([row]).to(begun.device)
+        batch = collate([row]).to(ctx.device)
         chosen, rejected = pair_scores(model, batch)
         prompt = tokenizer.decode(row["chosen_ids"][: row["prompt_len"]])
         print_rank_0(f"\nprompt: {prompt!r}")

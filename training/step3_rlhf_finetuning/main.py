@@ -32,10 +32,10 @@ from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_config import RoleNames
-from dschat.train.checkpointer import TrainingStates
-from dschat.train.engine import windows
-from dschat.train.run_plan import Course, EnginePlan, Plan
-from dschat.train.startup import start
+from dschat.train.checkpointer import Checkpointer
+from dschat.train.engine import accumulation_groups
+from dschat.train.prepare import setup_run
+from dschat.train.run_plan import EnginePlan, Plan, StepPlan
 from dschat.utils.distributed import Distributed, from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 
@@ -46,7 +46,7 @@ def main() -> None:
     run = settings.run
 
     # 1. everything that can be wrong is checked before weights are loaded
-    begun = start(
+    ctx = setup_run(
         settings.ppo.actor_model_name_or_path,
         dtype=run.engine.dtype,
         seed=run.seed,
@@ -54,7 +54,7 @@ def main() -> None:
         eot_token=run.answer_end,
         prompt_format=settings.data.prompt_format,
     )
-    tokenizer, distributed = begun.tokenizer, begun.distributed
+    tokenizer, distributed = ctx.tokenizer, ctx.distributed
     names = settings.role_names()
     retokenise = names.check(tokenizer, run.answer_end)
     rewards = settings.rewards.rewards(names.reward)
@@ -67,24 +67,24 @@ def main() -> None:
     cache = settings.data.data_output_path
     text = settings.mixin.blocks(tokenizer, spec.max_seq_len, cache, from_local_main)
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
-    ranks = {"rank": begun.rank, "world_size": begun.world_size, "seed": run.seed}
+    ranks = {"rank": ctx.rank, "world_size": ctx.world_size, "seed": run.seed}
     prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
     held_out = build_loader(data.eval, collator, rollout_batch, shuffle=False, **ranks)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
-    cast = settings.cast(begun.dtype_name, iterations, retokenise, rewards.scaling)
+    cast = settings.cast(ctx.dtype_name, iterations, retokenise, rewards.scaling)
     for role in cast.trained.values():
-        get_train_ds_config(role.engine, begun.world_size)
+        get_train_ds_config(role.engine, ctx.world_size)
     engines = {
         name: EnginePlan.of(role.engine, role.recipe, f"{name}_")
         for name, role in cast.trained.items()
     }
-    course = Course.of(
+    steps = StepPlan.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
     )
     found = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
-    plan = Plan.of("step 3 (PPO)", settings, begun.dtype_name, data.key, course, engines, found)
-    states = TrainingStates(run.state_config(), plan, distributed)
+    plan = Plan.of("step 3 (PPO)", settings, ctx.dtype_name, data.key, steps, engines, found)
+    checkpointer = Checkpointer(run.state_config(), plan, distributed)
 
     hybrid = settings.rollout.enable_hybrid_engine
     if hybrid:
@@ -98,26 +98,24 @@ def main() -> None:
     fused = settings.rollout.fuses(settings.actor)
     engine = rollout_engine(roles, fused, proof, config.sampling.max_new_tokens)
     ptx = PTX(text, settings.mixin.unsup_coef, **ranks) if text else None
-    trainer = DeepSpeedPPOTrainer(roles, config, begun.world_size, engine, rewards, ptx)
+    trainer = DeepSpeedPPOTrainer(roles, config, ctx.world_size, engine, rewards, ptx)
     recipes = {name: role.recipe for name, role in cast.trained.items()}
-    log_config = run.log_config(states.continued)
-    log = PPOLog(
-        log_config, settings.printing(), roles, recipes, begun.gpus, iterations, begun.rank
-    )
-    set_random_seed(run.seed + begun.rank)
-    at = states.restore(
+    log_config = run.log_config(checkpointer.continued)
+    log = PPOLog(log_config, settings.printing(), roles, recipes, ctx.gpus, iterations, ctx.rank)
+    set_random_seed(run.seed + ctx.rank)
+    position = checkpointer.restore(
         roles.trained,
         {"ppo": trainer, "ema": roles.ema, "ptx": ptx, "health": log.health},
         frozen={"reference": roles.reference, "reward": roles.reward},
     )
 
     # 3. train; evaluate before, at intervals, after each epoch
-    iteration = at.step
+    iteration = position.step
     if iteration == 0:
         log.evaluation(iteration, trainer.evaluate(held_out))
-    for epoch in range(at.epoch, course.epochs):
-        prompts.set_epoch(epoch, skip=at.batches(epoch))
-        for batches in windows(prompts, settings.ppo.generation_batches):
+    for epoch in range(position.epoch, steps.epochs):
+        prompts.set_epoch(epoch, skip=position.batches(epoch))
+        for batches in accumulation_groups(prompts, settings.ppo.generation_batches):
             if iteration == iterations:
                 break
             log.begin()
@@ -128,7 +126,7 @@ def main() -> None:
             log.iteration(iteration, statistics, experiences, config.ppo_epochs)
             if settings.ppo.eval_interval and iteration % settings.ppo.eval_interval == 0:
                 log.evaluation(iteration, trainer.evaluate(held_out))
-            states.save_if_due(iteration, epoch)
+            checkpointer.save_if_due(iteration, epoch)
         log.evaluation(iteration, trainer.evaluate(held_out))
         if iteration == iterations:
             break

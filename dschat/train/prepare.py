@@ -21,7 +21,7 @@ from dschat.utils.perf import Gpus
 
 
 @dataclass(frozen=True)
-class Startup:
+class RunContext:
     """A process that is ready to load data and models."""
 
     distributed: Distributed
@@ -56,7 +56,7 @@ class Startup:
         return Gpus(self.world_size, self.dtype, name)
 
 
-def start(
+def setup_run(
     model_name_or_path: str,
     *,
     dtype: str,
@@ -65,7 +65,7 @@ def start(
     eot_token: str | None,
     prompt_format: str | None = None,
     teaches_format: bool = False,
-) -> Startup:
+) -> RunContext:
     """Join the process group and check what can be checked without data or weights.
 
     Args:
@@ -89,4 +89,4 @@ def start(
     distributed = init_distributed()
     print_rank_0(describe_format(form, tokenizer, stored), distributed.rank)
     set_random_seed(seed)
-    return Startup(distributed, name, tokenizer)
+    return RunContext(distributed, name, tokenizer)
