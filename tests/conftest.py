@@ -1,18 +1,27 @@
-"""Shared by all tests: this folder becomes importable, so `launch` and `tiny` are."""
+"""What all tests share: one thread, no network, a fixed seed, a tokenizer."""
 
 import os
 
-import pytest
+# Before the first import of torch and huggingface_hub, which read them. One thread: sums of floats
+# depend on how many threads share them, and the ranks that tests start have one as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder must not wait for a network
 
-# Read when huggingface_hub is first imported: a name that is no folder must not wait for a network.
-os.environ["HF_HUB_OFFLINE"] = "1"
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Each test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
 def tiny_tokenizer():
     """One token a byte; pad 0, bos 1 and eos 2 are distinct."""
-    from tests.helpers.tiny import (
-        byte_tokenizer,  # here: tests without a model need not wait for it
-    )
+    from tests.helpers.tiny import byte_tokenizer  # here: transformers takes seconds to import
 
     return byte_tokenizer()

@@ -16,6 +16,7 @@ from dschat.data import cache, tokenise
 from dschat.data.cache import written_once
 from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.errors import UserError
+from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.tiny import byte_tokenizer
 
 ROWS = 3000
@@ -55,7 +56,7 @@ def _start(source: str, folder: Path, workers: int = 1, limit: int | None = None
 
 def _end(process: BaseProcess, folder: Path) -> str:
     """What it said."""
-    process.join(timeout=120)
+    process.join(timeout=TIME_LIMIT)
     assert process.exitcode == 0
     return (folder.parent / f"said-{process.pid}").read_text()
 
@@ -65,8 +66,8 @@ def _started(folder: Path) -> list[int]:
     return [int(path.name.split("-")[1]) for path in folder.parent.glob("started-*")]
 
 
-def _until(seen, seconds: float = 60) -> object:
-    deadline = time.monotonic() + seconds
+def _until(seen) -> object:
+    deadline = time.monotonic() + TIME_LIMIT
     while not (found := seen()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -93,7 +94,7 @@ def test_two_runs_at_once_and_one_that_was_killed_before(source, tmp_path):
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert _left(folder)  # it was in the middle of it
-    _until(lambda: not any(_runs(pid) for pid in workers), seconds=10)
+    _until(lambda: not any(_runs(pid) for pid in workers))
     for path in tmp_path.glob("started-*"):
         path.unlink()
     both = [_start(source, folder) for _ in range(2)]
@@ -187,10 +188,10 @@ def test_a_lock_is_not_inherited(tmp_path):
     with cache._locked(_with_locks(tmp_path), "name", wait=True):
         child = os.fork()
         if child == 0:
-            time.sleep(60)
+            time.sleep(2 * TIME_LIMIT)
             os._exit(0)
     try:
-        _until(lambda: _is_free(tmp_path), seconds=10)  # the child lives for longer
+        _until(lambda: _is_free(tmp_path))  # the child lives for longer
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

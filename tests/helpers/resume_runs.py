@@ -102,7 +102,7 @@ def launch_runs(runs: dict[str, Run], folder: Path, ranks: int) -> dict[str, Out
     (folder / "plan.json").write_text(json.dumps(plan))
     worker, logs = Path(__file__).with_name("resume_worker.py"), folder / "logs"
     logs.mkdir()
-    run_ranks(worker, ranks, [str(folder / "plan.json")], timeout=400, log_dir=logs)
+    run_ranks(worker, ranks, [str(folder / "plan.json")], log_dir=logs)
     results = json.loads((folder / "results.0.json").read_text())
     return {name: Outcome(**r) for name, r in zip(runs, results, strict=True)}
 

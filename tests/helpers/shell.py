@@ -14,6 +14,7 @@ import pytest
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
+from tests.helpers.launch import TIME_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "training"
@@ -81,7 +82,7 @@ def fake_launchers(
 
     def run(*command: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, cwd=empty, capture_output=True, text=True, check=False, timeout=60
+            command, cwd=empty, capture_output=True, text=True, check=False, timeout=TIME_LIMIT
         )
 
     return run

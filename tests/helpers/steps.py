@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.tiny import save_llama_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,11 +78,11 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(command: Sequence[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess:
+def launch(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess:
     """Run a command on the CPU, without a network, as from a fresh shell.
 
     Raises:
-        subprocess.TimeoutExpired: after `timeout` seconds; the command's children are killed too.
+        subprocess.TimeoutExpired: after TIME_LIMIT; the command's children are killed too.
     """
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -91,7 +92,7 @@ def launch(command: Sequence[str], cwd: Path, timeout: float) -> subprocess.Comp
         command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=TIME_LIMIT)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -100,7 +101,7 @@ def launch(command: Sequence[str], cwd: Path, timeout: float) -> subprocess.Comp
 
 
 def run_worker(
-    plan: Sequence[Sequence[object]], cwd: Path, *, ranks: int, timeout: float
+    plan: Sequence[Sequence[object]], cwd: Path, *, ranks: int
 ) -> tuple[list[Result], str]:
     """Run programs in turn in one process, or in as many as torchrun starts.
 
@@ -116,7 +117,7 @@ def run_worker(
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     torchrun += ["--master_port", free_port()]
     start = [sys.executable, *(torchrun if ranks > 1 else []), str(WORKER)]
-    done = launch([*start, str(folder / "plan.json")], cwd, timeout)
+    done = launch([*start, str(folder / "plan.json")], cwd)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads((folder / "results.json").read_text())
     return [Result(**result) for result in results], done.stdout

@@ -26,6 +26,7 @@ from inference.chatbot import (
 )
 from inference.conversation import Turn, fit_conversation, format_conversation, settled_part
 from tests.helpers.adapters import ALONE, plan, with_adapter
+from tests.helpers.launch import TIME_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -300,7 +301,7 @@ def test_both_entry_points_run_from_elsewhere(script, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIME_LIMIT,
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")

@@ -35,7 +35,7 @@ def on_two_ranks(rollout, folders, tmp_path_factory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks")
     folder = folders["llama"].actor.parent
     args = [";".join(CELLS), str(rollout), str(folder), str(out / "results.pt")]
-    run_ranks(Path(__file__).with_name("ppo_worker.py"), 2, args, timeout=240, log_dir=out)
+    run_ranks(Path(__file__).with_name("ppo_worker.py"), 2, args, log_dir=out)
     return torch.load(out / "results.pt")
 
 

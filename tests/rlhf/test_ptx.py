@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_ppo_plus_that_of_the_text(
 def on_two_ranks(rollout, folders: dict[str, Folders], tmp_path_factory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks")
     args = [str(rollout), str(folders["llama"].actor.parent), str(out / "results.pt")]
-    run_ranks(Path(__file__).with_name("ptx_worker.py"), 2, args, timeout=240, log_dir=out)
+    run_ranks(Path(__file__).with_name("ptx_worker.py"), 2, args, log_dir=out)
     return torch.load(out / "results.pt")
 
 

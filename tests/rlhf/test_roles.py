@@ -149,7 +149,7 @@ def on_two_ranks(folders, distributed, tmp_path_factory) -> tuple[Folders, Exper
     torch.save({f.name: getattr(e, f.name) for f in fields(e)}, out / "rollout.pt")
     places = [folders["llama"].actor.parent, one_base.actor.parent, out / "rollout.pt", out]
     worker = Path(__file__).with_name("roles_worker.py")
-    run_ranks(worker, 2, [str(place) for place in places], timeout=200, log_dir=out)
+    run_ranks(worker, 2, [str(place) for place in places], log_dir=out)
     return one_base, e, torch.load(out / "results.pt")
 
 

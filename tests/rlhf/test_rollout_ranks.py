@@ -14,7 +14,7 @@ def results(folders, tmp_path_factory) -> list[dict]:
     """Of both ranks."""
     out = tmp_path_factory.mktemp("ranks")
     args = [str(folders["llama"].actor.parent), str(out)]
-    run_ranks(Path(__file__).with_name("rollout_worker.py"), 2, args, timeout=240, log_dir=out)
+    run_ranks(Path(__file__).with_name("rollout_worker.py"), 2, args, log_dir=out)
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     tensors = load_file(made / "misfit/adapter_model.safetensors")
     first = next(key for key in tensors if "lora_A" in key)
     save_file(tensors | {first: torch.ones(4, 3)}, made / "misfit/adapter_model.safetensors")
-    printed = run_ranks(WORKER, 2, [str(made), str(output)], 120, made)
+    printed = run_ranks(WORKER, 2, [str(made), str(output)], made)
     return SimpleNamespace(made=made, output=output, printed=printed)
 
 

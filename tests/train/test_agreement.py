@@ -16,6 +16,7 @@ import torch
 
 from dschat.models.save import save_hf_format
 from dschat.utils.distributed import Distributed
+from tests.helpers import launch
 from tests.helpers.launch import run_ranks
 from tests.helpers.tiny import byte_tokenizer
 from tests.train import cells, reference
@@ -46,7 +47,7 @@ def runs(tmp_path_factory) -> dict[int, SimpleNamespace]:
     for ranks in RANKS:
         output = folder / str(ranks)
         output.mkdir()
-        run_ranks(WORKER, ranks, [str(output), str(folder / "models")], 300, folder)
+        run_ranks(WORKER, ranks, [str(output), str(folder / "models")], folder)
         stories = json.loads((output / "story.json").read_text())
         found[ranks] = SimpleNamespace(output=output, stories=stories)
     return found
@@ -165,9 +166,19 @@ def test_bf16_takes_the_same_path_within_its_rounding(runs, stage: int, ranks: i
 def test_launcher_tells_which_rank_failed(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
-        "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no luck')\ntime.sleep(60)\n"
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1': sys.exit('no luck')\n"
+        "time.sleep(2 * 3600)\n"
     )
     with pytest.raises(RuntimeError, match="rank 1 ended with 1\nno luck"):
-        run_ranks(script, 2, [], timeout=30, log_dir=tmp_path)
+        run_ranks(script, 2, [], log_dir=tmp_path)
     script.write_text("import os\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'])\n")
-    assert run_ranks(script, 2, [], timeout=30, log_dir=tmp_path) == ["0 2\n", "1 2\n"]
+    assert run_ranks(script, 2, [], log_dir=tmp_path) == ["0 2\n", "1 2\n"]
+
+
+def test_launcher_ends_ranks_that_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TIME_LIMIT", 1.0)
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\ntime.sleep(2 * 3600)\n")
+    with pytest.raises(RuntimeError, match="still run after the time limit"):
+        run_ranks(script, 1, [], log_dir=tmp_path)

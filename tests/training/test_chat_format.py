@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ]
     plan[2] += ["--per_device_generation_batch_size", "6", "--num_warmup_steps", "0"]
     plan[3] += ["--max_seq_len", "160"]
-    return Run(folder, *run_worker(plan, folder, ranks=1, timeout=180))
+    return Run(folder, *run_worker(plan, folder, ranks=1))
 
 
 def test_every_step_follows_the_format_that_was_stored(run: Run):

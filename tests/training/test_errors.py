@@ -207,7 +207,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
     """The result of each case; all of them run in one process."""
     folder = tmp_path_factory.mktemp("errors")
     write_wrong_inputs(folder)
-    results, _ = run_worker([c.argv for c in CASES.values()], folder, ranks=1, timeout=150)
+    results, _ = run_worker([c.argv for c in CASES.values()], folder, ranks=1)
     by_name = dict(zip(CASES, results, strict=True))
     return by_name.__getitem__
 
@@ -225,7 +225,7 @@ def test_wrong_input_ends_with_one_line_before_weights_are_read(
 
 
 def test_a_real_process_ends_so_too(tmp_path: Path):
-    done = launch([sys.executable, str(ROOT / SFT), "--bad"], tmp_path, timeout=60)
+    done = launch([sys.executable, str(ROOT / SFT), "--bad"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: unknown flag --bad; see --help"]
     assert done.stdout == ""

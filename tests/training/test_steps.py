@@ -92,7 +92,7 @@ def one_rank(inputs: Path) -> Run:
     ]
     plan[2] += ["--critic_lora_dim", "4", "--output_dir", folder / "ppo"]
     plan += sft_in_other_batches(folder, 1)
-    return Run(folder, *run_worker(plan, inputs, ranks=1, timeout=180))
+    return Run(folder, *run_worker(plan, inputs, ranks=1))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def two_ranks(inputs: Path, one_rank: Run) -> Run:
     plan[3] += ["--output_dir", sft]
     plan[4] += ["--output_dir", reward]
     plan += sft_in_other_batches(folder, 2)
-    return Run(folder, *run_worker(plan, inputs, ranks=2, timeout=300))
+    return Run(folder, *run_worker(plan, inputs, ranks=2))
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
@@ -325,7 +325,7 @@ def test_step_1_under_the_deepspeed_launcher(inputs: Path):
     argv = [ROOT / SFT, *sft_fp32(folder, 2)[1:], "--max_train_samples", 10, "--zero_stage", 2]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     launcher += ["--master_port", free_port()]
-    done = launch([str(word) for word in [*launcher, *argv, "--deepspeed"]], inputs, timeout=180)
+    done = launch([str(word) for word in [*launcher, *argv, "--deepspeed"]], inputs)
     assert done.returncode == 0, done.stderr[-4000:]
     assert_all_finite(folder / "sft")
     # 10 rows, 2 x 4 at a time, are 2 steps in each of 2 epochs.

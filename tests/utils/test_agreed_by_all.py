@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dschat.errors import UserError
 from dschat.utils.distributed import agreed_by_all
+from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.steps import free_port
 
 RANKS = 2
@@ -17,7 +18,7 @@ RANKS = 2
 def _rank(rank: int, port: str, folder: Path, bad: set[int]) -> None:
     # Other tests may have left a process group; its forked copy here is nobody's.
     dist.GroupMember.WORLD = None
-    address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=20)
+    address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=TIME_LIMIT)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=limit)
 
     def work() -> str:
@@ -47,6 +48,6 @@ def test_all_or_none(tmp_path, bad, said):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=TIME_LIMIT)
         assert process.exitcode == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(RANKS)] == said

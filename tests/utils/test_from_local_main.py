@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from dschat.errors import UserError
 from dschat.utils.distributed import from_local_main
+from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.steps import free_port
 
 RANKS, PER_NODE = 4, 2
+LONGEST_WAIT = timedelta(seconds=1)  # of a collective
 
 
 def _rank(rank: int, port: str, folder: Path, slow: bool, bad_node: int | None) -> None:
@@ -26,12 +28,15 @@ def _rank(rank: int, port: str, folder: Path, slow: bool, bad_node: int | None) 
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=RANKS,
-        timeout=timedelta(seconds=1),  # of collectives
+        timeout=timedelta(seconds=TIME_LIMIT),
     )
+    # Only now, so that a slow machine has time to meet: what waits longer than this has failed.
+    dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
+    dist.distributed_c10d._get_default_store().set_timeout(LONGEST_WAIT)
 
     def work() -> str:
         if slow and node == 0:
-            time.sleep(2.5)
+            time.sleep(2.5 * LONGEST_WAIT.total_seconds())
         if node == bad_node:
             raise UserError(f"bad data of node {node}")
         return f"made by {rank}"
@@ -52,7 +57,7 @@ def _said(folder: Path, slow: bool = False, bad_node: int | None = None) -> list
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=TIME_LIMIT)
         assert process.exitcode == 0
     return [(folder / str(rank)).read_text().split("\n") for rank in range(RANKS)]
 
