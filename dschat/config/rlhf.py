@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 
 from dschat.config.data import DataArguments
 from dschat.config.mixin import MixInArguments
@@ -222,10 +222,7 @@ class RLHFSettings(Settings):
 
         actor = RoleConfig(
             model=names.actor,
-            engine=replace(
-                run.engine_config(self.actor, dtype, micro_batch),
-                hybrid=self.rollout.hybrid(ppo.max_prompt_seq_len + ppo.max_answer_seq_len),
-            ),
+            engine=run.engine_config(self.actor, dtype, micro_batch),
             recipe=run.recipe(self.actor),
             schedule=run.schedule(acting * self.updates),
             offload_frozen=self.offload_reference_model,

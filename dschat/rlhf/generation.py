@@ -1,4 +1,4 @@
-"""Rollout engines: prompts in, sampled answers out; where an answer ends."""
+"""Sampling by transformers' `generate`: prompts in, answers out, and the end of each answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,13 +21,11 @@ from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import (
-    forward_inputs,
     position_ids_from,
     takes_argument,
     unwrap,
 )
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.module.lora import fused_adapters
 from dschat.utils.module.model_source import resolve_model
 
 SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, a first one that is cut
@@ -62,56 +59,6 @@ class SamplingConfig:
             )
         if "" in self.stop_strings:
             raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
-
-
-class RolloutEngine(Protocol):
-    """What samples answers; a faster one than `TransformersRollout` may stand in its place."""
-
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
-        """Sample one answer for every prompt, by the policy's present weights.
-
-        Every rank calls it equally often.
-
-        Returns:
-            (B, P + A) ids: the prompts as given, then answers; `answer_ends` says what counts.
-        """
-
-    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
-        """(B, V) logits of each answer's first token, before temperature and truncation."""
-
-
-@dataclass(frozen=True)
-class TransformersRollout:
-    """Answers by transformers' own `generate`, on the training engine's weights."""
-
-    model: nn.Module  # a causal LM or an engine around one, in eval mode when it generates
-    tokenizer: PreTrainedTokenizerBase
-    synced_gpus: bool = False  # ranks go on together until all have ended (needed under ZeRO-3)
-    fuse_adapters: bool = False  # fold adapters into the weights for the time being
-
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
-        """As `RolloutEngine` says; rows that end early are padded, the longest ends the batch."""
-        with self._weights():
-            return generate(
-                self.model,
-                prompts,
-                sampling,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                synced_gpus=self.synced_gpus,
-                stops=StopStrings.of(sampling, self.tokenizer),
-            )
-
-    @torch.no_grad()
-    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
-        """As `RolloutEngine` says."""
-        inputs = forward_inputs(self.model, prompts.input_ids, prompts.attention_mask)
-        with self._weights():
-            return unwrap(self.model)(**inputs, use_cache=False).logits[:, -1]
-
-    def _weights(self) -> contextlib.AbstractContextManager[None]:
-        fuse = self.fuse_adapters
-        return fused_adapters(unwrap(self.model)) if fuse else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from dschat.functional.losses import kl_loss, mean_scale, policy_loss, value_los
 from dschat.functional.returns import kl_k3
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience, minibatches
-from dschat.rlhf.generation import RolloutEngine, TransformersRollout
 from dschat.rlhf.kl_control import KLController
 from dschat.rlhf.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.ppo_config import PPOConfig
@@ -35,6 +34,7 @@ from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rewards import Rewards, score_statistics
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
+from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.train.engine import accumulation_groups, backward
 from dschat.utils.distributed import all_reduce_sum
 

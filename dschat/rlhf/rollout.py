@@ -12,8 +12,9 @@ from torch import nn
 
 from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.generation import RolloutEngine, SamplingConfig, StopStrings, answer_ends
+from dschat.rlhf.generation import SamplingConfig, StopStrings, answer_ends
 from dschat.rlhf.logprobs import answer_logprobs
+from dschat.rlhf.rollout_engine import RolloutEngine
 
 
 def answer_values(

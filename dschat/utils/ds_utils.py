@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from dschat.errors import UserError
@@ -12,17 +12,6 @@ from dschat.settings import Settings, setting
 
 DTYPES = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class HybridConfig:
-    """DeepSpeed's hybrid engine, which generates by kernels of its own."""
-
-    max_out_tokens: int  # prompt and answer together
-    inference_tp_size: int = 1
-    release_inference_cache: bool = False
-    pin_parameters: bool = True
-    tp_gather_partition_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,6 @@ class EngineConfig(EngineSettings):
     zero_stage: int = setting(MISSING, "ZeRO stage", choices=ZERO_STAGES)
     micro_batch_size: int = setting(MISSING, "rows per device and pass", at_least=1)
     dtype: str = setting(MISSING, "what the engine computes in", choices=DTYPES)
-    hybrid: HybridConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,8 +74,6 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     }
     if config.dtype == "bf16" and config.gradient_accumulation_steps > 1:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.hybrid is not None:
-        ours["hybrid_engine"] = {"enabled": True, **asdict(config.hybrid)}
     if config.deepspeed_config is None:
         return ours
     return merge_user_config(ours, config.deepspeed_config, config)

@@ -264,15 +264,6 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
             ["--fuse_lora_for_generation", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
             "fuse_lora_for_generation: with --actor_zero_stage 3 no rank holds a whole weight",
         ),
-        (
-            ["--enable_hybrid_engine", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
-            "enable_hybrid_engine with --actor_lora_dim: with --actor_zero_stage 3 no rank",
-        ),
-        (["--inference_tp_size", "2"], "inference_tp_size is a setting of the hybrid engine"),
-        (["--release_inference_cache"], "release_inference_cache is a setting of the hybrid"),
-        (["--unpin_actor_parameters"], "unpin_actor_parameters is a setting of the hybrid"),
-        (["--tp_gather_partition_size", "4"], "tp_gather_partition_size is a setting of the"),
-        (["--enable_hybrid_engine", "--inference_tp_size", "0"], "inference_tp_size is 0"),
         (["--actor_lora_dim", "-1"], "lora_dim is -1"),
         (["--actor_learning_rate", "0"], "learning_rate is 0.0"),
         (["--zero_stage", "2"], "unknown flag --zero_stage; did you mean --"),
@@ -304,7 +295,6 @@ def test_settings_of_rollouts():
     assert config.sampling.stop_strings == ("\n\n", "User:")
     assert (config.sampling.min_new_tokens, config.sampling.temperature) == (7, 0.5)
     assert settings.rollout.fuses(settings.actor) and not rlhf().rollout.fuses(rlhf().actor)
-    assert settings.cast("fp32", 1).actor.engine.hybrid is None
 
 
 def test_the_schedule_counts_every_answer():
@@ -322,15 +312,6 @@ def test_the_schedule_counts_every_answer():
         schedule.step()
     assert rates == pytest.approx([1 - i / 10 for i in range(10)])
     assert schedule.get_last_lr() == [0.0]
-
-
-def test_the_hybrid_engine_folds_adapters_in():
-    settings = rlhf("--enable_hybrid_engine", "--actor_lora_dim", "4", "--inference_tp_size", "2")
-    assert settings.rollout.fuses(settings.actor)
-    cast = settings.cast("bf16", iterations=1)
-    hybrid = cast.actor.engine.hybrid
-    assert (hybrid.inference_tp_size, hybrid.max_out_tokens) == (2, 512)
-    assert cast.critic.engine.hybrid is None
 
 
 def test_the_scaling_of_a_critics_values_is_read_from_its_folder(tmp_path):
@@ -424,11 +405,14 @@ RETIRED = {
         "enable_mixed_precision_lora",
         "align_overflow",
         "num_padding_at_beginning",
+        "enable_hybrid_engine",
+        "unpin_actor_parameters",
+        "release_inference_cache",
+        "inference_tp_size",
+        "tp_gather_partition_size",
     ],
 }
-WITH_VALUE = {
-    "num_padding_at_beginning",
-}
+WITH_VALUE = {"num_padding_at_beginning", "inference_tp_size", "tp_gather_partition_size"}
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from dschat.errors import UserError
 from dschat.rlhf.generation import (
     SamplingConfig,
     StopStrings,
-    TransformersRollout,
     answer_ends,
     tell_unused_ends,
 )
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import generate_sorted
+from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_layers import LoraConfig
 from tests.helpers import tiny

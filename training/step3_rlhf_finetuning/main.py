@@ -26,12 +26,12 @@ from dschat.models.reward_model import RewardModel
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import SavePlan
 from dschat.rlhf.generation import tell_unused_ends
-from dschat.rlhf.hybrid import check_hybrid_available, rollout_engine
 from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_config import RoleNames
+from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.train.checkpointer import Checkpointer
 from dschat.train.engine import accumulation_groups
 from dschat.train.prepare import setup_run
@@ -86,17 +86,13 @@ def main() -> None:
     plan = Plan.of("step 3 (PPO)", settings, ctx.dtype_name, data.key, steps, engines, found)
     checkpointer = Checkpointer(run.state_config(), plan, distributed)
 
-    hybrid = settings.rollout.enable_hybrid_engine
-    if hybrid:
-        check_hybrid_available()
     tell_unused_ends(names.actor, tokenizer)
 
     # 2. the roles
     ema_decay = settings.ema_decay if settings.enable_ema else None
     roles = DeepSpeedRLHFEngine.load(cast, tokenizer, distributed, ema_decay)
-    proof = next(iter(held_out)) if hybrid else None
     fused = settings.rollout.fuses(settings.actor)
-    engine = rollout_engine(roles, fused, proof, config.sampling.max_new_tokens)
+    engine = TransformersRollout(roles.actor, tokenizer, roles.generates_in_step, fused)
     ptx = PTX(text, settings.mixin.unsup_coef, **ranks) if text else None
     trainer = DeepSpeedPPOTrainer(roles, config, ctx.world_size, engine, rewards, ptx)
     recipes = {name: role.recipe for name, role in cast.trained.items()}

@@ -1,0 +1,106 @@
+"""Rollout engines: what samples the answers of PPO, and the proof that a faster one must pass."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dschat.data.collators import PromptBatch
+from dschat.errors import UserError
+from dschat.models.causal_lm import forward_inputs, unwrap
+from dschat.rlhf.generation import SamplingConfig, StopStrings, generate
+from dschat.utils.module.lora import fused_adapters
+
+ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may differ
+
+
+class RolloutEngine(Protocol):
+    """What samples answers; a faster one than `TransformersRollout` may stand in its place."""
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+        """Sample one answer for every prompt, by the policy's present weights.
+
+        Every rank calls it equally often.
+
+        Returns:
+            (B, P + A) ids: the prompts as given, then answers; `answer_ends` says what counts.
+        """
+
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+        """(B, V) logits of each answer's first token, before temperature and truncation."""
+
+
+@dataclass(frozen=True)
+class TransformersRollout:
+    """Answers by transformers' own `generate`, on the training engine's weights."""
+
+    model: nn.Module  # a causal LM or an engine around one, in eval mode when it generates
+    tokenizer: PreTrainedTokenizerBase
+    synced_gpus: bool = False  # ranks go on together until all have ended (needed under ZeRO-3)
+    fuse_adapters: bool = False  # fold adapters into the weights for the time being
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+        """As `RolloutEngine` says; rows that end early are padded, the longest ends the batch."""
+        with self._weights():
+            return generate(
+                self.model,
+                prompts,
+                sampling,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=self.synced_gpus,
+                stops=StopStrings.of(sampling, self.tokenizer),
+            )
+
+    @torch.no_grad()
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+        """As `RolloutEngine` says."""
+        inputs = forward_inputs(self.model, prompts.input_ids, prompts.attention_mask)
+        with self._weights():
+            return unwrap(self.model)(**inputs, use_cache=False).logits[:, -1]
+
+    def _weights(self) -> contextlib.AbstractContextManager[None]:
+        fuse = self.fuse_adapters
+        return fused_adapters(unwrap(self.model)) if fuse else contextlib.nullcontext()
+
+
+def check_parity(
+    candidate: RolloutEngine, plain: RolloutEngine, prompts: PromptBatch, tokens: int, flag: str
+) -> None:
+    """Stop unless an engine's logits and greedy answers are those of plain generation.
+
+    Args:
+        tokens: generated for each prompt; ends of answers do not stop them.
+        flag: what asks for the candidate, for messages.
+
+    Raises:
+        UserError: with the largest difference of logits, or the first token that differs.
+    """
+    expected, actual = plain.next_logits(prompts), candidate.next_logits(prompts)
+    allowed = ROUNDINGS * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    gap = (actual.float() - expected.float()).abs().max().item()
+    if not gap <= allowed:  # a NaN is no agreement
+        raise UserError(
+            f"{flag}: its logits behind a prompt differ from plain generation's by {gap:.2g}, "
+            f"rounding allows {allowed:.2g}; drop the flag"
+        )
+    sampling = SamplingConfig(tokens, min_new_tokens=tokens, greedy=True)
+    expected, actual = (e.generate(prompts, sampling) for e in (plain, candidate))
+    if torch.equal(actual, expected):
+        return
+    if actual.shape != expected.shape:
+        raise UserError(
+            f"{flag}: it returns {tuple(actual.shape)} ids for a prompt, plain generation "
+            f"{tuple(expected.shape)}; drop the flag"
+        )
+    row, column = (actual != expected).nonzero()[0].tolist()
+    at = column - prompts.input_ids.shape[1] + 1
+    raise UserError(
+        f"{flag}: token {at} of a greedy answer is {actual[row, column].item()}, plain generation "
+        f"has {expected[row, column].item()}; drop the flag"
+    )
