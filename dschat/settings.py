@@ -23,6 +23,14 @@ S = TypeVar("S", bound="Settings")
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A setting's type: the type of one value, and whether it is a tuple of them."""
+
+    element: type
+    is_tuple: bool = False
+
+
+@dataclass(frozen=True)
 class Rule:
     """What is known of a setting beside its type and its default.
 
@@ -47,23 +55,22 @@ class Rule:
     bare: str | None = None
     retired: bool = False
 
-    def check(self, name: str, value: Any, kind: type) -> None:
-        """Stop at a value that this setting cannot have.
-
-        Args:
-            kind: the setting's type without None; of a tuple that of its elements.
+    def check(self, name: str, value: Any, kind: Kind) -> None:
+        """Stop at a value that this setting cannot have; None is always allowed.
 
         Raises:
             UserError: naming the setting, its value and what it may be.
         """
-        for item in value if isinstance(value, tuple) else (value,):
-            if item is None:
-                continue
+        if value is None:
+            return
+        if kind.is_tuple and not isinstance(value, tuple):
+            raise UserError(f"{name} is {value!r}: give a list of values")
+        for item in value if kind.is_tuple else (value,):
             if self.choices is not None and item not in self.choices:
                 known = ", ".join(str(choice) for choice in self.choices)
                 raise UserError(f"{name} is {item}: choose one of {known}")
-            if kind in (int, float) and not self._holds(item, kind):
-                raise UserError(f"{name} is {item}: give {self._wanted(kind)}")
+            if kind.element in (int, float) and not self._holds(item, kind.element):
+                raise UserError(f"{name} is {item}: give {self._wanted(kind.element)}")
 
     def _holds(self, value: Any, kind: type) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -122,8 +129,11 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if "rule" in field.metadata:
-                kind = type_of(type(self), field.name)
-                field.metadata["rule"].check(field.name, getattr(self, field.name), kind.element)
+                kind, value = type_of(type(self), field.name), getattr(self, field.name)
+                if kind.is_tuple and isinstance(value, list):
+                    value = tuple(value)
+                    object.__setattr__(self, field.name, value)
+                field.metadata["rule"].check(field.name, value, kind)
 
     @classmethod
     def of(cls, **flags: Any) -> Self:
@@ -137,14 +147,6 @@ class Settings:
             if name not in known:
                 raise UserError(unknown("setting", name, known))
         return _build(cls, flags)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A setting's type: the type of one value, and whether it is a tuple of them."""
-
-    element: type
-    is_tuple: bool = False
 
 
 @functools.cache
@@ -234,7 +236,7 @@ def _build(cls: type[S], flags: Mapping[str, Any], prefix: str = "", **defaults:
         elif "rule" in m and name in flags:
             value = flags[name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-            m["rule"].check(name, values[field.name], type_of(cls, field.name).element)
+            m["rule"].check(name, values[field.name], type_of(cls, field.name))
         elif field.default is MISSING and field.name not in values:
             raise UserError(f"{name} is required")
     return _with_prefix(prefix, {f.name for f in dataclasses.fields(cls)}, lambda: cls(**values))

@@ -40,7 +40,7 @@ def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
             options |= {"nargs": "?", "const": flag.rule.bare}
     text = flag.help.replace("%", "%%")
     if flag.default not in (None, False, (), MISSING) and "default" not in text:
-        shown = " ".join(flag.default) if flag.kind.is_tuple else flag.default
+        shown = " ".join(map(str, flag.default)) if flag.kind.is_tuple else flag.default
         text += f" (default: {shown})"
     parser.add_argument(
         f"--{flag.name}", dest=flag.name, default=argparse.SUPPRESS, help=text, **options

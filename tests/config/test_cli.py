@@ -251,6 +251,7 @@ def test_run_cli_hides_no_other_error():
         ({"left_depth": 4}, "left_depth is 4: choose one of 1, 2, 3"),
         # A check of two settings names the flag of the group that it failed in.
         ({"right_rate": 3.0}, "right_rate is 3.0, above depth, which is 2: give less"),
+        ({"paths": "abc"}, "paths is 'abc': give a list of values"),
         ({"left_rat": 1.0}, "unknown setting left_rat; did you mean left_rate?"),
     ],
 )
@@ -262,7 +263,7 @@ def test_what_is_wrong_from_python(flags, message):
 
 def test_settings_are_made_without_a_command_line():
     assert Example("x") == Example.of(name="x") == given()
-    made = Example("x", left=Part(depth=3), paths=("c",))
+    made = Example("x", left=Part(depth=3), paths=["c"])
     assert made == given("--left_depth", "3", "--paths", "c")
     assert made.right.twice == 6
     with pytest.raises(UserError, match=r"^share is 2: give a number in \[0, 1\)$"):
