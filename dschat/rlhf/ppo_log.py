@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dschat.rlhf.answer_table import AnswerFile, answer_table, choose_answers
 from dschat.rlhf.experience import Experience
@@ -11,7 +11,7 @@ from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.train.engine import Recipe
 from dschat.train.metrics import console_line, format_value, progress
-from dschat.train.progress import LogConfig, WorkShape
+from dschat.train.progress import LogConfig, training_work
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
@@ -52,7 +52,7 @@ class PPOLog:
     ):
         self.config, self.printing, self.roles, self.rank = config, printing, roles, rank
         self.iterations, self.gpus = iterations, gpus
-        self.shapes = {n: WorkShape.of(e, recipes[n], gpus) for n, e in roles.trained.items()}
+        self.works = {n: training_work(e, recipes[n]) for n, e in roles.trained.items()}
         self.metrics = config.open(is_main=rank == 0)
         self.bar = progress(
             total=iterations, desc="ppo", enabled=rank == 0, initial=config.first_step
@@ -111,18 +111,16 @@ class PPOLog:
         self._print(f"iteration {iteration}/{self.iterations} | {line}")
         if iteration == self.iterations or iteration % (10 * self.config.log_every) == 0:
             rollout = RolloutWork(
-                config=self.shapes["actor"].config,
                 prompt_tokens=int(tokens - answer_tokens),
                 new_tokens=int(answer_tokens),
                 samples=int(rows),
                 steps=sum(e.generation_steps for e in experiences),
-                lora_dim=self.shapes["actor"].lora_dim,
             )
-            passes = dict.fromkeys(self.shapes, float(ppo_epochs))
+            passes = dict.fromkeys(self.works, float(ppo_epochs))
             passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
             works = {
-                name: shape.work(tokens * passes[name], rows * passes[name])
-                for name, shape in self.shapes.items()
+                name: replace(work, tokens=int(tokens * n), samples=int(rows * n))
+                for (name, work), n in zip(self.works.items(), passes.values(), strict=True)
             }
             self.bar.clear()
             critic = works.get("critic")

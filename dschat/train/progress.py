@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from dschat.models.reward_model import RewardModel
 from dschat.train.engine import Recipe
 from dschat.train.metrics import (
     Continued,
@@ -20,6 +19,7 @@ from dschat.train.metrics import (
     progress,
 )
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
+from dschat.utils.flops import Matrices
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, TrainingWork, print_throughput, throughput
 
@@ -54,40 +54,16 @@ class LogConfig:
         )
 
 
-@dataclass(frozen=True)
-class WorkShape:
-    """What throughput needs to know of a model in training."""
-
-    config: Any
-    gpus: Gpus
-    lora_dim: int = 0
-    base_trainable: bool | None = None
-    gradient_checkpointing: bool = False
-    value_head: bool = False
-
-    @classmethod
-    def of(cls, engine: nn.Module, recipe: Recipe, gpus: Gpus) -> WorkShape:
-        """The shape of an engine's model under its recipe."""
-        return cls(
-            config=engine.module.config,
-            gpus=gpus,
-            lora_dim=recipe.lora.lora_dim,
-            base_trainable=recipe.train_base if recipe.lora.lora_dim else None,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            value_head=isinstance(engine.module, RewardModel),
-        )
-
-    def work(self, tokens: float, samples: float) -> TrainingWork:
-        """So many real tokens and sequences of training."""
-        return TrainingWork(
-            config=self.config,
-            tokens=int(tokens),
-            samples=int(samples),
-            lora_dim=self.lora_dim,
-            base_trainable=self.base_trainable,
-            gradient_checkpointing=self.gradient_checkpointing,
-            value_head=self.value_head,
-        )
+def training_work(engine: nn.Module, recipe: Recipe) -> TrainingWork:
+    """Describe an engine's model for throughput, before any tokens are counted."""
+    model = engine.module
+    return TrainingWork(
+        config=model.config,
+        matrices=Matrices.of(model, model.config),
+        lora_dim=recipe.lora.lora_dim,
+        trains_base=recipe.train_base,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+    )
 
 
 def timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
@@ -116,12 +92,13 @@ class TrainingLog:
         self,
         config: LogConfig,
         engine: nn.Module,
-        shape: WorkShape,
+        work: TrainingWork,
+        gpus: Gpus,
         total_steps: int,
         rank: int,
     ):
-        self.config, self.engine, self.shape, self.rank = config, engine, shape, rank
-        self.total_steps = total_steps
+        self.config, self.engine, self.rank = config, engine, rank
+        self.work, self.gpus, self.total_steps = work, gpus, total_steps
         self.metrics = config.open(is_main=rank == 0)
         self.bar = progress(
             total=total_steps, desc="train", enabled=rank == 0, initial=config.first_step
@@ -139,7 +116,7 @@ class TrainingLog:
         rates, self._rates = self._rates, group_rates(self.engine.optimizer)
         if step % self.config.log_every and step != self.total_steps:
             return
-        values = self._since_log.values(self.shape)
+        values = self._since_log.values(self.work, self.gpus)
         norm = self.engine.get_global_grad_norm()
         rates = {f"lr/{n}": r for n, r in rates.items()}
         extra = {} if norm is None else {"grad_norm": float(norm)}
@@ -153,9 +130,9 @@ class TrainingLog:
         """Show an evaluation, and the throughput of the training since the last one."""
         self.bar.clear()
         if self._since_evaluation.steps:
-            work = self.shape.work(self._since_evaluation.tokens, self._since_evaluation.samples)
             took = self._since_evaluation.seconds - seconds
-            print_throughput(work, took, self.shape.gpus, self.rank)
+            work = self._since_evaluation.of(self.work)
+            print_throughput(work, took, self.gpus, self.rank)
         print_rank_0("eval " + console_line(step, self.total_steps, values), self.rank)
         if self.metrics is not None:
             self.metrics.log(step, values, kind="eval")
@@ -208,10 +185,14 @@ class _Interval:
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
-    def values(self, shape: WorkShape) -> dict[str, float]:
+    def of(self, work: TrainingWork) -> TrainingWork:
+        """Count the interval's tokens and sequences into the work."""
+        return replace(work, tokens=int(self.tokens), samples=int(self.samples))
+
+    def values(self, work: TrainingWork, gpus: Gpus) -> dict[str, float]:
         """The interval's mean loss over all ranks and its speed."""
         seconds = self.seconds
-        speed = throughput(shape.work(self.tokens, self.samples), seconds, shape.gpus)
+        speed = throughput(self.of(work), seconds, gpus)
         return {
             "loss": all_reduce_sum([self.loss_sum])[0] / max(self.targets, 1.0),
             "tokens_per_s": speed.tokens_per_s,

@@ -1,23 +1,61 @@
-"""Floating-point operations of a decoder: the Megatron-paper formula and an exact count.
+"""Floating-point operations of a decoder, and the peak speed of the GPUs that compute them.
 
-Two figures, never mixed:
+Two counts, never mixed:
 
 - `calculate_flops` is the formula of the Megatron paper with the LoRA-aware activation factor, the
   figure that DeepSpeed-Chat prints. It knows layers, hidden size and vocabulary, nothing else.
-- `model_flops` counts the matrix products of one architecture. Its `model` figure is the numerator
-  of MFU; its `hardware` figure adds what gradient checkpointing computes twice.
+- `training_flops`, `forward_flops` and `generation_flops` count the products of one model's
+  matrices. They are the numerator of MFU, and `peak_tflops` is its denominator.
 """
 
+from __future__ import annotations
+
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dschat.errors import UserError
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-# Whether the MLP of a model type has a gate (three matrices) or not (two). The count reads
-# everything else from the config, which does not say this.
-_GATED = "llama mistral qwen2 qwen3 gemma gemma2 phi3 smollm3 olmo olmo2 granite cohere stablelm"
-_UNGATED = "opt gpt2 gpt_neo gpt_neox gptj bloom phi starcoder2"
-GATED_MLP = dict.fromkeys(_GATED.split(), True) | dict.fromkeys(_UNGATED.split(), False)
+from dschat.errors import UserError
+from dschat.utils.module.lora import HEAD_NAMES, output_head
+from dschat.utils.module.lora_layers import LoRALinear
+from dschat.utils.zero import full_numel, full_shape
+
+# Dense peaks in TFLOPS as (pattern of the device name, bf16, fp16, fp32), from NVIDIA's data sheets
+# of each product; where a sheet prints the sparse figure, its half. fp32 is without TF32. First
+# match wins, so the slower boards of a chip stand before it. Volta and Turing have no bf16 units.
+_PEAKS: tuple[tuple[str, float | None, float, float | None], ...] = (
+    (r"\bG?B200\b", 2250, 2250, None),
+    (r"\bH[12]00 NVL\b", 835.5, 835.5, 60),
+    (r"\bG?H200\b", 989.5, 989.5, 67),
+    (r"\bH100 PCIe\b", 756.5, 756.5, 51),
+    (r"\bH100\b", 989.5, 989.5, 67),
+    (r"\bA100\b", 312, 312, 19.5),
+    (r"\bA40\b", 149.7, 149.7, 37.4),
+    (r"\bA10\b", 125, 125, 31.2),
+    (r"\bL40S\b", 362, 362, 91.6),
+    (r"\bL4\b", 121, 121, 30.3),
+    (r"\bV100S\b", None, 130, 16.4),
+    (r"\bV100-PCIE\b", None, 112, 14),
+    (r"\bV100\b", None, 125, 15.7),
+    (r"\bT4\b", None, 65, 8.1),
+)
+
+
+def peak_tflops(device_name: str | None, dtype: torch.dtype) -> float | None:
+    """Return a GPU's dense peak in TFLOPS for bf16, fp16 or fp32, or None where none is known.
+
+    A MIG slice has no figure: its name does not say how much of the GPU it is.
+    """
+    if device_name is None or re.search(r"\bMIG\b", device_name):
+        return None
+    for pattern, bf16, fp16, fp32 in _PEAKS:
+        if re.search(pattern, device_name):
+            peaks = {torch.bfloat16: bf16, torch.float16: fp16, torch.float32: fp32}
+            return peaks.get(dtype)
+    return None
 
 
 class HfSizes(NamedTuple):
@@ -31,7 +69,8 @@ class HfSizes(NamedTuple):
 def get_hf_configs(hf_config: Any) -> HfSizes:
     """Return layers, hidden size and vocabulary size of a `transformers` config.
 
-    Raises UserError when the config names none of them.
+    Raises:
+        UserError: the config names none of them.
     """
     return HfSizes(
         _size(hf_config, "num_hidden_layers", "n_layer", "num_layers"),
@@ -83,110 +122,48 @@ def calculate_flops(
     return 24 * checkpoint_activations_factor * tokens * layers * hidden**2 * correction
 
 
-def has_exact_count(hf_config: Any) -> bool:
-    """Return whether `ModelShape.from_config` knows this model type."""
-    return hf_config.model_type in GATED_MLP
-
-
 @dataclass(frozen=True)
-class ModelShape:
-    """The matrices of a decoder-only transformer, as its config gives them.
+class Matrices:
+    """Parameters of a decoder's matrices, by the way they are computed with.
 
-    `num_kv_heads` below `num_heads` is grouped-query attention. `embed_dim` is the width of the
-    embedding and of the head's input; where it differs from `hidden_size` (OPT-350m) two
-    projections join them. A head tied to the embedding multiplies all the same; the lookup of an
-    embedding costs nothing. `value_head` replaces the vocabulary head by one row.
+    Attributes:
+        body: all but the head's, frozen or not. adapters: LoRA's A and B. head: the output head,
+            tied or not (the lookup of an embedding costs nothing).
+        trained: those of the three above that train.
+        attention: layers · heads · head_dim, which every pair of positions multiplies twice.
     """
 
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    gated_mlp: bool
-    embed_dim: int
-    value_head: bool = False
+    body: int
+    adapters: int
+    head: int
+    trained: int
+    attention: int
 
     @classmethod
-    def from_config(cls, hf_config: Any, value_head: bool = False) -> "ModelShape":
-        """Read the shape of a `transformers` config; UserError for a type it does not know."""
-        if not has_exact_count(hf_config):
-            known = ", ".join(sorted(GATED_MLP))
-            raise UserError(
-                f"model type {hf_config.model_type!r} has no exact FLOP count; known: {known}"
-            )
-        layers, hidden, vocab = get_hf_configs(hf_config)
+    def of(cls, model: nn.Module, hf_config: Any) -> Matrices | None:
+        """Count a live model's, under ZeRO-3 too; None where others than linear layers multiply.
+
+        That is the case of mixtures of experts and of convolutions.
+        """
+        sizes, trained = {"body": 0, "adapters": 0, "head": 0}, 0
+        output_heads = [output_head(m) for m in model.modules()]
+        for name, layer in model.named_modules():
+            own = dict(layer.named_parameters(recurse=False))
+            if any(len(full_shape(p)) > 2 for p in own.values()):
+                return None
+            is_linear = isinstance(layer, (nn.Linear, Conv1D, LoRALinear))
+            if is_linear:
+                is_head = name.split(".")[-1] in HEAD_NAMES or layer in output_heads
+                size = full_numel(own["weight"]) if "weight" in own else layer.weight_numel
+                sizes["head" if is_head else "body"] += size
+                trained += size if "weight" in own and own["weight"].requires_grad else 0
+            adapter = [p for leaf, p in own.items() if leaf in ("lora_A", "lora_B")]
+            sizes["adapters"] += sum(full_numel(p) for p in adapter)
+            trained += sum(full_numel(p) for p in adapter)
+        layers, hidden, _ = get_hf_configs(hf_config)
         heads = _size(hf_config, "num_attention_heads", "n_head", "num_heads")
-        return cls(
-            num_layers=layers,
-            hidden_size=hidden,
-            vocab_size=vocab,
-            num_heads=heads,
-            num_kv_heads=_size(hf_config, "num_key_value_heads", default=heads),
-            head_dim=_size(hf_config, "head_dim", default=hidden // heads),
-            intermediate_size=_size(
-                hf_config, "intermediate_size", "ffn_dim", "n_inner", default=4 * hidden
-            ),
-            gated_mlp=GATED_MLP[hf_config.model_type],
-            embed_dim=_size(hf_config, "word_embed_proj_dim", default=hidden),
-            value_head=value_head,
-        )
-
-    @property
-    def layer_linears(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of every matrix of one layer, fused projections taken apart."""
-        queries = self.num_heads * self.head_dim
-        keys = self.num_kv_heads * self.head_dim
-        attention = ((self.hidden_size, queries), (self.hidden_size, keys))
-        attention += ((self.hidden_size, keys), (queries, self.hidden_size))
-        up = ((self.hidden_size, self.intermediate_size),) * (2 if self.gated_mlp else 1)
-        return (*attention, *up, (self.intermediate_size, self.hidden_size))
-
-    @property
-    def layer_params(self) -> int:
-        """Parameters of the matrices of all layers, without biases and norms."""
-        return self.num_layers * sum(i * o for i, o in self.layer_linears)
-
-    @property
-    def projection_params(self) -> int:
-        """Parameters that join an embedding of another width to the layers, at both ends."""
-        joined = self.embed_dim != self.hidden_size
-        return 2 * self.embed_dim * self.hidden_size if joined else 0
-
-    @property
-    def head_params(self) -> int:
-        """Parameters of the output head, tied or not."""
-        return self.embed_dim * (1 if self.value_head else self.vocab_size)
-
-    @property
-    def matmul_params(self) -> int:
-        """Every parameter that multiplies a token: what one decoding step reads."""
-        return self.layer_params + self.projection_params + self.head_params
-
-    def lora_params(self, lora_dim: int) -> int:
-        """Parameters of adapters of this rank on every matrix of the layers."""
-        return self.num_layers * sum(lora_dim * (i + o) for i, o in self.layer_linears)
-
-
-@dataclass(frozen=True)
-class ModelFlops:
-    """FLOPs of a training step, apart: what the mathematics needs and what is done twice."""
-
-    forward: float
-    backward: float
-    recompute: float
-
-    @property
-    def model(self) -> float:
-        """Forward and backward: the numerator of MFU."""
-        return self.forward + self.backward
-
-    @property
-    def hardware(self) -> float:
-        """What the GPU really computes: `model` and the recomputed forward of the layers."""
-        return self.model + self.recompute
+        head_dim = _size(hf_config, "head_dim", default=hidden // heads)
+        return cls(**sizes, trained=trained, attention=layers * heads * head_dim)
 
 
 def causal_pairs(length: float) -> float:
@@ -195,59 +172,37 @@ def causal_pairs(length: float) -> float:
 
 
 def forward_flops(
-    shape: ModelShape, tokens: float, pairs: float, head_tokens: float, lora_dim: int = 0
+    m: Matrices, tokens: float, pairs: float, head_tokens: float, adapters: bool = True
 ) -> float:
-    """Return the FLOPs of a forward pass over `tokens`, `head_tokens` of them through the head."""
-    body = shape.layer_params + shape.projection_params + shape.lora_params(lora_dim)
-    return 2 * body * tokens + _attention(shape, pairs) + 2 * shape.head_params * head_tokens
+    """Return the FLOPs of a forward pass over `tokens` that attend `pairs` positions.
 
-
-def model_flops(
-    shape: ModelShape,
-    tokens: float,
-    pairs: float,
-    *,
-    lora_dim: int = 0,
-    base_trainable: bool | None = None,
-    gradient_checkpointing: bool = False,
-) -> ModelFlops:
-    """Return the exact FLOPs of one training step over `tokens` that attend `pairs` positions.
-
-    A product costs 2 FLOPs per parameter and token forward, as much for the gradient of its input
-    and, if it trains, as much for its own. Frozen matrices (the base under LoRA, unless
-    `base_trainable`) need the former only; a value head always trains. Attention scores and their
-    mixture cost 4 · heads · head_dim per pair forward and twice that backward; sliding windows
-    count as full attention. Element-wise work (norms, activations, softmax) is not counted.
+    A product costs 2 FLOPs per parameter and token; `head_tokens` of the tokens go through the
+    head, and without `adapters` they are off. Sliding windows count as full attention; element-wise
+    work (norms, activations, softmax) is not counted.
     """
-    base_trains = lora_dim == 0 if base_trainable is None else base_trainable
-    adapters = 2 * shape.lora_params(lora_dim) * tokens
-    layers = 2 * shape.layer_params * tokens
-    base = layers + 2 * shape.projection_params * tokens
-    head = 2 * shape.head_params * tokens
-    attention = _attention(shape, pairs)
-    backward = 2 * adapters + 2 * attention
-    backward += base * (2 if base_trains else 1)
-    backward += head * (2 if base_trains or shape.value_head else 1)
-    recompute = layers + adapters + attention if gradient_checkpointing else 0.0
-    return ModelFlops(base + adapters + attention + head, backward, recompute)
+    body = m.body + (m.adapters if adapters else 0)
+    return 2 * body * tokens + 4 * m.attention * pairs + 2 * m.head * head_tokens
 
 
-def generation_flops(
-    shape: ModelShape, prompt_tokens: float, new_tokens: float, samples: int, lora_dim: int = 0
-) -> float:
+def training_flops(m: Matrices, tokens: float, pairs: float) -> tuple[float, float]:
+    """Return the FLOPs of one step's forward and backward pass; recomputation is not counted.
+
+    Backward, a product costs as much again for the gradient of its input and, where its matrix
+    trains, for that one's own.
+    """
+    forward = forward_flops(m, tokens, pairs, tokens)
+    frozen = m.body + m.adapters + m.head - m.trained
+    return forward, 2 * forward - 2 * frozen * tokens
+
+
+def generation_flops(m: Matrices, prompt_tokens: float, new_tokens: float, samples: int) -> float:
     """Return the FLOPs of sampling `new_tokens` after `prompt_tokens` in all, with a KV cache.
 
     Forward only: every token passes the layers once, but for the last of each answer, which
     nothing follows; the head runs once per new token. Lengths enter the attention as their mean.
     """
     tokens = prompt_tokens + new_tokens - samples
-    pairs = samples * causal_pairs(tokens / samples)
-    return forward_flops(shape, tokens, pairs, new_tokens, lora_dim)
-
-
-def _attention(shape: ModelShape, pairs: float) -> float:
-    # Query · key and weight · value: two products of head_dim, two FLOPs each, in every head.
-    return 4 * shape.num_layers * shape.num_heads * shape.head_dim * pairs
+    return forward_flops(m, tokens, samples * causal_pairs(tokens / samples), new_tokens)
 
 
 def _size(config: Any, *names: str, default: int | None = None) -> int:

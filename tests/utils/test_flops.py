@@ -1,27 +1,33 @@
 """Counts of operations against hand-worked numbers and PyTorch's own counter."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig
-from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
+from dschat.models.reward_model import RewardModel
 from dschat.utils.flops import (
-    GATED_MLP,
-    ModelShape,
+    Matrices,
     activation_factor,
     calculate_flops,
     causal_pairs,
+    forward_flops,
     generation_flops,
     get_hf_configs,
     lora_overhead_factor,
-    model_flops,
+    training_flops,
 )
+from dschat.utils.module.lora import (
+    LoraConfig,
+    convert_linear_layer_to_lora,
+    only_optimize_lora_parameters,
+)
+from tests.helpers import tiny
 
 BATCH, LENGTH = 2, 7
 
@@ -46,15 +52,24 @@ def opt_config() -> OPTConfig:
     )
 
 
+def counting() -> FlopCounterMode:
+    """PyTorch's counter, which leaves out products that are added in place."""
+
+    def addmm_(_, a: torch.Size, b: torch.Size, **options) -> int:
+        return 2 * a.numel() * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+
+
 def counted_step(model: torch.nn.Module) -> tuple[int, int]:
     """FLOPs that PyTorch counts forward and backward."""
     ids = torch.randint(3, 40, (BATCH, LENGTH))
-    counter = FlopCounterMode(display=False)
+    counter = counting()
     # Left to itself, the recomputation stops short of each layer's last product.
     with counter, set_checkpoint_early_stop(False):
         logits = model(input_ids=ids, use_cache=False).logits
     forward = counter.get_total_flops()
-    counter = FlopCounterMode(display=False)
+    counter = counting()
     with counter:
         logits.sum().backward()
     return forward, counter.get_total_flops()
@@ -92,39 +107,26 @@ def test_get_hf_configs_reads_gpt2_names_and_unpacks():
         get_hf_configs(SimpleNamespace(n_layer=3, vocab_size=11))
 
 
-def small_shape(**kwargs) -> ModelShape:
-    return ModelShape(
-        num_layers=1,
-        hidden_size=4,
-        vocab_size=5,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=2,
-        intermediate_size=3,
-        gated_mlp=True,
-        embed_dim=4,
-        **kwargs,
-    )
+# q 16, k 8, v 8, o 16, gate, up, down 12 each: 84 parameters in the layer; 20 in the head.
+SMALL = Matrices(body=84, adapters=0, head=20, trained=104, attention=2 * 2)
 
 
-def test_model_flops_by_hand():
-    # q 16, k 8, v 8, o 16, gate, up, down 12 each: 84 parameters in the layer; 20 in the head.
+def test_training_flops_by_hand():
     # 3 tokens: 2·84·3 = 504; 6 causal pairs: 4·2·2·6 = 96; head 2·20·3 = 120.
-    flops = model_flops(small_shape(), 3, causal_pairs(3), gradient_checkpointing=True)
-    assert (flops.forward, flops.backward, flops.recompute) == (720, 1440, 600)
-    assert (flops.model, flops.hardware) == (2160, 2760)
+    assert training_flops(SMALL, 3, causal_pairs(3)) == (720, 1440)
 
 
-def test_model_flops_with_lora_by_hand():
+def test_training_flops_with_lora_by_hand():
     # Rank 1 adds in + out per matrix: q 8, k 6, v 6, o 8, MLP 3·7 = 49; 2·49·3 = 294.
     # Backward: frozen base 504 and head 120 once, adapters and attention twice.
-    flops = model_flops(small_shape(), 3, 6, lora_dim=1)
-    assert (flops.forward, flops.backward, flops.recompute) == (1014, 504 + 120 + 588 + 192, 0)
-    both = model_flops(small_shape(), 3, 6, lora_dim=1, base_trainable=True)
-    assert both.backward == 2 * 1014
+    lora = dataclasses.replace(SMALL, adapters=49, trained=49)
+    assert training_flops(lora, 3, 6) == (1014, 504 + 120 + 588 + 192)
+    assert forward_flops(lora, 3, 6, 3, adapters=False) == 720
+    both = dataclasses.replace(lora, trained=84 + 49 + 20)
+    assert training_flops(both, 3, 6)[1] == 2 * 1014
     # A value head is one row of 4 and trains beside a frozen base: 2·4·3 forward, twice backward.
-    reward = model_flops(small_shape(value_head=True), 3, 6, lora_dim=1)
-    assert (reward.forward, reward.backward) == (894 + 24, 504 + 588 + 192 + 48)
+    reward = dataclasses.replace(lora, head=4, trained=49 + 4)
+    assert training_flops(reward, 3, 6) == (894 + 24, 504 + 588 + 192 + 48)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -134,35 +136,44 @@ def test_llama_with_grouped_queries_agrees_with_pytorch(checkpointing, tied):
     model = AutoModelForCausalLM.from_config(config).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    matrices = Matrices.of(model, config)
     # The eager kernel computes the full square, not its causal half.
-    flops = model_flops(
-        ModelShape.from_config(config),
-        BATCH * LENGTH,
-        BATCH * LENGTH**2,
-        gradient_checkpointing=checkpointing,
-    )
-    forward, backward = counted_step(model)
-    assert forward == flops.forward
-    assert backward == flops.backward + flops.recompute
-    assert (flops.recompute > 0) == checkpointing
+    forward, backward = training_flops(matrices, BATCH * LENGTH, BATCH * LENGTH**2)
+    again = forward_flops(matrices, BATCH * LENGTH, BATCH * LENGTH**2, 0) if checkpointing else 0
+    assert counted_step(model) == (forward, backward + again)
 
 
-def test_llama_with_lora_agrees_with_pytorch():
+@pytest.mark.parametrize("trains_base", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])  # by one product or by several
+def test_llama_with_lora_agrees_with_pytorch(trains_base, dropout):
     config = llama_config()
-    model = AutoModelForCausalLM.from_config(config)
-    model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
+    model = AutoModelForCausalLM.from_config(config).train()
+    convert_linear_layer_to_lora(model, LoraConfig(lora_dim=3, lora_dropout=dropout))
+    only_optimize_lora_parameters(model)
+    if trains_base:
+        model.requires_grad_(True)
     model.enable_input_require_grads()  # as with checkpointing: layer 0 owes its input gradient
-    flops = model_flops(
-        ModelShape.from_config(config), BATCH * LENGTH, BATCH * LENGTH**2, lora_dim=3
-    )
-    assert counted_step(model.train()) == (flops.forward, flops.backward)
+    flops = training_flops(Matrices.of(model, config), BATCH * LENGTH, BATCH * LENGTH**2)
+    assert counted_step(model) == flops
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "qwen2", "gemma2", "phi", "bloom"])
+def test_other_families_agree_with_pytorch(model_type):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if model_type not in ("gpt2", "bloom"):
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **sizes, **ids)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    flops = training_flops(Matrices.of(model, config), BATCH * LENGTH, BATCH * LENGTH**2)
+    assert counted_step(model) == flops
 
 
 def test_opt_with_projected_embedding_agrees_with_pytorch():
     config = opt_config()
     model = AutoModelForCausalLM.from_config(config).train()
-    flops = model_flops(ModelShape.from_config(config), BATCH * LENGTH, BATCH * LENGTH**2)
-    assert counted_step(model) == (flops.forward, flops.backward)
+    flops = training_flops(Matrices.of(model, config), BATCH * LENGTH, BATCH * LENGTH**2)
+    assert counted_step(model) == flops
 
 
 def test_generation_with_cache_agrees_with_pytorch():
@@ -172,35 +183,27 @@ def test_generation_with_cache_agrees_with_pytorch():
     with FlopCounterMode(display=False) as counter:
         out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
     assert out.shape == (BATCH, LENGTH + new)
-    shape = ModelShape.from_config(config)
-    causal = generation_flops(shape, BATCH * LENGTH, BATCH * new, BATCH)
+    causal = generation_flops(Matrices.of(model, config), BATCH * LENGTH, BATCH * new, BATCH)
     # The eager prefill computes the full square: the pairs above the diagonal are not ours.
     above_diagonal = 4 * 2 * 16 * BATCH * LENGTH * (LENGTH - 1) // 2
     assert counter.get_total_flops() == causal + above_diagonal
 
 
-@pytest.mark.parametrize("model_type", sorted(GATED_MLP))
-def test_matrices_of_every_known_type(model_type):
-    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if model_type == "gpt_neo":
-        sizes = {"vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-        sizes["attention_types"] = [[["global"], 2]]
-    elif model_type == "gptj":
-        sizes["rotary_dim"] = 4
-    elif model_type == "opt":
-        sizes |= {"ffn_dim": 48, "word_embed_proj_dim": 16}
-    elif model_type == "gpt_neox":
-        sizes["intermediate_size"] = 48
-    elif model_type not in ("gpt2", "bloom"):
-        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(model_type, **sizes, **ids)
+def test_a_reward_model_trains_its_head_beside_the_adapters():
+    base = tiny.tiny_llama()
+    width = base.config.hidden_size
+    body = Matrices.of(base, base.config).body
+    model = tiny.adapted(RewardModel(base.model))
+    only_optimize_lora_parameters(model)
+    matrices = Matrices.of(model, model.config)
+    assert (matrices.body, matrices.head) == (body, width)
+    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert (matrices.adapters, matrices.trained) == (adapters, adapters + width)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "mamba"])
+def test_what_linear_layers_do_not_compute_has_no_exact_count(model_type):
+    sizes = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(model_type, **sizes)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-    assert ModelShape.from_config(config).matmul_params == sum(m.weight.numel() for m in linears)
-
-
-def test_unknown_type_is_refused_by_name():
-    with pytest.raises(UserError, match=r"'mamba'.*llama"):
-        ModelShape.from_config(SimpleNamespace(model_type="mamba"))
+        assert Matrices.of(AutoModelForCausalLM.from_config(config), config) is None

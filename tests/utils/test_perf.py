@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dschat.utils.gpu_peaks import peak_tflops
+from dschat.utils.flops import Matrices, peak_tflops
 from dschat.utils.perf import (
     Gpus,
     RolloutWork,
@@ -19,17 +19,10 @@ from dschat.utils.perf import (
 )
 
 # A layer of 4 matrices of 4 × 4 (attention) and 2 of 4 × 16 (MLP): 192 parameters. Head: 64.
-OPT = SimpleNamespace(
-    model_type="opt",
-    num_hidden_layers=1,
-    hidden_size=4,
-    vocab_size=16,
-    num_attention_heads=2,
-    ffn_dim=16,
-)
-OTHER = SimpleNamespace(model_type="mamba", num_hidden_layers=1, hidden_size=4, vocab_size=16)
+OPT = SimpleNamespace(model_type="opt", num_hidden_layers=1, hidden_size=4, vocab_size=16)
+MATRICES = Matrices(body=192, adapters=0, head=64, trained=256, attention=4)
 A100X2 = Gpus(2, torch.bfloat16, "NVIDIA A100-SXM4-80GB")
-WORK = TrainingWork(OPT, tokens=12, samples=2)  # mean length 6: 21 causal pairs each
+WORK = TrainingWork(OPT, MATRICES, tokens=12, samples=2)  # mean length 6: 21 causal pairs each
 
 
 def test_training_throughput_by_hand():
@@ -38,34 +31,29 @@ def test_training_throughput_by_hand():
     # Megatron: 24·3·12·1·16 = 13824, times 1 + 6/24 + 16/64 = 1.5: 20736; over 0.5 s · 2 GPUs
     assert speed.tflops_per_gpu == pytest.approx(20736e-12, rel=1e-12)
     # Exact: 2·192·12 + 4·4·42 + 2·64·12 = 6816 forward, three times that with backward
-    assert speed.model_tflops_per_gpu == pytest.approx(20448e-12, rel=1e-12)
-    assert speed.hardware_tflops_per_gpu == speed.model_tflops_per_gpu
     assert speed.mfu == pytest.approx(20448e-12 / 312, rel=1e-12)
 
 
-def test_checkpointing_moves_hardware_and_megatron_but_not_mfu():
+def test_checkpointing_moves_the_megatron_figure_but_not_mfu():
     plain = throughput(WORK, 0.5, A100X2)
     work = dataclasses.replace(WORK, gradient_checkpointing=True)
     again = throughput(work, 0.5, A100X2)
     assert again.mfu == plain.mfu
     assert again.tflops_per_gpu == pytest.approx(plain.tflops_per_gpu * 4 / 3, rel=1e-12)
-    # The layers run forward once more, 2·192·12 + 672, the head does not.
-    extra = again.hardware_tflops_per_gpu - plain.hardware_tflops_per_gpu
-    assert extra == pytest.approx(5280e-12, rel=1e-9)
 
 
 def test_lora_lowers_the_megatron_factor_unless_the_base_trains():
     plain = throughput(WORK, 1.0, A100X2).tflops_per_gpu
     lora = throughput(dataclasses.replace(WORK, lora_dim=1), 1.0, A100X2).tflops_per_gpu
     assert lora == pytest.approx(plain * 2.5 / 3, rel=1e-12)  # k = 2·1/4
-    both = dataclasses.replace(WORK, lora_dim=1, base_trainable=True)
+    both = dataclasses.replace(WORK, lora_dim=1, trains_base=True)
     assert throughput(both, 1.0, A100X2).tflops_per_gpu == plain
 
 
 def test_unknown_architecture_or_peak_is_said(capsys):
-    work = dataclasses.replace(WORK, config=OTHER)
+    work = dataclasses.replace(WORK, matrices=None)
     line = print_throughput(work, 0.5, A100X2)
-    assert "model TFLOPs n/a (no exact count for mamba)" in line
+    assert "MFU n/a (no exact count for opt)" in line
     assert throughput(work, 0.5, A100X2).mfu is None
     line = print_throughput(WORK, 0.5, Gpus(1, torch.float32))
     assert "MFU n/a (no float32 peak for CPU)" in line
@@ -86,17 +74,15 @@ def test_duration_must_be_positive():
 
 
 def step3(**changes):
-    rollout = RolloutWork(OPT, prompt_tokens=8, new_tokens=4, samples=2, steps=2)
-    critic = dataclasses.replace(WORK, value_head=True)
+    rollout = RolloutWork(prompt_tokens=8, new_tokens=4, samples=2, steps=2)
+    matrices = dataclasses.replace(MATRICES, head=4, trained=196)
+    critic = dataclasses.replace(WORK, matrices=matrices)
     times = Step3Times(generation=0.5, training=0.25, end_to_end=1.0)
     return WORK, critic, rollout, times, dataclasses.replace(A100X2, **changes)
 
 
 def test_step3_throughput_by_hand():
     speed = step3_throughput(*step3())
-    assert (speed.seconds, speed.samples_per_s) == (1.0, 2)
-    assert (speed.new_tokens, speed.new_tokens_per_s) == (4, 8)
-    assert speed.ms_per_decoding_step == 250
     # Megatron: a forward over 2 sequences of 6 is 20736 / 3 = 6912; training is 20736 per role.
     assert speed.generation_tflops_per_gpu == pytest.approx(6912e-12, rel=1e-12)
     assert speed.training_tflops_per_gpu == pytest.approx(2 * 41472e-12, rel=1e-12)
@@ -107,7 +93,6 @@ def test_step3_throughput_by_hand():
     # (2·64·4): 4832. Scoring: twice the actor's 6816 and twice the critic's 5280 + 2·4·12.
     # Training: three times each.
     exact = 4832 + 5 * 6816 + 5 * 5376
-    assert speed.model_tflops_per_gpu == pytest.approx(exact / 2 * 1e-12, rel=1e-12)
     assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
 
 
@@ -117,7 +102,7 @@ def test_step3_throughput_without_a_critic():
     assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=1e-12)
     # As above: generation, two passes of the actor's trunk to score, three to train.
     exact = 4832 + 5 * 6816
-    assert speed.model_tflops_per_gpu == pytest.approx(exact / 2 * 1e-12, rel=1e-12)
+    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
 
 
 def test_step3_throughput_of_an_actor_that_rests():
@@ -126,7 +111,7 @@ def test_step3_throughput_of_an_actor_that_rests():
     speed = step3_throughput(dataclasses.replace(actor, tokens=0, samples=0), critic, *rest)
     assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=1e-12)
     exact = 4832 + 2 * 6816 + 5 * 5376
-    assert speed.model_tflops_per_gpu == pytest.approx(exact / 2 * 1e-12, rel=1e-12)
+    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
 
 
 def test_bandwidth_follows_the_dtype():
@@ -140,6 +125,7 @@ def test_step3_line(capsys):
     assert capsys.readouterr().out == line + "\n"
     parts = line.split(" | ")
     assert [p.split()[0] for p in parts] == ["End-to-end", "Generation", "Training"]
+    assert "End-to-end 1.000 s, 2.00 samples/s, " in line
     assert "4 tokens, 8 tokens/s, 250.00 ms/step" in line
 
 

@@ -23,7 +23,7 @@ from dschat.train.checkpointer import Checkpointer
 from dschat.train.engine import accumulation_groups, backward, build_engine
 from dschat.train.evaluation import evaluate_pairs, pair_scores, pairs, scores_summary
 from dschat.train.prepare import setup_run
-from dschat.train.progress import TrainingLog, WorkShape, batch_counts, timed
+from dschat.train.progress import TrainingLog, batch_counts, timed, training_work
 from dschat.train.run_plan import EnginePlan, Plan, StepPlan
 from dschat.utils.distributed import (
     all_reduce_sum,
@@ -91,8 +91,14 @@ def main() -> None:
     engine = build_engine(
         model, engine_config, recipe, schedule, world_size, "step 2, reward model"
     )
-    shape = WorkShape.of(engine, recipe, ctx.gpus)
-    log = TrainingLog(run.log_config(checkpointer.continued), engine, shape, total_steps, ctx.rank)
+    log = TrainingLog(
+        run.log_config(checkpointer.continued),
+        engine,
+        training_work(engine, recipe),
+        ctx.gpus,
+        total_steps,
+        ctx.rank,
+    )
     set_random_seed(run.seed + ctx.rank)
     position = checkpointer.restore({"model": engine}, {"log": log})
 

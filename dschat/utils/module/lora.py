@@ -61,7 +61,7 @@ def match_layers(
         if not any(name == w or name.startswith(f"{w}.") for w in whole)
         and name.split(".")[-1] not in REWARD_HEADS
     }
-    heads = {id(_output_head(m)) for m in modules.values()} - {id(None)}
+    heads = {id(output_head(m)) for m in modules.values()} - {id(None)}
     linear = [n for n, m in free.items() if isinstance(m, (nn.Linear, Conv1D))]
     body = [n for n in linear if n.split(".")[-1] not in HEAD_NAMES and id(free[n]) not in heads]
     embeddings = [n for n, m in free.items() if isinstance(m, nn.Embedding)]
@@ -125,7 +125,8 @@ def whole_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]
     return found
 
 
-def _output_head(module: nn.Module) -> nn.Module | None:
+def output_head(module: nn.Module) -> nn.Module | None:
+    """Return the output head that a `transformers` model names; None for any other module."""
     getter = getattr(module, "get_output_embeddings", None)
     return getter() if getter is not None else None
 
