@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, a fixed seed, a tokenizer."""
+"""What all tests share: one thread, no network, a fixed seed, tokenizers."""
 
 import os
 
@@ -19,9 +19,26 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+# Imported inside: transformers takes seconds, and not every test needs it.
 @pytest.fixture
 def tiny_tokenizer():
     """One token a byte; pad 0, bos 1 and eos 2 are distinct."""
-    from tests.helpers.tiny import byte_tokenizer  # here: transformers takes seconds to import
+    from tests.helpers import tiny
 
-    return byte_tokenizer()
+    return tiny.byte_tokenizer()
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """Byte-level BPE without BOS; `<eos>` is 0, `<pad>` is 1."""
+    from tests.helpers import bpe
+
+    return bpe.byte_tokenizer()
+
+
+@pytest.fixture
+def space_tokenizer():
+    """BPE that puts `▁` before every text, with BOS; `<s>` is 1, `</s>` is 2 and also the pad."""
+    from tests.helpers import bpe
+
+    return bpe.space_tokenizer()
