@@ -1,0 +1,97 @@
+"""The pages name what is there: the README's map, links, the numbers behind figures."""
+
+import csv
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_layering import FLOORS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path for place in ("*.md", "docs/**/*.md", "training/*/*.md") for path in ROOT.glob(place)
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def tracked() -> set[str]:
+    """Paths of the checkout under version control."""
+    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return {path for path in listing.splitlines() if (ROOT / path).exists()}
+
+
+def map_entries(text: str) -> set[str]:
+    """Paths that the README's map names: entries of the checkout and, indented, of dschat/."""
+    block = re.search(r"## Map\n\n```\n(.*?)```", text, re.DOTALL)[1]
+    entries = set()
+    for line in block.splitlines():
+        folder = "dschat/" if line.startswith(" ") else ""
+        *names, _purpose = re.split(r"\s{2,}", line.strip())
+        entries |= {folder + name.rstrip("/") for name in names}
+    return entries
+
+
+def anchors_of(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_the_map_names_every_entry_of_the_checkout_and_of_the_library_and_nothing_else():
+    paths = [path for path in tracked() if not path.startswith(".")]
+    top = {path.split("/")[0] for path in paths}
+    inside = {"/".join(path.split("/")[:2]) for path in paths if path.startswith("dschat/")}
+    there = top | inside - {"dschat/__init__.py", "dschat/py.typed"}
+    assert map_entries((ROOT / "README.md").read_text(encoding="utf-8")) == there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_reached_from_the_readme():
+    reached, queue = set(), [ROOT / "README.md"]
+    while queue:
+        page = queue.pop()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        links = LINK.findall(page.read_text(encoding="utf-8"))
+        queue += [
+            (page.parent / link.split("#")[0]).resolve() for link in links if "://" not in link
+        ]
+    assert set(PAGES) - reached == set()
+
+
+def test_the_picture_of_the_architecture_has_every_room_on_its_floor():
+    drawn: dict[str, float] = {}
+    svg = (ROOT / "docs/figures/architecture.svg").read_text(encoding="utf-8")
+    for y, name in re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*bold">(\w+)</text>', svg):
+        drawn.setdefault(name, float(y))
+    heights = [{drawn[room] for room in floor} for floor in FLOORS]
+    assert all(len(height) == 1 for height in heights)  # rooms of one floor stand side by side
+    from_the_ground_up = [height.pop() for height in heights]
+    assert from_the_ground_up == sorted(from_the_ground_up, reverse=True)
+
+
+def test_the_curve_of_the_stories_is_the_table_beside_it():
+    text = (ROOT / "docs/ppo/measured.md").read_text(encoding="utf-8")
+    lines = text[text.index("| iteration | ppo, 1 epoch") :].split("\n\n")[0].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    with (ROOT / "docs/figures/stories_rewards.csv").open(encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [table[0], *table[2:]]
