@@ -32,10 +32,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.data_training import SEED, batches, groupings, print_training_speed
+from benchmarks.data_training import SEED, batches, print_training_speed, samplers
 from dschat.data import datasets as data_utils
-from dschat.data.batching import Grouping
-from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.data.batching import BatchSampler
+from dschat.data.config import DataConfig
+from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.distributed import from_local_main
 
@@ -130,22 +131,34 @@ def our_rank(args: argparse.Namespace, rows: Path, cache: Path, rank: int) -> di
 
     data_utils.tokenise = clocked
     start = time.perf_counter()
-    spec = our_spec(args, rows, cache)
-    data = create_prompt_dataset(spec, tokenizer, 1, once=from_local_main)
+    data = our_set(args, rows, cache, tokenizer, from_local_main)
     ready = time.perf_counter() - start
     shares = {
-        name: share_of(data.train, grouping, tokenizer, rank)
-        for name, grouping in groupings(BATCH, args.max_len).items()
+        name: share_of(data.train, sampler, tokenizer, rank)
+        for name, sampler in samplers(BATCH, args.max_len).items()
     }
     speed, cpu_speed = (spent["rows"] / max(spent[clock], 1e-9) for clock in ("wall", "cpu"))
     figures = {"speed": speed, "cpu_speed": cpu_speed, "ready": ready, "disk": size_of(cache)}
     return {**figures, **usage(), **shares}
 
 
-def our_spec(args: argparse.Namespace, rows: Path, cache: Path) -> DataSpec:
-    """All rows for step 1."""
-    workers = args.workers or None
-    return DataSpec((str(rows),), "1", str(cache), SEED, args.max_len, workers=workers)
+def our_set(
+    args: argparse.Namespace,
+    rows: Path,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    once: Callable[[Callable[[], str]], str] | None = None,
+) -> PromptData:
+    """Tokenise all rows for step 1."""
+    config = DataConfig(
+        data_path=(str(rows),),
+        data_split="1",
+        data_output_path=str(cache),
+        preprocessing_num_workers=args.workers or None,
+    )
+    return create_prompt_dataset(
+        config, tokenizer, 1, seed=SEED, max_seq_len=args.max_len, once=once
+    )
 
 
 def usage() -> dict[str, float]:
@@ -153,10 +166,12 @@ def usage() -> dict[str, float]:
     return {"peak": memory("VmHWM"), "private": memory("RssAnon")}
 
 
-def share_of(rows: Any, grouping: Grouping, tokenizer: PreTrainedTokenizerBase, rank: int) -> float:
+def share_of(
+    rows: Any, sampler: BatchSampler, tokenizer: PreTrainedTokenizerBase, rank: int
+) -> float:
     """Real tokens over slots, in an epoch that is read and collated as for training."""
     real = slots = 0
-    for batch in batches(rows, grouping, tokenizer.pad_token_id, rank, RANKS):
+    for batch in batches(rows, sampler, tokenizer.pad_token_id, rank, RANKS):
         real, slots = real + int(batch.attention_mask.sum()), slots + batch.input_ids.numel()
     return real / slots
 
@@ -211,7 +226,7 @@ def report(name: str, rows: int, text: int, ranks: list[dict[str, float]]) -> No
         f"{first['disk'] / text:.2f} x the text;\n"
         f"{'':<16}peak RSS of the ranks {peaks} MiB, of it at the end private {private} MiB"
     )
-    for way in ("padded", *groupings(1, 1)):
+    for way in ("padded", *samplers(1, 1)):
         if way in first:
             share = sum(rank[way] for rank in ranks) / len(ranks)
             print(f"{'':<16}{way}: {share:.1%} of the slots are real tokens")
@@ -241,9 +256,8 @@ def main() -> None:
                 found["ours"][0][k] / found["padded"][0][k] for k in ("speed", "cpu_speed")
             )
             print(f"tokenising: {wall:.1f} times the rows/s, {cpu:.1f} a CPU second", flush=True)
-        spec = our_spec(args, rows, Path(scratch, f"ours-{count}"))
         tokenizer = load_hf_tokenizer(args.tokenizer)
-        data = create_prompt_dataset(spec, tokenizer, 1).train
+        data = our_set(args, rows, Path(scratch, f"ours-{count}"), tokenizer).train
         print_training_speed(data, args.max_len, tokenizer.pad_token_id)
 
 

@@ -14,7 +14,7 @@ import datasets
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dschat.data.batching import ByRows, ByTokens, Grouping, Packed
+from dschat.data.batching import BatchSampler, PackedBatches, RowBatches, TokenBudgetBatches
 from dschat.data.collators import PackedCollator, SFTBatch, SFTCollator
 from dschat.data.loaders import build_loader
 from dschat.train.evaluation import answer_loss
@@ -24,28 +24,28 @@ ROWS, BATCH = 96, 4
 VOCABULARY = 1024  # of the model: larger ids are folded, its speed is the same
 
 
-def groupings(batch: int, max_len: int) -> dict[str, Grouping]:
+def samplers(batch: int, max_len: int) -> dict[str, BatchSampler]:
     """Our three ways to make batches of about the same number of slots."""
     return {
-        "length groups": ByRows(batch),
-        "by tokens": ByTokens(batch * max_len),
-        "packed": Packed(batch, max_len),
+        "length groups": RowBatches(batch),
+        "by tokens": TokenBudgetBatches(batch * max_len),
+        "packed": PackedBatches(batch, max_len),
     }
 
 
 def batches(
-    rows: datasets.Dataset, grouping: Grouping, pad_token_id: int, rank: int, ranks: int
+    rows: datasets.Dataset, sampler: BatchSampler, pad_token_id: int, rank: int, ranks: int
 ) -> Iterable[SFTBatch]:
     """One epoch of this rank."""
-    collator = PackedCollator if isinstance(grouping, Packed) else SFTCollator
+    collator = PackedCollator if isinstance(sampler, PackedBatches) else SFTCollator
     place = {"rank": rank, "world_size": ranks, "seed": SEED, "shuffle": True}
-    return build_loader(rows, collator(pad_token_id), grouping, **place)
+    return build_loader(rows, collator(pad_token_id), sampler, **place)
 
 
 def print_training_speed(rows: datasets.Dataset, max_len: int, pad_token_id: int) -> None:
     """Real tokens a second of forward, backward and update, each way over the same rows."""
     chosen = rows.shuffle(SEED).select(range(min(ROWS, len(rows))))
-    ways = {"padded": ByRows(BATCH), **groupings(BATCH, max_len)}
+    ways = {"padded": RowBatches(BATCH), **samplers(BATCH, max_len)}
     epochs = {n: list(batches(chosen, g, pad_token_id, 0, 1)) for n, g in ways.items()}
     epochs["padded"] = [_widened(batch, max_len) for batch in epochs["padded"]]
     torch.manual_seed(SEED)

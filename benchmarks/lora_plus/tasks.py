@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.lora_plus.training import Row, Run, Task, fit
 from dschat.data.collators import SFTBatch, SFTCollator
-from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.data.config import DataConfig
+from dschat.data.datasets import create_prompt_dataset
 from dschat.models.causal_lm import check_context, create_hf_model
 from dschat.quickstart import world
 from dschat.quickstart.model import build_model, build_tokenizer, corpus
@@ -114,15 +115,13 @@ def _written(
 def _tokenised(
     data_path: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, work: Path
 ) -> tuple[list[Row], list[Row]]:
-    spec = DataSpec(
+    config = DataConfig(
         data_path=(data_path,),
         data_split="1",
         data_output_path=str(work / "tokens"),
-        seed=WORLD_SEED,
-        max_seq_len=max_seq_len,
         max_eval_samples=TEST_ROWS,
     )
-    data = create_prompt_dataset(spec, tokenizer, phase=1)
+    data = create_prompt_dataset(config, tokenizer, 1, seed=WORLD_SEED, max_seq_len=max_seq_len)
     return list(data.train), list(data.eval)
 
 

@@ -1,6 +1,5 @@
 """Every flag once: frozen settings of each step, checked before any work starts."""
 
-from dschat.config.data import BatchArguments, DataArguments, EvaluationArguments
 from dschat.config.models import ModelConfig
 from dschat.config.rlhf import PPOArguments, RLHFSettings
 from dschat.config.rollout import RolloutArguments
@@ -9,9 +8,6 @@ from dschat.config.stability import StabilityArguments
 from dschat.config.steps import RewardSettings, SFTSettings
 
 __all__ = [
-    "BatchArguments",
-    "DataArguments",
-    "EvaluationArguments",
     "ModelConfig",
     "PPOArguments",
     "RLHFSettings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from dschat.config.data import DataArguments
+from dschat.config.data import check_streaming
 from dschat.config.mixin import MixInArguments
 from dschat.config.models import ModelConfig
 from dschat.config.rewards import RewardArguments
@@ -13,7 +13,7 @@ from dschat.config.rollout import RolloutArguments
 from dschat.config.run import RunArguments
 from dschat.config.stability import StabilityArguments
 from dschat.config.unused import unused_flags
-from dschat.data.datasets import DataSpec
+from dschat.data.config import DataConfig
 from dschat.errors import UserError
 from dschat.models.reward_statistics import RewardStatistics, read_value_scaling
 from dschat.rlhf.generation import SamplingConfig
@@ -80,7 +80,7 @@ class RLHFSettings(Settings):
     sources: RoleArguments = group(RoleArguments)
     rewards: RewardArguments = group(RewardArguments)
     mixin: MixInArguments = group(MixInArguments)
-    data: DataArguments = group(DataArguments, max_eval_samples=128)
+    data: DataConfig = group(DataConfig, max_eval_samples=128)
     actor: ModelConfig = group(ModelConfig, prefix="actor_", optimizer={"full_rate": 9.65e-6})
     critic: ModelConfig = group(ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6})
     run: RunArguments = group(
@@ -104,7 +104,7 @@ class RLHFSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data.check_streaming(self.run, self.ppo.max_steps, None)
+        check_streaming(self.data, self.run, self.ppo.max_steps)
         if self.print_answers_interval < 1:
             raise UserError(
                 f"print_answers_interval is {self.print_answers_interval}: give at least 1; "
@@ -126,10 +126,10 @@ class RLHFSettings(Settings):
         for line in unused_flags(self, cast, trained):
             print_rank_0(line, launched_rank())
 
-    def data_spec(self) -> DataSpec:
-        """Prompts alone, cut to their own limit."""
-        longest = self.ppo.max_prompt_seq_len + self.ppo.max_answer_seq_len
-        return self.data.spec(self.run.seed, longest, max_prompt_len=self.ppo.max_prompt_seq_len)
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return self.ppo.max_prompt_seq_len + self.ppo.max_answer_seq_len
 
     def ppo_config(self) -> PPOConfig:
         """The coefficients of PPO."""

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
-from dschat.config.data import BatchArguments, DataArguments
+from dschat.config.data import check_streaming
 from dschat.config.models import ModelConfig
 from dschat.config.run import RunArguments
-from dschat.data.batching import Grouping
-from dschat.data.tokenise import TRAIN_ON
+from dschat.data.batching import BatchSampler
+from dschat.data.config import BatchConfig, DataConfig, SFTDataConfig
 from dschat.settings import Settings, group, setting
 
 
 @dataclass(frozen=True)
-class SFTSettings(Settings):
+class StepSettings(Settings):
+    """Settings that steps 1 and 2 share."""
+
+    model_name_or_path: str = setting(MISSING, "model folder or hub id")
+    batch: BatchConfig = group(BatchConfig)
+    eval_interval: int = setting(
+        0, "optimizer steps between evaluations; 0: per epoch only", at_least=0
+    )
+    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the data", at_least=0)
+
+
+@dataclass(frozen=True)
+class SFTSettings(StepSettings):
     """Step 1, supervised fine-tuning."""
 
-    batch: BatchArguments = group(BatchArguments)
-    data: DataArguments = group(DataArguments)
+    data: SFTDataConfig = group(SFTDataConfig)
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 9.65e-6})
     run: RunArguments = group(RunArguments, tensorboard_path="step1_tensorboard")
-    sft_only_data_path: tuple[str, ...] = setting(
-        (), "data used in this step alone (prompt and response)", may_be_empty=True
-    )
-    train_on: str | None = setting(
-        None,
-        "which answers of a conversation train (default: all_turns where rows are conversations, "
-        "last_turn where they are prompt and answer)",
-        choices=tuple(TRAIN_ON),
-    )
     train_on_prompt: bool = setting(False, "train on prompt tokens as well")
     packing: bool = setting(
         False, "train on rows packed to --max_seq_len, kept apart by mask and positions"
@@ -37,21 +39,20 @@ class SFTSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.grouping()
+        self.sampler()
         batching = "packing" if self.packing else self.batch.own_batching
-        self.data.check_streaming(self.run, self.batch.max_steps, batching)
+        check_streaming(self.data, self.run, self.max_steps, batching)
 
-    def grouping(self) -> Grouping:
-        """How training rows become batches."""
-        return self.batch.grouping(packing=self.packing)
+    def sampler(self) -> BatchSampler:
+        """Choose how training rows become batches."""
+        return self.batch.sampler(packing=self.packing)
 
 
 @dataclass(frozen=True)
-class RewardSettings(Settings):
+class RewardSettings(StepSettings):
     """Step 2, reward model."""
 
-    batch: BatchArguments = group(BatchArguments)
-    data: DataArguments = group(DataArguments)
+    data: DataConfig = group(DataConfig)
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5})
     run: RunArguments = group(RunArguments, tensorboard_path="step2_tensorboard")
     margin: float = setting(0.0, "margin by which chosen should beat rejected")
@@ -61,9 +62,9 @@ class RewardSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.grouping()
-        self.data.check_streaming(self.run, self.batch.max_steps, self.batch.own_batching)
+        self.sampler()
+        check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
 
-    def grouping(self) -> Grouping:
-        """How training pairs become batches."""
-        return self.batch.grouping(sequences=2)
+    def sampler(self) -> BatchSampler:
+        """Choose how training pairs become batches."""
+        return self.batch.sampler(sequences=2)

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dschat.config import DataArguments
 from dschat.config.cli import parse, run_cli
+from dschat.data.config import SHORTEST, SFTDataConfig
 from dschat.data.dataset_stats import Marks, histogram, padding_lines, render, sequence_lengths
-from dschat.data.datasets import DataSpec, create_prompt_dataset
+from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.report import PHASE_NAMES
-from dschat.data.tokenise import TRAIN_ON
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
 from dschat.text.formats import choose_format
@@ -35,37 +35,34 @@ class InspectSettings(Settings):
     """Flags of `inspect`; names and defaults are those of training."""
 
     model_name_or_path: str = setting(MISSING, "whose tokenizer is used: a folder or hub id")
-    data: DataArguments = group(DataArguments)
-    sft_only_data_path: tuple[str, ...] = setting((), "data of phase 1 alone", may_be_empty=True)
+    data: SFTDataConfig = group(SFTDataConfig)
     phase: int | None = setting(None, "1, 2 or 3 (default: all)", choices=(1, 2, 3))
-    max_seq_len: int = setting(512, "tokens of prompt and answer together")
-    max_prompt_seq_len: int = setting(256, "tokens of a prompt in phase 3")
-    per_device_train_batch_size: int = setting(16, "rows per batch")
-    max_tokens_per_batch: int = setting(8192, "tokens per batch, where batches are made by them")
-    samples: int = setting(3, "rows to show")
-    seed: int = setting(1234, "seed of splits; as in training")
+    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
+    max_prompt_seq_len: int = setting(256, "tokens of a prompt in phase 3", at_least=1)
+    per_device_train_batch_size: int = setting(16, "rows per batch", at_least=1)
+    max_tokens_per_batch: int = setting(
+        8192, "tokens per batch, where batches are made by them", at_least=1
+    )
+    samples: int = setting(3, "rows to show", at_least=0)
+    seed: int = setting(1234, "seed of splits; as in training", at_least=0)
     add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
     eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
-    train_on: str | None = setting(
-        None, "which answers of a conversation train; as in step 1", choices=tuple(TRAIN_ON)
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_prompt_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.data.streaming:
             raise UserError("streaming: inspect looks at all rows; drop it, or give it fewer")
-        if self.samples < 0:
-            raise UserError(f"samples is {self.samples}: give 0 or more")
 
-    def spec(self) -> DataSpec:
-        """What to read and how to cut it."""
-        only = tuple(self.sft_only_data_path)
-        more = {"sft_only_data_path": only, "max_prompt_len": self.max_prompt_seq_len}
-        more["train_on"] = self.train_on
-        return self.data.spec(self.seed, self.max_seq_len, **more)
+    def tokenised(self, tokenizer: PreTrainedTokenizerBase, phase: int) -> PromptData:
+        """Make the set of a phase that training would use."""
+        return create_prompt_dataset(
+            self.data,
+            tokenizer,
+            phase,
+            seed=self.seed,
+            max_seq_len=self.max_seq_len,
+            max_prompt_len=self.max_prompt_seq_len,
+        )
 
 
 def inspect(
@@ -90,7 +87,8 @@ def inspect(
 def _phase_lines(
     settings: InspectSettings, phase: int, tokenizer: PreTrainedTokenizerBase, marks: Marks
 ) -> Iterator[str]:
-    data = create_prompt_dataset(settings.spec(), tokenizer, phase)
+    data = settings.tokenised(tokenizer, phase)
+    assert isinstance(data.train, datasets.Dataset)  # streaming is refused
     yield from data.report.lines()
     yield ""
     lengths = sequence_lengths(data.train, phase)

@@ -1,7 +1,7 @@
-"""Which rows meet in a batch: so many rows, so many tokens, or rows packed to one length.
+"""Batch samplers: so many rows, so many tokens, or rows packed to one length make a batch.
 
-A grouping draws the units of one epoch from a generator: single rows, whole micro-batches, packs.
-What a unit holds does not depend on the number of ranks that the units are dealt among.
+A sampler draws the items of an epoch and deals them to ranks. An item is a row, a micro-batch or a
+pack, and holds the same rows however many ranks there are.
 """
 
 from array import array
@@ -21,64 +21,71 @@ _ROWS_PER_CHUNK = 8192
 
 @dataclass(frozen=True)
 class Epoch:
-    """The units of an epoch in their order, flat: a few bytes a row, however many there are."""
+    """The items of an epoch in their order, flat: a few bytes a row, however many there are."""
 
     rows: np.ndarray  # (N,) every row once
-    starts: np.ndarray  # (U + 1,) unit u holds rows[starts[u] : starts[u + 1]]
-    size: int  # units of a global batch; the last may have fewer
+    starts: np.ndarray  # (I + 1,) item i holds rows[starts[i] : starts[i + 1]]
+    size: int  # items of a global batch; the last may have fewer
 
     def __len__(self) -> int:
-        """Global batches."""
+        """Count global batches."""
         return -(-(len(self.starts) - 1) // self.size)
 
     def batch(self, number: int) -> list[list[int]]:
-        """The units of one global batch; rank r of n takes units r, r + n, ..."""
+        """Give the items of one global batch; rank r of n takes items r, r + n, ..."""
         bounds = self.starts[number * self.size : (number + 1) * self.size + 1].tolist()
         return [self.rows[start:stop].tolist() for start, stop in pairwise(bounds)]
 
 
-class Grouping(Protocol):
-    """How the rows of an epoch become global batches."""
+class BatchSampler(Protocol):
+    """Turns the rows of an epoch into global batches."""
 
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
         """Draw one epoch over rows of these lengths."""
+        ...
 
     def count(self, num_rows: int, world_size: int) -> int | None:
-        """Batches an epoch where the number of rows decides it, else None."""
+        """Count the batches of an epoch where the number of rows decides it, else None."""
+        ...
 
 
 @dataclass(frozen=True)
-class ByRows:
-    """At most `size` rows a rank and batch, rows of like length together; a unit is a row."""
+class RowBatches:
+    """At most `size` rows a rank and batch, rows of like length together; an item is a row."""
 
     size: int
 
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
-        """Shuffled batches; the last one holds what is left."""
+        """Shuffle the batches; the last one holds the remaining rows."""
         size = self.size * world_size
         order = rng.permutation(len(lengths))
         # The rows of the short last batch leave before the sorting, lest they be the longest.
-        whole, rest = np.split(order, [len(order) // size * size])
-        for at in range(0, len(whole), size * _BATCHES_PER_CHUNK):
-            chunk = whole[at : at + size * _BATCHES_PER_CHUNK]
+        full, rest = np.split(order, [len(order) // size * size])
+        for start in range(0, len(full), size * _BATCHES_PER_CHUNK):
+            chunk = full[start : start + size * _BATCHES_PER_CHUNK]
             chunk[:] = _by_length(chunk, lengths)
-        batches = whole.reshape(-1, size)
+        batches = full.reshape(-1, size)
         rows = np.concatenate([batches[rng.permutation(len(batches))].ravel(), rest])
         return Epoch(rows, np.arange(len(rows) + 1), size)
 
     def count(self, num_rows: int, world_size: int) -> int:
-        """Rows over rows a batch, rounded up."""
+        """Divide rows by rows a batch, rounded up."""
         return -(-num_rows // (self.size * world_size))
 
-    def sorted_epoch(self, lengths: np.ndarray, world_size: int) -> Epoch:
-        """From the shortest rows to the longest, the same every time."""
+
+@dataclass(frozen=True)
+class SortedBatches(RowBatches):
+    """The same from the shortest rows to the longest in every epoch, for evaluation."""
+
+    def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
+        """Sort all rows by length; nothing is drawn."""
         rows = _by_length(np.arange(len(lengths)), lengths)
         return Epoch(rows, np.arange(len(rows) + 1), self.size * world_size)
 
 
 @dataclass(frozen=True)
-class ByTokens:
-    """As many rows as fit, padded to their longest, in `limit` tokens; a unit is a micro-batch.
+class TokenBudgetBatches:
+    """As many rows as fit, padded to the longest, in `limit` tokens; an item is a micro-batch.
 
     `sequences` is how many sequences a row becomes (two for a pair).
     """
@@ -87,43 +94,43 @@ class ByTokens:
     sequences: int = 1
 
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
-        """One micro-batch a rank; the last batch may have fewer than ranks."""
+        """Deal one micro-batch to each rank; the last batch may have fewer than ranks."""
         order = rng.permutation(len(lengths))
         mean = max(1.0, float(lengths.mean()) * self.sequences)
         chunks = _chunks(order, int(max(1, self.limit // mean)) * _BATCHES_PER_CHUNK)
-        units = (unit for chunk in chunks for unit in self._fill(chunk, lengths))
-        return _shuffled(units, world_size, rng)
+        items = (item for chunk in chunks for item in self._fill(chunk, lengths))
+        return _shuffled(items, world_size, rng)
 
     def count(self, num_rows: int, world_size: int) -> None:
         """Lengths decide."""
         return None
 
     def _fill(self, chunk: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-        units: list[list[int]] = [[]]
+        items: list[list[int]] = [[]]
         for row in _by_length(chunk, lengths).tolist():
             # Sorted: the newcomer is the longest, all are padded to it.
-            if (len(units[-1]) + 1) * self.sequences * int(lengths[row]) > self.limit:
-                units.append([])
-            units[-1].append(row)
-        return [unit for unit in units if unit]
+            if (len(items[-1]) + 1) * self.sequences * int(lengths[row]) > self.limit:
+                items.append([])
+            items[-1].append(row)
+        return [item for item in items if item]
 
 
 @dataclass(frozen=True)
-class Packed:
-    """`size` packs a rank and batch; a unit is a pack, rows of at most `capacity` tokens in all."""
+class PackedBatches:
+    """`size` packs a rank and batch; an item is a pack: rows of up to `capacity` tokens in all."""
 
     size: int
     capacity: int
 
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
-        """Shuffled packs; the last batch holds what is left."""
+        """Shuffle the packs; the last batch holds the remaining ones."""
         order = rng.permutation(len(lengths))
-        units = (
+        items = (
             chunk[pack].tolist()
             for chunk in _chunks(order, _ROWS_PER_CHUNK)
             for pack in best_fit_decreasing(lengths[chunk].tolist(), self.capacity)
         )
-        return _shuffled(units, self.size * world_size, rng)
+        return _shuffled(items, self.size * world_size, rng)
 
     def count(self, num_rows: int, world_size: int) -> None:
         """Lengths decide."""
@@ -131,34 +138,38 @@ class Packed:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Item numbers in bins of at most `capacity` each; finding a bin does not look through them.
+    """Divide rows into packs of at most `capacity` tokens each.
 
-    Items go from the longest to the shortest, each into the bin that it leaves the least room in
-    (Johnson 1973); those of one length in their given order.
+    Rows go from the longest to the shortest, each into the pack that it leaves the least room in
+    (Johnson 1973); those of one length in their given order. Packs are looked up by their room, so
+    finding one takes at most `capacity` steps, however many there are.
 
     Raises:
-        ValueError: an item longer than a bin.
+        ValueError: a row longer than a pack.
     """
-    bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room they have
-    rooms = 0  # bit r set: some bin has room r
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[item]
+    packs: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # numbers of packs, by room
+    # Bit r of this integer is set where some pack has room r. Shifted right by a row's length, its
+    # lowest set bit is the least room that the row fits into: one operation on machine words.
+    rooms = 0
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[row]
         if length > capacity:
             raise ValueError(f"row of {length} tokens does not fit into {capacity}")
         fitting = rooms >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit
-            found = with_room[room].pop()
+            lowest_bit = fitting & -fitting
+            room = length + lowest_bit.bit_length() - 1
+            pack = with_room[room].pop()
             if not with_room[room]:
                 rooms ^= 1 << room
         else:
-            room, found = capacity, len(bins)
-            bins.append([])
-        bins[found].append(item)
-        with_room[room - length].append(found)
+            room, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(row)
+        with_room[room - length].append(pack)
         rooms |= 1 << (room - length)
-    return bins
+    return packs
 
 
 def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -166,21 +177,23 @@ def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Parts of like size, none larger than `size`."""
+    """Divide rows into parts of like size, none larger than `size`."""
     return np.array_split(order, -(-len(order) // size))
 
 
-def _shuffled(units: Iterable[list[int]], size: int, rng: np.random.Generator) -> Epoch:
-    """The units in a new order, without an object for each of them."""
+def _shuffled(items: Iterable[list[int]], size: int, rng: np.random.Generator) -> Epoch:
+    """Put items into a new order, flat: millions of small lists would take far more memory."""
     rows, sizes = array("q"), array("q")
-    for unit in units:
-        rows.extend(unit)
-        sizes.append(len(unit))
+    for item in items:
+        rows.extend(item)
+        sizes.append(len(item))
     order = rng.permutation(len(sizes))
-    starts, moved_sizes = _starts(np.array(sizes)), np.array(sizes)[order]
-    moved = _starts(moved_sizes)
-    shifts = np.repeat(starts[order] - moved[:-1], moved_sizes)
-    return Epoch(np.array(rows)[np.arange(len(rows)) + shifts], moved, size)
+    old_starts, new_sizes = _starts(np.array(sizes)), np.array(sizes)[order]
+    new_starts = _starts(new_sizes)
+    # The row at place p of the new order, in item i, stood at old_starts[order[i]] + (p -
+    # new_starts[i]); the second line is that for all places at once.
+    shifts = np.repeat(old_starts[order] - new_starts[:-1], new_sizes)
+    return Epoch(np.array(rows)[np.arange(len(rows)) + shifts], new_starts, size)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.batching import ByRows, ByTokens, Grouping, Packed
+from dschat.data.batching import BatchSampler, PackedBatches, RowBatches, TokenBudgetBatches
 
 _BINS, _BAR = 12, 40
 _GREEN, _PLAIN = "\033[1;32m", "\033[0m"
@@ -59,18 +59,18 @@ def histogram(lengths: np.ndarray) -> list[str]:
     return lines
 
 
-def real_share(lengths: np.ndarray, grouping: Grouping, seed: int = 0) -> float:
+def real_share(lengths: np.ndarray, sampler: BatchSampler, seed: int = 0) -> float:
     """The share of a first epoch's slots that hold real tokens, on one rank.
 
     Args:
         lengths: (sequences a row, rows), as `sequence_lengths` gives them.
     """
     longest = lengths.max(axis=0)
-    epoch = grouping.epoch(longest, 1, np.random.default_rng([seed, 0]))
+    epoch = sampler.epoch(longest, 1, np.random.default_rng([seed, 0]))
     slots = 0
     for number in range(len(epoch)):
         units = epoch.batch(number)
-        if isinstance(grouping, Packed):
+        if isinstance(sampler, PackedBatches):
             widths = [int(longest[unit].sum()) for unit in units]
         else:
             widths = [int(longest[row]) for unit in units for row in unit]
@@ -83,13 +83,17 @@ def padding_lines(
 ) -> list[str]:
     """What share of the slots is real under each way of making batches."""
     sequences = len(lengths)
-    ways: dict[str, Grouping] = {f"{batch_size} rows, like lengths together": ByRows(batch_size)}
+    ways: dict[str, BatchSampler] = {
+        f"{batch_size} rows, like lengths together": RowBatches(batch_size)
+    }
     if phase != 3 and max_tokens >= sequences * max_len:
-        ways[f"--max_tokens_per_batch {max_tokens}"] = ByTokens(max_tokens, sequences)
+        ways[f"--max_tokens_per_batch {max_tokens}"] = TokenBudgetBatches(max_tokens, sequences)
     if phase == 1:
-        ways[f"--packing, {batch_size} rows of up to {max_len}"] = Packed(batch_size, max_len)
+        ways[f"--packing, {batch_size} rows of up to {max_len}"] = PackedBatches(
+            batch_size, max_len
+        )
     shares = {f"every row padded to {max_len}": lengths.sum() / (lengths.size * max_len)}
-    shares |= {name: real_share(lengths, grouping) for name, grouping in ways.items()}
+    shares |= {name: real_share(lengths, sampler) for name, sampler in ways.items()}
     width = max(map(len, shares))
     return [f"{name:<{width}}  {share:6.1%} real tokens" for name, share in shares.items()]
 

@@ -1,10 +1,10 @@
-"""Tokenised sets for the three phases: cut to length, counted, cached as memory-mapped Arrow."""
+"""Tokenised sets for the three phases: truncated, counted, cached as memory-mapped Arrow."""
 
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import written_once
+from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.files import digest
-from dschat.data.registry import Reading
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.data.sources import Source, load_source, stream_source
 from dschat.data.splits import PHASES, parse_proportions, phase_split
 from dschat.data.stream import RowStream, columns_of, complete, in_turns, rows_of_phase
-from dschat.data.tokenise import FEATURES, TRAIN_ON, converter, tokenise
+from dschat.data.tokenise import FEATURES, converter, tokenise
 from dschat.errors import UserError
 from dschat.text.formats import choose_format
 from dschat.text.tokenizer import tokenizer_fingerprint
@@ -38,47 +38,8 @@ NEEDED_COLUMNS = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """What to read and how to cut it; lengths in tokens, `max_prompt_len` for phase 3 alone."""
-
-    data_path: tuple[str, ...]
-    data_split: str
-    data_output_path: str
-    seed: int
-    max_seq_len: int
-    sft_only_data_path: tuple[str, ...] = ()
-    max_prompt_len: int | None = None
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    reading: Reading = Reading()
-    train_on: str | None = None
-    streaming: bool = False  # tokenise while reading, keep nothing
-    workers: int | None = None  # processes that tokenise; None: `choose_workers`
-
-    def __post_init__(self) -> None:
-        parse_proportions(self.data_split)
-        if not self.data_path and not self.sft_only_data_path:
-            raise UserError("--data_path is empty: name at least one source")
-        # Below four tokens a truncated row could hold no prompt or no answer beside its end token.
-        if self.max_seq_len < 4:
-            raise UserError(f"--max_seq_len {self.max_seq_len} is too small: give 4 or more")
-        if self.train_on not in (None, *TRAIN_ON):
-            raise UserError(f"--train_on {self.train_on}: give one of {', '.join(TRAIN_ON)}")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is negative: give 0 or more")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(
-                f"--preprocessing_num_workers {self.workers} is too small: give 1 or more"
-            )
-        for name in ("max_prompt_len", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} is too small: give 1 or more")
-
-
-@dataclass(frozen=True)
 class PromptData:
-    """Token rows of one phase (columns: `tokenise.FEATURES`), and what became of every row."""
+    """Token rows of one phase (columns: `tokenise.FEATURES`), and their counts by source."""
 
     train: datasets.Dataset | RowStream
     eval: datasets.Dataset
@@ -86,125 +47,151 @@ class PromptData:
     key: str  # digest of the rows' content, tokenizer and recipe
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One tokenised set: its data, its phase, and its lengths in tokens."""
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    phase: int
+    seed: int
+    max_seq_len: int
+    max_prompt_len: int | None
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"phase {self.phase} is none of {PHASES}")
+        if self.phase == 3 and self.max_prompt_len is None:
+            raise UserError("phase 3 (PPO prompts) needs max_prompt_len: give its length in tokens")
+        if self.max_seq_len < SHORTEST:
+            raise UserError(f"max_seq_len is {self.max_seq_len}: give at least {SHORTEST}")
+        if self.max_prompt_len is not None and self.max_prompt_len < 1:
+            raise UserError(f"max_prompt_len is {self.max_prompt_len}: give at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: give 0 or more")
+
+    @property
+    def max_len(self) -> int:
+        """The limit of a row: prompt and answer together, in phase 3 the prompt."""
+        limit = self.max_prompt_len if self.phase == 3 else self.max_seq_len
+        assert limit is not None
+        return limit
+
+
 def create_prompt_dataset(
-    spec: DataSpec,
+    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     phase: int,
     *,
+    seed: int,
+    max_seq_len: int,
+    max_prompt_len: int | None = None,
     once: Callable[[Callable[[], str]], str] | None = None,
 ) -> PromptData:
-    """Tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
+    """Make the tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
 
-    Every source's train rows are divided among the phases by `spec.data_split`; its test rows are
+    Every source's train rows are divided among the phases by `config.data_split`; its test rows are
     evaluated on in every phase and never trained on. Prompts have the format that the tokenizer
-    carries (`formats.choose_format`), which is settled here if it was not before. A set is
-    tokenised once by one process, also when independent runs want it at the same time. With
-    several ranks, `once` makes its work done by one of each node and gives all of them the result
-    (`distributed.from_local_main`).
+    carries (`formats.choose_format`). A set is tokenised once by one process, also when independent
+    runs want it at the same time.
+
+    Args:
+        seed: of the splits and of the choice of `max_train_samples`.
+        max_seq_len: tokens of prompt and answer together.
+        max_prompt_len: tokens of a prompt, in phase 3 alone.
+        once: has the work done by one rank of each node and gives its result to all of them
+            (`distributed.from_local_main`).
 
     Raises:
         UserError: bad input, a full disk, or no rows left.
     """
     choose_format(tokenizer)
-    if phase not in PHASES:
-        raise ValueError(f"phase {phase} is none of {PHASES}")
-    if phase == 3 and spec.max_prompt_len is None:
-        raise UserError("phase 3 (PPO prompts) needs --max_prompt_len: give its length in tokens")
-
-    if spec.streaming:
-        return stream_prompt_dataset(spec, tokenizer, phase)
+    request = _Request(config, tokenizer, phase, seed, max_seq_len, max_prompt_len)
+    if config.streaming:
+        return _stream(request)
 
     def prepare() -> str:
-        return str(_prepare(spec, tokenizer, phase))
+        return str(_prepare(request))
 
     folder = Path(prepare() if once is None else once(prepare))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     sources = tuple(SourceReport(**counts) for counts in report)
     train, evaluation = (_read(folder, split) for split in ("train", "eval"))
-    train = _limit(train, spec.max_train_samples, spec.seed)
-    evaluation = _limit(evaluation, spec.max_eval_samples, spec.seed)
+    train = _limit(train, config.max_train_samples, seed)
+    evaluation = _limit(evaluation, config.max_eval_samples, seed)
     counts = DataReport(phase, sources, len(train), len(evaluation))
     return PromptData(train, evaluation, counts, key=folder.name)
 
 
-def stream_prompt_dataset(
-    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, phase: int
-) -> PromptData:
+def _stream(request: _Request) -> PromptData:
     """Train rows that are tokenised as they are read, and a set of the first test rows."""
-    only = spec.sft_only_data_path if phase == 1 else ()
-    trained, tested, skipped = [], [], Counter()
-    for names, text in ((spec.data_path, spec.data_split), (only, "1")):
-        for name in names:
-            train, test = stream_source(name, spec.reading, skipped)
-            if test is None:
-                raise UserError(
-                    f"--streaming: {name} has no test rows, and none can be held out of a stream; "
-                    "put a test file beside the train file, or drop --streaming"
-                )
-            trained.append((train, parse_proportions(text)))
-            tested.append(test)
+    config, phase = request.config, request.phase
+    trained, tested = [], []
+    skipped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for name, text in config.sources(phase):
+        train, test = stream_source(name, config.read, skipped)
+        if test is None:
+            raise UserError(
+                f"streaming: {name} has no test rows, and none can be held out of a stream; "
+                "put a test file beside the train file, or drop streaming"
+            )
+        trained.append((train, parse_proportions(text)))
+        tested.append(test)
 
     def read() -> Iterator[dict[str, Any]]:
-        parts = [rows_of_phase(train(), spec.seed, share, phase) for train, share in trained]
+        parts = [rows_of_phase(train(), request.seed, share, phase) for train, share in trained]
         return complete(in_turns(parts), NEEDED_COLUMNS[phase], phase)
 
-    max_len = spec.max_prompt_len if phase == 3 else spec.max_seq_len
-    convert, counts = converter(tokenizer, phase, max_len, spec.train_on), Counter()
-    limit = spec.max_eval_samples or _STREAMED_EVAL_ROWS
+    convert = converter(request.tokenizer, phase, request.max_len, config.train_on)
+    limit = config.max_eval_samples or _STREAMED_EVAL_ROWS
     parts = in_turns([test() for test in tested])
     rows = list(complete(islice(parts, limit), NEEDED_COLUMNS[phase], phase))
     if not rows:
-        raise UserError("--streaming: the test files hold no rows; give at least one")
+        raise UserError("streaming: the test files hold no rows; give at least one")
     evaluation = datasets.Dataset.from_dict(convert(columns_of(rows), counts), FEATURES[phase])
-    names = ", ".join((*spec.data_path, *only))
-    told = SourceReport(names, "eval", len(rows), len(evaluation), skipped=dict(skipped), **counts)
+    names = ", ".join(name for name, _ in config.sources(phase))
+    report = SourceReport.of(names, "eval", len(rows), len(evaluation), dict(skipped), counts)
     if not len(evaluation):
-        raise UserError(nothing_left([told], "eval", spec.data_split, phase))
-    report = DataReport(phase, (told,), None, len(evaluation))
-    return PromptData(RowStream(read, convert, skipped), evaluation, report, key="streamed")
+        raise UserError(nothing_left([report], "eval", config.data_split, phase))
+    stream = RowStream(read, convert, skipped)
+    return PromptData(
+        stream, evaluation, DataReport(phase, (report,), None, len(evaluation)), "streamed"
+    )
 
 
 def _read(folder: Path, split: str) -> datasets.Dataset:
-    """The rows of all its files, memory-mapped."""
+    """Map the rows of all its files into memory."""
     files = sorted(folder.glob(f"{split}-*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
 
 
 def _limit(rows: datasets.Dataset, maximum: int | None, seed: int) -> datasets.Dataset:
-    """A seeded choice of at most `maximum` rows, so that every source keeps its share."""
+    """Choose at most `maximum` rows by the seed, so that every source keeps its share."""
     if maximum is None or maximum >= len(rows):
         return rows
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:maximum]))
 
 
-def _prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, phase: int) -> Path:
-    """The folder of the tokenised set, written first if it is not there yet."""
-    root = Path(spec.data_output_path).expanduser()
-    only = spec.sft_only_data_path if phase == 1 else ()
+def _prepare(request: _Request) -> Path:
+    """Find the folder of the tokenised set, written first if it is not there yet."""
+    config, phase = request.config, request.phase
+    root = Path(config.data_output_path).expanduser()
     sources = [
-        (load_source(name, spec.seed, root / "sources", spec.reading), proportions)
-        for names, proportions in ((spec.data_path, spec.data_split), (only, "1"))
-        for name in names
+        (load_source(name, request.seed, root / "sources", config.read), proportions)
+        for name, proportions in config.sources(phase)
     ]
+    contents = [[source.name, source.fingerprint, split] for source, split in sources]
+    lengths = [request.max_seq_len, request.max_prompt_len]
+    recipe = [RECIPE_VERSION, phase, request.seed, lengths, contents, config.train_on]
+    key = digest(tokenizer_fingerprint(request.tokenizer), json.dumps(recipe))
 
     def write(folder: Path) -> None:
         for source, _ in sources:
             _require_columns(source, phase)
-        _write(folder, sources, spec, tokenizer, phase)
+        _write(folder, sources, request)
 
-    return written_once(root, _key(sources, spec, tokenizer, phase), write)
-
-
-def _key(
-    sources: list[tuple[Source, str]],
-    spec: DataSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    phase: int,
-) -> str:
-    contents = [[source.name, source.fingerprint, split] for source, split in sources]
-    lengths = [spec.max_seq_len, spec.max_prompt_len]
-    recipe = [RECIPE_VERSION, phase, spec.seed, lengths, contents, spec.train_on]
-    return digest(tokenizer_fingerprint(tokenizer), json.dumps(recipe))
+    return written_once(root, key, write)
 
 
 def _require_columns(source: Source, phase: int) -> None:
@@ -220,43 +207,37 @@ def _require_columns(source: Source, phase: int) -> None:
                 )
 
 
-def _write(
-    folder: Path,
-    sources: list[tuple[Source, str]],
-    spec: DataSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    phase: int,
-) -> None:
+def _write(folder: Path, sources: list[tuple[Source, str]], request: _Request) -> None:
     """Tokenise into the new `folder`: train-*.arrow, eval-*.arrow and report.json."""
     folder.mkdir()
+    config, phase = request.config, request.phase
     reports: list[SourceReport] = []
-    max_len = spec.max_prompt_len if phase == 3 else spec.max_seq_len
     for split in ("train", "eval"):
         for number, (source, text) in enumerate(sources):
             rows = source.test
             if split == "train":
-                chosen = phase_split(len(source.train), spec.seed, parse_proportions(text), phase)
+                share = parse_proportions(text)
+                chosen = phase_split(len(source.train), request.seed, share, phase)
                 rows = source.train.select(np.sort(chosen))  # read from front to back
-            skipped = source.skipped.get("train" if split == "train" else "test", {})
-            report = SourceReport(source.name, split, len(rows), 0, skipped=skipped)
+            used, counts = 0, Counter[str]()
             if len(rows):
                 part = folder / f"{split}-{number:03d}.arrow"
-                workers = choose_workers(spec.workers, len(rows))
-                used, counts = tokenise(
-                    rows, tokenizer, phase, max_len, part, spec.train_on, workers
-                )
-                report = replace(report, used=used, **counts)
+                convert = converter(request.tokenizer, phase, request.max_len, config.train_on)
+                workers = choose_workers(config.preprocessing_num_workers, len(rows))
+                used, counts = tokenise(rows, convert, FEATURES[phase], part, workers)
+            skipped = source.skipped.get("train" if split == "train" else "test", {})
+            report = SourceReport.of(source.name, split, len(rows), used, skipped, counts)
             reports.append(report)
         if not any(report.used for report in reports if report.split == split):
-            raise UserError(nothing_left(reports, split, spec.data_split, phase))
+            raise UserError(nothing_left(reports, split, config.data_split, phase))
     (folder / "report.json").write_text(
         json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8"
     )
 
 
-def choose_workers(asked: int | None, rows: int) -> int:
-    """Processes to tokenise so many rows: as asked for, else by rows and cores."""
-    if asked is not None:
-        return min(asked, rows)
+def choose_workers(workers: int | None, rows: int) -> int:
+    """Choose how many processes tokenise so many rows; `workers` is the user's number."""
+    if workers is not None:
+        return min(workers, rows)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, rows // _ROWS_PER_WORKER))

@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dschat.data.batching import ByRows, Epoch, Grouping
-from dschat.data.collators import PackedCollator, Row
+from dschat.data.batching import BatchSampler, Epoch, RowBatches, SortedBatches
+from dschat.data.collators import PackedCollator
 from dschat.data.stream import RowStream, StreamLoader
 
 
@@ -22,26 +22,25 @@ class Loader:
         self,
         dataset: datasets.Dataset,
         collator: Callable[[Sequence[Any]], Any],
-        grouping: Grouping,
+        sampler: BatchSampler,
         *,
         rank: int,
         world_size: int,
-        seed: int | None,
+        seed: int,
     ) -> None:
-        """`seed` None: always in the order of lengths, which takes a grouping by rows."""
-        self._dataset, self._collator, self._grouping = dataset, collator, grouping
+        self._dataset, self._collator, self._sampler = dataset, collator, sampler
         self._lengths = np.asarray(dataset.with_format("numpy")["length"][:])
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._epoch = self._skip = 0
-        self._drawn: tuple[int, Epoch] | None = None
+        self._last_draw: tuple[int, Epoch] | None = None
 
     def __len__(self) -> int:
-        """Batches of the present epoch, the same on every rank."""
+        """Count the batches of the present epoch, the same on every rank."""
         return self.batches_in(self._epoch)
 
     def batches_in(self, epoch: int) -> int:
-        """Batches of an epoch; with packing or batches by tokens epochs differ a little."""
-        count = self._grouping.count(len(self._lengths), self._world_size)
+        """Count the batches of an epoch; packed or by tokens, epochs differ a little."""
+        count = self._sampler.count(len(self._lengths), self._world_size)
         return len(self._draw(epoch)) if count is None else count
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -54,72 +53,57 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         epoch = self._draw(self._epoch)
         for number in range(self._skip, len(epoch)):
-            units = epoch.batch(number)
-            mine = units[self._rank :: self._world_size]
-            yield self._collate(mine, True) if mine else self._collate([units[0][:1]], False)
+            items = epoch.batch(number)
+            mine = items[self._rank :: self._world_size]
+            yield self._batch(mine, True) if mine else self._batch([items[0][:1]], False)
 
-    def _collate(self, units: Sequence[Sequence[int]], real: bool) -> Any:
-        rows = iter(self._read(list(chain.from_iterable(units)), real))
-        packs = [[next(rows) for _ in unit] for unit in units]
-        is_packed = isinstance(self._collator, PackedCollator)
-        return self._collator(packs if is_packed else list(chain.from_iterable(packs)))
-
-    def _read(self, numbers: list[int], real: bool) -> list[Row]:
-        """Rows of one batch, read in one go."""
-        columns = self._dataset[numbers]
-        return [
+    def _batch(self, items: Sequence[Sequence[int]], real: bool) -> Any:
+        columns = self._dataset[list(chain.from_iterable(items))]  # read in one go
+        rows = [
             {**dict(zip(columns, values, strict=True)), "real": real}
             for values in zip(*columns.values(), strict=True)
         ]
+        if not isinstance(self._collator, PackedCollator):
+            return self._collator(rows)
+        of_packs = iter(rows)
+        return self._collator([[next(of_packs) for _ in item] for item in items])
 
     def _draw(self, number: int) -> Epoch:
-        if self._seed is None:
-            number = 0
-        if self._drawn is None or self._drawn[0] != number:
-            self._drawn = number, self._drawn_anew(number)
-        return self._drawn[1]
-
-    def _drawn_anew(self, number: int) -> Epoch:
-        if self._seed is None:
-            return self._grouping.sorted_epoch(self._lengths, self._world_size)
-        rng = np.random.default_rng([self._seed, number])
-        return self._grouping.epoch(self._lengths, self._world_size, rng)
+        if self._last_draw is None or self._last_draw[0] != number:
+            rng = np.random.default_rng([self._seed, number])
+            epoch = self._sampler.epoch(self._lengths, self._world_size, rng)
+            self._last_draw = number, epoch
+        return self._last_draw[1]
 
 
 def build_loader(
     dataset: datasets.Dataset | RowStream,
     collator: Callable[[Sequence[Any]], Any],
-    batch_size: int | Grouping,
+    batch_size: int | BatchSampler,
     *,
     rank: int,
     world_size: int,
     seed: int,
     shuffle: bool,
 ) -> Loader | StreamLoader:
-    """A loader of this rank's batches of at most `batch_size` rows, or of another grouping's.
+    """Build a loader of this rank's batches of at most `batch_size` rows, or of a sampler's.
 
-    The units of a global batch (rows; packs; whole micro-batches by tokens) are dealt among the
-    ranks, so the same rows meet in it for any split into ranks. Without `shuffle`, rows come by
-    length.
+    The items of a global batch (rows; packs; micro-batches by tokens) are dealt among the ranks,
+    so the same rows meet in it for any split into ranks. Without `shuffle`, rows come by length.
 
     Raises:
-        ValueError: no rows, or sizes that make no sense.
+        ValueError: no rows, no such rank, or a combination that makes no sense.
     """
-    grouping = ByRows(batch_size) if isinstance(batch_size, int) else batch_size
-    by_rows = isinstance(grouping, ByRows)
+    sampler = RowBatches(batch_size) if isinstance(batch_size, int) else batch_size
     if isinstance(dataset, RowStream):
-        if not (by_rows and shuffle):
+        if not (isinstance(sampler, RowBatches) and shuffle):
             raise ValueError("streamed rows are shuffled, and batched by rows")
-        return StreamLoader(dataset, collator, grouping.size, rank, world_size, seed)
-    if (by_rows and grouping.size < 1) or not len(dataset) or not 0 <= rank < world_size:
+        return StreamLoader(dataset, collator, sampler.size, rank, world_size, seed)
+    is_empty = isinstance(sampler, RowBatches) and sampler.size < 1
+    if is_empty or not len(dataset) or not 0 <= rank < world_size:
         raise ValueError(f"{len(dataset)} rows, batch size {batch_size}, rank {rank}/{world_size}")
-    if not (by_rows or shuffle):
-        raise ValueError("rows that come by length are batched by rows")
-    return Loader(
-        dataset,
-        collator,
-        grouping,
-        rank=rank,
-        world_size=world_size,
-        seed=seed if shuffle else None,
-    )
+    if not shuffle:
+        if not isinstance(sampler, RowBatches):
+            raise ValueError("rows that come by length are batched by rows")
+        sampler = SortedBatches(sampler.size)
+    return Loader(dataset, collator, sampler, rank=rank, world_size=world_size, seed=seed)

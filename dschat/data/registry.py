@@ -1,4 +1,4 @@
-"""Which reader reads a source: by its name, by its columns, or the user's own."""
+"""Choose the reader of a source: by its name, by its columns, or the user's own."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from pathlib import PurePath
 from typing import Any
 
 from dschat.data import named_readers as named
-from dschat.data import readers as shapes
+from dschat.data import readers
 from dschat.data.files import digest
 from dschat.data.user_functions import READER, TARGETS, load_function, source_digest
 from dschat.errors import UserError
+from dschat.settings import Settings, setting
 from dschat.text.conversations import Example, has_markers, question
 
 Reader = Callable[[Mapping[str, Any]], Example]
@@ -17,8 +18,8 @@ LOCAL_JSON = "local/jsonfile"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Rows that have at least these columns, and what reads them.
+class RowFormat:
+    """Rows that have at least these columns, and their reader.
 
     `holds` looks at a first row where common words name the columns.
     """
@@ -28,40 +29,40 @@ class Shape:
     holds: Callable[[Mapping[str, Any]], bool] = lambda row: True
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row may be of this shape."""
+        """Tell whether a row may be of this format."""
         return self.columns <= row.keys() and self.holds(row)
 
 
-def _shape(columns: str, read: Reader, **more: Any) -> Shape:
-    return Shape(frozenset(columns.split()), read, **more)
+def _format(columns: str, read: Reader, **more: Any) -> RowFormat:
+    return RowFormat(frozenset(columns.split()), read, **more)
 
 
-_STANDARD = _shape("prompt", shapes.read_standard)
+_STANDARD = _format("prompt", readers.read_standard)
 _MKQA = "queries answers"
-_MIRACL = _shape("query positive_passages negative_passages", named.read_miracl)
+_MIRACL = _format("query positive_passages negative_passages", named.read_miracl)
 
 NAMED = {
     "Dahoas/rm-static": _STANDARD,
     "Dahoas/full-hh-rlhf": _STANDARD,
-    "Dahoas/synthetic-instruct-gptj-pairwise": _shape(
+    "Dahoas/synthetic-instruct-gptj-pairwise": _format(
         "prompt chosen rejected", named.read_synthetic_instruct
     ),
-    "yitingxie/rlhf-reward-datasets": _shape("prompt chosen rejected", named.read_rlhf_reward),
-    "openai/webgpt_comparisons": _shape(
+    "yitingxie/rlhf-reward-datasets": _format("prompt chosen rejected", named.read_rlhf_reward),
+    "openai/webgpt_comparisons": _format(
         "question answer_0 answer_1 score_0 score_1", named.read_webgpt
     ),
-    "stanfordnlp/SHP": _shape("history human_ref_A human_ref_B labels", named.read_shp),
-    "pvduy/sharegpt_alpaca_oa_vicuna_format": _shape(
+    "stanfordnlp/SHP": _format("history human_ref_A human_ref_B labels", named.read_shp),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": _format(
         "prompt label", named.read_vicuna, holds=named.is_vicuna
     ),
-    "wangrui6/Zhihu-KOL": _shape("INSTRUCTION RESPONSE", named.read_zhihu),
+    "wangrui6/Zhihu-KOL": _format("INSTRUCTION RESPONSE", named.read_zhihu),
     "Cohere/miracl-zh-queries-22-12": _MIRACL,
-    "Hello-SimpleAI/HC3-Chinese": _shape("question human_answers chatgpt_answers", named.read_hc3),
-    "mkqa-Chinese": _shape(_MKQA, named.read_mkqa_chinese),
-    "mkqa-Japanese": _shape(_MKQA, named.read_mkqa_japanese),
+    "Hello-SimpleAI/HC3-Chinese": _format("question human_answers chatgpt_answers", named.read_hc3),
+    "mkqa-Chinese": _format(_MKQA, named.read_mkqa_chinese),
+    "mkqa-Japanese": _format(_MKQA, named.read_mkqa_japanese),
     "Cohere/miracl-ja-queries-22-12": _MIRACL,
-    "lmqg/qg_jaquad": _shape("question sentence paragraph", named.read_jaquad),
-    "lmqg/qag_jaquad": _shape("questions paragraph", named.read_jaquad_paragraph),
+    "lmqg/qg_jaquad": _format("question sentence paragraph", named.read_jaquad),
+    "lmqg/qag_jaquad": _format("questions paragraph", named.read_jaquad_paragraph),
     LOCAL_JSON: _STANDARD,
 }
 # Where the Hub keeps a set under another name, or needs its configuration named.
@@ -72,20 +73,20 @@ ON_THE_HUB = {
 }
 
 # Known by columns. Of several that fit, one with more of the columns counts; else it is unclear.
-SHAPES = (
+FORMATS = (
     _STANDARD,
     *(
-        _shape(f"prompt {more}", shapes.read_standard)
+        _format(f"prompt {more}", readers.read_standard)
         for more in ("chosen", "response", "completion", "chosen rejected", "rejected")
     ),
-    _shape("prompt chosen rejected messages", shapes.read_standard),  # UltraFeedback, binarized
-    _shape("chosen rejected", shapes.read_pair),
-    _shape("messages", shapes.read_chat),
-    _shape("prompt messages", shapes.read_chat),  # UltraChat: its prompt is the first message
-    _shape("conversations", shapes.read_sharegpt),
-    _shape("instruction output", shapes.read_alpaca),
-    _shape("instruction completions", shapes.read_completions),
-    _shape("prompt completions", shapes.read_completions),
+    _format("prompt chosen rejected messages", readers.read_standard),  # UltraFeedback, binarized
+    _format("chosen rejected", readers.read_pair),
+    _format("messages", readers.read_chat),
+    _format("prompt messages", readers.read_chat),  # UltraChat: its prompt is the first message
+    _format("conversations", readers.read_sharegpt),
+    _format("instruction output", readers.read_alpaca),
+    _format("instruction completions", readers.read_completions),
+    _format("prompt completions", readers.read_completions),
     *(
         NAMED[name]
         for name in (
@@ -99,33 +100,33 @@ SHAPES = (
             "lmqg/qag_jaquad",
         )
     ),
-    _shape(_MKQA, named.refuse_mkqa),
+    _format(_MKQA, named.refuse_mkqa),
 )
 
 
-def shape_by_name(name: str) -> Shape | None:
-    """The set that a Hub name means, or a path that ends in one or passes through its cache."""
+def format_by_name(name: str) -> RowFormat | None:
+    """Find the format of a Hub name, or of a path that ends in one or passes through its cache."""
     parts = PurePath(name).parts
     if PurePath(name).suffix in (".json", ".jsonl", ".parquet"):
         parts = parts[:-1]
-    for known, shape in NAMED.items():
+    for known, row_format in NAMED.items():
         ends = {known.rpartition("/")[2], known.replace("/", "___")} - {"jsonfile"}
         cached = f"datasets--{known.replace('/', '--')}"
         if name == known or (parts and (parts[-1] in ends or cached in parts)):
-            return shape
+            return row_format
     return None
 
 
-def shape_by_columns(row: Mapping[str, Any]) -> Shape | None:
-    """The shape of rows like this one; None where no shape fits.
+def format_by_columns(row: Mapping[str, Any]) -> RowFormat | None:
+    """Find the format of rows like this one; None where no format fits.
 
     Raises:
-        UserError: several shapes fit that mean different things.
+        UserError: several formats fit that mean different things.
     """
-    fitting = [shape for shape in SHAPES if shape.fits(row)]
+    fitting = [row_format for row_format in FORMATS if row_format.fits(row)]
     fitting = [s for s in fitting if not any(s.columns < other.columns for other in fitting)]
-    if len({shape.read for shape in fitting}) > 1:
-        readings = " or ".join(", ".join(sorted(shape.columns)) for shape in fitting)
+    if len({row_format.read for row_format in fitting}) > 1:
+        readings = " or ".join(", ".join(sorted(row_format.columns)) for row_format in fitting)
         raise UserError(
             f"the columns ({', '.join(row)}) can be read in several ways ({readings}); choose "
             "with --dataset_columns prompt=... chosen=... or a --dataset_function"
@@ -134,54 +135,62 @@ def shape_by_columns(row: Mapping[str, Any]) -> Shape | None:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the user wants rows read: `target=column` texts, or `module:name` of a function."""
+class ReadOptions(Settings):
+    """The user's choice of how rows are read, in place of the formats known here."""
 
-    columns: tuple[str, ...] = ()
-    function: str | None = None
+    dataset_columns: tuple[str, ...] = setting(
+        (),
+        "which columns hold what: prompt=question.text chosen=best rejected=worst "
+        "(default: recognised)",
+    )
+    dataset_function: str | None = setting(
+        None, "module:name of your function from a row to prompt, chosen, rejected"
+    )
 
     def __post_init__(self) -> None:
-        if self.columns and self.function:
-            raise UserError("--dataset_columns and --dataset_function contradict: drop one")
-        known = [text.partition("=")[0] for text in self.columns]
-        for text, target in zip(self.columns, known, strict=True):
-            if target not in TARGETS or not text.partition("=")[2] or known.count(target) > 1:
+        super().__post_init__()
+        if self.dataset_columns and self.dataset_function:
+            raise UserError("dataset_columns and dataset_function contradict: drop one")
+        targets = [text.partition("=")[0] for text in self.dataset_columns]
+        for text, target in zip(self.dataset_columns, targets, strict=True):
+            if target not in TARGETS or not text.partition("=")[2] or targets.count(target) > 1:
                 raise UserError(
-                    f"--dataset_columns {text!r}: give prompt=COLUMN, and chosen=COLUMN and "
+                    f"dataset_columns {text!r}: give prompt=COLUMN, and chosen=COLUMN and "
                     "rejected=COLUMN as far as there are such, each once"
                 )
-        if self.columns and "prompt" not in known:
-            raise UserError("--dataset_columns names no prompt: add prompt=COLUMN")
+        if self.dataset_columns and "prompt" not in targets:
+            raise UserError("dataset_columns names no prompt: add prompt=COLUMN")
 
     def reader(self, name: str, first: Mapping[str, Any]) -> Reader:
-        """What reads the rows of the source `name`, of which `first` is one.
+        """Choose the reader of the source `name`, of which `first` is a row.
 
         Raises:
             UserError: the columns can be read in several ways.
         """
-        if self.function:
-            return load_function(self.function)
-        if self.columns:
+        if self.dataset_function:
+            return load_function(self.dataset_function)
+        if self.dataset_columns:
             return self._mapped
-        shape = shape_by_name(name)
-        if shape is None or not shape.columns <= first.keys():
-            shape = shape_by_columns(first) or _STANDARD
-        return shape.read
+        row_format = format_by_name(name)
+        if row_format is None or not row_format.columns <= first.keys():
+            row_format = format_by_columns(first) or _STANDARD
+        return row_format.read
 
     def key(self, name: str) -> str:
-        """What cached rows of the source `name` depend on, beside their bytes."""
-        shape = shape_by_name(name)
-        parts = [*self.columns, self.function or "", shape.read.__qualname__ if shape else ""]
-        if self.function:
-            parts.append(source_digest(self.function, READER))
+        """Digest what cached rows of the source `name` depend on, beside their bytes."""
+        row_format = format_by_name(name)
+        reader = row_format.read.__qualname__ if row_format else ""
+        parts = [*self.dataset_columns, self.dataset_function or "", reader]
+        if self.dataset_function:
+            parts.append(source_digest(self.dataset_function, READER))
         return digest(*parts)
 
     def _mapped(self, row: Mapping[str, Any]) -> Example:
         values = {}
-        for text in self.columns:
+        for text in self.dataset_columns:
             target, _, path = text.partition("=")
-            values[target] = shapes.pick(row, path)
-        example = shapes.read_standard(values)
+            values[target] = readers.pick(row, path)
+        example = readers.read_standard(values)
         if isinstance(example.prompt, str) and not has_markers(example.prompt):
             # Only a column that is called prompt is trusted to be in the format already.
             return Example(question(example.prompt), example.chosen, example.rejected)

@@ -1,6 +1,6 @@
 """What became of every row: counts by source, and the lines that say so at the start."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 PHASE_NAMES = {1: "supervised fine-tuning", 2: "preference pairs", 3: "PPO prompts"}
@@ -26,6 +26,19 @@ class SourceReport:
     empty_answers: int = 0
     turns_cut: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        split: str,
+        rows: int,
+        used: int,
+        skipped: dict[str, int],
+        counts: Mapping[str, int],
+    ) -> "SourceReport":
+        """Take the rest of the counts by their names."""
+        return cls(name, split, rows, used, skipped=skipped, **counts)
 
     def line(self) -> str:
         """What happened, in one line."""

@@ -12,9 +12,9 @@ import datasets
 import pyarrow as pa
 
 from dschat.data.files import SUFFIXES, Rows, digest, digest_files, file_rows
-from dschat.data.registry import LOCAL_JSON, ON_THE_HUB, Reading
+from dschat.data.registry import LOCAL_JSON, ON_THE_HUB, ReadOptions
 from dschat.data.splits import holdout_split
-from dschat.data.store import READER_VERSION, NamedReading, store
+from dschat.data.store import READER_VERSION, SourceReader, store
 from dschat.errors import UserError, brief
 
 # The first name that is present is the set; those behind are how some sets name their parts.
@@ -41,7 +41,7 @@ class Source:
 
 
 def load_source(
-    name: str, seed: int, cache_dir: str | Path | None = None, reading: Reading | None = None
+    name: str, seed: int, cache_dir: str | Path | None = None, options: ReadOptions | None = None
 ) -> Source:
     """Read a source by file, folder or Hub name; without a test set, a seeded tenth becomes it.
 
@@ -55,7 +55,7 @@ def load_source(
     """
     train_rows, test_rows = _find(name)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
-    read = NamedReading(name, reading or Reading())
+    read = SourceReader(name, options or ReadOptions())
     train, skipped = store(train_rows, read, folder)
     counts = {"train": skipped}
     if test_rows is not None:
@@ -73,7 +73,7 @@ def load_source(
 
 
 def stream_source(
-    name: str, reading: Reading, skipped: Counter[str]
+    name: str, options: ReadOptions, skipped: Counter[str]
 ) -> tuple[RowReader, RowReader | None]:
     """What reads the checked rows of a source, train and test, without keeping any.
 
@@ -82,7 +82,7 @@ def stream_source(
     Raises:
         UserError: nothing there; from reading, a malformed row, named by file and line.
     """
-    read = NamedReading(name, reading)
+    read = SourceReader(name, options)
     train, test = (
         rows and partial(read.rows, rows, skipped) for rows in _find(name, streaming=True)
     )

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dschat.data.cache import written_once
 from dschat.data.files import Rows, digest
-from dschat.data.registry import Reader, Reading
+from dschat.data.registry import Reader, ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example, Skip
 
@@ -36,16 +36,16 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class NamedReading:
+class SourceReader:
     """How the rows of one source are read."""
 
     name: str
-    reading: Reading
+    options: ReadOptions
 
     @property
     def key(self) -> str:
         """What stored rows depend on beside their bytes."""
-        return self.reading.key(self.name)
+        return self.options.key(self.name)
 
     def rows(self, rows: Rows, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
         """Checked rows as they are stored; those without use are counted in `skipped`."""
@@ -55,7 +55,7 @@ class NamedReading:
                 kind = type(row).__name__
                 raise UserError(f"{place}: is {kind}, needs an object with the key 'prompt'")
             try:
-                reader = reader or self.reading.reader(self.name, row)
+                reader = reader or self.options.reader(self.name, row)
                 example = reader(row)
             except Skip as reason:
                 skipped[str(reason)] += 1
@@ -65,7 +65,7 @@ class NamedReading:
             yield _stored(example, place)
 
 
-def store(rows: Rows, read: NamedReading, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
+def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
     """Checked rows as memory-mapped Arrow, written once per content and reading; the skipped."""
     key = digest(rows.digest, rows.label, read.key, str(READER_VERSION))
     counts = folder / f"{key}.json"
@@ -107,7 +107,7 @@ def _stored(example: Example, place: str) -> dict[str, Any]:
     return {**row, **dict(answers)}
 
 
-def _write(rows: Rows, read: NamedReading, path: Path) -> Counter[str]:
+def _write(rows: Rows, read: SourceReader, path: Path) -> Counter[str]:
     skipped: Counter[str] = Counter()
     checked, count = read.rows(rows, skipped), 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:

@@ -23,10 +23,6 @@ from dschat.text.formats import PromptFormat, choose_format
 Batch = dict[str, list[Any]]
 T = TypeVar("T")
 
-# Which answers of a row are targets; without a choice, those of whole conversations all are, and
-# of other rows the last one.
-TRAIN_ON = ("all_turns", "last_turn")
-
 _IDS, _COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 # `length` is that of the longest sequence of a row: loaders group by it without reading tokens.
 # `trained` holds the token spans that are targets, flat: start, stop, start, stop, ...; an answer's
@@ -131,28 +127,24 @@ def _at(place: str, function: Callable[..., T], *args: Any) -> T:
 
 def tokenise(
     rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    phase: int,
-    max_len: int,
+    convert: Callable[[Batch, Counter[str]], Batch],
+    features: datasets.Features,
     arrow_file: Path,
-    train_on: str | None = None,
     workers: int = 1,
 ) -> tuple[int, Counter[str]]:
-    """Write token rows of a phase (columns `FEATURES[phase]`); how many there are, and the counts.
+    """Write the token rows that `convert` makes; return how many there are, and the counts.
 
     They are in `arrow_file`, or with several workers in one file for each, in the order of their
-    names, which begin with its stem. `max_len` is that of prompt and answer together, in phase 3 of
-    the prompt. The counts are prompts_cut, answers_cut, turns_cut, identical_pairs and
-    empty_answers, where there are any.
+    names, which begin with its stem. The counts are prompts_cut, answers_cut, turns_cut,
+    identical_pairs and empty_answers, where there are any.
     """
-    convert = converter(tokenizer, phase, max_len, train_on)
     counts = _Counts(arrow_file.with_suffix(".counts"))
     try:
         tokens = rows.map(
             partial(_counted, counts=counts, convert=convert),
             batched=True,
             remove_columns=rows.column_names,
-            features=FEATURES[phase],
+            features=features,
             cache_file_name=str(arrow_file),
             # Always run: a reused result would leave the counts at zero.
             load_from_cache_file=False,

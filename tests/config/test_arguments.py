@@ -8,7 +8,7 @@ import torch
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.roles import RoleArguments
-from dschat.data.batching import ByRows, ByTokens, Packed
+from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches
 from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.rlhf.role_config import RoleNames
@@ -169,20 +169,24 @@ def test_a_warm_up_longer_than_the_run_is_said(capsys):
 
 
 def test_how_training_rows_become_batches():
-    assert sft("--per_device_train_batch_size", "3").grouping() == ByRows(3)
-    assert sft("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096)
-    assert reward("--max_tokens_per_batch", "4096").grouping() == ByTokens(4096, sequences=2)
+    assert sft("--per_device_train_batch_size", "3").sampler() == RowBatches(3)
+    assert sft("--max_tokens_per_batch", "4096").sampler() == TokenBudgetBatches(4096)
+    assert reward("--max_tokens_per_batch", "4096").sampler() == TokenBudgetBatches(
+        4096, sequences=2
+    )
     packed = sft("--packing", "--per_device_train_batch_size", "3", "--max_seq_len", "256")
-    assert packed.grouping() == Packed(3, 256)
+    assert packed.sampler() == PackedBatches(3, 256)
     with pytest.raises(UserError, match=r"packing and max_tokens_per_batch: .*drop one"):
         sft("--packing", "--max_tokens_per_batch", "4096")
+    with pytest.raises(UserError, match="max_tokens_per_batch is 511: a row may have 512"):
+        sft("--max_tokens_per_batch", "511")
     with pytest.raises(UserError, match="max_tokens_per_batch is 1000: a pair may have 1024"):
         reward("--max_tokens_per_batch", "1000")
 
 
 def test_seed_and_length_of_the_data():
-    spec = rlhf("--max_prompt_seq_len", "100", "--max_answer_seq_len", "30").data_spec()
-    assert (spec.max_prompt_len, spec.max_seq_len, spec.seed) == (100, 130, 1234)
+    settings = rlhf("--max_prompt_seq_len", "100", "--max_answer_seq_len", "30")
+    assert (settings.max_seq_len, settings.run.seed) == (130, 1234)
 
 
 @pytest.mark.parametrize("build", [sft, reward, rlhf])
@@ -211,8 +215,8 @@ def test_what_every_step_refuses(build, argv, message):
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
         (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size is 0"),
         (["--max_seq_len", "0"], "max_seq_len is 0"),
-        (["--max_steps", "-1"], "max_steps is -1: give 0 (no limit) or more"),
-        (["--max_tokens_per_batch", "511"], "max_tokens_per_batch is 511: a row may have 512"),
+        (["--max_steps", "-1"], "max_steps is -1: give 0 or more"),
+        (["--max_tokens_per_batch", "511"], "max_tokens_per_batch is 511: a "),
         (["--zero_stage", "4"], "argument --zero_stage: invalid choice: 4"),
         (["--lora_init", "C"], "argument --lora_init: invalid choice: 'C'"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.data.registry import Reading
+from dschat.data.registry import ReadOptions
 from dschat.data.sources import load_source
 
 
@@ -29,6 +29,11 @@ def load(write_rows, tmp_path):
     def read(*rows, **reading):
         write_rows(rows, "set/train.jsonl")
         write_rows(rows, "set/test.jsonl")
-        return load_source(str(tmp_path / "set"), 1, tmp_path / "cache", Reading(**reading))
+        return load_source(
+            str(tmp_path / "set"),
+            1,
+            tmp_path / "cache",
+            ReadOptions(**{f"dataset_{name}": value for name, value in reading.items()}),
+        )
 
     return read

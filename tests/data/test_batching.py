@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
-from dschat.data.batching import ByTokens, Packed, best_fit_decreasing
+from dschat.data.batching import PackedBatches, TokenBudgetBatches, best_fit_decreasing
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
 from dschat.data.loaders import build_loader
 from dschat.train.evaluation import answer_loss, trained_tokens
@@ -27,10 +27,10 @@ def _dataset(lengths: list[int]) -> datasets.Dataset:
     )
 
 
-def _loaders(lengths, grouping, world_size, collator=PackedCollator):
+def _loaders(lengths, sampler, world_size, collator=PackedCollator):
     data, options = _dataset(lengths), {"seed": 3, "shuffle": True, "world_size": world_size}
     return [
-        build_loader(data, collator(PAD), grouping, rank=rank, **options)
+        build_loader(data, collator(PAD), sampler, rank=rank, **options)
         for rank in range(world_size)
     ]
 
@@ -43,15 +43,18 @@ def _names(batch) -> list[int]:
     return [token - 1 for token in batch.input_ids[batch.real, 0].tolist()]
 
 
-GROUPINGS = {"tokens": (ByTokens(64), SFTCollator), "packed": (Packed(2, 32), PackedCollator)}
+SAMPLERS = {
+    "tokens": (TokenBudgetBatches(64), SFTCollator),
+    "packed": (PackedBatches(2, 32), PackedCollator),
+}
 
 
-@pytest.mark.parametrize("name", GROUPINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 7, 120])
 def test_every_row_once_an_epoch_and_as_many_batches_on_every_rank(name, world_size, count):
-    grouping, collator = GROUPINGS[name]
-    loaders = _loaders(_lengths(count, 32), grouping, world_size, collator)
+    sampler, collator = SAMPLERS[name]
+    loaders = _loaders(_lengths(count, 32), sampler, world_size, collator)
     for epoch in range(2):
         for loader in loaders:
             loader.set_epoch(epoch)
@@ -61,25 +64,25 @@ def test_every_row_once_an_epoch_and_as_many_batches_on_every_rank(name, world_s
         assert sorted(rows) == list(range(count))
 
 
-@pytest.mark.parametrize("name", GROUPINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_one_rank_and_two_see_the_same_rows_in_a_window(name):
     """Two micro-batches of one rank are one of each of two; packs, twice as many on one."""
     lengths = _lengths(90, 32)
     if name == "tokens":
-        (one,), two = (_loaders(lengths, ByTokens(64), n, SFTCollator) for n in (1, 2))
+        (one,), two = (_loaders(lengths, TokenBudgetBatches(64), n, SFTCollator) for n in (1, 2))
     else:
-        (one,), two = (_loaders(lengths, Packed(4 // n, 32), n) for n in (1, 2))
+        (one,), two = (_loaders(lengths, PackedBatches(4 // n, 32), n) for n in (1, 2))
     one = [sorted(_names(batch)) for batch in one]
     if name == "tokens":
         one = [sorted(chain(*one[at : at + 2])) for at in range(0, len(one), 2)]
     assert one == [sorted(_names(a) + _names(b)) for a, b in zip(*two, strict=True)]
 
 
-@pytest.mark.parametrize("name", GROUPINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_epochs_differ_and_repeat(name):
     # One pack a batch: in larger ones the same packs could meet anew.
-    grouping, collator = {**GROUPINGS, "packed": (Packed(1, 32), PackedCollator)}[name]
-    (loader,) = _loaders(_lengths(120, 32), grouping, 1, collator)
+    sampler, collator = {**SAMPLERS, "packed": (PackedBatches(1, 32), PackedCollator)}[name]
+    (loader,) = _loaders(_lengths(120, 32), sampler, 1, collator)
     seen = []
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
@@ -89,7 +92,7 @@ def test_epochs_differ_and_repeat(name):
 
 
 def test_batches_by_tokens_stay_within_them_and_are_nearly_full():
-    (loader,) = _loaders(_lengths(1000, 32), ByTokens(256), 1, SFTCollator)
+    (loader,) = _loaders(_lengths(1000, 32), TokenBudgetBatches(256), 1, SFTCollator)
     sizes = [batch.input_ids.numel() for batch in loader]
     assert max(sizes) <= 256
     assert np.mean(sizes) > 0.9 * 256
@@ -105,7 +108,7 @@ def test_pairs_count_twice():
     ]
     options = {"rank": 0, "world_size": 1, "seed": 1, "shuffle": True}
     data = datasets.Dataset.from_list(rows)
-    loader = build_loader(data, PairCollator(PAD), ByTokens(128, sequences=2), **options)
+    loader = build_loader(data, PairCollator(PAD), TokenBudgetBatches(128, sequences=2), **options)
     sizes = [batch.input_ids.numel() for batch in loader]
     assert max(sizes) <= 128 and sum(sizes) / len(sizes) > 100
 
@@ -128,12 +131,12 @@ def test_packs_are_full():
 def test_the_loss_of_an_epoch_does_not_depend_on_the_grouping():
     model, lengths = tiny_llama(), _lengths(40, 32)
     sums = []
-    for grouping, collator in (
+    for sampler, collator in (
         (3, SFTCollator),
-        (ByTokens(64), SFTCollator),
-        (Packed(2, 40), PackedCollator),
+        (TokenBudgetBatches(64), SFTCollator),
+        (PackedBatches(2, 40), PackedCollator),
     ):
-        (loader,) = _loaders(lengths, grouping, 1, collator)
+        (loader,) = _loaders(lengths, sampler, 1, collator)
         batches = list(loader)
         total = sum(answer_loss(model, batch).item() for batch in batches)
         sums.append((total, sum(int(trained_tokens(batch)) for batch in batches)))

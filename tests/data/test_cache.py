@@ -14,8 +14,8 @@ import pytest
 
 from dschat.data import cache, tokenise
 from dschat.data.cache import written_once
-from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.errors import UserError
+from tests.data.spec import Spec
 from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.tiny import byte_tokenizer
 
@@ -37,9 +37,15 @@ def _run(source: str, folder: Path, workers: int, limit: int | None) -> None:
     tokenise._sft_rows = announced
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    spec = DataSpec((source,), "1", str(folder), 1234, 256, workers=workers)
+    spec = Spec(
+        data_path=(source,),
+        data_split="1",
+        data_output_path=str(folder),
+        max_seq_len=256,
+        preprocessing_num_workers=workers,
+    )
     try:
-        data = create_prompt_dataset(spec, byte_tokenizer(), 1)
+        data = spec.make(byte_tokenizer(), 1)
         rows = json.dumps([data.train.to_list(), data.eval.to_list()])
         said = f"{hashlib.sha256(rows.encode()).hexdigest()} {data.report.sources[0].used}"
     except UserError as error:

@@ -1,11 +1,9 @@
-from dataclasses import replace
-
 import pytest
 
 from dschat.data import datasets as data_utils
-from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.data.tokenise import Cut, cut_left, truncate
 from dschat.errors import UserError
+from tests.data.spec import Spec
 
 BOS, EOS = 1, 2
 ROWS = [{"prompt": f"hi {n}", "chosen": f" we {n}", "rejected": f" {n}"} for n in range(10)]
@@ -16,7 +14,9 @@ def spec(write_rows, tmp_path):
     write_rows(ROWS, "set/train.jsonl")
     write_rows(ROWS[:3], "set/test.jsonl")
     out = str(tmp_path / "out")
-    return DataSpec((str(tmp_path / "set"),), "2,4,4", out, 1234, 64, max_prompt_len=8)
+    return Spec(
+        data_path=(str(tmp_path / "set"),), data_output_path=out, max_seq_len=64, max_prompt_len=8
+    )
 
 
 def _texts(rows, column, tokenizer):
@@ -24,7 +24,7 @@ def _texts(rows, column, tokenizer):
 
 
 def _folders(spec):
-    root = data_utils.Path(spec.data_output_path)
+    root = data_utils.Path(spec.config.data_output_path)
     return sorted(path for path in root.iterdir() if path.name not in ("sources", ".locks"))
 
 
@@ -62,7 +62,7 @@ def test_cut_left():
 
 
 def test_phases_share_out_the_train_rows_and_not_the_test_rows(spec, byte_tokenizer):
-    sft, pairs, prompts = (create_prompt_dataset(spec, byte_tokenizer, p) for p in (1, 2, 3))
+    sft, pairs, prompts = (spec.make(byte_tokenizer, p) for p in (1, 2, 3))
     assert [len(data.train) for data in (sft, pairs, prompts)] == [2, 4, 4]
     assert [len(data.eval) for data in (sft, pairs, prompts)] == [3, 3, 3]
     trained = (
@@ -77,23 +77,23 @@ def test_phases_share_out_the_train_rows_and_not_the_test_rows(spec, byte_tokeni
 
 
 def test_columns_of_each_phase(spec, space_tokenizer):
-    row = create_prompt_dataset(replace(spec, data_split="1"), space_tokenizer, 1).eval[0]
+    row = spec.but(data_split="1").make(space_tokenizer, 1).eval[0]
     prompt = space_tokenizer("hi 0")["input_ids"]
     assert row["prompt_len"] == len(prompt) and row["input_ids"][: len(prompt)] == prompt
     assert row["input_ids"][-1] == EOS and row["length"] == len(row["input_ids"])
-    row = create_prompt_dataset(spec, space_tokenizer, 2).eval[0]
+    row = spec.make(space_tokenizer, 2).eval[0]
     assert row["chosen_ids"][: len(prompt)] == row["rejected_ids"][: len(prompt)] == prompt
     assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    row = create_prompt_dataset(spec, space_tokenizer, 3).eval[0]
+    row = spec.make(space_tokenizer, 3).eval[0]
     assert row == {"prompt_ids": prompt, "length": len(prompt)}
 
 
 def test_sft_only_sources_go_wholly_to_phase_one(spec, write_rows, byte_tokenizer):
     extra = write_rows([{"prompt": "a", "response": f" {n}"} for n in range(20)], "extra.jsonl")
-    spec = replace(spec, sft_only_data_path=(extra,))
-    sft = create_prompt_dataset(spec, byte_tokenizer, 1)
+    spec = spec.but(sft_only_data_path=(extra,))
+    sft = spec.make(byte_tokenizer, 1)
     assert (len(sft.train), len(sft.eval)) == (2 + 18, 3 + 2)
-    assert len(create_prompt_dataset(spec, byte_tokenizer, 2).train) == 4
+    assert len(spec.make(byte_tokenizer, 2).train) == 4
 
 
 def test_every_row_is_used_or_counted(spec, write_rows, byte_tokenizer, tmp_path):
@@ -105,29 +105,29 @@ def test_every_row_is_used_or_counted(spec, write_rows, byte_tokenizer, tmp_path
         {"prompt": "pppppppp", "chosen": " ab", "rejected": "abcdefg"},  # 8 tokens, 7 + end
     ]
     write_rows(rows, "set/train.jsonl")
-    spec = replace(spec, data_split="1", max_seq_len=8, max_prompt_len=5)
-    report = create_prompt_dataset(spec, byte_tokenizer, 2).report.sources[0]
+    spec = spec.but(data_split="1", max_seq_len=8, max_prompt_len=5)
+    report = spec.make(byte_tokenizer, 2).report.sources[0]
     # The long answers keep 7 of 10 tokens beside "p", and 4 of 8 beside "pppppppp".
     counted = (report.rows, report.used, report.identical_pairs, report.empty_answers)
     assert counted == (5, 3, 2, 0)
     assert (report.prompts_cut, report.answers_cut) == (1, 3)
-    report = create_prompt_dataset(spec, byte_tokenizer, 1).report.sources[0]
+    report = spec.make(byte_tokenizer, 1).report.sources[0]
     assert (report.rows, report.used, report.empty_answers) == (5, 4, 1)
-    data = create_prompt_dataset(spec, byte_tokenizer, 3)
+    data = spec.make(byte_tokenizer, 3)
     assert (data.report.sources[0].used, data.report.sources[0].prompts_cut) == (5, 1)
     assert byte_tokenizer.decode(max(data.train["prompt_ids"], key=len)) == "ppppp"
 
 
 def test_report_reads_aloud_and_is_kept_with_the_set(spec, byte_tokenizer):
-    first, again = (create_prompt_dataset(spec, byte_tokenizer, 2).report for _ in range(2))
+    first, again = (spec.make(byte_tokenizer, 2).report for _ in range(2))
     assert first == again
-    assert first.lines()[0].startswith(f"{spec.data_path[0]} train: 4 of 4 rows used")
+    assert first.lines()[0].startswith(f"{spec.config.data_path[0]} train: 4 of 4 rows used")
     assert first.lines()[-1] == "preference pairs: 4 rows to train on, 3 to evaluate"
 
 
 def test_sample_limits_are_seeded_choices(spec, byte_tokenizer):
-    spec = replace(spec, data_split="1", max_train_samples=6, max_eval_samples=2)
-    first, again = (create_prompt_dataset(spec, byte_tokenizer, 1) for _ in range(2))
+    spec = spec.but(data_split="1", max_train_samples=6, max_eval_samples=2)
+    first, again = (spec.make(byte_tokenizer, 1) for _ in range(2))
     assert (
         (first.report.train_rows, first.report.eval_rows)
         == (6, 2)
@@ -140,10 +140,10 @@ def test_sample_limits_are_seeded_choices(spec, byte_tokenizer):
 
 
 def test_cache_is_reused_and_every_change_makes_another(spec, write_rows, byte_tokenizer):
-    create_prompt_dataset(spec, byte_tokenizer, 2)
+    spec.make(byte_tokenizer, 2)
     (folder,) = _folders(spec)
     stamp = (folder / "report.json").stat().st_mtime_ns
-    create_prompt_dataset(spec, byte_tokenizer, 2)
+    spec.make(byte_tokenizer, 2)
     assert _folders(spec) == [folder]
     assert (folder / "report.json").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -151,15 +151,15 @@ def test_cache_is_reused_and_every_change_makes_another(spec, write_rows, byte_t
         "report.json",
         "train-000.arrow",
     ]
-    changes = (replace(spec, seed=5), replace(spec, max_seq_len=32), replace(spec, data_split="1"))
+    changes = (spec.but(seed=5), spec.but(max_seq_len=32), spec.but(data_split="1"))
     for count, changed in enumerate(changes, 2):
-        create_prompt_dataset(changed, byte_tokenizer, 2)
+        changed.make(byte_tokenizer, 2)
         assert len(_folders(spec)) == count
-    create_prompt_dataset(spec, byte_tokenizer, 1)
+    spec.make(byte_tokenizer, 1)
     byte_tokenizer.add_special_tokens({"eos_token": "<end>"})
-    create_prompt_dataset(spec, byte_tokenizer, 2)
+    spec.make(byte_tokenizer, 2)
     write_rows([{**ROWS[0], "chosen": " new"}], "set/test.jsonl")
-    edited = create_prompt_dataset(spec, byte_tokenizer, 2)
+    edited = spec.make(byte_tokenizer, 2)
     assert len(_folders(spec)) == 7
     assert byte_tokenizer.decode(edited.eval[0]["chosen_ids"]) == "hi 0 new<end>"
 
@@ -172,13 +172,9 @@ def test_several_processes_write_and_count_what_one_does(spec, write_rows, byte_
     write_rows([{**row, "prompt": "q" + row["prompt"]} for row in rows], "set/train.jsonl")
     found = []
     for workers in (1, 3):
-        out = f"{spec.data_output_path}-{workers}"
-        several = replace(
-            spec, data_split="1", max_seq_len=8, max_prompt_len=6, data_output_path=out
-        )
-        found.append(
-            create_prompt_dataset(replace(several, workers=workers), byte_tokenizer, phase)
-        )
+        out = f"{spec.config.data_output_path}-{workers}"
+        several = spec.but(data_split="1", max_seq_len=8, max_prompt_len=6, data_output_path=out)
+        found.append(several.but(preprocessing_num_workers=workers).make(byte_tokenizer, phase))
     one, three = found
     assert three.train.to_list() == one.train.to_list()
     assert three.report == one.report and three.key == one.key
@@ -201,15 +197,15 @@ def test_others_take_what_one_has_written(spec, byte_tokenizer):
         done.append(work())
         return done[0]
 
-    one = create_prompt_dataset(spec, byte_tokenizer, 2, once=first)
-    elsewhere = replace(spec, data_path=("gone.jsonl",))
-    other = create_prompt_dataset(elsewhere, byte_tokenizer, 2, once=lambda work: done[0])
+    one = spec.make(byte_tokenizer, 2, once=first)
+    elsewhere = spec.but(data_path=("gone.jsonl",))
+    other = elsewhere.make(byte_tokenizer, 2, once=lambda work: done[0])
     assert other.train.to_list() == one.train.to_list() and other.report == one.report
 
 
 def _refused(spec, tokenizer, phase):
     with pytest.raises(UserError) as caught:
-        create_prompt_dataset(spec, tokenizer, phase)
+        spec.make(tokenizer, phase)
     message = str(caught.value)
     assert "\n" not in message
     assert _folders(spec) == []
@@ -222,30 +218,30 @@ def test_missing_column_is_named_with_its_row(spec, write_rows, byte_tokenizer):
     assert "train.jsonl line 2 has no 'rejected' (1 of 12 rows lack it)" in message
     write_rows([{"prompt": "a"}] * 10, "set/train.jsonl")
     assert "line 1 has no 'chosen' (10 of 10 rows" in _refused(spec, byte_tokenizer, 1)
-    assert len(create_prompt_dataset(spec, byte_tokenizer, 3).train) == 4
+    assert len(spec.make(byte_tokenizer, 3).train) == 4
 
 
 def test_no_rows_left_is_refused(spec, write_rows, byte_tokenizer):
-    message = _refused(replace(spec, data_split="0,5,5"), byte_tokenizer, 1)
+    message = _refused(spec.but(data_split="0,5,5"), byte_tokenizer, 1)
     assert "phase 1 (supervised fine-tuning) gets no rows" in message and "'0,5,5'" in message
     write_rows([{**ROWS[0], "rejected": ROWS[0]["chosen"]}] * 3, "set/test.jsonl")
     assert "no eval rows" in _refused(spec, byte_tokenizer, 2)
     write_rows([{"prompt": ""}] * 3, "set/test.jsonl")
     assert "test.jsonl line 1: the prompt gives no tokens" in _refused(spec, byte_tokenizer, 3)
-    assert "--max_prompt_len" in _refused(replace(spec, max_prompt_len=None), byte_tokenizer, 3)
+    assert "max_prompt_len" in _refused(spec.but(max_prompt_len=None), byte_tokenizer, 3)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_seq_len": 3}, "--max_seq_len 3"),
-        ({"data_path": ()}, "--data_path is empty"),
+        ({"max_seq_len": 3}, "max_seq_len is 3: give at least 4"),
+        ({"data_path": ()}, "data_path is empty"),
         ({"data_split": "a"}, "--data_split 'a'"),
-        ({"seed": -1}, "--seed -1"),
-        ({"max_train_samples": 0}, "--max_train_samples 0"),
-        ({"workers": 0}, "--preprocessing_num_workers 0"),
+        ({"seed": -1}, "seed is -1: give 0 or more"),
+        ({"max_train_samples": 0}, "max_train_samples is 0: give at least 1"),
+        ({"preprocessing_num_workers": 0}, "preprocessing_num_workers is 0: give at least 1"),
     ],
 )
-def test_bad_settings_are_refused(change, words, spec):
+def test_bad_settings_are_refused(change, words, spec, byte_tokenizer):
     with pytest.raises(UserError, match=words):
-        replace(spec, **change)
+        spec.but(**change).make(byte_tokenizer, 1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dschat.data.__main__ import main
-from dschat.data.batching import ByRows, ByTokens, Packed
+from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
 from dschat.data.dataset_stats import Marks, histogram, real_share, render, sequence_lengths
 from dschat.data.loaders import build_loader
@@ -93,12 +93,12 @@ def test_histogram_by_hand():
     assert len(lines) == 13 and lines[2].split() == ["2", "to", "2", "0"]
 
 
-@pytest.mark.parametrize("grouping", [ByRows(4), ByTokens(80), Packed(2, 40)])
-def test_the_share_of_real_tokens_is_that_of_the_batches(grouping):
+@pytest.mark.parametrize("sampler", [RowBatches(4), TokenBudgetBatches(80), PackedBatches(2, 40)])
+def test_the_share_of_real_tokens_is_that_of_the_batches(sampler):
     lengths = np.random.default_rng(1).integers(2, 38, 100).tolist()
     rows = [{"input_ids": [5] * n, "trained": [1, n], "length": n} for n in lengths]
-    collator = PackedCollator(0) if isinstance(grouping, Packed) else SFTCollator(0)
-    _assert_share(rows, 1, collator, grouping)
+    collator = PackedCollator(0) if isinstance(sampler, PackedBatches) else SFTCollator(0)
+    _assert_share(rows, 1, collator, sampler)
 
 
 def test_the_share_of_pairs():
@@ -107,12 +107,12 @@ def test_the_share_of_pairs():
         {"chosen_ids": [5] * a, "rejected_ids": [6] * b, "prompt_len": 1, "length": max(a, b)}
         for a, b in draw
     ]
-    _assert_share(rows, 2, PairCollator(0), ByTokens(100, sequences=2))
+    _assert_share(rows, 2, PairCollator(0), TokenBudgetBatches(100, sequences=2))
 
 
-def _assert_share(rows, phase, collator, grouping):
+def _assert_share(rows, phase, collator, sampler):
     data = datasets.Dataset.from_list(rows)
-    loader = build_loader(data, collator, grouping, rank=0, world_size=1, seed=3, shuffle=True)
+    loader = build_loader(data, collator, sampler, rank=0, world_size=1, seed=3, shuffle=True)
     masks = [batch.attention_mask for batch in loader]
     found = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    assert real_share(sequence_lengths(data, phase), grouping, seed=3) == pytest.approx(found)
+    assert real_share(sequence_lengths(data, phase), sampler, seed=3) == pytest.approx(found)

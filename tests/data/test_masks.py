@@ -2,9 +2,9 @@
 
 import pytest
 
-from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.errors import UserError
 from dschat.text.formats import choose_format
+from tests.data.spec import Spec
 from tests.text.templates import COUNTING, ENDLESS, FAMILIES, THINKING, with_template
 
 TALK = [
@@ -29,8 +29,14 @@ def rows_of(write_rows, tmp_path):
         write_rows([row, row], "set/train.jsonl")
         write_rows([row], "set/test.jsonl")
         options = {"max_seq_len": 512, "max_prompt_len": 512, **more}
-        spec = DataSpec((str(tmp_path / "set"),), "1", str(tmp_path / "out"), 1, **options)
-        return create_prompt_dataset(spec, tokenizer, phase)
+        spec = Spec(
+            data_path=(str(tmp_path / "set"),),
+            data_split="1",
+            data_output_path=str(tmp_path / "out"),
+            seed=1,
+            **options,
+        )
+        return spec.make(tokenizer, phase)
 
     return make
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dschat.data.registry import Reading
+from dschat.data.registry import ReadOptions
 from dschat.errors import UserError
 from tests.data.meanings import meaning
 
@@ -28,8 +28,8 @@ def test_columns_are_mapped_from_inside_fields(load):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        (("prompt",), "--dataset_columns 'prompt': give prompt=COLUMN"),
-        (("question=prompt",), "--dataset_columns 'question=prompt': give prompt=COLUMN"),
+        (("prompt",), "dataset_columns 'prompt': give prompt=COLUMN"),
+        (("question=prompt",), "dataset_columns 'question=prompt': give prompt=COLUMN"),
         (("prompt=a", "prompt=b"), "each once"),
         (("chosen=a",), "names no prompt: add prompt=COLUMN"),
         (("prompt=q.nothing",), "line 1: no column 'q.nothing' (columns: q)"),
@@ -121,4 +121,4 @@ def test_functions_that_fail_are_named_with_their_row(function, words, own, load
 
 def test_one_way_of_reading_at_a_time():
     with pytest.raises(UserError, match="contradict: drop one"):
-        Reading(("prompt=a",), "m:f")
+        ReadOptions(("prompt=a",), "m:f")

@@ -152,14 +152,19 @@ def test_sound_rows_without_use_are_counted(row, reason, load):
 
 
 def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
-    from dschat.data.datasets import DataSpec, create_prompt_dataset
+    from tests.data.spec import Spec
 
     good = {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
     load(good, {"chosen": [ASK, GOOD], "rejected": [BACK, BAD]})
-    spec = DataSpec((str(tmp_path / "set"),), "1", str(tmp_path / "out"), 1, 64)
-    report = create_prompt_dataset(spec, byte_tokenizer, 2).report
+    spec = Spec(
+        data_path=(str(tmp_path / "set"),),
+        data_split="1",
+        data_output_path=str(tmp_path / "out"),
+        max_seq_len=64,
+    )
+    report = spec.make(byte_tokenizer, 2).report
     assert report.lines()[0].endswith("; of no use: 1 the two sides differ before the last answer")
-    assert report == create_prompt_dataset(spec, byte_tokenizer, 2).report
+    assert report == spec.make(byte_tokenizer, 2).report
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
 """Streamed rows: each once an epoch on any number of ranks, phases apart, nothing kept."""
 
-from dataclasses import replace
-
 import pytest
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data import stream
 from dschat.data.collators import PairCollator, PromptCollator, SFTCollator
-from dschat.data.datasets import DataSpec, create_prompt_dataset
 from dschat.data.loaders import build_loader
 from dschat.errors import UserError
 from dschat.train.run_plan import StepPlan
+from tests.data.spec import Spec
 from tests.helpers.tiny import byte_tokenizer
 
 ROWS = [
@@ -22,14 +20,22 @@ COLLATORS = {1: SFTCollator, 2: PairCollator, 3: PromptCollator}
 
 
 @pytest.fixture
-def spec(write_rows, tmp_path) -> DataSpec:
+def spec(write_rows, tmp_path) -> Spec:
     write_rows(ROWS[:61], "one/train.jsonl")
     write_rows(ROWS[61:], "two/train.jsonl")
     for name in ("one", "two"):
         write_rows(ROWS[1:4], f"{name}/test.jsonl")
     paths = (str(tmp_path / "one"), str(tmp_path / "two"))
     out = str(tmp_path / "cache")
-    return DataSpec(paths, "1", out, 5, 32, max_prompt_len=16, streaming=True)
+    return Spec(
+        data_path=paths,
+        data_split="1",
+        data_output_path=out,
+        seed=5,
+        max_seq_len=32,
+        max_prompt_len=16,
+        streaming=True,
+    )
 
 
 def _names(batch) -> list[int]:
@@ -40,7 +46,7 @@ def _names(batch) -> list[int]:
 
 
 def _epoch(spec, phase, world_size, epoch=0, batch_size=4):
-    data = create_prompt_dataset(spec, byte_tokenizer(), phase)
+    data = spec.make(byte_tokenizer(), phase)
     ranks = []
     for rank in range(world_size):
         options = {"rank": rank, "world_size": world_size, "seed": 1, "shuffle": True}
@@ -74,7 +80,7 @@ def test_blocks_are_of_all_sources(spec, monkeypatch):
 
 
 def test_phases_do_not_mix(spec):
-    spec = replace(spec, data_split="2,4,4")
+    spec = spec.but(data_split="2,4,4")
     seen = [
         [n for batches in _epoch(spec, phase, 1) for batch in batches for n in batch]
         for phase in (1, 2, 3)
@@ -103,8 +109,8 @@ def test_rows_without_use_are_told(spec, write_rows, capsys):
 
 
 def test_rows_are_those_of_the_set_that_is_kept(spec):
-    kept = create_prompt_dataset(replace(spec, streaming=False), byte_tokenizer(), 1)
-    streamed = create_prompt_dataset(spec, byte_tokenizer(), 1)
+    kept = spec.but(streaming=False).make(byte_tokenizer(), 1)
+    streamed = spec.make(byte_tokenizer(), 1)
     assert sorted(streamed.eval["input_ids"]) == sorted(kept.eval["input_ids"])
     rows = stream.columns_of(list(streamed.train.read()))
     found = streamed.train.convert(rows, stream.Counter())
@@ -119,8 +125,8 @@ def test_bad_rows_and_missing_tests_are_named(spec, write_rows, tmp_path):
     with pytest.raises(UserError, match=r"train\.jsonl line 6 has no 'rejected'"):
         _epoch(spec, 2, 1)
     (tmp_path / "one" / "test.jsonl").unlink()
-    with pytest.raises(UserError, match=r"--streaming: .*one has no test rows"):
-        create_prompt_dataset(spec, byte_tokenizer(), 2)
+    with pytest.raises(UserError, match=r"streaming: .*one has no test rows"):
+        spec.make(byte_tokenizer(), 2)
 
 
 def _steps(*argv: str):

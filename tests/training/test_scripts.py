@@ -159,7 +159,7 @@ def test_step_1_on_one_gpu_keeps_accumulation_and_rank(shell):
     found = started(shell(BASH, str(TRAINING / STEP1 / "single_gpu" / "run_1.3b.sh")))
     assert (found.launcher, found.options) == ("deepspeed", ["--num_gpus", "1"])
     settings = found.settings()
-    assert settings.batch.model_name_or_path == "facebook/opt-1.3b"
+    assert settings.model_name_or_path == "facebook/opt-1.3b"
     assert settings.run.engine.gradient_accumulation_steps == 8
     assert settings.model.lora.lora_dim == 128
 

@@ -40,7 +40,7 @@ def main() -> None:
     """Check, load, train, save."""
     settings = parse(SFTSettings, None, __doc__)
     run, batch_sizes, model_settings = settings.run, settings.batch, settings.model
-    name = batch_sizes.model_name_or_path
+    name = settings.model_name_or_path
 
     # 1. everything that can be wrong is checked before weights are loaded
     ctx = setup_run(
@@ -62,25 +62,20 @@ def main() -> None:
     if settings.packing:
         check_packing(name, batch_sizes.max_seq_len)
     save_plan = run.save_plan(name, recipe)
-    spec = settings.data.spec(
-        run.seed,
-        batch_sizes.max_seq_len,
-        sft_only_data_path=tuple(settings.sft_only_data_path),
-        train_on=settings.train_on,
-    )
-    data = create_prompt_dataset(spec, tokenizer, 1, once=from_local_main)
+    lengths = {"seed": run.seed, "max_seq_len": batch_sizes.max_seq_len}
+    data = create_prompt_dataset(settings.data, tokenizer, 1, once=from_local_main, **lengths)
     print_rank_0("\n".join(data.report.lines()))
 
     # 2. data, model, engine
     collators = [SFTCollator, PackedCollator if settings.packing else SFTCollator]
     padded, collator = (c(tokenizer.pad_token_id, settings.train_on_prompt) for c in collators)
     ranks = {"rank": ctx.rank, "world_size": world_size, "seed": run.seed}
-    train_loader = build_loader(data.train, collator, settings.grouping(), shuffle=True, **ranks)
+    train_loader = build_loader(data.train, collator, settings.sampler(), shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, padded, eval_batch, shuffle=False, **ranks)
     batches_per_step = run.engine.gradient_accumulation_steps
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
-    steps = StepPlan.of(batches, batches_per_step, batch_sizes.max_steps)
+    steps = StepPlan.of(batches, batches_per_step, settings.max_steps)
     total_steps = steps.total_steps
     engines = {"model": EnginePlan.of(engine_config, recipe)}
     plan = Plan.of("step 1 (SFT)", settings, ctx.dtype_name, data.key, steps, engines)
@@ -125,7 +120,7 @@ def main() -> None:
             if settings.print_loss:
                 mean = all_reduce_sum([loss_sum])[0] / max(counts[0], 1.0)
                 print_rank_0(f"step {step}/{total_steps} | loss {mean:.4f}")
-            if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
+            if settings.eval_interval and step % settings.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
             checkpointer.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))

@@ -38,7 +38,7 @@ def main() -> None:
     """Check, load, train, save."""
     settings = parse(RewardSettings, None, __doc__)
     run, batch_sizes, model_settings = settings.run, settings.batch, settings.model
-    name = batch_sizes.model_name_or_path
+    name = settings.model_name_or_path
 
     # 1. everything that can be wrong is checked before weights are loaded
     ctx = setup_run(
@@ -57,14 +57,14 @@ def main() -> None:
     recipe.check(name, RewardModel.from_config)
     check_context(name, batch_sizes.max_seq_len, "max_seq_len")
     save_plan = run.save_plan(name, recipe)
-    spec = settings.data.spec(run.seed, batch_sizes.max_seq_len)
-    data = create_prompt_dataset(spec, tokenizer, 2, once=from_local_main)
+    lengths = {"seed": run.seed, "max_seq_len": batch_sizes.max_seq_len}
+    data = create_prompt_dataset(settings.data, tokenizer, 2, once=from_local_main, **lengths)
     print_rank_0("\n".join(data.report.lines()))
 
     # 2. data, model, engine
     collator = PairCollator(tokenizer.pad_token_id)
     ranks = {"rank": ctx.rank, "world_size": world_size, "seed": run.seed}
-    train_loader = build_loader(data.train, collator, settings.grouping(), shuffle=True, **ranks)
+    train_loader = build_loader(data.train, collator, settings.sampler(), shuffle=True, **ranks)
     eval_batch = batch_sizes.per_device_eval_batch_size
     eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
     sample = data.eval
@@ -74,7 +74,7 @@ def main() -> None:
     sample_loader = build_loader(sample, collator, eval_batch, shuffle=False, **ranks)
     batches_per_step = run.engine.gradient_accumulation_steps
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
-    steps = StepPlan.of(batches, batches_per_step, batch_sizes.max_steps)
+    steps = StepPlan.of(batches, batches_per_step, settings.max_steps)
     total_steps = steps.total_steps
     engines = {"model": EnginePlan.of(engine_config, recipe)}
     plan = Plan.of("step 2 (reward model)", settings, ctx.dtype_name, data.key, steps, engines)
@@ -126,7 +126,7 @@ def main() -> None:
             engine.step()
             step += 1
             log.step(step, loss_sum, counts)
-            if batch_sizes.eval_interval and step % batch_sizes.eval_interval == 0:
+            if settings.eval_interval and step % settings.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
             checkpointer.save_if_due(step, epoch)
         figures, seconds = timed(evaluate_pairs, engine, eval_loader, device)

@@ -6,13 +6,13 @@ python rw_eval.py --model_name_or_path ./output --data_path ./pairs.jsonl --show
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 import torch
 
-from dschat.config import DataArguments, EvaluationArguments
 from dschat.config.cli import parse, run_cli
 from dschat.data.collators import PairCollator
+from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.datasets import create_prompt_dataset
 from dschat.data.loaders import build_loader
 from dschat.models.reward_model import check_reward_head, create_critic_model
@@ -27,9 +27,17 @@ from dschat.utils.distributed import print_rank_0
 class RewardEvaluation(Settings):
     """Flags of this script."""
 
-    evaluation: EvaluationArguments = group(EvaluationArguments)
-    data: DataArguments = group(DataArguments)
-    show: int = setting(3, "pairs whose scores are printed")
+    model_name_or_path: str = setting(MISSING, "model folder or hub id")
+    batch_size: int = setting(16, "rows per batch", at_least=1)
+    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
+    dtype: str = setting(
+        "auto", "auto is bf16 where the device has it", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    seed: int = setting(1234, "seed of splits; as in training", at_least=0)
+    add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
+    eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
+    data: DataConfig = group(DataConfig)
+    show: int = setting(3, "pairs whose scores are printed", at_least=0)
     num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
 
 
@@ -37,29 +45,29 @@ class RewardEvaluation(Settings):
 def main() -> None:
     """Score the evaluation pairs of the data."""
     settings = parse(RewardEvaluation, None, __doc__)
-    flags = settings.evaluation
     ctx = setup_run(
-        flags.model_name_or_path,
-        dtype=flags.dtype,
-        seed=flags.seed,
+        settings.model_name_or_path,
+        dtype=settings.dtype,
+        seed=settings.seed,
         output_dir=None,
-        eot_token=flags.answer_end,
+        eot_token=settings.eot_token if settings.add_eot_token else None,
         prompt_format=settings.data.prompt_format,
     )
     tokenizer = ctx.tokenizer
-    check_reward_head(flags.model_name_or_path)
-    spec = settings.data.spec(flags.seed, flags.max_seq_len)
-    data = create_prompt_dataset(spec, tokenizer, 2)
+    check_reward_head(settings.model_name_or_path)
+    data = create_prompt_dataset(
+        settings.data, tokenizer, 2, seed=settings.seed, max_seq_len=settings.max_seq_len
+    )
     loader = build_loader(
         data.eval,
         PairCollator(tokenizer.pad_token_id),
-        flags.batch_size,
+        settings.batch_size,
         rank=0,
         world_size=1,
-        seed=flags.seed,
+        seed=settings.seed,
         shuffle=False,
     )
-    model = create_critic_model(flags.model_name_or_path, tokenizer, ctx.dtype)
+    model = create_critic_model(settings.model_name_or_path, tokenizer, ctx.dtype)
     model.to(ctx.device).eval()
 
     figures = evaluate_pairs(model, loader, ctx.device)

@@ -59,13 +59,20 @@ def main() -> None:
     retokenise = names.check(tokenizer, run.answer_end)
     rewards = settings.rewards.rewards(names.reward)
     config = settings.ppo_config()
-    spec = settings.data_spec()
-    names.check_context(spec.max_seq_len, retokenise)
+    names.check_context(settings.max_seq_len, retokenise)
     plans = checked_plans(settings, names)
-    data = create_prompt_dataset(spec, tokenizer, 3, once=from_local_main)
+    data = create_prompt_dataset(
+        settings.data,
+        tokenizer,
+        3,
+        seed=run.seed,
+        max_seq_len=settings.max_seq_len,
+        max_prompt_len=settings.ppo.max_prompt_seq_len,
+        once=from_local_main,
+    )
     print_rank_0("\n".join(data.report.lines()))
     cache = settings.data.data_output_path
-    text = settings.mixin.blocks(tokenizer, spec.max_seq_len, cache, from_local_main)
+    text = settings.mixin.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
     collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size, "seed": run.seed}
     prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
