@@ -1,8 +1,13 @@
 # make quickstart   the three steps on a tiny embedded model, on a CPU
-# make test         lint, and the tests that need neither a network nor a GPU
-# make test-all     the same with the slow ones
+# make test         lint, and a fast core of the tests: every room, all steps, 1 and 2 ranks
+# make test-slow    lint, and the tests that `make test` leaves out
+# make test-all     lint, and both
+# make test-gpu     tests/gpu, on the first GPU
+# make lint         check format and style
 # make format       rewrite the sources in the house format
+# make clean        remove builds and caches; the environment stays, `rm -r .venv` removes it
 #
+# No test needs a network, and only those of `make test-gpu` a GPU.
 # Another interpreter: make PYTHON=python3.12. Options for every pip install: PIP_OPTIONS="...".
 
 PYTHON ?= python3
@@ -12,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-slow test-all test-gpu lint format clean
 .DEFAULT_GOAL := quickstart
 
 # torch first and pinned, so that nothing after it asks for another build. DeepSpeed comes as
@@ -29,8 +34,15 @@ quickstart: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
+test-slow: lint
+	$(BIN)/python -m pytest -m slow
+
 test-all: lint
 	$(BIN)/python -m pytest
+
+# DeepSpeed has one device a process: these tests run by themselves.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest --gpu tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -40,7 +52,6 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The environment stays: removing it by hand is `rm -r .venv`.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, a fixed seed, tokenizers."""
+"""What all tests share: one thread, no network, no GPU unless asked, a fixed seed, tokenizers."""
 
 import os
 
@@ -11,6 +11,18 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu", action="store_true", help="let the tests see the GPUs; for tests/gpu alone"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without --gpu everything is computed on the CPU, also where there is a GPU."""
+    if not config.getoption("--gpu"):
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,7 @@ SHARE = {"full": "auto", "none": "none", "auto": "auto", "all": "all"}
 
 @pytest.fixture(scope="module")
 def one_base(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield save_one_base(tmp_path_factory.mktemp("base")), init_distributed()
+    return save_one_base(tmp_path_factory.mktemp("base")), init_distributed()
 
 
 def size(tensors) -> int:

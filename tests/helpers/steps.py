@@ -101,17 +101,18 @@ def launch(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess:
 
 
 def run_worker(
-    plan: Sequence[Sequence[object]], cwd: Path, *, ranks: int
+    plan: Sequence[Sequence[object]], cwd: Path, *, ranks: int, name: str = "worker"
 ) -> tuple[list[Result], str]:
     """Run programs in turn in one process, or in as many as torchrun starts.
 
     Args:
         plan: command lines, the program first; other paths may be relative to `cwd`.
+        name: of the folder below `cwd` for the plan and its results, before `-RANKS`.
 
     Returns:
         A result for each program (rank 0's), and what all of them printed.
     """
-    folder = cwd / f"worker-{ranks}"
+    folder = cwd / f"{name}-{ranks}"
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps([[str(word) for word in argv] for argv in plan]))
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]

@@ -10,14 +10,6 @@ from dschat.utils.distributed import Distributed, init_distributed
 from tests.rlhf.tiny_roles import MODELS, Folders, Setting, save_folders
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cpu_accelerator() -> None:
-    """What is compared to 1e-6 is computed on the CPU, also where there is a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
 @pytest.fixture(scope="module", autouse=True)
 def own_linear() -> Iterator[None]:
     """ZeRO-3 puts a linear layer of its own into torch for good; other tests want torch's."""
@@ -27,7 +19,7 @@ def own_linear() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def distributed(cpu_accelerator: None) -> Distributed:
+def distributed() -> Distributed:
     return init_distributed()
 
 

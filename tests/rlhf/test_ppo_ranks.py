@@ -1,6 +1,7 @@
 """PPO on two ranks, at every kind of sharding, against one process that sees all rows."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 
 from dschat.rlhf.experience import Experience
 from tests.helpers.launch import run_ranks
+from tests.helpers.tiers import by_tier, tiers
 from tests.rlhf.ppo_worker import CELLS, CHANGES, train
 from tests.rlhf.tiny_roles import Setting, end_after, ppo_trainer, prompts
 
 PAIRS = [name for name, changes in CHANGES.items() if "answers_per_prompt" in changes]
+NO_PAIRS = [name for name in CELLS if name not in PAIRS]
+CORE = {"zero 2, lora", "zero 3, lora", "zero 2, pairs"}
 
 
 @pytest.fixture(scope="module")
@@ -31,37 +35,44 @@ def rollout(folders, distributed, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(rollout, folders, tmp_path_factory) -> dict[str, dict]:
-    out = tmp_path_factory.mktemp("ranks")
+def on_two_ranks(rollout, folders, tmp_path_factory) -> Callable[[str], dict]:
+    """A cell by its name."""
     folder = folders["llama"].actor.parent
-    args = [";".join(CELLS), str(rollout), str(folder), str(out / "results.pt")]
-    run_ranks(Path(__file__).with_name("ppo_worker.py"), 2, args, log_dir=out)
-    return torch.load(out / "results.pt")
+
+    def run(names: list[str]) -> dict[str, dict]:
+        out = tmp_path_factory.mktemp("ranks")
+        args = [";".join(names), str(rollout), str(folder), str(out / "results.pt")]
+        run_ranks(Path(__file__).with_name("ppo_worker.py"), 2, args, log_dir=out)
+        return torch.load(out / "results.pt")
+
+    return by_tier(CELLS, CORE, run)
 
 
 @pytest.fixture(scope="module")
-def on_one(rollout, folders, distributed) -> dict[str, dict]:
+def on_one(rollout, folders, distributed) -> Callable[[str], dict]:
     """The same with all rows in one micro-batch and no sharding, with and without adapters."""
     e = Experience(**torch.load(rollout))
-    results, plain = {}, Setting(micro_batch=8, ema_decay=0.5)
-    done: dict[tuple, dict] = {}
-    for name, cell in CELLS.items():
-        changes = CHANGES.get(name, {})
-        key = cell.lora, *sorted(changes.items())
-        if key not in done:
-            setting = dataclasses.replace(plain, lora=cell.lora)
-            done[key] = train(setting, e, folders["llama"], distributed, **changes)
-        results[name] = done[key]
-    return results
+    plain = Setting(micro_batch=8, ema_decay=0.5)
+    results: dict[tuple, dict] = {}
+
+    def result(name: str) -> dict:
+        lora, changes = CELLS[name].lora, CHANGES.get(name, {})
+        key = lora, *sorted(changes.items())
+        if key not in results:
+            setting = dataclasses.replace(plain, lora=lora)
+            results[key] = train(setting, e, folders["llama"], distributed, **changes)
+        return results[key]
+
+    return result
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", tiers(CELLS, CORE))
 @pytest.mark.parametrize("what", ["actor", "critic", "average"])
 def test_weights_agree(on_two_ranks, on_one, name, what):
     if what == "critic" and name in PAIRS:
-        assert what not in on_two_ranks[name]
+        assert what not in on_two_ranks(name)
         return
-    actual, expected = on_two_ranks[name][what], on_one[name][what]
+    actual, expected = on_two_ranks(name)[what], on_one(name)[what]
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(
@@ -69,43 +80,44 @@ def test_weights_agree(on_two_ranks, on_one, name, what):
         )
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", tiers(CELLS, CORE))
 def test_the_average_is_not_the_actor(on_two_ranks, name):
-    result = on_two_ranks[name]
+    result = on_two_ranks(name)
     gaps = [(result["average"][k] - v).abs().max() for k, v in result["actor"].items()]
     assert max(gaps) > 1e-3
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", tiers(CELLS, CORE))
 def test_figures_agree(on_two_ranks, on_one, name):
-    figures = dict(on_two_ranks[name]["figures"])
+    figures = dict(on_two_ranks(name)["figures"])
     # DeepSpeed measures no norm without ZeRO in fp32.
     norms = {n: figures.pop(n) for n in sorted(figures) if n.endswith("grad_norm")}
     assert len(norms) == (0 if "zero 0" in name else 1 if name in PAIRS else 2)
     assert all(norm > 0 for norm in norms.values())
-    expected = {n: x for n, x in on_one[name]["figures"].items() if not n.endswith("grad_norm")}
+    expected = {n: x for n, x in on_one(name)["figures"].items() if not n.endswith("grad_norm")}
     assert figures == pytest.approx(expected, abs=1e-5)
-    assert on_two_ranks[name]["kl_coefficient"] == pytest.approx(on_one[name]["kl_coefficient"])
+    assert on_two_ranks(name)["kl_coefficient"] == pytest.approx(on_one(name)["kl_coefficient"])
 
 
 def test_gradient_norms_do_not_depend_on_the_stage(on_two_ranks):
-    two, three = (on_two_ranks[f"zero {stage}, lora"]["figures"] for stage in (2, 3))
+    two, three = (on_two_ranks(f"zero {stage}, lora")["figures"] for stage in (2, 3))
     for name in ("actor_grad_norm", "critic_grad_norm"):
         assert two[name] == pytest.approx(three[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_end_an_update_together(on_two_ranks):
     """By its own rows rank 1 would go on, and the collectives of the two no longer match."""
     name = "zero 3, held"
-    figures = on_two_ranks[name]["figures"]
+    figures = on_two_ranks(name)["figures"]
     assert figures["actor_updates"] == 0.5 and figures["update_kl"] > 1.45
-    assert on_two_ranks[name]["kl_coefficient"] < 0.1  # by all answers
+    assert on_two_ranks(name)["kl_coefficient"] < 0.1  # by all answers
 
 
-@pytest.mark.parametrize("name", [name for name in CELLS if name not in PAIRS])
+@pytest.mark.parametrize("name", tiers(NO_PAIRS, CORE & {*NO_PAIRS}))
 def test_ranks_may_generate_unequally_long(on_two_ranks, name):
     """Answers of 1 and 2 tokens here, 6 there, one row of filler."""
-    figures = on_two_ranks[name]["own"]
+    figures = on_two_ranks(name)["own"]
     assert figures["answer_length"] == pytest.approx((1 + 2 + 6) / 3)
     assert figures["ended"] == pytest.approx(2 / 3)
     assert figures["kl_k3"] > 0

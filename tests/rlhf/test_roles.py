@@ -153,12 +153,14 @@ def on_two_ranks(folders, distributed, tmp_path_factory) -> tuple[Folders, Exper
     return one_base, e, torch.load(out / "results.pt")
 
 
+@pytest.mark.slow
 def test_on_two_ranks_a_fresh_head_is_one(folders, distributed, on_two_ranks):
     """In shards of two ranks the same head as on one."""
     expected = headless(Setting(), folders["llama"], distributed).critic.module.v_head.weight
     assert torch.equal(on_two_ranks[2]["head"], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_trunk_on_two_ranks_trains_as_on_one(on_two_ranks, distributed, stage):
     one_base, e, found = on_two_ranks

@@ -8,6 +8,9 @@ import torch
 from tests.helpers.launch import run_ranks
 from tests.rlhf.rollout_worker import CELLS
 
+# Every layer is gathered anew for every sampled token: a minute.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(folders, tmp_path_factory) -> list[dict]:

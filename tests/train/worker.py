@@ -1,6 +1,7 @@
-"""One rank of the agreement test: trains every cell; rank 0 writes weights and rates.
+"""One rank of the agreement test: trains cells; rank 0 writes weights and rates.
 
-Started by `launch.run_ranks` with two arguments: a folder to write to, a model folder to read from.
+Started by `launch.run_ranks` with a folder to write to, a folder of models to read from, and the
+cells' names.
 """
 
 from __future__ import annotations
@@ -112,11 +113,11 @@ def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict
 
 
 def main() -> None:
-    """Train every cell; write `<name>.pt` for each and one `story.json`."""
-    output, folder = sys.argv[1:]
+    """Train the cells; write `<name>.pt` for each and one `story.json`."""
+    output, folder, *names = sys.argv[1:]
     peers = init_distributed()
     stories = {}
-    for cell in cells.all_cells():
+    for cell in (cell for cell in cells.all_cells() if cell.name in names):
         weights, stories[cell.name] = train(cell, peers, folder)
         if peers.is_main:
             torch.save(weights, Path(output) / f"{cell.name}.pt")

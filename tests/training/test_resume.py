@@ -40,7 +40,7 @@ SAMPLING += ["--update_kl_limit", "1e-3"]
 
 PPO_STATE = ["--save_steps", "1", "--output_dir", "ppo-cut", "--resume"]
 
-ONE_RANK = {
+STEP_1 = {
     "sft whole": Run([*SFT_LORA, "--output_dir", "sft-whole"]),
     "sft cut": Run([*SFT_LORA, *SAVING], while_saving(6)),
     # Step 6 is in place and step 3 half removed.
@@ -65,6 +65,8 @@ ONE_RANK = {
         shell=f"rm -r broken && {COPY} && truncate -s -1 broken/random-rank-0000.pt",
     ),
     "fresh start": Run([*SFT_LORA, *SAVING]),
+}
+STEPS_2_AND_3 = {
     **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
     **interrupted([*PPO_COMMON, *SAMPLING], "ppo", save_steps=1, killed=3),
     "edited function": Run(
@@ -86,18 +88,24 @@ SHARDED += ["--actor_zero_stage", "3", "--critic_zero_stage", "2"]
 TWO_RANKS = interrupted([*PPO_COMMON, *SHARDED], "ppo", save_steps=1, killed=2)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
-    folder = tmp_path_factory.mktemp("resume")
+def run_all(runs: dict[str, Run], folder: Path, ranks: int) -> tuple[Path, dict[str, Outcome]]:
     write_models(folder)
-    return folder, launch_runs(ONE_RANK, folder, ranks=1)
+    return folder, launch_runs(runs, folder, ranks)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
-    folder = tmp_path_factory.mktemp("resume-two")
-    write_models(folder)
-    return folder, launch_runs(TWO_RANKS, folder, ranks=2)
+def step_1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    return run_all(STEP_1, tmp_path_factory.mktemp("step-1"), ranks=1)
+
+
+@pytest.fixture(scope="module")
+def steps_2_and_3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    return run_all(STEPS_2_AND_3, tmp_path_factory.mktemp("steps-2-and-3"), ranks=1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    return run_all(TWO_RANKS, tmp_path_factory.mktemp("two-ranks"), ranks=2)
 
 
 def codes(outcomes: dict[str, Outcome], name: str) -> list[int]:
@@ -111,9 +119,9 @@ def states(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_step_1_survives_three_kills(one):
+def test_step_1_survives_three_kills(step_1):
     """In a save, in removing an old state, and while the model takes the output folder's place."""
-    folder, outcomes = one
+    folder, outcomes = step_1
     assert codes(outcomes, "sft") == [0, -9, -9, -9, 0]
     resumed = [outcomes[name].stdout for name in ("sft cut again", "sft cut at the end")]
     resumed.append(outcomes["sft resumed"].stdout)
@@ -123,16 +131,18 @@ def test_step_1_survives_three_kills(one):
     assert states(folder / "sft-cut") == ["step-000012"]  # and no leftovers
 
 
-def test_step_2_with_all_weights_in_bf16_at_zero_2(one):
-    folder, outcomes = one
+@pytest.mark.slow
+def test_step_2_with_all_weights_in_bf16_at_zero_2(steps_2_and_3):
+    folder, outcomes = steps_2_and_3
     assert codes(outcomes, "reward") == [0, -9, 0]
     assert "at step 4\n" in outcomes["reward resumed"].stdout
     assert_same_run(folder / "reward-whole", folder / "reward-cut")
 
 
-def test_step_3_with_a_moving_average(one):
+@pytest.mark.slow
+def test_step_3_with_a_moving_average(steps_2_and_3):
     """Sampling, mini-batch order, text and the average go on; the reward model is a copy."""
-    folder, outcomes = one
+    folder, outcomes = steps_2_and_3
     assert codes(outcomes, "ppo") == [0, -9, 0]
     assert "at step 2\n" in outcomes["ppo resumed"].stdout
     assert {path.name for path in (folder / "ppo-whole").iterdir()} >= {"actor_ema", "critic"}
@@ -149,25 +159,26 @@ def test_step_3_with_a_moving_average(one):
     assert last["ptx_loss"] > 0
 
 
-def test_step_3_on_two_ranks_at_zero_3_in_bf16(two):
-    folder, outcomes = two
+@pytest.mark.slow
+def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
+    folder, outcomes = two_ranks
     assert codes(outcomes, "ppo") == [0, -9, 0]
     assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
     files = {path.name for path in next((folder / "ppo-cut/checkpoints").iterdir()).iterdir()}
     assert {"ema-rank-0000.pt", "ema-rank-0001.pt", "random-rank-0001.pt"} <= files
 
 
-def test_another_ratio_is_refused(one):
-    _, outcomes = one
+def test_another_ratio_is_refused(step_1):
+    _, outcomes = step_1
     assert outcomes["ratio"].error == (
         f"error: resume {LAST}: saved with --loraplus_lr_ratio 16, now 8; give 16, "
         "or --resume_with_new_rates to go on with 8"
     )
 
 
-def test_new_rates_go_into_optimizer_and_schedule(one):
+def test_new_rates_go_into_optimizer_and_schedule(step_1):
     """At the same point of the schedule: A at half of its rate, B at eight times that."""
-    folder, outcomes = one
+    folder, outcomes = step_1
     assert outcomes["new rates"].code == 0, outcomes["new rates"].stderr[-3000:]
     before, after = (figures(folder / name) for name in ("sft-whole", "other"))
     assert [(r["kind"], r["step"]) for r in before] == [(r["kind"], r["step"]) for r in after]
@@ -185,19 +196,30 @@ def test_new_rates_go_into_optimizer_and_schedule(one):
         ("other rows", "the rows of --data_path data have changed (digest "),
         ("two processes", "saved by 2 processes, now there are 1; start 2, DeepSpeed cuts its"),
         ("cut file", "random-rank-0000.pt has "),
-        ("edited function", "source behind --reward_function own_rewards:length was "),
-        ("other text", "rows behind --unsupervised_dataset_name texts.jsonl was "),
-        ("other statistics", "std behind --reward_scaling saved was 1.5, now 1.6; a resumed run"),
         ("fresh start", "holds training states of an earlier run (step-000012); add --resume"),
     ],
 )
-def test_what_is_refused_before_weights_are_read(one, name, message):
-    _, outcomes = one
+def test_what_step_1_refuses_before_weights_are_read(step_1, name, message):
+    _, outcomes = step_1
     assert message in outcomes[name].error
 
 
-def test_the_record_is_for_people(one):
-    folder, _ = one
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("edited function", "source behind --reward_function own_rewards:length was "),
+        ("other text", "rows behind --unsupervised_dataset_name texts.jsonl was "),
+        ("other statistics", "std behind --reward_scaling saved was 1.5, now 1.6; a resumed run"),
+    ],
+)
+def test_what_step_3_refuses_before_weights_are_read(steps_2_and_3, name, message):
+    _, outcomes = steps_2_and_3
+    assert message in outcomes[name].error
+
+
+def test_the_record_is_for_people(step_1):
+    folder, _ = step_1
     record = json.loads((folder / LAST / "state.json").read_text())
     assert (record["step"], record["epoch"], record["batch"]) == (12, 1, 10)
     assert record["engines"]["model"] == {
@@ -208,9 +230,9 @@ def test_the_record_is_for_people(one):
     assert record["settings"]["lora_dim"] == 4 and record["settings"]["dtype"] == "fp32"
 
 
-def test_the_clock_alone_differs(one):
+def test_the_clock_alone_differs(step_1):
     """What the comparison leaves out is really there, and only that."""
-    folder, _ = one
+    folder, _ = step_1
     line = json.loads((folder / "sft-cut/metrics.jsonl").read_text().splitlines()[1])
     left = {name for name in line if not name.startswith(TIMES)}
     assert left == {"kind", "step", "loss", "lr/lora_A", "lr/lora_B"} | (left & {"grad_norm"})

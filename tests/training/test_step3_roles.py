@@ -69,6 +69,9 @@ def write_adapters(folder: Path) -> None:
         save_hf_format(adapted, tokenizer, out, ALONE, plan("adapter", base, lora, out))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
     folder = tmp_path_factory.mktemp("roles")

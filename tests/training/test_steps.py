@@ -96,18 +96,10 @@ def one_rank(inputs: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(inputs: Path, one_rank: Run) -> Run:
-    """Under torchrun: the same step 1 in ZeRO 2; the reward model again in ZeRO 3; then bf16."""
+def two_ranks(inputs: Path) -> Run:
+    """Under torchrun: the same step 1 in ZeRO 2; then all three steps in bf16."""
     folder = inputs / "two"
     data = [*DATA, *cache(folder)]
-    again = [
-        "--model_name_or_path",
-        one_rank.folder / "reward/adapter",
-        "--zero_stage",
-        "3",
-        *SHORT,
-    ]
-    again += ["--dtype", "fp32", "--per_device_eval_batch_size", "3", "--max_train_samples", "8"]
     saving = ["--dtype", "bf16", "--gradient_accumulation_steps", "2"]
     frugal = [*saving, *SHORT, "--gradient_checkpointing", "--learning_rate", "1e-3"]
     frugal += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2"]
@@ -121,15 +113,24 @@ def two_ranks(inputs: Path, one_rank: Run) -> Run:
     plan = [
         [*sft_fp32(folder, 2), *no_file],
         [*sft_fp32(folder, 2), "--zero_stage", "2"],
-        [REWARD, *again, *data, "--output_dir", folder / "reward-again"],
         [SFT, "--model_name_or_path", "model", *data, *frugal, "--zero_stage", "2"],
         [REWARD, "--model_name_or_path", sft, *data, *frugal, "--zero_stage", "3"],
         [PPO, *models, *data, *PPO_LENGTHS, *PPO_RATES, *saving, *roles, *generation],
     ]
-    plan[3] += ["--output_dir", sft]
-    plan[4] += ["--output_dir", reward]
-    plan += sft_in_other_batches(folder, 2)
+    plan[2] += ["--output_dir", sft]
+    plan[3] += ["--output_dir", reward]
     return Run(folder, *run_worker(plan, inputs, ranks=2))
+
+
+@pytest.fixture(scope="module")
+def two_ranks_again(inputs: Path, one_rank: Run) -> Run:
+    """Under torchrun: the reward model again in ZeRO 3; step 1 in other batches."""
+    folder = inputs / "two-again"
+    again = [REWARD, "--model_name_or_path", one_rank.folder / "reward/adapter", *DATA, *SHORT]
+    again += [*cache(folder), "--dtype", "fp32", "--zero_stage", "3", "--max_train_samples", "8"]
+    again += ["--per_device_eval_batch_size", "3", "--output_dir", folder / "reward"]
+    plan = [again, *sft_in_other_batches(folder, 2)]
+    return Run(folder, *run_worker(plan, inputs, ranks=2, name="again"))
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
@@ -219,8 +220,8 @@ def test_adapters_lie_beside_merged_models_whose_base_is_whole(one_rank: Run, in
 
 
 def test_every_program_runs_on_two_ranks(two_ranks: Run):
-    assert [result.code for result in two_ranks.results] == [2, *(8 * [0])]
-    for name in ("sft", "reward-again", "sft-bf16", "reward-bf16", "ppo"):
+    assert [result.code for result in two_ranks.results] == [2, *(4 * [0])]
+    for name in ("sft", "sft-bf16", "reward-bf16", "ppo"):
         assert_all_finite(two_ranks.folder / name)
 
 
@@ -245,12 +246,13 @@ def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Ru
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft-packed", "sft-tokens"])
 def test_other_batches_are_the_same_on_one_and_on_two_ranks(
-    one_rank: Run, two_ranks: Run, name: str
+    one_rank: Run, two_ranks_again: Run, name: str
 ):
     """Packs and micro-batches by tokens are dealt; what an optimizer step averages over is one."""
-    one, two = one_rank.folder / name, two_ranks.folder / name
+    one, two = one_rank.folder / name, two_ranks_again.folder / name
     for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
         found, expected = (column(records(folder, kind), *names) for folder in (two, one))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -262,15 +264,18 @@ def test_other_batches_are_the_same_on_one_and_on_two_ranks(
     )
 
 
-def test_a_stream_trains_until_max_steps(one_rank: Run, two_ranks: Run):
-    for folder in (one_rank.folder, two_ranks.folder):
-        train, evaluation = (records(folder / "sft-stream", kind) for kind in ("train", "eval"))
-        assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
-        losses = column(evaluation, "loss")
-        # The evaluation set is the same as without a stream, and the model starts the same.
-        expected = column(records(one_rank.folder / "sft", "eval"), "loss")[0]
-        torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
-        assert losses[-1] < losses[0]
+@pytest.mark.parametrize(
+    "runs", ["one_rank", pytest.param("two_ranks_again", marks=pytest.mark.slow)]
+)
+def test_a_stream_trains_until_max_steps(request, one_rank: Run, runs: str):
+    folder = request.getfixturevalue(runs).folder / "sft-stream"
+    train, evaluation = (records(folder, kind) for kind in ("train", "eval"))
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    losses = column(evaluation, "loss")
+    # The evaluation set is the same as without a stream, and the model starts the same.
+    expected = column(records(one_rank.folder / "sft", "eval"), "loss")[0]
+    torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
+    assert losses[-1] < losses[0]
 
 
 def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(one_rank: Run):
@@ -281,10 +286,13 @@ def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(one_rank: Run):
     assert train[-1]["lr/lora_A"] < 0.2 * train[0]["lr/lora_A"]  # the schedule ends there too
 
 
-def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Run):
+@pytest.mark.slow
+def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(
+    one_rank: Run, two_ranks_again: Run
+):
     """Other batches and ZeRO 3 change nothing: 13 pairs, 4 at a time or 2 x 3 at a time."""
     last = records(one_rank.folder / "reward", "eval")[-1:]
-    first = records(two_ranks.folder / "reward-again", "eval")[:1]
+    first = records(two_ranks_again.folder / "reward", "eval")[:1]
     names = ("loss", "accuracy", "margin", "confidence", "mean_score", "score_std")
     torch.testing.assert_close(column(first, *names), column(last, *names), rtol=0, atol=1e-5)
 
@@ -319,6 +327,7 @@ def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):
     load(AutoModelForSequenceClassification, folder / "critic")
 
 
+@pytest.mark.slow
 def test_step_1_under_the_deepspeed_launcher(inputs: Path):
     """It sets ranks and appends --local_rank itself."""
     folder = inputs / "launcher"
