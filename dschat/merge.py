@@ -29,7 +29,7 @@ from dschat.utils.module.model_source import ModelSource, resolve_model
 
 
 def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
-    """Write the merged model folder, tokenizer included, under its name only once it is whole.
+    """Write the merged model folder, tokenizer included; it gets its name when it is complete.
 
     Args:
         adapter: a folder or hub id. dtype: fp32, bf16, fp16, or auto for the base's own.
@@ -44,7 +44,8 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
             "of one"
         )
     _check_apart(source, output_dir)
-    saved = load_config(adapter).dtype or torch.float32
+    own = load_config(adapter).dtype
+    saved = own if isinstance(own, torch.dtype) else torch.float32
     tokenizer = load_hf_tokenizer(adapter)
     is_reward = any(part.is_reward for part in source.read_adapters())
     check_output_dir(output_dir)
@@ -59,9 +60,9 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
 
 
 def _check_apart(source: ModelSource, output_dir: str) -> None:
-    """Stop when what is read would be replaced by what is written."""
+    """Stop at an output folder that would replace one that the merge reads."""
     target = Path(output_dir).resolve()
-    read = [folder.path for folder in source.adapters]
+    read = [adapter.folder for adapter in source.adapters]
     read += [Path(source.base).expanduser().resolve()]
     for folder in read:
         if folder.is_relative_to(target):
@@ -86,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="auto",
         help="of the merged weights; auto is the base's own (default: auto)",
     )
-    given = parser.parse_args(argv)
-    merge(given.adapter, given.output_dir, given.dtype)
-    print(f"{given.adapter} merged into {given.output_dir}")
+    args = parser.parse_args(argv)
+    merge(args.adapter, args.output_dir, args.dtype)
+    print(f"{args.adapter} merged into {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of a setting beside its type and its default.
+    """Rule of a setting, beside its type and its default.
 
     Attributes:
         help: one line; may hold fields like {full_rate}: other fields of the same group.

@@ -19,8 +19,8 @@ class Preset:
     steps: int
     batch_size: int
     max_seq_len: int
-    eta_A: dict[str, tuple[int, int]]  # noqa: N815
-    eta_B: dict[str, tuple[int, int]]  # noqa: N815
+    eta_A: dict[str, tuple[int, int]]
+    eta_B: dict[str, tuple[int, int]]
     eta_full: tuple[int, int]
 
 
@@ -64,10 +64,10 @@ class GridSettings(Settings):
     steps: int | None = setting(None, "optimizer steps of a run (default: the task's)")
     grid_seeds: tuple[int, ...] = setting((1, 2, 3), "seeds of the grid")
     fresh_seeds: tuple[int, ...] = setting((11, 12, 13), "seeds of the winners")
-    eta_A: tuple[int, ...] | None = setting(  # noqa: N815
+    eta_A: tuple[int, ...] | None = setting(
         None, "first and last exponent of two (default: the task's)"
     )
-    eta_B: tuple[int, ...] | None = setting(  # noqa: N815
+    eta_B: tuple[int, ...] | None = setting(
         None, "first and last exponent of two (default: the task's)"
     )
 

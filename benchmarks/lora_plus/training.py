@@ -51,8 +51,8 @@ class Run:
     """
 
     init: str
-    eta_A: float  # noqa: N815
-    eta_B: float  # noqa: N815
+    eta_A: float
+    eta_B: float
     seed: int
     steps: int
     alpha: float = 1.0

@@ -1,4 +1,4 @@
-"""Flags of one model: its adapters, its rates, how it is sharded."""
+"""Flags of one model: sharding, learning rates, adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dschat.utils.optim import OptimizerConfig
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """How one model is loaded, sharded and trained."""
+    """Settings of loading, sharding and training one model."""
 
     zero_stage: int = setting(0, "ZeRO stage", choices=ZERO_STAGES)
     gradient_checkpointing: bool = setting(False, "recompute activations in backward")

@@ -15,7 +15,7 @@ def identity(values: list[float]) -> list[float]:
 
 
 def answer_mask_from(answers: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """(B, A) generated ids -> (B, A) bool: from the first token to the end token inclusive.
+    """Mark answers in (B, A) generated ids: True from the first to the end token inclusive, (B, A).
 
     Only the first end token ends an answer; that padding has the same id does not matter.
     """
@@ -54,7 +54,7 @@ def shaped_rewards(
     Returns:
         (B, A) rewards, 0 outside the mask; a row without answer tokens gets none.
     """
-    # Behind an answer its probabilities may drift without bound, and k3 to infinity.
+    # After an answer its probabilities may drift without bound, and k3 to infinity.
     penalty = KL_ESTIMATORS[kl_estimator](logprobs, ref_logprobs).where(mask, 0.0)
     rewards = -kl_coefficient * penalty
     lengths = mask.sum(dim=-1, keepdim=True)
@@ -119,7 +119,7 @@ def group_normalised(
 def _group_sums(
     x: torch.Tensor, group: torch.Tensor, real: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row's group: the sum of x and the number of rows; and x, 0 where not real."""
+    """Return, for each row, its group's sum of x and number of rows; and x, 0 where not real."""
     names, index = group.unique(return_inverse=True)
     own = x.double().where(real, 0.0)
     zeros = own.new_zeros(len(names))

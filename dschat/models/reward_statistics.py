@@ -65,7 +65,7 @@ def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatisti
         UserError: a file that holds something else.
     """
     source = resolve_model(model_name_or_path)
-    file = _file(source.adapters[-1].path if source.adapters else source.base, name)
+    file = _file(source.adapters[-1].folder if source.adapters else source.base, name)
     if file is None:
         return None
     try:

@@ -49,7 +49,7 @@ def plan_saving(
     source = resolve_model(model_name_or_path)
     folders = [Path(folder).resolve() for folder in output_dirs]
     for folder in folders:
-        if any(folder / ADAPTER_FOLDER == adapter.path for adapter in source.adapters):
+        if any(folder / ADAPTER_FOLDER == adapter.folder for adapter in source.adapters):
             raise UserError(
                 f"output_dir {folder}: its folder {ADAPTER_FOLDER!r} is what training starts from "
                 "and would be replaced; give another output_dir"

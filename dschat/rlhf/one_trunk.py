@@ -19,7 +19,7 @@ from dschat.errors import UserError
 from dschat.models.causal_lm import adopt_special_tokens, create_hf_model, load_config
 from dschat.models.reward_model import RewardModel, create_critic_model, read_head, with_head
 from dschat.utils.module.adapter_merge import fitting_updates
-from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_apart
+from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_unmerged
 from dschat.utils.module.model_source import ModelSource, resolve_model, same_model
 
 FLAG = "share_trunk all"
@@ -110,7 +110,7 @@ def check_one_trunk(names: Sequence[str]) -> None:
         )
     for source in sources:
         for adapter in source.read_adapters():
-            check_can_stay_apart(adapter, FLAG)
+            check_can_stay_unmerged(adapter, FLAG)
             if adapter.is_reward:
                 fitting_updates(model.base_model, adapter, model.base_model_prefix)
             else:

@@ -22,7 +22,7 @@ from dschat.errors import UserError, brief
 from dschat.functional.returns import masked_mean, masked_moments
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf.experience import Experience
-from dschat.utils.distributed import agreed_by_all, all_reduce_sum
+from dschat.utils.distributed import all_reduce_sum, on_every_rank
 
 FLAG = "reward_function"
 SHOWN_CHARACTERS = 80  # of a text in a message
@@ -98,7 +98,7 @@ class Rewards:
             scaled = model if self.scaling is None else self.scaling.scaled(model)
             scores = scores + self.model_weight * scaled
         if self.function is not None:
-            values = agreed_by_all(lambda: self._called(e, tokenizer))
+            values = on_every_rank(lambda: self._called(e, tokenizer))
             function = torch.tensor(values, dtype=scores.dtype, device=scores.device)
             scores = scores + self.function_weight * function
         return replace(e, scores=scores, model_scores=model, function_scores=function)

@@ -50,9 +50,9 @@ def load_hf_tokenizer(
 def tokenizer_home(model_name_or_path: str) -> str:
     """Where the tokenizer is: an adapter folder that holds none uses its base's."""
     source = resolve_model(model_name_or_path)
-    for folder in reversed(source.adapters):
-        if _has_tokenizer(folder.path):
-            return str(folder.path)
+    for adapter in reversed(source.adapters):
+        if _has_tokenizer(adapter.folder):
+            return str(adapter.folder)
     return os.path.expanduser(source.base)
 
 

@@ -31,7 +31,7 @@ from dschat.utils.distributed import (
     Distributed,
     RandomState,
     barrier,
-    decided_by_main,
+    from_main,
     print_rank_0,
 )
 from dschat.utils.optim import group_rates
@@ -96,7 +96,7 @@ class Checkpointer:
         self._checksums: dict[str, str] = {}
         self._source, self._record = None, None
         if config.in_use:
-            self._source, self._record = decided_by_main(self._open)
+            self._source, self._record = from_main(self._open)
         if self._source is None and config.resume is not None:
             folder = checkpoint_folder.states_of(config.output_dir)
             print_rank_0(f"--resume: no training state in {folder}, starting from the beginning")

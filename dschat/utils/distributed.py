@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among its peers."""
+    """One process of a run, its place among the others, and its device."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """True on the process that prints and writes."""
         return self.rank == 0
 
 
@@ -65,12 +65,12 @@ def _free_port() -> int:
 
 
 def launched_rank() -> int:
-    """The rank from the launcher's environment; usable before `init_distributed`."""
+    """Return the rank that the launcher set; usable before `init_distributed`."""
     return int(os.environ.get("RANK", "0"))
 
 
 def from_local_main(work: Callable[[], str]) -> str:
-    """What `work()` gives on the first process of each node, on all processes of that node.
+    """Run `work` on the first process of each node, and return its result on all of that node.
 
     The others wait by asking now and then, so work of hours runs into no collective's time limit;
     all come back when all nodes are done.
@@ -94,13 +94,13 @@ def from_local_main(work: Callable[[], str]) -> str:
     _until(lambda: store.check([done]))
     store.add(arrived, 1)
     _until(lambda: store.add(arrived, 0) == dist.get_world_size())
-    found = store.get(problem).decode() if store.check([problem]) else None
+    message = store.get(problem).decode() if store.check([problem]) else None
     result = store.get(done).decode()
     store.add(informed, 1)
     if dist.get_rank() == 0:  # it holds the store: stopping now would leave the others unheard
         _until(lambda: store.add(informed, 0) == dist.get_world_size())
-    if found is not None:
-        raise UserError(found)
+    if message is not None:
+        raise UserError(message)
     return result
 
 
@@ -108,7 +108,7 @@ _turns = itertools.count()  # every rank takes the same ones
 
 
 def _default_store() -> dist.Store:
-    """What the process group was made by: keys and values that all ranks see."""
+    """Return the store behind the process group: keys and values that all ranks see."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -120,45 +120,46 @@ def _until(is_true: Callable[[], bool], longest_wait: float = 1.0) -> None:
         wait = min(2 * wait, longest_wait)
 
 
-def decided_by_main(work: Callable[[], Result]) -> Result:
-    """What `work()` gives on rank 0, on every rank; the others do not run it.
+def from_main(work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 alone, and return its result on every rank.
 
     Raises:
         UserError: on every rank, when rank 0 met one: all stop with the same line.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
-    found: list[object] = [None, None]
+    outcome: list[Any] = [None, None]  # result, message of an error
     if dist.get_rank() == 0:
         try:
-            found[0] = work()
+            outcome[0] = work()
         except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
-def agreed_by_all(work: Callable[[], Result]) -> Result:
-    """What `work()` gives on this rank; all ranks call it.
+def on_every_rank(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank, and return this rank's result.
 
     Raises:
         UserError: on every rank, when any rank met one: all stop with the line of the first.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
-    result, problem = None, None
+    results: list[Result] = []
+    message = None
     try:
-        result = work()
+        results.append(work())
     except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for problem in problems:
-        if problem is not None:
-            raise UserError(problem)
-    return result
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for message in messages:
+        if message is not None:
+            raise UserError(message)
+    return results[0]
 
 
 def barrier() -> None:
@@ -168,7 +169,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: Sequence[float], device: torch.device | None = None) -> list[float]:
-    """Sum of each value over the ranks, in float64 on the CPU backend, on `device` otherwise."""
+    """Sum each value over the ranks, in float64, on `device` (default: this rank's)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(v) for v in values]
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device or _default_device())
@@ -194,11 +195,11 @@ class RandomState:
 
     per_rank = True
 
-    def state_dict(self) -> dict[str, object]:
-        """Where they stand, as tensors and plain numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the generators' states as tensors and plain numbers."""
         from deepspeed.accelerator import get_accelerator
 
-        name, words, *rest = np.random.get_state()
+        name, words, *rest = cast(tuple[Any, ...], np.random.get_state())
         return {
             "python": random.getstate(),
             "numpy": (name, torch.from_numpy(words.astype(np.int64)), *rest),
@@ -206,8 +207,8 @@ class RandomState:
             "device": get_accelerator().get_rng_state(),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Put them back where `state_dict` found them."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the generators to states that `state_dict` returned."""
         from deepspeed.accelerator import get_accelerator
 
         name, words, *rest = state["numpy"]
@@ -218,7 +219,7 @@ class RandomState:
 
 
 def print_rank_0(message: str, rank: int | None = None) -> None:
-    """Print on rank 0 alone; the rank is read from the process group when it is not given."""
+    """Print on rank 0 alone; without a `rank`, the process group's."""
     if rank is None:
         rank = dist.get_rank() if dist.is_initialized() else launched_rank()
     if rank == 0:

@@ -1,4 +1,4 @@
-"""Numbers in, DeepSpeed configuration out; the user's own JSON merged over it."""
+"""Settings in, DeepSpeed's configuration out; the user's own JSON merged over it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
@@ -42,7 +43,7 @@ class EngineConfig(EngineSettings):
 
 
 def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
-    """DeepSpeed's configuration of a training engine.
+    """Build DeepSpeed's configuration of a training engine.
 
     Half precision at stage 0 runs as stage 1: the same mathematics, but gradients of several
     micro-batches add up in fp32, and fp16 losses are scaled (DeepSpeed 0.19's stage 0 divides by a
@@ -51,7 +52,7 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     The user's JSON, where there is one, is merged over it; see `merge_user_config`.
     """
     stage = 1 if config.zero_stage == 0 and config.dtype != "fp32" else config.zero_stage
-    zero = {
+    zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": stage in (2, 3),
         "stage3_gather_16bit_weights_on_model_save": False,
@@ -87,7 +88,7 @@ def get_eval_ds_config(dtype: str, offload: bool = False) -> dict:
     Args:
         dtype: fp32, bf16 or fp16. offload: keep the parameters on the CPU.
     """
-    zero = {"stage": 3}
+    zero: dict[str, Any] = {"stage": 3}
     if offload:
         zero["offload_param"] = {"device": "cpu"}
     return {

@@ -1,6 +1,6 @@
 """Named parameter groups (LoRA+), the optimizer built on them, and its schedule.
 
-LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns at `ratio` times A's rate. Groups are found by
+LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns at `ratio` times A's rate. Groups go by
 module and leaf name, never by `ndim`: under ZeRO-3 every parameter looks one-dimensional.
 """
 
@@ -78,7 +78,7 @@ class OptimizerConfig(Settings):
         return self.full_rate if self.learning_rate is None else self.learning_rate
 
     @property
-    def lora_A_rate(self) -> float:  # noqa: N802
+    def lora_A_rate(self) -> float:
         """eta_A: the adapters' own rate, else the rate given, else what suits the ratio."""
         first = first_lora_rate(self.full_rate, self.loraplus_lr_ratio)
         return self.lora_learning_rate or self.learning_rate or first
@@ -95,13 +95,13 @@ class OptimizerConfig(Settings):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalisation layer, by type: torch's own, or any `...Norm` class."""
+    """Tell normalisation layers by type: torch's own, or any `...Norm` class."""
     torch_norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
     return isinstance(module, torch_norms) or "norm" in type(module).__name__.lower()
 
 
 def classify(module_name: str, module: nn.Module, leaf: str) -> str:
-    """The group of the parameter `leaf` that sits directly on `module`."""
+    """Name the group of the parameter `leaf` that sits directly on `module`."""
     if leaf in ("lora_A", "lora_B", "lora_magnitude"):
         return "lora_embedding" if isinstance(module, nn.Embedding) else leaf
     if leaf.startswith("lora_embedding"):
@@ -112,7 +112,7 @@ def classify(module_name: str, module: nn.Module, leaf: str) -> str:
 
 
 def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Every trainable parameter in exactly one named group; groups without parameters left out.
+    """Put every trainable parameter into exactly one named group; leave empty groups out.
 
     Returns:
         Dicts `{"name", "params", "lr", "weight_decay"}` in the order of `GROUPS`.
@@ -145,7 +145,7 @@ def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) 
 
 
 def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the groups; torch's fused kernels need no compiler, on GPU or CPU."""
+    """Build AdamW over the groups; torch's fused kernels need no compiler, on GPU or CPU."""
     return torch.optim.AdamW(
         groups, lr=config.base_rate, betas=config.betas, eps=config.eps, fused=True
     )
@@ -165,11 +165,11 @@ POLYNOMIAL_END = 1e-7  # a rate, as transformers has it
 def schedule_factory(
     name: str, num_warmup_steps: int, num_training_steps: int
 ) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
-    """A schedule as a callable, so that DeepSpeed builds it on the groups that survive.
+    """Make a function that builds the schedule; DeepSpeed calls it on the groups that survive.
 
     Steps are optimizer steps. Every group keeps its own rate times one common factor. The names
-    and shapes are those of `transformers.get_scheduler`, whose import takes seconds where PEFT is
-    installed; restarts are one cycle, the polynomial is of degree 1.
+    and shapes are those of `transformers.get_scheduler`, up to rounding, without its import;
+    restarts are one cycle, the polynomial is of degree 1.
     """
     if name not in SCHEDULES:
         raise UserError(f"lr_scheduler_type is {name!r}: choose one of {', '.join(SCHEDULES)}")
@@ -196,7 +196,7 @@ def schedule_factory(
 
 
 def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The present learning rate of every named group."""
+    """Map every named group to its present learning rate."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
@@ -221,7 +221,7 @@ def check_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
 
 
 def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
-    """The start table: every group's rate, weight decay and size; the trainable share; B over A."""
+    """Render the table of what trains: rate, weight decay and size by group, the share of all."""
     rows = [("group", "learning rate", "weight decay", "tensors", "parameters")]
     for group in groups:
         count = sum(full_numel(p) for p in group["params"])

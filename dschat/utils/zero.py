@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from enum import Enum
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
 
-def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 holds this parameter in shards (its own `shape` is then meaningless)."""
+class ShardedParameter(nn.Parameter):
+    """A parameter that ZeRO-3 holds in shards; for type checkers alone."""
+
+    ds_shape: torch.Size
+    ds_tensor: torch.Tensor
+    ds_status: Enum
+    partition: Callable[[], None]
+
+
+def is_partitioned(parameter: torch.Tensor) -> TypeGuard[ShardedParameter]:
+    """Tell whether ZeRO-3 holds this parameter in shards; its own `shape` is then meaningless."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The parameter's shape before partitioning; under `zero.Init` `parameter.shape` is `(0,)`."""
+    """Return the shape before partitioning; under `zero.Init` `parameter.shape` is `(0,)`."""
     return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
 def full_numel(parameter: torch.Tensor) -> int:
-    """The number of elements before partitioning."""
+    """Return the number of elements before partitioning."""
     return full_shape(parameter).numel()
 
 
@@ -28,7 +39,7 @@ def full_numel(parameter: torch.Tensor) -> int:
 def gathered(
     parameters: Sequence[torch.Tensor], modifier_rank: int | None = None
 ) -> Iterator[None]:
-    """Whole parameters inside the block; with a `modifier_rank`, its changes are spread on exit."""
+    """Gather all shards inside the block; changes of the `modifier_rank` are spread on exit."""
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not partitioned:
         yield
@@ -41,9 +52,9 @@ def gathered(
 
 @contextlib.contextmanager
 def init_context(ds_config: dict | None) -> Iterator[None]:
-    """Inside, `from_pretrained` and `from_config` build a model already partitioned for ZeRO-3.
+    """Let `from_pretrained` and `from_config` build models that ZeRO-3 has sharded already.
 
-    With None, or a config of a lower stage, models are built whole.
+    With None, or a config of a lower stage, the block changes nothing.
     """
     stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
@@ -61,12 +72,12 @@ def init_context(ds_config: dict | None) -> Iterator[None]:
 
 
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
-    """The part of the parameter that this rank owns: its shard under ZeRO-3, else all of it."""
+    """Return what this rank owns of the parameter: its shard under ZeRO-3, else all of it."""
     return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data
 
 
 def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Overwrite the part of the parameter that this rank owns; every rank must do so.
+    """Overwrite what this rank owns of the parameter; every rank must do so.
 
     ZeRO-3 keeps small parameters gathered between steps, and those gathered copies would outlive
     their shards: they are released, to be gathered anew where they are needed.
@@ -79,25 +90,24 @@ def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
 def consolidated_state_dict(
     module: nn.Module, rank: int, wanted: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The module's whole state on rank 0 as CPU tensors, {} on other ranks; all ranks must call.
+    """Collect the complete state on rank 0 as CPU tensors, {} on other ranks; all ranks must call.
 
     With `wanted`, only the entries of these names are gathered. Tied parameters stay tied (one
     tensor under both names). Parameters are gathered one by one, so the peak is one parameter, not
     the model.
     """
     state: dict[str, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor | None] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if wanted is not None and name not in wanted:
             continue
         if id(parameter) not in copies:
             with gathered([parameter]):
-                if rank == 0:
-                    copies[id(parameter)] = parameter.detach().to("cpu", copy=True)
-                else:
-                    copies[id(parameter)] = None
-        if rank == 0:
-            state[name] = copies[id(parameter)]
+                on_cpu = parameter.detach().to("cpu", copy=True) if rank == 0 else None
+                copies[id(parameter)] = on_cpu
+        tensor = copies[id(parameter)]
+        if tensor is not None:
+            state[name] = tensor
     if rank == 0:
         persistent = module.state_dict().keys()
         for name, buffer in module.named_buffers():

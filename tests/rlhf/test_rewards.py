@@ -134,7 +134,7 @@ def test_what_fails_on_another_rank_stops_this_one(own, monkeypatch):
         work()
         raise UserError("another rank's")
 
-    monkeypatch.setattr(rewards, "agreed_by_all", agreed)
+    monkeypatch.setattr(rewards, "on_every_rank", agreed)
     with pytest.raises(UserError, match="another rank's"):
         Rewards(RewardFunction.load("own_rewards:length")).applied(sampled(), byte_tokenizer())
 

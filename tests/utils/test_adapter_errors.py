@@ -85,7 +85,7 @@ def assert_one_line(call, *words: str) -> None:
         ("layer_replication", [[0, 2], [1, 2]], "it repeats layers of the base"),
         ("trainable_token_indices", [1, 2], "it trained single rows of the embedding"),
         ("target_parameters", ["experts.up"], "it adapts bare parameters"),
-        ("alora_invocation_tokens", [3], "it is on behind certain tokens only"),
+        ("alora_invocation_tokens", [3], "it is on after certain tokens only"),
         ("use_qalora", True, "it pools the input of A"),
         ("use_bdlora", {"nblocks": 2}, "its matrices are block-diagonal"),
         ("megatron_config", {"tp": 2}, "it is for layers split among devices"),
@@ -158,7 +158,7 @@ def test_files_that_cannot_be_read(folder: Path, made: Path):
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     assert_one_line(lambda: resolve().read_adapters(), "adapter_model.safetensors cannot be read")
     (folder / "adapter_model.safetensors").unlink()
-    assert_one_line(resolve, "holds no adapter_model.safetensors; copy the whole folder")
+    assert_one_line(resolve, "holds no adapter_model.safetensors; copy the complete folder")
     (folder / "adapter_model.bin").write_bytes(b"half")
     assert_one_line(lambda: resolve().read_adapters(), "adapter_model.bin cannot be read")
     (folder / "model.safetensors").write_bytes(b"")
@@ -180,7 +180,7 @@ def test_bases_that_are_not_there(folder: Path, tmp_path: Path):
 def test_bases_in_a_circle(folder: Path, made: Path, tmp_path: Path):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     set_config(folder, base_model_name_or_path=str(other))
-    assert [a.path for a in resolve_model(str(folder)).adapters] == [other, folder]
+    assert [a.folder for a in resolve_model(str(folder)).adapters] == [other, folder]
     assert resolve_model(str(folder)).base == str(made / "base")
     set_config(other, base_model_name_or_path=str(folder))
     circle = f"its bases go in a circle ({folder} → {other} → {folder})"
@@ -229,7 +229,7 @@ def test_adapter_on_the_hub(folder: Path, monkeypatch):
     monkeypatch.setattr(source, "_hub_adapter", functools.cache(source._hub_adapter.__wrapped__))
     for name in ("some/adapter", "adapter/cached"):
         found = resolve_model(name)
-        assert [(a.name, a.path) for a in found.adapters] == [(name, folder)]
+        assert [(a.name, a.folder) for a in found.adapters] == [(name, folder)]
     for name in ("some/model", "whole/cached"):
         assert resolve_model(name) == source.ModelSource(name, name)
     assert asked == ["some/adapter", "some/model"]

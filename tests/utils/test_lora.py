@@ -18,12 +18,12 @@ from dschat.utils.module.lora import (
     adapters_disabled,
     convert_linear_layer_to_lora,
     convert_lora_to_linear_layer,
+    fully_trained_modules,
     lora_layers,
     make_model_gradient_checkpointing_compatible,
     match_layers,
     merged_state_dict,
     only_optimize_lora_parameters,
-    whole_modules,
 )
 from tests.helpers import tiny
 
@@ -177,10 +177,10 @@ def test_what_trains_whole_gets_no_adapter():
     assert trained == {"model.norm.weight", *mlp}
     assert len(lora_layers(model)) == 14 - 3
     with pytest.raises(UserError, match=r"modules_to_save 'norms' names no module.* norm"):
-        whole_modules(model, ("norms",))
+        fully_trained_modules(model, ("norms",))
     with pytest.raises(UserError, match="'score' names no module"):
-        whole_modules(model, ("score",))
-    assert whole_modules(tiny.reward_model(), ("score",)) == []  # it trains in any case
+        fully_trained_modules(model, ("score",))
+    assert fully_trained_modules(tiny.reward_model(), ("score",)) == []  # it trains in any case
 
 
 @pytest.mark.parametrize(

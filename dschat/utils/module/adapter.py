@@ -1,7 +1,7 @@
-"""PEFT's adapter files read: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+"""Read PEFT's adapter files: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
-Which layers carry an adapter is taken from the tensors' names, not from `target_modules`, which
-may be a pattern. What would change the result and is not understood here is refused.
+The tensors' names say which layers carry an adapter, not `target_modules`, which may be a pattern.
+Options that change the result and are not understood here are refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ PREFIX = "base_model.model."  # of every key, before the name in the transformer
 CAUSAL_LM, REWARD = "CAUSAL_LM", "SEQ_CLS"
 REWARD_HEAD = "score"
 MAGNITUDE_LEAF = "lora_magnitude_vector"
-LEAVES = {  # key behind the layer's name: which tensor, and whether of an embedding
+LEAVES = {  # a key's end: the tensor it names, and whether of an embedding
     "lora_A.weight": ("lora_A", False),
     "lora_B.weight": ("lora_B", False),
     "lora_embedding_A": ("lora_A", True),
@@ -52,7 +52,7 @@ REFUSED = {
     "layer_replication": "it repeats layers of the base",
     "trainable_token_indices": "it trained single rows of the embedding",
     "target_parameters": "it adapts bare parameters, not layers",
-    "alora_invocation_tokens": "it is on behind certain tokens only",
+    "alora_invocation_tokens": "it is on after certain tokens only",
     "use_qalora": "it pools the input of A",
     "use_bdlora": "its matrices are block-diagonal",
     "megatron_config": "it is for layers split among devices",
@@ -62,52 +62,52 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `adapter_config.json` says about the base and about s = alpha / r."""
+    """An adapter's folder (or the hub's files of one, cached), and what its config says.
 
+    Attributes:
+        name: what messages call it. base: what it sits on, a folder or hub id.
+        task: CAUSAL_LM, SEQ_CLS, or None where PEFT was given none.
+        rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `lora`'s.
+    """
+
+    name: str
+    folder: Path
     base: str
-    task: str | None  # CAUSAL_LM, SEQ_CLS, or None where PEFT was not told
-    rank: int
-    alpha: float
-    use_rslora: bool = False
-    use_dora: bool = False
+    task: str | None
+    lora: LoraConfig
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
+        for rank in (self.lora.lora_dim, *self.rank_pattern.values()):
             if rank < 1:
                 raise ValueError(f"r is {rank}")
-        LoraConfig(self.rank, self.alpha)  # for its checks
 
-    def rank_of(self, layer: str) -> int:
-        """The rank of the layer of this name."""
-        return _by_pattern(self.rank_pattern, layer, self.rank)
+    def of_layer(self, layer: str) -> LoraConfig:
+        """Return the settings of the layer of this name: its own rank and alpha."""
+        rank = _by_pattern(self.rank_pattern, layer, self.lora.lora_dim)
+        alpha = _by_pattern(self.alpha_pattern, layer, self.lora.lora_alpha)
+        return replace(self.lora, lora_dim=rank, lora_alpha=alpha)
 
-    def scaling_of(self, layer: str) -> float:
-        """The scaling of the layer of this name."""
-        alpha = _by_pattern(self.alpha_pattern, layer, self.alpha)
-        return LoraConfig(self.rank_of(layer), alpha, use_rslora=self.use_rslora).scaling
-
-    def trains_whole(self, name: str) -> bool:
-        """Whether the module or parameter of this name is, or is in, one of `modules_to_save`."""
-        parts = name.split(".")
+    def trains_fully(self, name: str) -> bool:
+        """Tell whether a module or parameter is, or is in, one of `modules_to_save`."""
+        parts, trained = name.split("."), self.lora.modules_to_save
         ancestors = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        return any(a == m or a.endswith(f".{m}") for a in ancestors for m in self.modules_to_save)
+        return any(a == m or a.endswith(f".{m}") for a in ancestors for m in trained)
 
 
 def _by_pattern(patterns: dict[str, Any], layer: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a pattern, matches the name or its end."""
-    found = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(found, default)
+    """Follow PEFT's rule: the first key that, as a pattern, matches the name or its end."""
+    matching = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(matching, default)
 
 
 @dataclass
 class Update:
-    """The trained tensors of one layer: A (r, in), B (out, r), with DoRA its row lengths."""
+    """Trained tensors of one layer: A (r, in), B (out, r), with DoRA the row lengths (out,)."""
 
-    lora_A: torch.Tensor  # noqa: N815
-    lora_B: torch.Tensor  # noqa: N815
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
     magnitude: torch.Tensor | None
     scaling: float
     of_embedding: bool
@@ -115,33 +115,38 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder's content under the names of the transformers model that it belongs to.
+    """A folder's tensors under the names of the transformers model that they belong to.
 
     Attributes:
-        updates: by the name of the layer. plain: whole parameters by name: what `modules_to_save`
-            trained, and embedding tables that are not the base's own.
+        updates: by the name of the layer.
+        full_tensors: complete parameters by name, those of `modules_to_save` and of embedding
+            tables that are not the base's own.
     """
 
-    name: str
     config: AdapterConfig
     updates: dict[str, Update]
-    plain: dict[str, torch.Tensor]
+    full_tensors: dict[str, torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        """The adapter's name in messages."""
+        return self.config.name
 
     @property
     def is_reward(self) -> bool:
-        """Whether it belongs to a sequence classifier; untold, whether it has that one's head."""
+        """True for SEQ_CLS adapters and, without a task_type, those that hold a `score` head."""
         if self.config.task is None:
             return self.head is not None
         return self.config.task == REWARD
 
     @property
     def head(self) -> torch.Tensor | None:
-        """The (1, width) weight of a reward model's head."""
-        return self.plain.get(f"{REWARD_HEAD}.weight")
+        """The (1, width) weight of a reward model's head; None where there is none."""
+        return self.full_tensors.get(f"{REWARD_HEAD}.weight")
 
 
 def read_config(folder: Path, name: str) -> AdapterConfig:
-    """Read and check a folder's `adapter_config.json`; `name` is what messages call it.
+    """Read and check a folder's `adapter_config.json`; `name` is its name in messages.
 
     Raises:
         UserError: unreadable, not LoRA, no base named, or an option that is not supported.
@@ -164,29 +169,33 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             f"adapter {name}: names no base; set base_model_name_or_path in its {CONFIG_FILE}"
         )
     if not any((folder / file).is_file() for file in WEIGHT_FILES):
-        raise UserError(f"adapter {name}: holds no {WEIGHT_FILE}; copy the whole folder")
+        raise UserError(f"adapter {name}: holds no {WEIGHT_FILE}; copy the complete folder")
     _refuse(raw, name)
     try:
-        config = AdapterConfig(
-            base=base,
-            task=raw.get("task_type"),
-            rank=int(raw.get("r", 8)),
-            alpha=float(raw.get("lora_alpha", 8)),
+        lora = LoraConfig(
+            lora_dim=int(raw.get("r", 8)),
+            lora_alpha=float(raw.get("lora_alpha", 8)),
             use_rslora=bool(raw.get("use_rslora")),
             use_dora=bool(raw.get("use_dora")),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        )
+        return AdapterConfig(
+            name=name,
+            folder=folder,
+            base=base,
+            task=raw.get("task_type"),
+            lora=lora,
             rank_pattern=dict(raw.get("rank_pattern") or {}),
             alpha_pattern=dict(raw.get("alpha_pattern") or {}),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
         )
     except (TypeError, ValueError) as error:
         raise UserError(
             f"adapter {name}: {CONFIG_FILE} is malformed ({error}); save the adapter again"
         ) from error
-    return config
 
 
 def _refuse(raw: dict[str, Any], name: str) -> None:
-    """Stop at what would make the result another than W + s B A."""
+    """Stop at options by which a layer computes something else than W + s B A."""
     remedy = "merge it with PEFT and give the merged folder"
     start = raw.get("init_lora_weights")
     if not any(start is plain or start == plain for plain in PLAIN_STARTS):
@@ -205,21 +214,21 @@ def _refuse(raw: dict[str, Any], name: str) -> None:
             raise UserError(f"adapter {name}: {key} is {value!r}: {reason}; {remedy}")
 
 
-def read_adapter(folder: Path, name: str, config: AdapterConfig) -> Adapter:
-    """Read a folder's tensors; every key must be understood, every layer complete.
+def read_adapter(config: AdapterConfig) -> Adapter:
+    """Read an adapter's tensors; every key must be understood, every layer complete.
 
     Raises:
         UserError: naming the keys at fault.
     """
     layers: dict[str, dict[str, Any]] = {}
-    plain, faults = {}, []
-    for key, tensor in _tensors(folder, name).items():
+    full_tensors, faults = {}, []
+    for key, tensor in _tensors(config).items():
         inner = key.removeprefix(PREFIX)
         leaf = next((end for end in LEAVES if inner.endswith(f".{end}")), None)
         if inner == key or (leaf is None and ".lora_" in inner):
             faults.append(f"unexpected {key}")
         elif leaf is None:
-            plain[inner.replace(".base_layer.", ".")] = tensor
+            full_tensors[inner.replace(".base_layer.", ".")] = tensor
         else:
             kind, of_embedding = LEAVES[leaf]
             layer = layers.setdefault(inner.removesuffix(f".{leaf}"), {"of_embedding": False})
@@ -227,36 +236,36 @@ def read_adapter(folder: Path, name: str, config: AdapterConfig) -> Adapter:
             layer["of_embedding"] |= bool(of_embedding)
     updates = {}
     for layer_name, layer in layers.items():
-        wanted = {"lora_A", "lora_B", *(["magnitude"] if config.use_dora else [])}
-        found = layer.keys() - {"of_embedding"}
-        faults += [f"missing {layer_name}.{leaf}" for leaf in sorted(wanted - found)]
-        faults += [f"unexpected {layer_name}.{leaf}" for leaf in sorted(found - wanted)]
-        if wanted == found:
-            rank, stored = config.rank_of(layer_name), layer["lora_A"].shape[0]
-            if rank != stored:
-                faults.append(f"{layer_name} of rank {stored}, {CONFIG_FILE} says {rank}")
+        wanted = {"lora_A", "lora_B", *(["magnitude"] if config.lora.use_dora else [])}
+        present = layer.keys() - {"of_embedding"}
+        faults += [f"missing {layer_name}.{leaf}" for leaf in sorted(wanted - present)]
+        faults += [f"unexpected {layer_name}.{leaf}" for leaf in sorted(present - wanted)]
+        if wanted == present:
+            lora, stored = config.of_layer(layer_name), layer["lora_A"].shape[0]
+            if lora.lora_dim != stored:
+                faults.append(f"{layer_name} of rank {stored}, {CONFIG_FILE} says {lora.lora_dim}")
             layer.setdefault("magnitude", None)
-            updates[layer_name] = Update(**layer, scaling=config.scaling_of(layer_name))
-    stop_at(faults, f"adapter {name}: its tensors cannot be used")
-    return Adapter(name, config, updates, plain)
+            updates[layer_name] = Update(**layer, scaling=lora.scaling)
+    stop_at(faults, f"adapter {config.name}: its tensors cannot be used")
+    return Adapter(config, updates, full_tensors)
 
 
-def _tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    file = next(folder / file for file in WEIGHT_FILES if (folder / file).is_file())
+def _tensors(config: AdapterConfig) -> dict[str, torch.Tensor]:
+    file = next(f for name in WEIGHT_FILES if (f := config.folder / name).is_file())
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
         raise UserError(
-            f"adapter {name}: {file.name} cannot be read ({type(error).__name__}); copy the "
+            f"adapter {config.name}: {file.name} cannot be read ({type(error).__name__}); copy the "
             "folder again"
         ) from error
 
 
 def stop_at(faults: Iterable[str], what: str) -> None:
     """Raise a UserError that lists the first faults, if there are any."""
-    faults = list(faults)
-    if faults:
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise UserError(f"{what} ({'; '.join(faults[:4])}{more})")
+    shown = list(faults)
+    if shown:
+        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+        raise UserError(f"{what} ({'; '.join(shown[:4])}{more})")

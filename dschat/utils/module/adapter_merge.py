@@ -1,4 +1,4 @@
-"""An adapter read from disk, added to the weights of its loaded base."""
+"""Add an adapter read from disk to the weights of its loaded base model."""
 
 from __future__ import annotations
 
@@ -15,65 +15,66 @@ from dschat.utils.zero import full_shape, gathered
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> None:
-    """Add the updates to the weights, in place, in fp32 and cast once; also under ZeRO-3.
+    """Merge an adapter into a model in place, in fp32 and cast once; also under ZeRO-3.
 
-    Tables with more rows than the model's grow it. Weights that two layers share part where the
-    adapter treats the two differently.
+    Tables with more rows than the model's grow it. Weights that two layers share are untied where
+    the adapter treats the two differently.
 
     Args:
-        trunk: where `model` is the trunk alone, the name that it has in the adapter's model
-            (`model`); what belongs to the output head is then left out.
+        trunk: where `model` is the trunk alone, its name in the adapter's model (`model`); tensors
+            of the output head are then left out.
 
     Raises:
         UserError: a tensor that fits nowhere, or one that is missing.
     """
-    updates, plain = _under_own_names(adapter, trunk)
-    _grow(model, plain)
-    _check(model, adapter, trunk, updates, plain)
-    whole = {n for n in plain if adapter.config.trains_whole(_full(n, trunk))}
-    for name, tensor in plain.items():
-        if name not in whole:  # the base's table as it was in training, for all who share it
+    updates, full_tensors = _by_name_in(adapter, trunk)
+    _grow(model, full_tensors)
+    _check(model, adapter, trunk, updates, full_tensors)
+    trained = {n for n in full_tensors if adapter.config.trains_fully(_full_name(n, trunk))}
+    for name, tensor in full_tensors.items():
+        if name not in trained:  # the base's table as it was in training, for all who share it
             _copy(model, name, tensor)
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for names in users.values():
-        layers = {n: updates[n.removesuffix(".weight")] for n in names if _layer(n) in updates}
-        if layers or whole & {*names}:
-            _replace(model, names, {n: plain[n] for n in names if n in whole}, layers)
+        layers = {n: updates[_layer(n)] for n in names if _layer(n) in updates}
+        if layers or trained & {*names}:
+            _replace(model, names, {n: full_tensors[n] for n in names if n in trained}, layers)
     for name, _ in model.named_buffers():
-        if name in whole:
-            _copy(model, name, plain[name])
+        if name in trained:
+            _copy(model, name, full_tensors[name])
 
 
 def fitting_updates(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> dict[str, Update]:
-    """The updates by the layers' names in `model`, which may be on `meta`; as `merge_adapter`.
+    """Map the names of layers in `model`, which may be on `meta`, to their updates.
+
+    Args:
+        trunk: as in `merge_adapter`.
 
     Raises:
         UserError: a tensor that fits nowhere, or one that is missing.
     """
-    updates, plain = _under_own_names(adapter, trunk)
-    _check(model, adapter, trunk, updates, plain)
+    updates, full_tensors = _by_name_in(adapter, trunk)
+    _check(model, adapter, trunk, updates, full_tensors)
     return updates
 
 
-def _under_own_names(
-    adapter: Adapter, trunk: str
-) -> tuple[dict[str, Update], dict[str, torch.Tensor]]:
-    """Updates and whole tensors by their names in the trunk, an output head's left out."""
-    updates = {_own(name, trunk): update for name, update in adapter.updates.items()}
-    plain = {_own(name, trunk): tensor for name, tensor in adapter.plain.items()}
-    updates.pop(None, None)
-    plain.pop(None, None)
-    return updates, plain
+def _by_name_in(adapter: Adapter, trunk: str) -> tuple[dict[str, Update], dict[str, torch.Tensor]]:
+    """Name updates and full tensors as in the trunk; leave an output head's out."""
+    own = {name: _own_name(name, trunk) for name in (*adapter.updates, *adapter.full_tensors)}
+    return (
+        {n: update for name, update in adapter.updates.items() if (n := own[name]) is not None},
+        {n: full for name, full in adapter.full_tensors.items() if (n := own[name]) is not None},
+    )
 
 
-def _full(name: str, trunk: str) -> str:
+def _full_name(name: str, trunk: str) -> str:
     return f"{trunk}.{name}" if trunk else name
 
 
-def _own(name: str, trunk: str) -> str | None:
-    """The name in the trunk; None for an output head's; any other stays, to be reported."""
+def _own_name(name: str, trunk: str) -> str | None:
+    """Name a tensor as in the trunk; None for an output head's; others stay, to be reported."""
     if not trunk or name.startswith(f"{trunk}."):
         return name[len(trunk) + 1 :] if trunk else name
     return None if name.split(".")[0] in HEAD_NAMES else name
@@ -83,11 +84,11 @@ def _layer(parameter_name: str) -> str:
     return parameter_name.removesuffix(".weight")
 
 
-def _grow(model: PreTrainedModel, plain: dict[str, torch.Tensor]) -> None:
+def _grow(model: PreTrainedModel, full_tensors: dict[str, torch.Tensor]) -> None:
     table = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is table)
-    rows = plain[f"{name}.weight"].shape[0] if f"{name}.weight" in plain else 0
-    if rows > full_shape(table.weight)[0]:
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is table)
+    rows = full_tensors[name].shape[0] if name in full_tensors else 0
+    if rows > full_shape(model.get_parameter(name))[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
@@ -96,7 +97,7 @@ def _check(
     adapter: Adapter,
     trunk: str,
     updates: dict[str, Update],
-    plain: dict[str, torch.Tensor],
+    full_tensors: dict[str, torch.Tensor],
 ) -> None:
     modules = dict(model.named_modules())
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -110,10 +111,10 @@ def _check(
         for name, update in updates.items()
         if name in modules and not _fits(modules[name], update)
     ]
-    faults += [f"unexpected {name}" for name in plain if name not in own]
+    faults += [f"unexpected {name}" for name in full_tensors if name not in own]
     faults += [
         f"{name} {tuple(tensor.shape)} does not fit {tuple(full_shape(own[name]))}"
-        for name, tensor in plain.items()
+        for name, tensor in full_tensors.items()
         if name in own and tensor.shape != full_shape(own[name])
     ]
     persistent = model.state_dict().keys()
@@ -121,18 +122,18 @@ def _check(
         f"missing {name}"
         for name in own
         if name in persistent
-        and name not in plain
-        and adapter.config.trains_whole(_full(name, trunk))
+        and name not in full_tensors
+        and adapter.config.trains_fully(_full_name(name, trunk))
     ]
     stop_at(faults, f"adapter {adapter.name}: it does not fit its base {adapter.config.base}")
 
 
 def _fits(module: nn.Module, update: Update) -> bool:
-    """Whether A is (r, in), B (out, r) and a magnitude (out,), of the right kind of layer."""
+    """Tell whether A is (r, in), B (out, r), a magnitude (out,), and the layer of their kind."""
     if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
         return True  # reported already
     shape = full_shape(module.weight)
-    inner, outer = shape if _is_transposed(module) else reversed(shape)
+    inner, outer = shape if _is_transposed(module) else (shape[1], shape[0])
     rank = update.lora_A.shape[0]
     return (
         update.of_embedding == isinstance(module, nn.Embedding)
@@ -156,10 +157,10 @@ def _copy(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
 def _replace(
     model: PreTrainedModel,
     names: list[str],
-    whole: dict[str, torch.Tensor],
+    trained: dict[str, torch.Tensor],
     layers: dict[str, Update],
 ) -> None:
-    """Give the parameter that has these names its new value, or each name one of its own."""
+    """Write merged values to a possibly tied parameter; untie it if they differ."""
     parameter = model.get_parameter(names[0])
     with gathered([parameter], modifier_rank=0):
         values = {}
@@ -168,11 +169,11 @@ def _replace(
                 module = model.get_submodule(_layer(name))
                 values[name] = _updated(module, parameter, layers[name])
             else:
-                values[name] = whole.get(name, parameter).to(parameter, copy=True)
+                values[name] = trained.get(name, parameter).to(parameter, copy=True)
         same = all(torch.equal(values[names[0]], values[name]) for name in names)
         parameter.copy_(values[names[0]])
     if not same:
-        _part(model, {name: values[name] for name in names[1:]})
+        _untie(model, {name: values[name] for name in names[1:]})
 
 
 def _updated(module: nn.Module, weight: torch.Tensor, update: Update) -> torch.Tensor:
@@ -187,8 +188,8 @@ def _updated(module: nn.Module, weight: torch.Tensor, update: Update) -> torch.T
     )
 
 
-def _part(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:
-    """Untie: these names get parameters of their own (whole ones, which an engine may shard)."""
+def _untie(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:
+    """Give these names parameters of their own (complete ones, which an engine may shard)."""
     for name, value in values.items():
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         setattr(module, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))

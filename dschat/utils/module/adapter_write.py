@@ -1,4 +1,4 @@
-"""PEFT's adapter files written from a live model: names, `adapter_config.json`, tensors."""
+"""Write PEFT's adapter files from a live model: names, `adapter_config.json`, tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dschat.utils.module.adapter import CONFIG_FILE, MAGNITUDE_LEAF, PREFIX, REWARD, WEIGHT_FILE
-from dschat.utils.module.lora import lora_layers, whole_modules
+from dschat.utils.module.lora import fully_trained_modules, lora_layers
 from dschat.utils.module.lora_layers import LoraConfig, LoRAEmbedding, LoRALayer
 from dschat.utils.zero import full_shape
 
@@ -24,11 +24,11 @@ VALUE_HEAD = "v_head"
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """What an adapter was trained on and how: all that its folder has to say beside its tensors.
+    """Base model and settings of an adapter: what its folder says beside its tensors.
 
     Attributes:
         base: a hub id or an absolute path. vocabulary: rows of the base's own embedding; tables
-            that have grown beyond them go into the folder.
+            with more rows go into the folder.
     """
 
     base: str
@@ -38,7 +38,7 @@ class AdapterOrigin:
 
 @dataclass(frozen=True)
 class AdapterOutline:
-    """What goes into an adapter's folder: names in the live model → keys there, and the config."""
+    """Content of an adapter's folder: names in the live model → keys there, and the config."""
 
     tensors: dict[str, str]
     config: dict[str, Any]
@@ -55,16 +55,17 @@ def outline_of(
 
     Args:
         task: CAUSAL_LM or SEQ_CLS. saved_as: the class that the adapter's base loads as.
-        disk_name: a module's name in the live model → in that class; None: not saved.
+        disk_name: maps a module's name in the live model to its name in that class; None: not
+            saved.
     """
     layers = lora_layers(module)
-    whole, tied = _whole(module, origin.lora.modules_to_save, task)
-    whole = [name for name in whole if disk_name(name) is not None]
+    trained, tied = _fully_trained(module, origin.lora.modules_to_save, task)
+    trained = [name for name in trained if disk_name(name) is not None]
     keys = {}
     for name, layer in layers.items():
         for own, leaf in _leaves(layer).items():
             keys[f"{name}.{own}"] = f"{disk_name(name)}.{leaf}"
-    for name in whole:
+    for name in trained:
         keys |= {
             f"{name}.{leaf}": f"{disk_name(name)}.{leaf}"
             for leaf in module.get_submodule(name).state_dict()
@@ -74,7 +75,7 @@ def outline_of(
         for leaf, _ in module.get_submodule(name).named_parameters(recurse=False):
             if not leaf.startswith("lora_"):
                 keys.setdefault(f"{name}.{leaf}", f"{disk_name(name)}{inside}.{leaf}")
-    targets = [disk_name(name) for name in layers]
+    targets = [f"{disk_name(name)}" for name in layers]
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
     config = {
         "auto_mapping": {
@@ -94,7 +95,7 @@ def outline_of(
         "init_lora_weights": True,
         "lora_alpha": _whole_number(origin.lora.lora_alpha or origin.lora.lora_dim),
         "lora_dropout": origin.lora.lora_dropout,
-        "modules_to_save": [disk_name(name) for name in whole] or None,
+        "modules_to_save": [disk_name(name) for name in trained] or None,
         "peft_type": "LORA",
         "r": origin.lora.lora_dim,
         "target_modules": _exactly(targets, [name for name in others if name]),
@@ -124,21 +125,21 @@ def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], fo
 
 
 def _leaves(layer: LoRALayer) -> dict[str, str]:
-    """A layer's own names of its trained tensors → PEFT's."""
+    """Map a layer's own names of its trained tensors to PEFT's."""
     linear = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     names = linear | {LoRALayer.MAGNITUDE_NAME: MAGNITUDE_LEAF}
     return {leaf: names.get(leaf, leaf) for leaf in layer.adapter}
 
 
-def _whole(
+def _fully_trained(
     module: nn.Module, modules_to_save: tuple[str, ...], task: str
 ) -> tuple[list[str], bool]:
-    """Modules that trained whole, the reward head included, and whether any of them is tied.
+    """List modules that trained fully, the reward head included; tell whether any of them is tied.
 
-    Who shares a parameter with one of them trained with it, and is one of them.
+    A module that shares a parameter with one of them trained with it, and is one of them.
     """
-    named = [*whole_modules(module, modules_to_save), *([VALUE_HEAD] if task == REWARD else [])]
-    named = list(dict.fromkeys(named))
+    head = [VALUE_HEAD] if task == REWARD else []
+    named = list(dict.fromkeys([*fully_trained_modules(module, modules_to_save), *head]))
     outer = [n for n in named if not any(n.startswith(f"{other}.") for other in named)]
     trained = {id(p) for name in outer for p in module.get_submodule(name).parameters()}
     partners = [
@@ -153,10 +154,10 @@ def _whole(
 
 
 def _grown_tables(module: nn.Module, vocabulary: int) -> list[str]:
-    """Embedding and untied output head, where the tokenizer has more tokens than the base."""
+    """Name embedding and untied output head, where the tokenizer outgrew the base's vocabulary."""
     model = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if full_shape(embedding.weight)[0] <= vocabulary:
+    if full_shape(cast(torch.Tensor, embedding.weight))[0] <= vocabulary:
         return []
     tables = {id(embedding)}
     if head is not None and head.weight is not embedding.weight:
@@ -165,7 +166,7 @@ def _grown_tables(module: nn.Module, vocabulary: int) -> list[str]:
 
 
 def _exactly(targets: list[str], others: list[str]) -> list[str] | str:
-    """The names; as one pattern where PEFT, which takes ends of names too, would find more."""
+    """Return the names, or one pattern where PEFT, which takes ends of names too, finds more."""
     ends = tuple(f".{name}" for name in targets)
     if not any(name.endswith(ends) for name in others):
         return sorted(targets)

@@ -1,13 +1,14 @@
-"""Adapters that stay apart from the weight and do not train: y + B (A x) beside a layer's own y.
+"""Frozen, unmerged LoRA adapters: y + B (A x) beside a layer's own y.
 
-Where several models are trees of modules over the same weights, an adapter that one of them started
-from cannot be merged: it would change the others. It becomes a `FixedUpdate` of its layer, which is
-there whether the layer's trainable adapter is on or off.
+Where several models share the same weights, merging the adapter that one of them starts from would
+change the others. The adapter becomes a `FixedUpdate` of each layer instead, which acts whether the
+layer's trainable adapter is on or off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,15 @@ from dschat.errors import UserError
 from dschat.utils.module.adapter import REWARD_HEAD, Adapter, Update
 from dschat.utils.module.lora_layers import LoRALayer, merged_weight
 
-CHILD = "fixed_update"  # the name that it has in its layer
+CHILD = "fixed_update"  # its name in the layer
 
 
 class FixedUpdate(nn.Module):
-    """The frozen low-rank update of one layer, the scaling in B."""
+    """Frozen low-rank update of one layer; B holds the scaling.
+
+    Args:
+        updates: one for each adapter, added up. weight: the layer's, for device and dtype.
+    """
 
     def __init__(self, updates: Sequence[Update], weight: torch.Tensor):
         super().__init__()
@@ -47,47 +52,47 @@ def _put_on(layer: nn.Module, update: FixedUpdate) -> None:
 
 
 def add_fixed_updates(model: PreTrainedModel, updates: Sequence[Mapping[str, Update]]) -> None:
-    """Put the updates of adapters on their layers, in place; the weights stay as they are.
+    """Put the updates of adapters on their layers, in place; the weights do not change.
 
     Args:
-        updates: of each adapter by the layer's name in `model`; later ones come on top.
+        updates: for each adapter, its updates by the layer's name in `model`.
     """
     for name in dict.fromkeys(name for adapter in updates for name in adapter):
         layer = model.get_submodule(name)
         of_layer = [adapter[name] for adapter in updates if name in adapter]
-        _put_on(layer, FixedUpdate(of_layer, layer.weight))
+        _put_on(layer, FixedUpdate(of_layer, cast(torch.Tensor, layer.weight)))
 
 
-def hand_over(layer: nn.Module, successor: nn.Module) -> None:
-    """Put a layer's fixed update, if it has one, on the module that takes its place."""
+def move_fixed_update(layer: nn.Module, successor: nn.Module) -> None:
+    """Put a layer's fixed update, if it has one, on the module that replaces it."""
     update = getattr(layer, CHILD, None)
     if update is not None:
         _put_on(successor, update)
 
 
-def check_can_stay_apart(adapter: Adapter, flag: str) -> None:
-    """Stop at an adapter that is more than low-rank updates of linear layers and a reward head.
+def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
+    """Stop at an adapter that holds more than updates of linear layers and a reward head.
 
     Args:
-        flag: what asks for it, for the message.
+        setting: what keeps the adapter unmerged, for the message.
 
     Raises:
         UserError: naming what it holds, and the remedy.
     """
-    more = [name for name in adapter.plain if not name.startswith(f"{REWARD_HEAD}.")]
+    more = [name for name in adapter.full_tensors if not name.startswith(f"{REWARD_HEAD}.")]
     more += [name for name, update in adapter.updates.items() if update.of_embedding]
     more += [name for name, update in adapter.updates.items() if update.magnitude is not None]
     if more:
         raise UserError(
-            f"{flag}: adapter {adapter.name} holds more than low-rank updates of linear layers "
-            f"({more[0]}: a whole module, an embedding or DoRA); leave {flag} out"
+            f"{setting}: adapter {adapter.name} holds more than low-rank updates of linear layers "
+            f"({more[0]}: a full module, an embedding or DoRA); leave {setting} out"
         )
 
 
 def without_fixed_updates(
     state: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """A consolidated state dict with fixed updates merged away; the live model is not touched."""
+    """Return a consolidated state dict with fixed updates merged; the live model stays as it is."""
     merged = dict(state)
     for name, layer in model.named_modules():
         if not hasattr(layer, CHILD):

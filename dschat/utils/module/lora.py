@@ -1,4 +1,4 @@
-"""Adapters on a model: put on, freeze around, switch off, fuse, merge.
+"""Adapters on a model: add, freeze the rest, switch off, fuse, merge.
 
 The layers themselves are in `lora_layers.py`; PEFT's files are in `adapter.py`,
 `adapter_merge.py` and `adapter_write.py`.
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
-from dschat.utils.module.fixed_update import hand_over, without_fixed_updates
+from dschat.utils.module.fixed_update import move_fixed_update, without_fixed_updates
 from dschat.utils.module.lora_layers import (
     ALL_LINEAR,
     LoraConfig,
@@ -26,27 +27,26 @@ from dschat.utils.module.lora_layers import (
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import gathered
 
-HEAD_NAMES = ("lm_head", "embed_out", "v_head", "reward_head", "score")
-
-
-REWARD_HEADS = ("v_head", "reward_head", "score")  # of one row: they train whole
+REWARD_HEADS = ("v_head", "reward_head", "score")  # of one row: they train fully
+HEAD_NAMES = ("lm_head", "embed_out", *REWARD_HEADS)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Every adapted layer by its full name."""
+    """Map full names to adapted layers."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
 def match_layers(
     model: nn.Module, module_names: Iterable[str], modules_to_save: Iterable[str] = ()
 ) -> list[str]:
-    """Names of the layers that adapters go on.
+    """Name the layers that get adapters.
 
     Args:
-        model: any module; only names, types and identity are looked at, so `meta` will do.
+        model: any module; only names, types and identity are read, so `meta` will do.
         module_names: substrings of the full names of linear layers; `all-linear` for all of them
             but the output head; the end of an embedding's name (`embed_tokens`) for its table.
-        modules_to_save: what trains whole and therefore gets no adapter; see `whole_modules`.
+        modules_to_save: modules that train fully and get no adapter; see
+            `fully_trained_modules`.
 
     Raises:
         UserError: nothing matches (the message lists what could), or an embedding does more than
@@ -54,11 +54,11 @@ def match_layers(
     """
     names = tuple(module_names)
     modules = dict(model.named_modules())
-    whole = whole_modules(model, modules_to_save)
+    trained = fully_trained_modules(model, modules_to_save)
     free = {
         name: m
         for name, m in modules.items()
-        if not any(name == w or name.startswith(f"{w}.") for w in whole)
+        if not any(name == t or name.startswith(f"{t}.") for t in trained)
         and name.split(".")[-1] not in REWARD_HEADS
     }
     heads = {id(output_head(m)) for m in modules.values()} - {id(None)}
@@ -78,7 +78,7 @@ def match_layers(
         ):
             raise UserError(
                 f"lora_module_name: {name} ({type(module).__name__}) does more than look up rows, "
-                f"so no adapter can go on it; train it whole with modules_to_save {name}"
+                f"so no adapter can go on it; train it fully with modules_to_save {name}"
             )
     return matched
 
@@ -101,15 +101,15 @@ def _no_match(names: tuple[str, ...], body: list[str], embeddings: list[str]) ->
     )
 
 
-def whole_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
-    """Full names of the modules that train whole; each entry is a name or the end of one.
+def fully_trained_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
+    """Name the modules that train fully; each entry is a module's full name or the end of one.
 
-    A reward or value head trains whole in any case; naming it is allowed.
+    A reward or value head trains fully in any case; naming it is allowed.
 
     Raises:
         UserError: an entry names no module (the message lists what could).
     """
-    found: list[str] = []
+    trained: list[str] = []
     modules = [name for name, m in model.named_modules() if name and [*m.parameters()]]
     has_head = any(name.split(".")[-1] in REWARD_HEADS for name in modules)
     for part in modules_to_save:
@@ -121,8 +121,8 @@ def whole_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]
                 f"modules_to_save {part!r} names no module: give a module's name or its end; "
                 f"this model has {some}"
             )
-        found += matched
-    return found
+        trained += matched
+    return trained
 
 
 def output_head(module: nn.Module) -> nn.Module | None:
@@ -132,54 +132,62 @@ def output_head(module: nn.Module) -> nn.Module | None:
 
 
 def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Put an adapter on every matching layer, in place, and freeze what it wraps."""
+    """Put an adapter on every matching layer, in place, and freeze what it wraps.
+
+    With a `lora_dim` of 0 nothing happens.
+    """
     if config.lora_dim == 0:
         return model
     for name in match_layers(model, config.lora_module_name, config.modules_to_save):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         base = getattr(parent, leaf)
-        layer = _layer_class(base, config)(base, config)
-        hand_over(base, layer)
+        layer = _adapted(base, config)
+        move_fixed_update(base, layer)
         for leaf_name, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(leaf_name in layer.adapter)
         setattr(parent, leaf, layer)
     return model
 
 
-def _layer_class(base: nn.Module, config: LoraConfig) -> type[LoRALayer]:
+def _adapted(base: nn.Linear | Conv1D | nn.Embedding, config: LoraConfig) -> LoRALayer:
     if isinstance(base, nn.Embedding):
-        return LoRAEmbedding
-    return LoRALinear if config.quantize_base is None else QuantizedLoRALinear
+        return LoRAEmbedding(base, config)
+    return (LoRALinear if config.quantize_base is None else QuantizedLoRALinear)(base, config)
 
 
 def only_optimize_lora_parameters(
     model: nn.Module, modules_to_save: Iterable[str] = ()
 ) -> nn.Module:
-    """Leave only adapters, a reward or value head, and the modules named trainable."""
+    """Freeze everything but adapters, a reward or value head, and `modules_to_save`."""
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_(parts[-1].startswith("lora_") or "v_head" in parts)
-    for name in whole_modules(model, modules_to_save):
+    for name in fully_trained_modules(model, modules_to_save):
         model.get_submodule(name).requires_grad_(True)
     return model
 
 
 def make_model_gradient_checkpointing_compatible(model: nn.Module) -> nn.Module:
-    """Turn on gradient checkpointing so that adapters behind a frozen embedding get gradients.
+    """Turn on gradient checkpointing so that adapters after a frozen embedding get gradients.
 
     Non-reentrant checkpointing gives them whether or not the block's input requires a gradient;
     the reentrant kind would skip every block below the first trainable one.
+
+    Raises:
+        UserError: the model has no gradient checkpointing.
     """
     for module in model.modules():
-        if getattr(module, "supports_gradient_checkpointing", False):
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
             module.activation_checkpointing_enable({"use_reentrant": False})
             return model
-    raise UserError(f"{type(model).__name__} has no gradient checkpointing: drop the flag")
+    raise UserError(
+        f"{type(model).__name__} has no gradient checkpointing: leave gradient_checkpointing out"
+    )
 
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes exactly what its base computes."""
+    """Switch all adapters off inside the block: the model computes what its base computes."""
     layers = list(lora_layers(model).values())
     before = [layer.adapter_enabled for layer in layers]
     for layer in layers:
@@ -192,18 +200,17 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of the weights that several modules use, such as tied embeddings."""
+    """Collect identities of the weights that several modules use, such as tied embeddings."""
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return {identity for identity, count in users.items() if count > 1}
 
 
 @contextlib.contextmanager
 def fused_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters are folded into the weights; afterwards the base is back bit for bit.
+    """Fuse adapters into the weights inside the block; after it the base is back bit for bit.
 
-    Adapters that are disabled stay out; those on a quantised weight, or on one that another module
-    uses as well, stay adapters. A copy of every weight is kept for the way back. Not for ZeRO-3
-    shards.
+    Disabled adapters are left out; those on a quantised weight, or on one that another module uses
+    as well, stay adapters. Every weight is copied meanwhile. Not for ZeRO-3 shards.
     """
     shared = shared_weights(model)
     layers = [
@@ -213,7 +220,7 @@ def fused_adapters(model: nn.Module) -> Iterator[None]:
         and not isinstance(layer, QuantizedLoRALinear)
         and id(layer.weight) not in shared
     ]
-    kept = [layer.weight.detach().clone() for layer in layers]
+    originals = [layer.weight.detach().clone() for layer in layers]
     with torch.no_grad():
         for layer in layers:
             layer.weight.copy_(layer.merged(dict(layer.named_parameters(recurse=False))))
@@ -222,22 +229,22 @@ def fused_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
+            for layer, weight in zip(layers, originals, strict=True):
                 layer.weight.copy_(weight)
                 layer.adapter_enabled = True
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a state dict's key is an adapter's own tensor."""
+    """Tell whether a state dict's key is an adapter's own tensor."""
     return key.split(".")[-1].startswith("lora_")
 
 
 def merged_state_dict(
     state: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """A consolidated state dict with its adapters merged away; the live model is not touched.
+    """Return a consolidated state dict with adapters merged; the live model stays as it is.
 
-    Of two tied weights only the one that carries an adapter changes: they part.
+    Of two tied weights only the one that carries an adapter changes: they are untied.
     """
     state = without_fixed_updates(state, model)
     merged = {key: tensor for key, tensor in state.items() if not is_adapter_key(key)}
@@ -253,7 +260,7 @@ def merged_state_dict(
 
 @torch.no_grad()
 def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
-    """Replace adapted layers by plain ones with the merged weight, in place (also under ZeRO-3).
+    """Merge adapters and put the original kinds of layers back, in place (also under ZeRO-3).
 
     Raises:
         UserError: a weight is quantised, or shared with a module that would change with it.
@@ -265,11 +272,11 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
         if id(layer.weight) in shared:
             raise UserError(
                 f"{name}: its weight is tied to another module's, so that it cannot be merged in "
-                "place; save the model instead, which parts the two"
+                "place; save the model instead, which unties the two"
             )
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         own = dict(layer.named_parameters(recurse=False))
         with gathered(list(own.values()), modifier_rank=0):
             layer.weight.copy_(layer.merged(own))
-        setattr(parent, leaf, layer.plain())
+        setattr(parent, leaf, layer.without_adapter())
     return model

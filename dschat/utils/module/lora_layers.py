@@ -9,8 +9,10 @@ rescaled to the trained lengths `lora_magnitude`.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,72 +69,74 @@ class LoraConfig(Settings):
 
 
 class LoRALayer(nn.Module):
-    """What adapted layers share: a frozen `weight`, a scaling, a switch, a way to merge.
+    """Base of adapted layers: a frozen `weight`, a scaling, a switch, a way to merge.
 
     Attributes:
         A_NAME, B_NAME: the leaf names of A (r, in) and B (out, r).
-        transposed: whether `weight` is stored as (in, out).
+        transposed: True where `weight` is stored as (in, out).
     """
 
     A_NAME, B_NAME = "lora_A", "lora_B"
     MAGNITUDE_NAME = "lora_magnitude"
+    weight: nn.Parameter
     lora_magnitude: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, config: LoraConfig, transposed: bool):
+    def __init__(
+        self, base: nn.Linear | Conv1D | nn.Embedding, config: LoraConfig, transposed: bool
+    ):
         super().__init__()
         self.transposed = transposed
-        shape = full_shape(base.weight)
-        self.in_features, self.out_features = shape if transposed else reversed(shape)
+        rows, columns = full_shape(base.weight)
+        self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
         self.scaling, self.init, self.rank = config.scaling, config.lora_init, config.lora_dim
         self.adapter_enabled = True
-        self._keep_weight(base.weight, config)
+        self._keep_weight(cast(nn.Parameter, base.weight), config)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.register_parameter(self.MAGNITUDE_NAME, None)
 
     def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
-        """Hold the base's weight; here as it is."""
+        """Hold the base's weight; here unchanged."""
         self.weight = weight
 
     def _add_adapter(self, config: LoraConfig, dtype: torch.dtype, device: torch.device) -> None:
-        like = {"dtype": dtype, "device": device}
         for name, shape in (
             (self.A_NAME, (config.lora_dim, self.in_features)),
             (self.B_NAME, (self.out_features, config.lora_dim)),
         ):
-            setattr(self, name, nn.Parameter(torch.empty(shape, **like)))
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         self.reset_adapter()
         if config.use_dora:
             with gathered([*self.parameters(recurse=False)]):
                 lengths = self.row_lengths()
-            self.lora_magnitude = nn.Parameter(lengths.to(**like))
+            self.lora_magnitude = nn.Parameter(lengths.to(dtype=dtype, device=device))
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by leaf name."""
+        """Trained parameters by leaf name."""
         own = {name: p for name, p in self.named_parameters(recurse=False)}
         return {name: p for name, p in own.items() if name.startswith("lora_")}
 
     @property
-    def A(self) -> nn.Parameter:  # noqa: N802
-        """(r, in), under whichever name."""
+    def A(self) -> nn.Parameter:
+        """lora_A (r, in), under the layer's name for it."""
         return getattr(self, self.A_NAME)
 
     @property
-    def B(self) -> nn.Parameter:  # noqa: N802
-        """(out, r), under whichever name."""
+    def B(self) -> nn.Parameter:
+        """lora_B (out, r), under the layer's name for it."""
         return getattr(self, self.B_NAME)
 
     def dense_weight(self) -> torch.Tensor:
-        """The frozen weight as the layer computes with it, in its stored layout."""
+        """Return the frozen weight that the layer computes with, in its stored layout."""
         return self.weight
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """A stored weight as (out, in)."""
+        """View a stored weight as (out, in)."""
         return weight.t() if self.transposed else weight
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Random A uniform in ±1/sqrt(in), or random B of variance 1/r; the other matrix zero."""
+        """Draw A uniformly from ±1/sqrt(in), or B with variance 1/r; set the other one to zero."""
         if self.init == "A":
             bound = 1.0 / math.sqrt(self.in_features)
             self.A.uniform_(-bound, bound)
@@ -142,10 +146,10 @@ class LoRALayer(nn.Module):
             self.B.normal_(std=1.0 / math.sqrt(self.rank))
 
     def merged(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight with the adapter in it, computed in fp32 on a copy and cast once.
+        """Merge the adapter into a copy of the weight, in fp32 and cast once.
 
         Args:
-            tensors: `weight` and the adapter's tensors by leaf name, whole, not shards.
+            tensors: `weight` and the adapter's tensors by leaf name, complete, not shards.
 
         Returns:
             In the weight's layout and dtype: W + s B A, with DoRA rescaled row by row.
@@ -161,7 +165,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def row_lengths(self) -> torch.Tensor:
-        """(out,) fp32 lengths of the rows of W + s B A, without a whole copy of W.
+        """Measure the rows of W + s B A, without a complete copy of W: (out,) fp32 lengths.
 
         A constant to the gradient, as DoRA's authors propose.
         """
@@ -175,11 +179,16 @@ class LoRALayer(nn.Module):
         return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in rows])
 
     def rescaled(self, y: torch.Tensor) -> torch.Tensor:
-        """(..., out) without bias: DoRA's rescaling by magnitude over present row length."""
+        """Rescale (..., out) without bias by magnitude over present row length (DoRA)."""
+        assert self.lora_magnitude is not None, "not a DoRA layer"
         return y * (self.lora_magnitude / self.row_lengths().to(y.dtype))
 
+    @abstractmethod
+    def without_adapter(self) -> nn.Module:
+        """Return a layer of the original kind on the same weight."""
+
     def extra_repr(self) -> str:
-        """Shapes and scaling, as `print(model)` shows them."""
+        """Describe shapes and scaling for `print(model)`."""
         dora = ", DoRA" if self.lora_magnitude is not None else ""
         shape = f"in={self.in_features}, out={self.out_features}"
         return f"{shape}, r={self.rank}, s={self.scaling:g}{dora}"
@@ -194,7 +203,7 @@ def merged_weight(
     magnitude: torch.Tensor | None,
     transposed: bool,
 ) -> torch.Tensor:
-    """W + s B A in fp32, with DoRA's (out,) magnitude rescaled row by row, cast once.
+    """Return W + s B A in fp32, with DoRA's (out,) magnitude rescaled row by row, cast once.
 
     Args:
         weight: (out, in), or (in, out) when `transposed`; the result has its layout and dtype.
@@ -210,7 +219,7 @@ def merged_weight(
 def affine(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """(N, in) -> (N, out) by a weight stored as (out, in), or as (in, out) when `transposed`."""
+    """Map (N, in) to (N, out) by a weight stored as (out, in), or (in, out) when `transposed`."""
     if not transposed:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
@@ -252,6 +261,9 @@ class LoRAMatmul(torch.autograd.Function):
 class LoRALinear(LoRALayer):
     """A linear layer (or GPT-2's Conv1D) with a frozen weight and a trainable low-rank update."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, base: nn.Linear | Conv1D, config: LoraConfig):
         super().__init__(base, config, transposed=isinstance(base, Conv1D))
         self.bias = base.bias
@@ -270,8 +282,8 @@ class LoRALinear(LoRALayer):
             y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
-    def plain(self) -> nn.Module:
-        """The layer without its adapter, on the same weight and bias."""
+    def without_adapter(self) -> nn.Module:
+        """Return an nn.Linear or Conv1D on the same weight and bias."""
         with torch.device("meta"):
             if self.transposed:
                 layer: nn.Module = Conv1D(self.out_features, self.in_features)
@@ -307,6 +319,8 @@ class LoRAEmbedding(LoRALayer):
     """
 
     A_NAME, B_NAME = "lora_embedding_A", "lora_embedding_B"
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
 
     def __init__(self, base: nn.Embedding, config: LoraConfig):
         super().__init__(base, config, transposed=True)
@@ -324,8 +338,8 @@ class LoRAEmbedding(LoRALayer):
         y = y + F.linear(down, self.lora_embedding_B) * self.scaling
         return y if self.lora_magnitude is None else self.rescaled(y)
 
-    def plain(self) -> nn.Module:
-        """The embedding without its adapter, on the same table."""
+    def without_adapter(self) -> nn.Module:
+        """Return an nn.Embedding on the same table."""
         with torch.device("meta"):
             layer = nn.Embedding(self.in_features, self.out_features, self.padding_idx)
         layer.weight = self.weight

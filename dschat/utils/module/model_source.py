@@ -1,4 +1,4 @@
-"""From a model's name to what it is made of: whole weights, and the adapters to add to them."""
+"""Resolve a model's name to its base model and the adapters to add to it."""
 
 from __future__ import annotations
 
@@ -20,67 +20,58 @@ from dschat.utils.module.adapter import (
     read_config,
 )
 
-WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 HUB_FILES = ("*.json", "adapter_model.*", "*.jinja", "*.model", "*.txt")  # tokenizers included
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
-    """A folder that holds an adapter alone, or the hub's files of one in the local cache."""
-
-    name: str
-    path: Path
-    config: AdapterConfig
-
-
-@dataclass(frozen=True)
 class ModelSource:
-    """What a name stands for: `base` as it is, or with adapters, in the order they are added."""
+    """A model's parts: the base model, and adapters in the order they are added."""
 
     name: str
     base: str
-    adapters: tuple[AdapterFolder, ...] = ()
+    adapters: tuple[AdapterConfig, ...] = ()
 
     @property
     def label(self) -> str:
-        """What messages about the weights call it."""
+        """Its name in messages about the base model's weights."""
         return f"{self.base} (the base of {self.name})" if self.adapters else self.name
 
     @property
     def remedy(self) -> str:
-        """What helps when the weights are not there."""
+        """Advice when the weights are not there."""
         if not self.adapters:
             return "give a model folder or a hub id"
         return _repair(self.adapters[0].name)
 
     def read_adapters(self) -> list[Adapter]:
-        """The adapters' tensors, in the order they are added."""
-        return [read_adapter(a.path, a.name, a.config) for a in self.adapters]
+        """Read the adapters' tensors, in the order they are added."""
+        return [read_adapter(config) for config in self.adapters]
 
     def generation_config(self) -> GenerationConfig | None:
-        """The last adapter's own; None where the base's holds."""
-        for folder in reversed(self.adapters):
-            if (folder.path / "generation_config.json").is_file():
-                return GenerationConfig.from_pretrained(folder.path)
+        """Load the last adapter's own; None where the base model's holds."""
+        for adapter in reversed(self.adapters):
+            if (adapter.folder / "generation_config.json").is_file():
+                return GenerationConfig.from_pretrained(adapter.folder)
         return None
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Follow adapter folders down to the base that holds whole weights.
+    """Follow adapter folders down to their base model.
 
     Raises:
         UserError: an adapter that cannot be used, a base folder that is gone, or a circle.
     """
-    adapters: list[AdapterFolder] = []
+    adapters: list[AdapterConfig] = []
     current = name
     while (path := _adapter_path(current)) is not None:
-        if any(path == folder.path for folder in adapters):
-            names = " → ".join([*(folder.name for folder in adapters), current])
+        if any(path == adapter.folder for adapter in adapters):
+            names = " → ".join([*(adapter.name for adapter in adapters), current])
             raise UserError(
                 f"adapter {name}: its bases go in a circle ({names}); {_repair(current)}"
             )
         config = read_config(path, current)
-        adapters.append(AdapterFolder(current, path, config))
+        adapters.append(config)
         if is_local(config.base) and not Path(config.base).expanduser().is_dir():
             raise UserError(
                 f"adapter {current}: its base {config.base} is not there; {_repair(current)}"
@@ -90,7 +81,7 @@ def resolve_model(name: str) -> ModelSource:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names mean one folder or hub id."""
+    """Tell whether two names mean one folder or hub id."""
     return _place(one) == _place(other)
 
 
@@ -104,33 +95,33 @@ def _repair(adapter: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether `name` means a folder: it is one, is spelt like one, or its parent is one."""
+    """Tell whether `name` means a folder: it is one, is spelt like one, or its parent is one."""
     path = Path(name)
     spelt_as_path = name.startswith((".", os.sep, "~"))
     return path.is_dir() or spelt_as_path or (os.sep in name and path.parent.is_dir())
 
 
 def _adapter_path(name: str) -> Path | None:
-    """The folder of an adapter; None for any other model."""
+    """Find the folder of an adapter; None for any other model."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return None if is_local(name) else _hub_adapter(name)
     if not (folder / CONFIG_FILE).is_file():
         return None
-    if whole := [file.name for pattern in WHOLE_WEIGHTS for file in folder.glob(pattern)]:
+    if weights := [file.name for pattern in MODEL_WEIGHTS for file in folder.glob(pattern)]:
         raise UserError(
-            f"model {name}: holds both {CONFIG_FILE} and {whole[0]}; move one of them away"
+            f"model {name}: holds both {CONFIG_FILE} and {weights[0]}; move one of them away"
         )
     return folder.resolve()
 
 
 @functools.cache
 def _hub_adapter(name: str) -> Path | None:
-    """The files of a hub repository that holds an adapter, in the local cache."""
+    """Fetch the files of a hub repository that holds an adapter; None for any other one."""
     try:
         if not isinstance(try_to_load_from_cache(name, CONFIG_FILE), str):
             if isinstance(try_to_load_from_cache(name, "config.json"), str):
-                return None  # a whole model that is here already: no need to ask the hub
+                return None  # a model that is cached: no need to ask the hub
             hf_hub_download(name, CONFIG_FILE)
     except (OSError, ValueError, HfHubHTTPError):  # not there, not reachable, or no hub id
         return None

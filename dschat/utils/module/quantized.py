@@ -1,13 +1,14 @@
 """LoRA over frozen weights in 4 or 8 bits, with the formats and kernels of `bitsandbytes`.
 
 4bit is NF4 with double quantisation (QLoRA, arXiv:2305.14314), about half a byte a weight; 8bit
-keeps a scale for each row. The matrix product is that of the de-quantised weight, made anew in the
-forward and in the backward pass and never kept: what is saved, scored and merged is what trained.
+keeps a scale for each row. The de-quantised weight is computed anew in the forward and in the
+backward pass and never kept: saving, scoring and merging see the weight that trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from dschat.utils.module.lora_layers import LoraConfig, LoRALinear
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """x W^T of a weight that is made when it is needed; keeps nothing."""
+    """x W^T of a weight that is computed when it is needed; keeps nothing."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, rows: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -33,11 +34,14 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 class QuantizedLoRALinear(LoRALinear):
-    """A linear layer whose frozen weight is quantised; its adapter is as everywhere else.
+    """A linear layer with a quantised, frozen weight, and an adapter like any other.
 
     The packed weight is no parameter and in no state dict: it comes from the base model's files
     each time. It is packed on the device that trains, layer by layer.
     """
+
+    packed: torch.Tensor
+    _state: Any  # what bitsandbytes needs to unpack: a QuantState, or the rows' scales
 
     def _keep_weight(self, weight: nn.Parameter, config: LoraConfig) -> None:
         from bitsandbytes import functional as bnb
@@ -59,7 +63,7 @@ class QuantizedLoRALinear(LoRALinear):
 
     @torch.no_grad()
     def dense_weight(self) -> torch.Tensor:
-        """The weight that the layer computes with, in the layout and dtype of the base's."""
+        """Unpack the weight that the layer computes with, in the base's layout and dtype."""
         from bitsandbytes import functional as bnb
 
         unpack = bnb.dequantize_4bit if self.bits == "4bit" else bnb.int8_vectorwise_dequant
@@ -67,7 +71,7 @@ class QuantizedLoRALinear(LoRALinear):
 
     @property
     def weight_numel(self) -> int:
-        """How many weights are packed."""
+        """Number of packed weights."""
         return self.in_features * self.out_features
 
     def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

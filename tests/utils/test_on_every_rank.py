@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from dschat.errors import UserError
-from dschat.utils.distributed import agreed_by_all
+from dschat.utils.distributed import on_every_rank
 from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.steps import free_port
 
@@ -27,7 +27,7 @@ def _rank(rank: int, port: str, folder: Path, bad: set[int]) -> None:
         return f"made by {rank}"
 
     try:
-        said = agreed_by_all(work)
+        said = on_every_rank(work)
     except UserError as error:
         said = f"error: {error}"
     (folder / str(rank)).write_text(said)
