@@ -13,6 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path for place in ("*.md", "docs/**/*.md", "training/*/*.md") for path in ROOT.glob(place)
 )
+SOURCES = "\n".join(
+    path.read_text(encoding="utf-8")
+    for place in (
+        "*.py",
+        "dschat/**/*.py",
+        "training/**/*.py",
+        "inference/*.py",
+        "benchmarks/**/*.py",
+    )
+    for path in sorted(ROOT.glob(place))
+)
+WORDS = set(re.findall(r"\w+", SOURCES.replace("-", "_")))
+LAUNCHERS = {"nproc_per_node", "num_gpus", "include", "master_port"}  # and their flags
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -62,6 +75,19 @@ def test_links_lead_to_files_and_headings(page: Path):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_page_names_exists(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+\w)", text):
+        name = flag.replace("-", "_")
+        names = {name, name.removeprefix("actor_"), name.removeprefix("critic_")}
+        assert names & (WORDS | LAUNCHERS), flag
+    for path in re.findall(r"`((?:dschat|tests|training|benchmarks|inference)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"\b([A-Z]\w+(?:Config|Settings|Setup|Plan))\(", text):
+        assert f"class {name}(" in SOURCES or f"class {name}:" in SOURCES, name
 
 
 def test_every_page_is_reached_from_the_readme():
