@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dschat.config.run import RunArguments
 from dschat.data.config import DataConfig
 from dschat.errors import UserError
+from dschat.train.run_config import RunConfig
 
 
 def check_streaming(
-    data: DataConfig, run: RunArguments, max_steps: int, batching: str | None = None
+    data: DataConfig, run: RunConfig, max_steps: int, batching: str | None = None
 ) -> None:
     """Stop where rows that nobody has counted cannot serve.
 
@@ -30,7 +30,7 @@ def check_streaming(
         ),
         "num_train_epochs": (run.num_train_epochs > 1, "max_steps is the only limit; drop it"),
         "save_steps or resume": (
-            run.state_config().in_use,
+            run.checkpoint.in_use,
             "a stream cannot go on from its middle, nor be told from an edited one; drop it",
         ),
         batching: (batching is not None, "it needs all lengths of an epoch; drop it"),

@@ -6,11 +6,9 @@ from dataclasses import MISSING, dataclass
 
 from dschat.config.data import check_streaming
 from dschat.config.mixin import MixInArguments
-from dschat.config.models import ModelConfig
 from dschat.config.rewards import RewardArguments
 from dschat.config.roles import RoleArguments
 from dschat.config.rollout import RolloutArguments
-from dschat.config.run import RunArguments
 from dschat.config.stability import StabilityArguments
 from dschat.config.unused import unused_flags
 from dschat.data.config import DataConfig
@@ -23,6 +21,7 @@ from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig, RoleNames
 from dschat.settings import Settings, group, setting
 from dschat.train.engine import num_accumulation_groups
+from dschat.train.run_config import ModelConfig, RunConfig
 from dschat.utils.distributed import launched_rank, print_rank_0
 
 
@@ -30,11 +29,14 @@ from dschat.utils.distributed import launched_rank, print_rank_0
 class PPOArguments(Settings):
     """Flags of the PPO loop."""
 
-    actor_model_name_or_path: str = setting(MISSING, "folder or hub id of the SFT model")
+    actor_model_name_or_path: str = setting(
+        MISSING, "folder or hub id of the SFT model", may_change=True
+    )
     critic_model_name_or_path: str | None = setting(
         None,
         "folder or hub id of the reward model that the critic starts from; with rloo and grpo, "
         "which train no critic, of the reward model",
+        may_change=True,
     )
     per_device_generation_batch_size: int = setting(16, "prompts per device and rollout")
     per_device_training_batch_size: int = setting(16, "rows per device and training micro-batch")
@@ -83,17 +85,21 @@ class RLHFSettings(Settings):
     data: DataConfig = group(DataConfig, max_eval_samples=128)
     actor: ModelConfig = group(ModelConfig, prefix="actor_", optimizer={"full_rate": 9.65e-6})
     critic: ModelConfig = group(ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6})
-    run: RunArguments = group(
-        RunArguments, tensorboard_path="step3_tensorboard", num_warmup_steps=100, log_every=1
+    run: RunConfig = group(
+        RunConfig,
+        num_warmup_steps=100,
+        log={"tensorboard_path": "step3_tensorboard", "log_every": 1},
     )
     offload_reference_model: bool = setting(False, "keep the reference's weights on the CPU")
     offload_reward_model: bool = setting(False, "keep the reward model's weights on the CPU")
     enable_ema: bool = setting(False, "keep a moving average of the actor, saved beside it")
     ema_decay: float = setting(0.992, "decay of the moving average")
     print_answers: bool = setting(
-        False, "print a table of sampled answers, and keep them in answers.jsonl"
+        False,
+        "print a table of sampled answers, and keep them in answers.jsonl",
+        may_change=True,
     )
-    print_answers_interval: int = setting(1, "updates between such tables")
+    print_answers_interval: int = setting(1, "updates between such tables", may_change=True)
     enable_test_mode: bool = setting(False, "stop after --test_stop_step updates")
     test_stop_step: int = setting(0, "updates before a test run stops")
     enable_mixed_precision_lora: bool = setting(

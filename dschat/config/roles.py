@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dschat.config.models import ModelConfig
 from dschat.errors import UserError
 from dschat.rlhf.role_config import LAYOUTS, RoleNames
 from dschat.settings import Settings, setting
+from dschat.train.run_config import ModelConfig
 
 CRITIC_FREE = ("rloo", "grpo")  # estimators that learn from no critic
 
@@ -17,7 +17,7 @@ class RoleArguments(Settings):
     """Flags of the models behind the roles."""
 
     reward_model_name_or_path: str | None = setting(
-        None, "folder or hub id of the reward model (default: the critic's)"
+        None, "folder or hub id of the reward model (default: the critic's)", may_change=True
     )
     init_head_randomly: bool = setting(
         False, "the critic is a language model and gets a random value head"

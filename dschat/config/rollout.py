@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dschat.config.models import ModelConfig
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
+from dschat.train.run_config import ModelConfig
 
 _NO_KERNELS = "DeepSpeed's inference kernels fit no model of today; transformers generates"
 

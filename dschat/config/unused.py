@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dschat.config.models import ModelConfig
 from dschat.rlhf.role_config import Cast
 from dschat.settings import flag_values, given_flags
+from dschat.train.run_config import ModelConfig
 
 
 def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelConfig]) -> Iterator[str]:

@@ -26,7 +26,7 @@ class DataConfig(Settings):
         ("Dahoas/rm-static",), "files, folders or hub ids of preference data", may_be_empty=True
     )
     data_split: str = setting("2,4,4", "proportions of the training data for steps 1, 2 and 3")
-    data_output_path: str = setting("/tmp/data_files/", "cache of tokenised data")
+    data_output_path: str = setting("/tmp/data_files/", "cache of tokenised data", may_change=True)
     read: ReadOptions = group(ReadOptions)
     prompt_format: str | None = setting(
         None,
@@ -38,6 +38,7 @@ class DataConfig(Settings):
         None,
         "processes that tokenise, on each node (default: by cores, 1 for small sets)",
         at_least=1,
+        may_change=True,
     )
     streaming: bool = setting(
         False,

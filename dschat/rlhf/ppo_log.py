@@ -10,8 +10,8 @@ from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.train.engine import Recipe
-from dschat.train.metrics import console_line, format_value, progress
-from dschat.train.progress import LogConfig, training_work
+from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
+from dschat.train.progress import training_work
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
@@ -42,26 +42,22 @@ class PPOLog:
 
     def __init__(
         self,
-        config: LogConfig,
+        metrics: MetricLogger,
         printing: AnswerPrinting,
         roles: DeepSpeedRLHFEngine,
         recipes: dict[str, Recipe],
         gpus: Gpus,
         iterations: int,
-        rank: int,
     ):
-        self.config, self.printing, self.roles, self.rank = config, printing, roles, rank
+        self.metrics, self.printing, self.roles, self.rank = metrics, printing, roles, metrics.rank
         self.iterations, self.gpus = iterations, gpus
         self.works = {n: training_work(e, recipes[n]) for n, e in roles.trained.items()}
-        self.metrics = config.open(is_main=rank == 0)
-        self.bar = progress(
-            total=iterations, desc="ppo", enabled=rank == 0, initial=config.first_step
-        )
+        self.bar = progress_bar(iterations, "ppo", metrics)
         self.health = HealthMonitor()
         self._answers = None
-        if printing.interval and config.output_dir is not None and rank == 0:
-            resumed_at = None if config.continued is None else config.first_step
-            self._answers = AnswerFile(config.output_dir, resumed_at)
+        if printing.interval and metrics.output_dir is not None and self.rank == 0:
+            resumed_at = None if metrics.continued is None else metrics.first_step
+            self._answers = AnswerFile(metrics.output_dir, resumed_at)
         self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
         self._begun = self._rolled_out = 0.0
 
@@ -102,14 +98,14 @@ class PPOLog:
             "seconds/training": times.training,
             "answer_tokens_per_s": answer_tokens / times.generation,
         }
-        if self.metrics is not None and self._due(iteration):
+        if self.metrics.is_due(iteration, self.iterations):
             self.metrics.log(iteration, statistics | self._rates | seconds)
         self.bar.update(1)
         hidden = PARTS if "reward_function" not in statistics else ()
         shown = {n: statistics[n] for n in SHOWN if n in statistics and n not in hidden}
         line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())
         self._print(f"iteration {iteration}/{self.iterations} | {line}")
-        if iteration == self.iterations or iteration % (10 * self.config.log_every) == 0:
+        if iteration == self.iterations or iteration % (10 * self.metrics.config.log_every) == 0:
             rollout = RolloutWork(
                 prompt_tokens=int(tokens - answer_tokens),
                 new_tokens=int(answer_tokens),
@@ -133,11 +129,7 @@ class PPOLog:
     def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
         """Show what the policy earns on held-out prompts."""
         self._print("eval " + console_line(iteration, self.iterations, statistics))
-        if self.metrics is not None:
-            self.metrics.log(iteration, statistics, kind="eval")
-
-    def _due(self, iteration: int) -> bool:
-        return iteration % self.config.log_every == 0 or iteration == self.iterations
+        self.metrics.log(iteration, statistics, kind="eval")
 
     def _print(self, text: str) -> None:
         self.bar.clear()
@@ -153,5 +145,4 @@ class PPOLog:
     def close(self) -> None:
         """Close the bar and every writer."""
         self.bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.metrics.close()

@@ -1,7 +1,7 @@
-"""Folders of training states: found, checked, put in place when whole, and thinned out.
+"""Folders of checkpoints: find, check, publish when complete, and remove old ones.
 
 OUTPUT_DIR/checkpoints holds `step-000040` and the like. One that is being written or removed has a
-name that begins with a dot, so a folder under its plain name is whole, whenever a process dies.
+name that begins with a dot, so a folder under its plain name is complete, whenever a process dies.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from typing import Any
 from dschat.errors import UserError
 
 RECORD = "state.json"
-FORMAT = 1  # of the folder; raise it when older states cannot be resumed any more
+FORMAT = 2  # of the folder; raise it when older checkpoints cannot be resumed any more
 NEWEST = "newest"  # the value of --resume without one
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def states_of(output_dir: str | Path) -> Path:
-    """Where a run with this output folder keeps its states."""
+def folder_of(output_dir: str | Path) -> Path:
+    """Folder of the checkpoints of a run with this output folder."""
     return Path(output_dir) / "checkpoints"
 
 
-def state_path(folder: Path, step: int) -> Path:
-    """The state of a step."""
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Path of a step's checkpoint."""
     return folder / f"step-{step:06d}"
 
 
-def part_path(folder: Path, step: int) -> Path:
-    """The same while it is being written, by one name on all ranks."""
+def unfinished_path(folder: Path, step: int) -> Path:
+    """Path of a step's checkpoint while it is being written, the same on all ranks."""
     return folder / f".step-{step:06d}.tmp"
 
 
-def whole_states(folder: Path) -> dict[int, Path]:
-    """Every state by its step, the oldest first."""
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Map the steps of all complete checkpoints to their paths, the oldest first."""
     entries = folder.iterdir() if folder.is_dir() else ()
-    found = {int(m[1]): p for p in entries if (m := _NAME.fullmatch(p.name))}
-    return dict(sorted(found.items()))
+    by_step = {int(m[1]): p for p in entries if (m := _NAME.fullmatch(p.name))}
+    return dict(sorted(by_step.items()))
 
 
 def repair(output_dir: str | Path) -> None:
-    """Tidy up behind a process that died while it wrote or removed something here."""
-    folder, output_dir = states_of(output_dir), Path(output_dir).resolve()
-    # Saving a model over the output folder moves it aside for a moment, states and all.
+    """Tidy up after a process that died while it wrote or removed something here."""
+    folder, output_dir = folder_of(output_dir), Path(output_dir).resolve()
+    # Saving a model over the output folder moves it aside for a moment, checkpoints and all.
     aside = f".{glob.escape(output_dir.name)}.*.old/{folder.name}"
     if not folder.exists():
         for moved in sorted(output_dir.parent.glob(aside)):
@@ -58,13 +58,13 @@ def repair(output_dir: str | Path) -> None:
 
 
 def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
-    """The state to resume from; None where the run starts from the beginning.
+    """Choose the checkpoint to resume from; None where the run starts from the beginning.
 
     Raises:
-        UserError: there is no such folder, or new states would mix with those of another run.
+        UserError: there is no such folder, or new checkpoints would mix with those of another run.
     """
-    folder = states_of(output_dir)
-    present = whole_states(folder)
+    folder = folder_of(output_dir)
+    present = checkpoints_in(folder)
     if resume == NEWEST:
         return present[max(present)] if present else None
     if resume is not None and not Path(resume).is_dir():
@@ -72,8 +72,8 @@ def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
     is_ours = resume is not None and Path(resume).resolve().parent == folder.resolve()
     if present and will_save and not is_ours:
         raise UserError(
-            f"output_dir {output_dir}: holds training states of an earlier run "
-            f"({present[max(present)].name}); add --resume to go on with it, or remove {folder}"
+            f"output_dir {output_dir}: holds checkpoints of an earlier run "
+            f"({present[max(present)].name}); give resume to continue it, or remove {folder}"
         )
     return None if resume is None else Path(resume)
 
@@ -86,18 +86,18 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `write_record` wrote; every file is there and as long as it was.
+    """Read what `write_record` wrote; check that every file is there and as long as it was.
 
     Raises:
-        UserError: this is no training state, or not all of it.
+        UserError: this is no checkpoint, or not all of it.
     """
-    remedy = "remove the folder, or name another with --resume"
+    remedy = "remove the folder, or resume from another"
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         version, files = record["format"], record["files"].items()
     except FileNotFoundError as error:
         raise UserError(
-            f"resume {folder}: has no {RECORD}, so it is no training state; give a step-... folder"
+            f"resume {folder}: has no {RECORD}, so it is no checkpoint; give a step-... folder"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"resume {folder}: {RECORD} cannot be read; {remedy}") from error
@@ -107,28 +107,30 @@ def read_record(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise UserError(f"resume {folder}: {name} is missing; {remedy}")
-        if path.stat().st_size != size:
-            found = f"{name} has {path.stat().st_size} bytes, saved were {size}"
-            raise UserError(f"resume {folder}: {found}; {remedy}")
+        present = path.stat().st_size
+        if present != size:
+            raise UserError(
+                f"resume {folder}: {name} has {present} bytes, saved were {size}; {remedy}"
+            )
     return record
 
 
 def publish(folder: Path, step: int, limit: int) -> None:
-    """Put a finished part in place under its plain name, then remove what it makes superfluous.
+    """Give a finished checkpoint its name, then remove those that it makes superfluous.
 
-    These are all but the newest `limit`, and states of later steps: a run that resumed from an
+    These are all but the newest `limit`, and checkpoints of later steps: a run that resumed from an
     earlier one will come to those steps again.
     """
-    part, state = part_path(folder, step), state_path(folder, step)
+    part, final = unfinished_path(folder, step), checkpoint_path(folder, step)
     for path in (*_files(part), part):
         _to_disk(path)
-    if state.exists():
-        _remove(state)
-    part.rename(state)
+    if final.exists():
+        _remove(final)
+    part.rename(final)
     _to_disk(folder)
-    present = whole_states(folder)
-    kept = sorted(s for s in present if s <= step)[-limit:]
-    for other in present.keys() - set(kept):
+    present = checkpoints_in(folder)
+    newest = sorted(s for s in present if s <= step)[-limit:]
+    for other in present.keys() - set(newest):
         _remove(present[other])
 
 
@@ -136,11 +138,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _remove(state: Path) -> None:
-    """Under a dotted name first: half a state never has a plain one."""
-    gone = state.with_name(f".{state.name}.old.tmp")
-    state.rename(gone)
-    shutil.rmtree(gone)
+def _remove(checkpoint: Path) -> None:
+    """Remove under a dotted name: half a checkpoint never has a plain one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _to_disk(path: Path) -> None:

@@ -1,4 +1,6 @@
-"""What a run measures: weighted means, the console line, JSON lines, TensorBoard and W&B."""
+"""Figures of a run: console line, progress bar, JSON lines, TensorBoard and W&B."""
+
+from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -6,61 +8,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from dschat.errors import UserError
-
-Reduce = Callable[[list[float]], list[float]]  # element-wise sum over ranks
-
-
-class Mean:
-    """A mean kept as a sum and its weight, so that parts of any size and rank combine exactly.
-
-    The weight is what the sum runs over: tokens for a loss, pairs for an accuracy. With `reduce`
-    the value is that of all ranks, and reading it is a collective call that every rank makes.
-    """
-
-    def __init__(self, reduce: Reduce | None = None):
-        self.total = 0.0
-        self.count = 0.0
-        self._reduce = reduce
-
-    def add(self, total: float, count: float = 1) -> None:
-        """Add a sum over `count` tokens, pairs or steps."""
-        self.total += float(total)
-        self.count += float(count)
-
-    @property
-    def value(self) -> float:
-        """The mean, or NaN where nothing was added on any rank."""
-        return collect({"mean": self}, self._reduce)["mean"]
-
-    def reset(self) -> None:
-        """Start again from nothing."""
-        self.total = self.count = 0.0
-
-
-def collect(means: Mapping[str, Mean], reduce: Reduce | None = None) -> dict[str, float]:
-    """Return the value of every mean, summed over ranks in a single call of `reduce`.
-
-    Every rank holds the same names, in any order; their own hooks are not called.
-    """
-    names = sorted(means)
-    flat = [x for name in names for x in (means[name].total, means[name].count)]
-    if reduce is not None:
-        flat = reduce(flat)
-    pairs = zip(flat[::2], flat[1::2], strict=True)
-    values = {n: t / c if c else math.nan for n, (t, c) in zip(names, pairs, strict=True)}
-    return {name: values[name] for name in means}
+from dschat.settings import Settings, setting
 
 
 def format_value(value: float) -> str:
-    """Return a number in few characters: 2, 12,345, 1.234, 3.0e-05."""
+    """Format a number in few characters: 2, 12,345, 1.234, 3.0e-05."""
     if not math.isfinite(value):
         return str(float(value))
     if float(value).is_integer():
@@ -72,34 +32,30 @@ def format_value(value: float) -> str:
 
 
 def console_line(step: int, total: int | None, values: Mapping[str, float]) -> str:
-    """Return `step 10/200 | loss 1.234 | lr 3.0e-05`, in the order of `values`."""
+    """Format `step 10/200 | loss 1.234 | lr 3.0e-05`, in the order of `values`."""
     head = f"step {step}" if total is None else f"step {step}/{total}"
     return " | ".join([head, *(f"{name} {format_value(value)}" for name, value in values.items())])
 
 
-def progress(
-    iterable: Iterable[Any] | None = None,
-    *,
-    total: int | None = None,
-    desc: str = "",
-    enabled: bool = True,
-    initial: int = 0,
-) -> tqdm:
-    """Return a tqdm bar over `iterable`, or one of `total` steps to `update`; silent if disabled.
+@dataclass(frozen=True)
+class LogConfig(Settings):
+    """Where figures go beside OUTPUT_DIR/metrics.jsonl, and how often."""
 
-    The bar takes figures by `set_postfix_str(...)`. Into a file it writes at most every ten
-    seconds, since each refresh is a line there.
-    """
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        iterable,
-        total=total,
-        desc=desc,
-        disable=not enabled,
-        dynamic_ncols=True,
-        initial=initial,
-        mininterval=interval,
+    log_every: int = setting(10, "optimizer steps between metrics", at_least=1, may_change=True)
+    enable_tensorboard: bool = setting(False, "write TensorBoard events", may_change=True)
+    tensorboard_path: str = setting(
+        "tensorboard", "folder of the TensorBoard events", may_change=True
     )
+    wandb_project: str | None = setting(
+        None, "log to this Weights & Biases project", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.enable_tensorboard:
+            require_package("tensorboard", "enable_tensorboard")
+        if self.wandb_project is not None:
+            require_package("wandb", "wandb_project")
 
 
 @dataclass(frozen=True)
@@ -111,49 +67,53 @@ class Continued:
 
 
 class MetricLogger:
-    """Writes figures to `<output_dir>/metrics.jsonl` and, if asked, to TensorBoard and W&B.
+    """Writes figures to `<output_dir>/metrics.jsonl` and, on request, to TensorBoard and W&B.
 
-    One file a run: what an earlier run wrote is kept under a number. A resumed run continues its
-    own: lines written after the step that it resumes at are cut off.
-
-    Only the rank with `enabled_rank0` writes. A package that is asked for and missing raises
-    UserError on every rank, so that none waits for another.
+    One file a run: an earlier run's file is kept under a number. A resumed run continues its own:
+    lines written after the step that it resumes at are removed. Rank 0 alone writes; without an
+    output folder nobody does.
     """
 
     def __init__(
         self,
-        output_dir: str | Path,
-        *,
-        enabled_rank0: bool,
-        tensorboard_dir: str | Path | None = None,
-        wandb_project: str | None = None,
-        run_name: str | None = None,
+        config: LogConfig,
+        output_dir: str | Path | None,
+        rank: int,
         continued: Continued | None = None,
     ):
-        if tensorboard_dir is not None:
-            require_package("tensorboard", "--enable_tensorboard")
-        if wandb_project is not None:
-            require_package("wandb", "--wandb_project")
-        self._file = self._tensorboard = self._wandb = None
-        if not enabled_rank0:
+        self.config, self.output_dir, self.continued = config, output_dir, continued
+        self.rank = rank
+        self._file: IO[str] | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if output_dir is None or rank != 0:
             return
         path = Path(output_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if continued is None:
             set_aside(path)
         else:
-            _take_up(path, continued.metrics)
+            _restore_lines(path, continued.metrics)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard_dir is not None:
+        if config.enable_tensorboard:
             module = importlib.import_module("torch.utils.tensorboard")
             hidden = {} if continued is None else {"purge_step": continued.step + 1}
-            self._tensorboard = module.SummaryWriter(log_dir=str(tensorboard_dir), **hidden)
-        if wandb_project is not None:
+            self._tensorboard = module.SummaryWriter(log_dir=config.tensorboard_path, **hidden)
+        if config.wandb_project is not None:
             module = importlib.import_module("wandb")
-            self._wandb = module.init(project=wandb_project, name=run_name, dir=str(output_dir))
+            self._wandb = module.init(project=config.wandb_project, dir=str(output_dir))
+
+    @property
+    def first_step(self) -> int:
+        """Steps that the continued run has made."""
+        return 0 if self.continued is None else self.continued.step
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether a step's figures are written: every `log_every` steps, and the last one's."""
+        return step % self.config.log_every == 0 or step == last
 
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
-        """Write one record of figures of this step; `kind` says of what (train, eval, ...).
+        """Write one record of this step's figures; `kind` is train or eval.
 
         A line holds kind and step, then the figures by name. JSON has no NaN and no infinity:
         these stand as the strings "nan", "inf", "-inf".
@@ -161,12 +121,12 @@ class MetricLogger:
         if self._file is None:
             return
         figures = {name: float(values[name]) for name in sorted(values)}
-        record = {"kind": kind, "step": int(step)}
+        record: dict[str, Any] = {"kind": kind, "step": int(step)}
         clash = record.keys() & figures.keys()
         if clash:
             raise ValueError(f"metric {min(clash)!r} has the name of a field of the record")
         record |= {name: x if math.isfinite(x) else str(x) for name, x in figures.items()}
-        # One write and a flush per line: a killed run leaves whole lines.
+        # One write and a flush per line: a killed run leaves complete lines.
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -187,11 +147,21 @@ class MetricLogger:
             self._wandb.finish()
         self._file = self._tensorboard = self._wandb = None
 
-    def __enter__(self) -> "MetricLogger":
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+def progress_bar(total: int, desc: str, metrics: MetricLogger) -> tqdm:
+    """Make a bar of `total` steps, silent on ranks other than 0.
+
+    It takes figures by `set_postfix_str(...)`. Into a file it writes at most every ten seconds,
+    since each refresh is a line there.
+    """
+    return tqdm(
+        total=total,
+        desc=desc,
+        disable=metrics.rank != 0,
+        dynamic_ncols=True,
+        initial=metrics.first_step,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
 
 
 def set_aside(path: Path) -> None:
@@ -199,13 +169,13 @@ def set_aside(path: Path) -> None:
     if not path.exists():
         return
     number = 1
-    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+    while (numbered := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1
-    path.rename(kept)
+    path.rename(numbered)
 
 
-def _take_up(path: Path, earlier: Path) -> None:
-    """Make the file what `earlier` is; one that does not begin so is of another run, and kept."""
+def _restore_lines(path: Path, earlier: Path) -> None:
+    """Make the file equal `earlier`; set aside one that begins otherwise: it is another run's."""
     lines = earlier.read_bytes()
     if path.exists() and not path.read_bytes().startswith(lines):
         set_aside(path)
@@ -214,10 +184,10 @@ def _take_up(path: Path, earlier: Path) -> None:
     os.replace(part, path)
 
 
-def require_package(package: str, flag: str) -> None:
-    """Raise UserError, with the command that installs it, when a flag's package is missing."""
+def require_package(package: str, setting_name: str) -> None:
+    """Raise UserError, with the command that installs it, when a setting's package is missing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{flag}: the package {package} is not installed; run `pip install {package}` "
-            "or leave the flag out"
+            f"{setting_name}: the package {package} is not installed; run `pip install {package}`, "
+            "or drop the setting"
         )

@@ -1,4 +1,4 @@
-"""What every step does first: device, process group, tokenizer, output folder."""
+"""Start-up of every program: device, process group, tokenizer, output folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dschat.models.save import check_output_dir
 from dschat.text.formats import CONFIG_KEY, choose_format, describe_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
+from dschat.train.run_config import StartConfig
 from dschat.utils.distributed import (
     Distributed,
     init_distributed,
@@ -22,7 +23,11 @@ from dschat.utils.perf import Gpus
 
 @dataclass(frozen=True)
 class RunContext:
-    """A process that is ready to load data and models."""
+    """A process that is ready to load data and models.
+
+    Attributes:
+        dtype_name: the resolved dtype that models are loaded and computed in.
+    """
 
     distributed: Distributed
     dtype_name: str
@@ -30,7 +35,7 @@ class RunContext:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What models are loaded and computed in."""
+        """The dtype as torch's."""
         return torch_dtype(self.dtype_name)
 
     @property
@@ -40,17 +45,17 @@ class RunContext:
 
     @property
     def rank(self) -> int:
-        """This process among `world_size`."""
+        """Number of this process among `world_size`."""
         return self.distributed.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """Number of processes that train together."""
         return self.distributed.world_size
 
     @property
     def gpus(self) -> Gpus:
-        """The devices as throughput counts them."""
+        """The devices, for throughput."""
         is_cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if is_cuda else None
         return Gpus(self.world_size, self.dtype, name)
@@ -58,35 +63,30 @@ class RunContext:
 
 def setup_run(
     model_name_or_path: str,
+    config: StartConfig,
     *,
-    dtype: str,
-    seed: int,
-    output_dir: str | None,
-    eot_token: str | None,
+    output_dir: str | None = None,
     prompt_format: str | None = None,
     teaches_format: bool = False,
 ) -> RunContext:
     """Join the process group and check what can be checked without data or weights.
 
     Args:
-        eot_token: the token that ends answers instead of the tokenizer's eos; None keeps that.
-        prompt_format: asked for; None takes the one stored with the model, or its default.
+        prompt_format: None takes the one stored with the model, or its default.
         teaches_format: the model may learn another format than the stored one.
 
     Raises:
-        UserError: a dtype the device lacks, no tokenizer, an output folder that is none, a prompt
-            format that the model cannot have.
+        UserError: a dtype that the device lacks, no tokenizer, an output folder that cannot be
+            written, a prompt format that the model cannot have.
     """
-    name = resolve_dtype(dtype)
+    dtype, end = resolve_dtype(config.dtype), config.answer_end
     check_output_dir(output_dir)
-    tokenizer = load_hf_tokenizer(
-        model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
-    )
+    tokenizer = load_hf_tokenizer(model_name_or_path, end is not None, end or "<|endoftext|>")
     stored = tokenizer.init_kwargs.get(CONFIG_KEY)
     form = choose_format(
-        tokenizer, prompt_format, teaches=teaches_format, end_is_given=eot_token is not None
+        tokenizer, prompt_format, teaches=teaches_format, end_is_given=end is not None
     )
     distributed = init_distributed()
     print_rank_0(describe_format(form, tokenizer, stored), distributed.rank)
-    set_random_seed(seed)
-    return RunContext(distributed, name, tokenizer)
+    set_random_seed(config.seed)
+    return RunContext(distributed, dtype, tokenizer)

@@ -1,60 +1,28 @@
-"""What a training run of steps 1 and 2 shows: bar, console lines, metrics, throughput."""
+"""Log of steps 1 and 2: bar, console lines, metrics, throughput."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import nn
 
-from dschat.train.engine import Recipe
-from dschat.train.metrics import (
-    Continued,
-    MetricLogger,
-    console_line,
-    format_value,
-    progress,
-)
+from dschat.data.collators import Batch
+from dschat.train.engine import Engine, Recipe
+from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.flops import Matrices
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, TrainingWork, print_throughput, throughput
 
+Args = ParamSpec("Args")
 Result = TypeVar("Result")
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
-@dataclass(frozen=True)
-class LogConfig:
-    """Where figures go and how often."""
-
-    output_dir: str | None = None
-    tensorboard_dir: str | None = None
-    wandb_project: str | None = None
-    log_every: int = 10
-    continued: Continued | None = None
-
-    @property
-    def first_step(self) -> int:
-        """The steps that the run continued has made."""
-        return 0 if self.continued is None else self.continued.step
-
-    def open(self, is_main: bool) -> MetricLogger | None:
-        """The run's metric files; None without an output folder."""
-        if self.output_dir is None:
-            return None
-        return MetricLogger(
-            self.output_dir,
-            enabled_rank0=is_main,
-            tensorboard_dir=self.tensorboard_dir,
-            wandb_project=self.wandb_project,
-            continued=self.continued,
-        )
-
-
-def training_work(engine: nn.Module, recipe: Recipe) -> TrainingWork:
+def training_work(engine: Engine, recipe: Recipe) -> TrainingWork:
     """Describe an engine's model for throughput, before any tokens are counted."""
     model = engine.module
     return TrainingWork(
@@ -66,16 +34,20 @@ def training_work(engine: nn.Module, recipe: Recipe) -> TrainingWork:
     )
 
 
-def timed(work: Callable[..., Result], *args: Any) -> tuple[Result, float]:
-    """The result of `work(*args)` and the seconds it took."""
+def timed(
+    work: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
+) -> tuple[Result, float]:
+    """Return the result of `work(*args)` and the seconds it took."""
     start = time.perf_counter()
-    return work(*args), time.perf_counter() - start
+    return work(*args, **kwargs), time.perf_counter() - start
 
 
-def batch_counts(window: Sequence[Any], targets: Callable[[Any], torch.Tensor]) -> list[float]:
-    """Of this rank's micro-batches: what the loss is a mean over, real tokens, sequences."""
+def batch_counts(
+    micro_batches: Sequence[BatchT], targets: Callable[[BatchT], torch.Tensor]
+) -> list[float]:
+    """Count in this rank's micro-batches: the loss's targets, real tokens, sequences."""
     counts = [0.0, 0.0, 0.0]
-    for batch in window:
+    for batch in micro_batches:
         rows = batch.attention_mask.unflatten(0, (-1, len(batch.real)))[:, batch.real]
         counts[0] += targets(batch).item()
         counts[1] += rows.sum().item()
@@ -83,120 +55,114 @@ def batch_counts(window: Sequence[Any], targets: Callable[[Any], torch.Tensor]) 
     return counts
 
 
-class TrainingLog:
-    """Collects the figures of every optimizer step and shows them now and then."""
+@dataclass
+class Interval:
+    """Sums since a moment; the loss is this rank's, the counts are of all ranks."""
 
-    per_rank = True  # its state: the loss is summed on each rank by itself
-
-    def __init__(
-        self,
-        config: LogConfig,
-        engine: nn.Module,
-        work: TrainingWork,
-        gpus: Gpus,
-        total_steps: int,
-        rank: int,
-    ):
-        self.config, self.engine, self.rank = config, engine, rank
-        self.work, self.gpus, self.total_steps = work, gpus, total_steps
-        self.metrics = config.open(is_main=rank == 0)
-        self.bar = progress(
-            total=total_steps, desc="train", enabled=rank == 0, initial=config.first_step
-        )
-        self._rates = group_rates(engine.optimizer)
-        self._since_log = _Interval()
-        self._since_evaluation = _Interval()
-
-    def step(self, step: int, loss_sum: float, counts: Sequence[float]) -> None:
-        """Note one optimizer step: this rank's summed loss, and `batch_counts` over all ranks."""
-        for interval in (self._since_log, self._since_evaluation):
-            interval.add(loss_sum, *counts)
-        self.bar.update(1)
-        # The schedule has moved on by now: what this step used was read before it.
-        rates, self._rates = self._rates, group_rates(self.engine.optimizer)
-        if step % self.config.log_every and step != self.total_steps:
-            return
-        values = self._since_log.values(self.work, self.gpus)
-        norm = self.engine.get_global_grad_norm()
-        rates = {f"lr/{n}": r for n, r in rates.items()}
-        extra = {} if norm is None else {"grad_norm": float(norm)}
-        if self.metrics is not None:
-            self.metrics.log(step, values | rates | extra)
-        shown = {"loss": values["loss"]} | rates | {"tokens/s": values["tokens_per_s"]}
-        self.bar.set_postfix_str(", ".join(f"{n} {format_value(v)}" for n, v in shown.items()))
-        self._since_log = _Interval()
-
-    def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Show an evaluation, and the throughput of the training since the last one."""
-        self.bar.clear()
-        if self._since_evaluation.steps:
-            took = self._since_evaluation.seconds - seconds
-            work = self._since_evaluation.of(self.work)
-            print_throughput(work, took, self.gpus, self.rank)
-        print_rank_0("eval " + console_line(step, self.total_steps, values), self.rank)
-        if self.metrics is not None:
-            self.metrics.log(step, values, kind="eval")
-        self._since_evaluation = _Interval()
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """The sums since the last figures: what the next ones will be means of."""
-        return {"log": self._since_log.sums(), "evaluation": self._since_evaluation.sums()}
-
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Go on from those sums, and from the rates of the restored optimizer."""
-        self._since_log = _Interval.resumed(state["log"])
-        self._since_evaluation = _Interval.resumed(state["evaluation"])
-        self._rates = group_rates(self.engine.optimizer)
-
-    def close(self) -> None:
-        """Close the bar and every writer."""
-        self.bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
-
-
-class _Interval:
-    """Sums since a moment; the loss is this rank's, the counts are global."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.loss_sum = self.targets = self.tokens = self.samples = 0.0
-        self.steps = 0
+    loss_sum: float = 0.0
+    targets: float = 0.0
+    tokens: float = 0.0
+    samples: float = 0.0
+    steps: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
 
     def add(self, loss_sum: float, targets: float, tokens: float, samples: float) -> None:
+        """Add one optimizer step."""
         self.loss_sum += loss_sum
         self.targets += targets
         self.tokens += tokens
         self.samples += samples
         self.steps += 1
 
-    def sums(self) -> dict[str, float]:
-        return {**vars(self), "start": -self.seconds}
-
-    @classmethod
-    def resumed(cls, sums: dict[str, float]) -> _Interval:
-        """An interval with these sums; the time between the two processes does not count."""
-        interval = cls()
-        start = interval.start + sums["start"]
-        vars(interval).update(sums, start=start)
-        return interval
-
     @property
     def seconds(self) -> float:
+        """Seconds since the start."""
         return time.perf_counter() - self.start
 
     def of(self, work: TrainingWork) -> TrainingWork:
-        """Count the interval's tokens and sequences into the work."""
+        """Fill the interval's tokens and sequences into the work."""
         return replace(work, tokens=int(self.tokens), samples=int(self.samples))
 
-    def values(self, work: TrainingWork, gpus: Gpus) -> dict[str, float]:
-        """The interval's mean loss over all ranks and its speed."""
-        seconds = self.seconds
-        speed = throughput(self.of(work), seconds, gpus)
+    def sums(self) -> dict[str, float]:
+        """State for a checkpoint: the start counts from now."""
+        return {**asdict(self), "start": -self.seconds}
+
+    @classmethod
+    def resumed(cls, sums: dict[str, float]) -> Interval:
+        """Restore an interval; the time between the two processes does not count."""
+        interval = cls(**sums)
+        interval.start += time.perf_counter()
+        return interval
+
+
+class TrainingLog:
+    """Collects the figures of every optimizer step and shows them now and then."""
+
+    per_rank = True  # its state: each rank sums the loss by itself
+
+    def __init__(
+        self, metrics: MetricLogger, engine: Engine, recipe: Recipe, gpus: Gpus, total_steps: int
+    ):
+        self.metrics, self.engine, self.gpus = metrics, engine, gpus
+        self.work, self.total_steps = training_work(engine, recipe), total_steps
+        self.bar = progress_bar(total_steps, "train", metrics)
+        self._rates = group_rates(engine.optimizer)
+        self._since_log = Interval()
+        self._since_evaluation = Interval()
+
+    def step(self, step: int, loss_sum: float, counts: Sequence[float]) -> None:
+        """Add one optimizer step: this rank's summed loss, `batch_counts` summed over ranks."""
+        for interval in (self._since_log, self._since_evaluation):
+            interval.add(loss_sum, *counts)
+        self.bar.update(1)
+        # The schedule has moved on by now: the rates of this step were read before it.
+        rates, self._rates = self._rates, group_rates(self.engine.optimizer)
+        if not self.metrics.is_due(step, self.total_steps):
+            return
+        values = self._means(self._since_log)
+        norm = self.engine.get_global_grad_norm()
+        rates = {f"lr/{name}": rate for name, rate in rates.items()}
+        self.metrics.log(
+            step, values | rates | ({} if norm is None else {"grad_norm": float(norm)})
+        )
+        shown = {"loss": values["loss"]} | rates | {"tokens/s": values["tokens_per_s"]}
+        self.bar.set_postfix_str(", ".join(f"{n} {format_value(v)}" for n, v in shown.items()))
+        self._since_log = Interval()
+
+    def _means(self, interval: Interval) -> dict[str, float]:
+        """Mean loss over all ranks, and speed."""
+        seconds = interval.seconds
+        speed = throughput(interval.of(self.work), seconds, self.gpus)
         return {
-            "loss": all_reduce_sum([self.loss_sum])[0] / max(self.targets, 1.0),
+            "loss": all_reduce_sum([interval.loss_sum])[0] / max(interval.targets, 1.0),
             "tokens_per_s": speed.tokens_per_s,
             "samples_per_s": speed.samples_per_s,
             "tflops_per_gpu": speed.tflops_per_gpu,
-            "seconds_per_step": seconds / self.steps,
+            "seconds_per_step": seconds / interval.steps,
         }
+
+    def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Show an evaluation, less whose `seconds` the throughput of training since the last is."""
+        self.bar.clear()
+        since = self._since_evaluation
+        if since.steps:
+            seconds = since.seconds - seconds
+            print_throughput(since.of(self.work), seconds, self.gpus, self.metrics.rank)
+        print_rank_0("eval " + console_line(step, self.total_steps, values))
+        self.metrics.log(step, values, kind="eval")
+        self._since_evaluation = Interval()
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Return the sums since the last figures, of which the next ones will be means."""
+        return {"log": self._since_log.sums(), "evaluation": self._since_evaluation.sums()}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Continue from those sums, and from the rates of the restored optimizer."""
+        self._since_log = Interval.resumed(state["log"])
+        self._since_evaluation = Interval.resumed(state["evaluation"])
+        self._rates = group_rates(self.engine.optimizer)
+
+    def close(self) -> None:
+        """Close the bar and every writer."""
+        self.bar.close()
+        self.metrics.close()

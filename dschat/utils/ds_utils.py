@@ -19,9 +19,6 @@ ZERO_STAGES = (0, 1, 2, 3)
 class EngineSettings(Settings):
     """Flags that all engines of a run share."""
 
-    dtype: str = setting(
-        "auto", "auto is bf16 where the device has it", choices=("auto", *DTYPES), may_change=True
-    )
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
     gradient_clipping: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     offload: bool = setting(False, "keep optimizer states on the CPU (parameters too at ZeRO-3)")

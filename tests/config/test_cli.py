@@ -9,7 +9,7 @@ import pytest
 from dschat.config.cli import parse, run_cli
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, group, setting
-from dschat.train.metrics import progress
+from dschat.train.metrics import LogConfig, MetricLogger, progress_bar
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def test_run_cli_speaks_on_the_first_rank_alone(capsys, monkeypatch):
 
 
 def test_an_error_stands_on_a_line_of_its_own(capsys):
-    bar = progress(total=3, desc="ppo")
+    bar = progress_bar(3, "ppo", MetricLogger(LogConfig(), None, rank=0))
 
     def fail():
         raise UserError("no such thing")

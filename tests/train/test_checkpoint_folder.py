@@ -8,12 +8,12 @@ import pytest
 
 from dschat.errors import UserError
 from dschat.train import checkpoint_folder
-from dschat.train.checkpoint_folder import NEWEST, choose, read_record, whole_states
+from dschat.train.checkpoint_folder import NEWEST, checkpoints_in, choose, read_record
 
 
 def write_state(output: Path, step: int) -> Path:
     """A finished part of a state, not yet in place."""
-    part = checkpoint_folder.part_path(checkpoint_folder.states_of(output), step)
+    part = checkpoint_folder.unfinished_path(checkpoint_folder.folder_of(output), step)
     (part / "model").mkdir(parents=True)
     (part / "model" / "weights.pt").write_bytes(b"12345")
     checkpoint_folder.write_record(part, {"step": step})
@@ -22,17 +22,17 @@ def write_state(output: Path, step: int) -> Path:
 
 def save(output: Path, step: int, limit: int = 1) -> None:
     write_state(output, step)
-    checkpoint_folder.publish(checkpoint_folder.states_of(output), step, limit)
+    checkpoint_folder.publish(checkpoint_folder.folder_of(output), step, limit)
 
 
 def present(output: Path) -> list[str]:
-    return sorted(os.listdir(checkpoint_folder.states_of(output)))
+    return sorted(os.listdir(checkpoint_folder.folder_of(output)))
 
 
 def test_the_newest_stay_and_steps_are_numbers(tmp_path):
     for step in (5, 999_999, 1_000_000):
         save(tmp_path, step, limit=2)
-    assert list(whole_states(tmp_path / "checkpoints")) == [999_999, 1_000_000]
+    assert list(checkpoints_in(tmp_path / "checkpoints")) == [999_999, 1_000_000]
     assert choose(str(tmp_path), NEWEST, True).name == "step-1000000"
 
 
@@ -86,8 +86,8 @@ def test_states_come_back_from_a_folder_that_was_moved_aside(tmp_path):
 @pytest.mark.parametrize(
     "resume, will_save, message",
     [
-        (None, True, "holds training states of an earlier run (step-000001); add --resume"),
-        ("elsewhere", True, "holds training states of an earlier run (step-000001); add --resume"),
+        (None, True, "holds checkpoints of an earlier run (step-000001); give resume"),
+        ("elsewhere", True, "holds checkpoints of an earlier run (step-000001); give resume"),
         ("nowhere", False, "resume nowhere: no such folder"),
     ],
 )
@@ -121,12 +121,12 @@ def test_a_state_that_is_whole(tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no training state"),
+        (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no checkpoint"),
         (lambda s: (s / "state.json").write_text("{"), "state.json cannot be read; remove"),
         (lambda s: (s / "state.json").write_text("[]"), "state.json cannot be read; remove"),
         (
             lambda s: (s / "state.json").write_text(json.dumps({"format": 9, "files": {}})),
-            "of format 9, this code reads format 1",
+            "of format 9, this code reads format 2",
         ),
         (lambda s: (s / "model/weights.pt").unlink(), "model/weights.pt is missing; remove"),
         (

@@ -1,8 +1,9 @@
-"""What a resumed run checks and takes up, piece by piece; whole runs are in test_resume.py."""
+"""Checks and parts of a resumed run, piece by piece; entire runs are in test_resume.py."""
 
 import copy
 import json
 import random
+from contextlib import closing
 
 import datasets
 import numpy as np
@@ -15,15 +16,16 @@ from dschat.data.collators import PromptCollator
 from dschat.data.loaders import build_loader
 from dschat.errors import UserError
 from dschat.train.checkpointer import Position
-from dschat.train.metrics import Continued, MetricLogger
-from dschat.train.resume_checks import (
-    check_frozen,
-    check_groups,
+from dschat.train.metrics import Continued, LogConfig, MetricLogger
+from dschat.train.resume import (
+    RunPlan,
+    StepPlan,
     check_restored_rates,
+    check_same_frozen,
+    check_same_groups,
     frozen_checksum,
-    set_rates,
+    set_peak_rates,
 )
-from dschat.train.run_plan import EnginePlan, Plan, StepPlan, check_plan
 from dschat.utils.distributed import RandomState, set_random_seed
 from dschat.utils.optim import (
     SCHEDULES,
@@ -43,42 +45,41 @@ def sft(*argv: str) -> SFTSettings:
     return parse(SFTSettings, ["--model_name_or_path", "m", *argv], "")
 
 
-def plan(*argv: str, rows: str = "abc", optimizer: OptimizerConfig = OLD, stage: int = 0) -> Plan:
-    engines = {"model": EnginePlan(stage, optimizer)}
-    return Plan.of("step 1 (SFT)", sft(*argv), "fp32", rows, STEPS, engines)
+def plan(*argv: str, rows: str = "abc", optimizer: OptimizerConfig = OLD) -> RunPlan:
+    return RunPlan("step 1 (SFT)", sft(*argv), {"model": optimizer}, "fp32", rows, STEPS)
 
 
 def saved(*groups: str) -> dict:
-    """The record of a state of the plan above, as it comes back from its file."""
+    """The record of a checkpoint of the plan above, as it comes back from its file."""
     groups = {"model": list(groups or ("lora_A", "lora_B"))}
     return json.loads(json.dumps(plan().record(groups, processes=2)))
 
 
-def refusal(other: Plan, processes: int = 2, with_new_rates: bool = False, **groups) -> str:
+def refusal(other: RunPlan, processes: int = 2) -> str:
     with pytest.raises(UserError) as error:
-        check_plan("S", saved(), other, processes, with_new_rates)
+        other.check_continues("S", saved(), processes, with_new_rates=False)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_the_same_plan_goes_on():
-    check_plan("S", saved(), plan(), 2, with_new_rates=False)
+    plan().check_continues("S", saved(), 2, with_new_rates=False)
 
 
 def test_what_may_change():
     free = ["--output_dir", "o", "--save_steps", "5", "--resume", "S", "--log_every", "3"]
-    check_plan("S", saved(), plan(*free, "--print_loss"), 2, with_new_rates=False)
+    plan(*free, "--print_loss").check_continues("S", saved(), 2, with_new_rates=False)
 
 
 @pytest.mark.parametrize(
     "argv, told",
     [
-        (["--seed", "7"], "--seed 1234, now 7; give 1234"),
-        (["--max_train_samples", "9"], "--max_train_samples not given, now 9; give not given"),
-        (["--lora_init", "B"], "--lora_init A, now B; give A"),
-        (["--train_base_model"], "--train_base_model off, now on; give off"),
-        (["--weight_decay", "0.1"], "--weight_decay 0.0, now 0.1; give 0.0"),
-        (["--data_path", "x", "y"], "--data_path Dahoas/rm-static, now x y; give Dahoas"),
+        (["--seed", "7"], "seed 1234, now 7; give 1234"),
+        (["--max_train_samples", "9"], "max_train_samples not given, now 9; drop it"),
+        (["--lora_init", "B"], "lora_init A, now B; give A"),
+        (["--train_base_model"], "train_base_model off, now on; give off"),
+        (["--weight_decay", "0.1"], "weight_decay 0.0, now 0.1; give 0.0"),
+        (["--data_path", "x", "y"], "data_path Dahoas/rm-static, now x y; give Dahoas"),
     ],
 )
 def test_every_other_setting_is_named_with_both_values(argv, told):
@@ -96,39 +97,36 @@ def test_the_optimizer_of_a_json_is_a_setting(tmp_path):
 
 
 def test_rows_processes_and_stages():
-    assert "the rows of --data_path Dahoas/rm-static have changed" in refusal(plan(rows="abd"))
+    assert "the rows of data_path Dahoas/rm-static have changed" in refusal(plan(rows="abd"))
     assert "saved by 2 processes, now there are 1; start 2" in refusal(plan(), processes=1)
-    assert "saved with --zero_stage 0, now 3; give 0" in refusal(plan(stage=3))
+    assert "saved with zero_stage 0, now 3; give 0" in refusal(plan("--zero_stage", "3"))
 
 
 def test_rates_are_refused_or_given_anew():
     other = plan(optimizer=NEW)
-    assert "--loraplus_lr_ratio 16, now 8" in refusal(other)
-    check_plan("S", saved(), other, 2, with_new_rates=True)
+    assert "saved with loraplus_lr_ratio 16, now 8" in refusal(other)
+    other.check_continues("S", saved(), 2, with_new_rates=True)
     slower = plan(optimizer=OptimizerConfig(5e-4, loraplus_lr_ratio=16.0))
     assert "a learning rate of 0.001 for lora_A, now 0.0005" in refusal(slower)
 
 
 def test_a_ratio_that_nothing_trains_by_is_no_matter():
     other = plan(optimizer=OptimizerConfig(1e-3, loraplus_lr_ratio=8.0))
-    check_plan("S", saved("decay", "no_decay"), other, 2, with_new_rates=False)
+    other.check_continues("S", saved("decay", "no_decay"), 2, with_new_rates=False)
 
 
 def test_actor_and_critic_each_have_a_ratio():
     models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
     settings = parse(RLHFSettings, models, "")
 
-    def step_3(critic: OptimizerConfig) -> Plan:
-        engines = {
-            "actor": EnginePlan(0, OLD, "actor_"),
-            "critic": EnginePlan(0, critic, "critic_"),
-        }
-        return Plan.of("step 3 (PPO)", settings, "fp32", "abc", STEPS, engines)
+    def step_3(critic: OptimizerConfig) -> RunPlan:
+        optimizers = {"actor": OLD, "critic": critic}
+        return RunPlan("step 3 (PPO)", settings, optimizers, "fp32", "abc", STEPS)
 
     groups = {"actor": ["lora_A", "lora_B"], "critic": ["lora_A", "lora_B", "head"]}
     record = step_3(OLD).record(groups, 1)
-    with pytest.raises(UserError, match="saved with --critic_loraplus_lr_ratio 16, now 8"):
-        check_plan("S", record, step_3(NEW), 1, with_new_rates=False)
+    with pytest.raises(UserError, match="saved with critic_loraplus_lr_ratio 16, now 8"):
+        step_3(NEW).check_continues("S", record, 1, with_new_rates=False)
 
 
 def optimizer_and_schedule(config: OptimizerConfig, schedule: str) -> tuple:
@@ -161,7 +159,7 @@ def test_new_rates_are_those_of_a_run_that_had_them_from_the_start(name):
     assert optimizer.param_groups[0]["initial_lr"] == schedule.base_lrs[0] == 1e-3
     with pytest.raises(RuntimeError, match="are not the configured"):
         check_restored_rates(optimizer, schedule, NEW)
-    set_rates(optimizer, schedule, NEW)
+    set_peak_rates(optimizer, schedule, NEW)
     check_restored_rates(optimizer, schedule, NEW)
     never_stopped = optimizer_and_schedule(NEW, name)
     assert walk(optimizer, schedule, 7) == walk(*never_stopped, 12)[5:]
@@ -176,14 +174,14 @@ def test_a_schedule_that_would_bring_the_old_rates_back_is_noticed():
 
 def test_groups_and_frozen_weights_must_be_the_same():
     optimizer, _ = optimizer_and_schedule(OLD, "linear")
-    check_groups("S", "critic", {"lora_A": 1.0, "lora_B": 1.0}, optimizer)
+    check_same_groups("S", "critic", {"lora_A": 1.0, "lora_B": 1.0}, optimizer)
     with pytest.raises(
         UserError, match="the critic was saved with parameter groups lora_B, lora_A"
     ):
-        check_groups("S", "critic", {"lora_B": 1.0, "lora_A": 1.0}, optimizer)
-    check_frozen("S", {"model": "1"}, {"model": "1"})
+        check_same_groups("S", "critic", {"lora_B": 1.0, "lora_A": 1.0}, optimizer)
+    check_same_frozen("S", {"model": "1"}, {"model": "1"})
     with pytest.raises(UserError, match="the reward's frozen weights"):
-        check_frozen("S", {"model": "1", "reward": "2"}, {"model": "1"})
+        check_same_frozen("S", {"model": "1", "reward": "2"}, {"model": "1"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -224,8 +222,8 @@ def test_random_generators_go_on():
 def test_a_place_in_the_data():
     assert [STEPS.batches_of(step, 0) for step in (1, 7)] == [2, 14]
     assert STEPS.batches_of(8, 1) == 2
-    at = Position(step=8, epoch=1, batch=2)
-    assert [at.batches(epoch) for epoch in (1, 2)] == [2, 0]
+    position = Position(step=8, epoch=1, batch=2)
+    assert [position.batches(epoch) for epoch in (1, 2)] == [2, 0]
 
 
 def test_batches_that_were_used_up_are_not_read():
@@ -252,7 +250,7 @@ def test_batches_that_were_used_up_are_not_read():
 
 
 def write_metrics(folder, steps: range, continued: Continued | None = None) -> str:
-    with MetricLogger(folder, enabled_rank0=True, continued=continued) as log:
+    with closing(MetricLogger(LogConfig(), folder, 0, continued)) as log:
         for step in steps:
             log.log(step, {"loss": step / 2})
     return (folder / "metrics.jsonl").read_text()
@@ -279,11 +277,11 @@ def test_metrics_of_another_run_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--save_steps", "5"], "save_steps: training states lie in the output folder; add"),
-        (["--resume"], "resume: training states lie in the output folder; add --output_dir"),
-        (["--save_steps", "-1", "--output_dir", "o"], "save_steps is -1: give 0 (never) or more"),
+        (["--save_steps", "5"], "save_steps: checkpoints lie in the output folder; add"),
+        (["--resume"], "resume: checkpoints lie in the output folder; add output_dir"),
+        (["--save_steps", "-1", "--output_dir", "o"], "save_steps is -1: give 0 or more"),
         (["--save_total_limit", "0"], "save_total_limit is 0: give at least 1"),
-        (["--resume_with_new_rates"], "resume_with_new_rates: nothing is resumed; add --resume"),
+        (["--resume_with_new_rates"], "resume_with_new_rates: nothing is resumed; add resume"),
     ],
 )
 def test_flags_that_make_no_sense(argv, message):
@@ -294,9 +292,9 @@ def test_flags_that_make_no_sense(argv, message):
 
 def test_resume_with_and_without_a_value(tmp_path):
     with_output = ["--output_dir", "o"]
-    assert sft(*with_output).run.state_config().resume is None
-    assert sft("--resume", *with_output).run.state_config().resume == "newest"
-    assert sft("--resume", "a/step-1", *with_output).run.state_config().resume == "a/step-1"
+    assert sft(*with_output).run.checkpoint.resume is None
+    assert sft("--resume", *with_output).run.checkpoint.resume == "newest"
+    assert sft("--resume", "a/step-1", *with_output).run.checkpoint.resume == "a/step-1"
     file = tmp_path / "settings.yaml"
     file.write_text("resume: newest\noutput_dir: o\n")
-    assert sft("--config", str(file)).run.state_config().resume == "newest"
+    assert sft("--config", str(file)).run.checkpoint.resume == "newest"

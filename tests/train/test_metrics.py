@@ -1,59 +1,24 @@
-"""Means, console lines and the writers of figures."""
+"""Console lines and the writers of figures."""
 
 import json
 import math
 import sys
+from contextlib import closing
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from dschat.errors import UserError
-from dschat.train.metrics import (
-    Mean,
-    MetricLogger,
-    collect,
-    console_line,
-    format_value,
-    progress,
-)
+from dschat.train.metrics import LogConfig, MetricLogger, console_line, format_value, progress_bar
+
+
+def logger_in(folder, rank: int = 0, **settings: object) -> closing[MetricLogger]:
+    return closing(MetricLogger(LogConfig(**settings), folder, rank))
 
 
 def read(folder) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
-
-
-def test_mean_weighs_by_count():
-    mean = Mean()
-    mean.add(6.0, 3)  # three tokens of loss 2
-    mean.add(5.0, 1)
-    assert mean.value == 2.75  # not (2 + 5) / 2
-    mean.reset()
-    assert math.isnan(mean.value)
-
-
-def test_mean_over_ranks_is_the_mean_of_all_tokens():
-    other_rank = [10.0, 1.0]
-    mean = Mean(reduce=lambda local: [a + b for a, b in zip(local, other_rank, strict=True)])
-    mean.add(2.0, 3)
-    assert mean.value == 3.0  # (2 + 10) / (3 + 1)
-    assert (mean.total, mean.count) == (2.0, 3.0)  # reading it does not change this rank's part
-
-
-def test_collect_sums_all_names_in_one_call_whatever_their_order():
-    calls = []
-
-    def reduce(flat):
-        calls.append(flat)
-        return [2 * x for x in flat]
-
-    loss, accuracy = Mean(), Mean()
-    loss.add(6, 4)
-    accuracy.add(3, 4)
-    assert collect({"loss": loss, "accuracy": accuracy}, reduce) == {"loss": 1.5, "accuracy": 0.75}
-    assert list(collect({"loss": loss, "accuracy": accuracy})) == ["loss", "accuracy"]
-    collect({"accuracy": accuracy, "loss": loss}, reduce)
-    assert calls == [[3, 4, 6, 4]] * 2
 
 
 @pytest.mark.parametrize(
@@ -84,7 +49,7 @@ def test_console_line_keeps_the_order():
 
 
 def test_jsonl_one_object_a_line(tmp_path):
-    with MetricLogger(tmp_path / "new", enabled_rank0=True) as logger:
+    with logger_in(tmp_path / "new") as logger:
         logger.log(1, {"loss": 2.5, "accuracy": 0.5})
         logger.log(1, {"loss": math.nan, "a": math.inf, "b": -math.inf}, kind="eval")
         # Readable before the end: a run may be killed.
@@ -96,7 +61,7 @@ def test_jsonl_one_object_a_line(tmp_path):
 
 def test_each_run_has_a_file_of_its_own(tmp_path):
     for step in (1, 2, 3):
-        with MetricLogger(tmp_path, enabled_rank0=True) as logger:
+        with logger_in(tmp_path) as logger:
             logger.log(step, {"loss": 1.0})
     assert [r["step"] for r in read(tmp_path)] == [3]
     for number, step in ((1, 1), (2, 2)):
@@ -105,28 +70,27 @@ def test_each_run_has_a_file_of_its_own(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with MetricLogger(tmp_path, enabled_rank0=False) as logger:
+    with logger_in(tmp_path, rank=1) as logger:
         logger.log(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_figure_named_step_is_refused(tmp_path):
     with (
-        MetricLogger(tmp_path, enabled_rank0=True) as logger,
+        logger_in(tmp_path) as logger,
         pytest.raises(ValueError, match="'step'"),
     ):
         logger.log(1, {"step": 3.0})
 
 
-@pytest.mark.parametrize("rank0", [True, False])
 @pytest.mark.parametrize(
-    ("package", "option"), [("tensorboard", "tensorboard_dir"), ("wandb", "wandb_project")]
+    "package, setting",
+    [("tensorboard", {"enable_tensorboard": True}), ("wandb", {"wandb_project": "x"})],
 )
-def test_missing_package_is_named_on_every_rank(tmp_path, monkeypatch, package, option, rank0):
+def test_missing_package_is_named(monkeypatch, package, setting):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"pip install {package}"):
-        MetricLogger(tmp_path, enabled_rank0=rank0, **{option: "x"})
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=f"{next(iter(setting))}: .*`pip install {package}`"):
+        LogConfig(**setting)
 
 
 def fake_module(monkeypatch, name: str, **members) -> None:
@@ -144,18 +108,18 @@ def test_tensorboard_and_wandb_get_the_same_figures(tmp_path, monkeypatch):
         return SimpleNamespace(add_scalar=add, close=lambda: seen.append("closed"))
 
     def init(**kwargs):
-        seen.append((kwargs["project"], kwargs["name"]))
+        seen.append((kwargs["project"], kwargs["dir"]))
         return SimpleNamespace(log=seen.append, finish=lambda: seen.append("finished"))
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=writer)
     fake_module(monkeypatch, "wandb", init=init)
-    options = {"tensorboard_dir": tmp_path / "tb", "wandb_project": "p", "run_name": "r"}
-    with MetricLogger(tmp_path, enabled_rank0=True, **options) as logger:
+    writers = {"enable_tensorboard": True, "tensorboard_path": "tb", "wandb_project": "p"}
+    with logger_in(tmp_path, **writers) as logger:
         logger.log(3, {"loss": 0.5}, kind="eval")
     assert seen == [
-        ("dir", str(tmp_path / "tb")),
-        ("p", "r"),
+        ("dir", "tb"),
+        ("p", str(tmp_path)),
         ("eval/loss", 0.5, 3),
         {"step": 3, "eval/loss": 0.5},
         "closed",
@@ -163,11 +127,13 @@ def test_tensorboard_and_wandb_get_the_same_figures(tmp_path, monkeypatch):
     ]
 
 
-def test_progress_yields_all_and_can_be_silent(capsys):
-    assert list(progress(range(3), desc="loud", enabled=True)) == [0, 1, 2]
-    assert "loud: 100%" in capsys.readouterr().err
-    bar = progress(total=2, desc="quiet", enabled=False)
-    bar.update()
-    bar.set_postfix_str("loss 1")
-    bar.close()
-    assert capsys.readouterr().err == ""
+def test_the_bar_of_rank_0_alone_is_shown(tmp_path, capsys):
+    for rank in (1, 0):
+        with logger_in(tmp_path, rank=rank) as logger:
+            bar = progress_bar(2, "train", logger)
+            bar.update()
+            bar.set_postfix_str("loss 1")
+            bar.close()
+        shown = capsys.readouterr().err
+        assert ("train:  50%" in shown) == (rank == 0)
+        assert bool(shown) == (rank == 0)

@@ -171,8 +171,8 @@ def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
 def test_another_ratio_is_refused(step_1):
     _, outcomes = step_1
     assert outcomes["ratio"].error == (
-        f"error: resume {LAST}: saved with --loraplus_lr_ratio 16, now 8; give 16, "
-        "or --resume_with_new_rates to go on with 8"
+        f"error: resume {LAST}: saved with loraplus_lr_ratio 16, now 8; give 16, "
+        "or resume_with_new_rates to continue with 8"
     )
 
 
@@ -191,12 +191,12 @@ def test_new_rates_go_into_optimizer_and_schedule(step_1):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("setting", "saved with --gradient_clipping 1.0, now 0.5; give 1.0, nothing overrides it"),
-        ("other step", "a state of step 1 (SFT), this is step 2 (reward model)"),
-        ("other rows", "the rows of --data_path data have changed (digest "),
-        ("two processes", "saved by 2 processes, now there are 1; start 2, DeepSpeed cuts its"),
+        ("setting", "saved with gradient_clipping 1.0, now 0.5; give 1.0, nothing overrides it"),
+        ("other step", "a checkpoint of step 1 (SFT), this is step 2 (reward model)"),
+        ("other rows", "the rows of data_path data have changed (digest "),
+        ("two processes", "saved by 2 processes, now there are 1; start 2, each holds"),
         ("cut file", "random-rank-0000.pt has "),
-        ("fresh start", "holds training states of an earlier run (step-000012); add --resume"),
+        ("fresh start", "holds checkpoints of an earlier run (step-000012); give resume"),
     ],
 )
 def test_what_step_1_refuses_before_weights_are_read(step_1, name, message):
@@ -208,9 +208,9 @@ def test_what_step_1_refuses_before_weights_are_read(step_1, name, message):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("edited function", "source behind --reward_function own_rewards:length was "),
-        ("other text", "rows behind --unsupervised_dataset_name texts.jsonl was "),
-        ("other statistics", "std behind --reward_scaling saved was 1.5, now 1.6; a resumed run"),
+        ("edited function", "source of reward_function own_rewards:length was "),
+        ("other text", "rows of unsupervised_dataset_name texts.jsonl was "),
+        ("other statistics", "std of reward_scaling saved was 1.5, now 1.6; a resumed run"),
     ],
 )
 def test_what_step_3_refuses_before_weights_are_read(steps_2_and_3, name, message):
@@ -223,7 +223,6 @@ def test_the_record_is_for_people(step_1):
     record = json.loads((folder / LAST / "state.json").read_text())
     assert (record["step"], record["epoch"], record["batch"]) == (12, 1, 10)
     assert record["engines"]["model"] == {
-        "zero_stage": 0,
         "loraplus_lr_ratio": 16.0,
         "peak_rates": {"lora_A": 1e-3, "lora_B": 16e-3},
     }

@@ -22,9 +22,10 @@ from dschat.models.save import save_hf_format
 from dschat.train.checkpointer import Checkpointer
 from dschat.train.engine import accumulation_groups, backward, build_engine
 from dschat.train.evaluation import evaluate_pairs, pair_scores, pairs, scores_summary
+from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import setup_run
-from dschat.train.progress import TrainingLog, batch_counts, timed, training_work
-from dschat.train.run_plan import EnginePlan, Plan, StepPlan
+from dschat.train.progress import TrainingLog, batch_counts, timed
+from dschat.train.resume import RunPlan, StepPlan
 from dschat.utils.distributed import (
     all_reduce_sum,
     from_local_main,
@@ -43,10 +44,8 @@ def main() -> None:
     # 1. everything that can be wrong is checked before weights are loaded
     ctx = setup_run(
         name,
-        dtype=run.engine.dtype,
-        seed=run.seed,
+        run,
         output_dir=run.output_dir,
-        eot_token=run.answer_end,
         prompt_format=settings.data.prompt_format,
     )
     device, world_size, tokenizer = ctx.device, ctx.world_size, ctx.tokenizer
@@ -76,9 +75,9 @@ def main() -> None:
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
     steps = StepPlan.of(batches, batches_per_step, settings.max_steps)
     total_steps = steps.total_steps
-    engines = {"model": EnginePlan.of(engine_config, recipe)}
-    plan = Plan.of("step 2 (reward model)", settings, ctx.dtype_name, data.key, steps, engines)
-    checkpointer = Checkpointer(run.state_config(), plan, ctx.distributed)
+    optimizers = {"model": recipe.optimizer}
+    plan = RunPlan("step 2 (reward model)", settings, optimizers, ctx.dtype_name, data.key, steps)
+    checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx.distributed)
     model = create_critic_model(
         name,
         tokenizer,
@@ -91,14 +90,8 @@ def main() -> None:
     engine = build_engine(
         model, engine_config, recipe, schedule, world_size, "step 2, reward model"
     )
-    log = TrainingLog(
-        run.log_config(checkpointer.continued),
-        engine,
-        training_work(engine, recipe),
-        ctx.gpus,
-        total_steps,
-        ctx.rank,
-    )
+    metrics = MetricLogger(run.log, run.output_dir, ctx.rank, checkpointer.continued)
+    log = TrainingLog(metrics, engine, recipe, ctx.gpus, total_steps)
     set_random_seed(run.seed + ctx.rank)
     position = checkpointer.restore({"model": engine}, {"log": log})
 

@@ -16,26 +16,21 @@ from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.datasets import create_prompt_dataset
 from dschat.data.loaders import build_loader
 from dschat.models.reward_model import check_reward_head, create_critic_model
-from dschat.settings import Settings, group, setting
+from dschat.settings import group, setting
 from dschat.train.evaluation import evaluate_pairs, pair_scores
 from dschat.train.metrics import format_value
 from dschat.train.prepare import setup_run
+from dschat.train.run_config import StartConfig
 from dschat.utils.distributed import print_rank_0
 
 
-@dataclass(frozen=True)
-class RewardEvaluation(Settings):
-    """Flags of this script."""
+@dataclass(frozen=True, kw_only=True)
+class RewardEvaluation(StartConfig):
+    """Settings of this script."""
 
     model_name_or_path: str = setting(MISSING, "model folder or hub id")
     batch_size: int = setting(16, "rows per batch", at_least=1)
     max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
-    dtype: str = setting(
-        "auto", "auto is bf16 where the device has it", choices=("auto", "fp32", "bf16", "fp16")
-    )
-    seed: int = setting(1234, "seed of splits; as in training", at_least=0)
-    add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
-    eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
     data: DataConfig = group(DataConfig)
     show: int = setting(3, "pairs whose scores are printed", at_least=0)
     num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
@@ -45,16 +40,10 @@ class RewardEvaluation(Settings):
 def main() -> None:
     """Score the evaluation pairs of the data."""
     settings = parse(RewardEvaluation, None, __doc__)
-    ctx = setup_run(
-        settings.model_name_or_path,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        output_dir=None,
-        eot_token=settings.eot_token if settings.add_eot_token else None,
-        prompt_format=settings.data.prompt_format,
-    )
+    name = settings.model_name_or_path
+    ctx = setup_run(name, settings, prompt_format=settings.data.prompt_format)
     tokenizer = ctx.tokenizer
-    check_reward_head(settings.model_name_or_path)
+    check_reward_head(name)
     data = create_prompt_dataset(
         settings.data, tokenizer, 2, seed=settings.seed, max_seq_len=settings.max_seq_len
     )
@@ -67,7 +56,7 @@ def main() -> None:
         seed=settings.seed,
         shuffle=False,
     )
-    model = create_critic_model(settings.model_name_or_path, tokenizer, ctx.dtype)
+    model = create_critic_model(name, tokenizer, ctx.dtype)
     model.to(ctx.device).eval()
 
     figures = evaluate_pairs(model, loader, ctx.device)

@@ -34,8 +34,9 @@ from dschat.rlhf.role_config import RoleNames
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.train.checkpointer import Checkpointer
 from dschat.train.engine import accumulation_groups
+from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import setup_run
-from dschat.train.run_plan import EnginePlan, Plan, StepPlan
+from dschat.train.resume import RunPlan, StepPlan
 from dschat.utils.distributed import Distributed, from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 
@@ -48,10 +49,8 @@ def main() -> None:
     # 1. everything that can be wrong is checked before weights are loaded
     ctx = setup_run(
         settings.ppo.actor_model_name_or_path,
-        dtype=run.engine.dtype,
-        seed=run.seed,
+        run,
         output_dir=run.output_dir,
-        eot_token=run.answer_end,
         prompt_format=settings.data.prompt_format,
     )
     tokenizer, distributed = ctx.tokenizer, ctx.distributed
@@ -82,16 +81,13 @@ def main() -> None:
     cast = settings.cast(ctx.dtype_name, iterations, retokenise, rewards.scaling)
     for role in cast.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
-    engines = {
-        name: EnginePlan.of(role.engine, role.recipe, f"{name}_")
-        for name, role in cast.trained.items()
-    }
+    optimizers = {name: role.recipe.optimizer for name, role in cast.trained.items()}
     steps = StepPlan.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
     )
-    found = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
-    plan = Plan.of("step 3 (PPO)", settings, ctx.dtype_name, data.key, steps, engines, found)
-    checkpointer = Checkpointer(run.state_config(), plan, distributed)
+    derived = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
+    plan = RunPlan("step 3 (PPO)", settings, optimizers, ctx.dtype_name, data.key, steps, derived)
+    checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, distributed)
 
     tell_unused_ends(names.actor, tokenizer)
 
@@ -103,8 +99,8 @@ def main() -> None:
     ptx = PTX(text, settings.mixin.unsup_coef, **ranks) if text else None
     trainer = DeepSpeedPPOTrainer(roles, config, ctx.world_size, engine, rewards, ptx)
     recipes = {name: role.recipe for name, role in cast.trained.items()}
-    log_config = run.log_config(checkpointer.continued)
-    log = PPOLog(log_config, settings.printing(), roles, recipes, ctx.gpus, iterations, ctx.rank)
+    metrics = MetricLogger(run.log, run.output_dir, ctx.rank, checkpointer.continued)
+    log = PPOLog(metrics, settings.printing(), roles, recipes, ctx.gpus, iterations)
     set_random_seed(run.seed + ctx.rank)
     position = checkpointer.restore(
         roles.trained,

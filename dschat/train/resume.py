@@ -1,0 +1,288 @@
+"""Checks that a run continues a checkpoint: its plan before weights load, its engines after."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dschat.errors import UserError
+from dschat.settings import Settings, flag_values, flags_of
+from dschat.train.engine import num_accumulation_groups
+from dschat.utils.ds_utils import read_user_config
+from dschat.utils.optim import OptimizerConfig, check_rates, group_rates
+from dschat.utils.zero import full_shape, gathered
+
+OVERRIDE = "resume_with_new_rates"
+# Facts beside the settings; a difference in a setting, which may be their cause, is reported first.
+FACTS = ("rows", "total_steps", "epoch_steps")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Optimizer steps of a run; in step 3 iterations.
+
+    Attributes:
+        epoch_steps: of each epoch; they differ where lengths decide the batches. Empty where the
+            rows are not counted.
+        batches_per_step: micro-batches; in step 3 batches of prompts.
+    """
+
+    total_steps: int
+    epoch_steps: tuple[int, ...]
+    batches_per_step: int
+
+    @classmethod
+    def of(
+        cls, batches: Sequence[int | None], batches_per_step: int, max_steps: int = 0
+    ) -> StepPlan:
+        """Plan the steps over a loader's batches of each epoch; 0 `max_steps` is no limit.
+
+        Batches that are not counted (None) make epochs until `max_steps`.
+        """
+        counts = [count for count in batches if count is not None]
+        if len(counts) < len(batches):
+            return cls(max_steps, (), batches_per_step)
+        steps = tuple(num_accumulation_groups(count, batches_per_step) for count in counts)
+        total = sum(steps)
+        return cls(min(total, max_steps) if max_steps else total, steps, batches_per_step)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs at most; the run ends after `total_steps` anyway."""
+        return len(self.epoch_steps) or self.total_steps
+
+    def batches_of(self, step: int, epoch: int) -> int:
+        """Batches of this epoch that are used up after a step in it."""
+        return (step - sum(self.epoch_steps[:epoch])) * self.batches_per_step
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that decides a run's result and is known before weights load.
+
+    Attributes:
+        kind: the program, such as "step 1 (SFT)".
+        optimizers: of every model that trains, by its name.
+        dtype: the resolved one. data_key: digest of the training rows.
+        derived: contents that settings stand for, by "setting.detail"; digests as texts.
+    """
+
+    kind: str
+    settings: Settings
+    optimizers: Mapping[str, OptimizerConfig]
+    dtype: str
+    data_key: str
+    steps: StepPlan
+    derived: Mapping[str, object] = field(default_factory=dict)
+
+    @functools.cached_property
+    def fixed(self) -> dict[str, Any]:
+        """Everything that a resumed run must repeat, by name, in the form that JSON gives back.
+
+        Models and data are compared by content, the DeepSpeed JSON by its entries, rates in each
+        parameter group; every other setting by its value, unless it `may_change`.
+        """
+        fixed = {
+            flag.name: flag.value(self.settings)
+            for flag in flags_of(type(self.settings))
+            if not (flag.rule.may_change or flag.rule.retired)
+        }
+        path = flag_values(self.settings)["deepspeed_config"]
+        if path is not None:
+            fixed |= _flattened("deepspeed_config", read_user_config(path))
+        for name, optimizer in self.optimizers.items():
+            fixed |= {f"{name}.betas": optimizer.betas, f"{name}.eps": optimizer.eps}
+        fixed |= {"dtype": self.dtype, "rows": self.data_key, **self.derived}
+        fixed |= {"total_steps": self.steps.total_steps, "epoch_steps": self.steps.epoch_steps}
+        return json.loads(json.dumps(fixed))
+
+    def record(self, groups: Mapping[str, Sequence[str]], processes: int) -> dict[str, Any]:
+        """Describe the plan for a checkpoint; `groups` are the names of each engine's groups."""
+        engines = {
+            name: {
+                "loraplus_lr_ratio": optimizer.loraplus_lr_ratio,
+                "peak_rates": {group: optimizer.rate(group) for group in groups[name]},
+            }
+            for name, optimizer in self.optimizers.items()
+        }
+        return {
+            "kind": self.kind,
+            "processes": processes,
+            "engines": engines,
+            "settings": self.fixed,
+        }
+
+    def check_continues(
+        self, place: str, record: Mapping[str, Any], processes: int, with_new_rates: bool
+    ) -> None:
+        """Stop unless this run continues the one that the record describes.
+
+        Args:
+            place: the checkpoint, for messages.
+
+        Raises:
+            UserError: naming the first difference, the value saved and the value now.
+        """
+        if record["kind"] != self.kind:
+            raise UserError(
+                f"resume {place}: a checkpoint of {record['kind']}, this is {self.kind}"
+            )
+        if record["processes"] != processes:
+            raise UserError(
+                f"resume {place}: saved by {record['processes']} processes, now there are "
+                f"{processes}; start {record['processes']}, each holds a shard of it"
+            )
+        for name, saved, now in _differences(record["settings"], self.fixed):
+            raise UserError(f"resume {place}: {self._explain(name, saved, now)}")
+        if not with_new_rates:
+            for name, optimizer in self.optimizers.items():
+                _check_same_rates(place, name, record["engines"][name], optimizer)
+
+    def _explain(self, name: str, saved: Any, now: Any) -> str:
+        """Say in what a setting or a content differs, and what to do."""
+        values = flag_values(self.settings)
+        if name == "rows":
+            return (
+                f"the rows of data_path {_shown(values['data_path'])} have changed (digest "
+                f"{saved[:12]}, now {now[:12]}), or the tokenizer; a resumed run needs the same"
+            )
+        if name in self.derived:
+            setting, detail = name.split(".", 1)
+            before, after = (v[:12] if isinstance(v, str) else _shown(v) for v in (saved, now))
+            return (
+                f"{detail} of {setting} {_shown(values[setting])} was {before}, now {after}; a "
+                "resumed run needs the same"
+            )
+        remedy = "drop it" if saved is None else f"give {_shown(saved)}"
+        return (
+            f"saved with {name} {_shown(saved)}, now {_shown(now)}; {remedy}, nothing overrides it"
+        )
+
+
+def _flattened(name: str, value: Any) -> dict[str, Any]:
+    """{"a.b.c": value} of a nested mapping."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {k: v for key in value for k, v in _flattened(f"{name}.{key}", value[key]).items()}
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*saved, *now}, key=lambda n: (n in FACTS, n)):
+        if saved.get(name) != now.get(name):
+            yield name, saved.get(name), now.get(name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "empty"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not given" if value is None else str(value)
+
+
+def _check_same_rates(
+    place: str, name: str, saved: Mapping[str, Any], optimizer: OptimizerConfig
+) -> None:
+    """Stop at another ratio first: with one, the rate of B differs as well."""
+    prefix = "" if name == "model" else f"{name}_"
+    rates, ratio = saved["peak_rates"], optimizer.loraplus_lr_ratio
+    if "lora_B" in rates and saved["loraplus_lr_ratio"] != ratio:
+        raise UserError(
+            f"resume {place}: saved with {prefix}loraplus_lr_ratio "
+            f"{saved['loraplus_lr_ratio']:g}, now {ratio:g}; give {saved['loraplus_lr_ratio']:g}, "
+            f"or {OVERRIDE} to continue with {ratio:g}"
+        )
+    for group, rate in rates.items():
+        now = optimizer.rate(group)
+        if now != rate:
+            raise UserError(
+                f"resume {place}: saved with a {prefix}learning rate of {rate:g} for {group}, now "
+                f"{now:g}; give the rates as they were, or {OVERRIDE} to continue with {now:g}"
+            )
+
+
+def check_same_groups(
+    place: str, name: str, saved: Mapping[str, float], optimizer: torch.optim.Optimizer
+) -> None:
+    """Stop unless the optimizer has the parameter groups that were saved, in their order."""
+    present = list(group_rates(optimizer))
+    if list(saved) != present:
+        raise UserError(
+            f"resume {place}: the {name} was saved with parameter groups {', '.join(saved)}, now "
+            f"there are {', '.join(present)}; nothing overrides it, train what was trained"
+        )
+
+
+def check_same_frozen(place: str, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
+    """Stop unless the weights that no checkpoint holds are those of the first start."""
+    for name in sorted({*saved, *present}):
+        if saved.get(name) != present.get(name):
+            raise UserError(
+                f"resume {place}: the {name}'s frozen weights, or its architecture, are not those "
+                "that the run began with; give the same model folder"
+            )
+
+
+def frozen_checksum(module: nn.Module) -> str:
+    """SHA-256 over names and shapes of all parameters, and the contents of the frozen ones.
+
+    Integer buffers count as frozen: weights packed in few bits are such. A content enters as the
+    exact sum of its bit patterns, which neither the device nor the order of summation changes.
+    Under ZeRO-3 a collective call.
+    """
+    total = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        content = 0
+        if not parameter.requires_grad:
+            with gathered([parameter]):
+                content = _sum_of_bits(parameter.detach())
+        total.update(repr((name, [*full_shape(parameter)], content)).encode())
+    for name, buffer in module.named_buffers():
+        if not buffer.is_floating_point():
+            total.update(repr((name, [*buffer.shape], _sum_of_bits(buffer))).encode())
+    return total.hexdigest()
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.view(integer[tensor.element_size()]).sum(dtype=torch.int64).item())
+
+
+def set_peak_rates(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: OptimizerConfig,
+) -> None:
+    """Give every group its configured peak rate, at the present point of the schedule."""
+    for i, group in enumerate(optimizer.param_groups):
+        peak = config.rate(group["name"])
+        group["initial_lr"] = schedule.base_lrs[i] = peak
+        group["lr"] = peak * schedule.lr_lambdas[i](schedule.last_epoch)
+
+
+def check_restored_rates(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: OptimizerConfig,
+) -> None:
+    """Stop unless rates are the configured ones, now and in the schedule's steps to come.
+
+    Raises:
+        RuntimeError: loading has brought other rates back.
+    """
+    check_rates(optimizer, config)
+    for group, peak in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        if peak != group["initial_lr"]:
+            raise RuntimeError(
+                f"the schedule would set {group['name']} by a peak of {peak:g}, not by the "
+                f"configured {group['initial_lr']:g}"
+            )

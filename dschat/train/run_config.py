@@ -1,0 +1,131 @@
+"""Settings of a training run, and of each model in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dschat.errors import UserError
+from dschat.models.save_plan import SavePlan, plan_saving
+from dschat.settings import Settings, group, setting
+from dschat.train.checkpointer import CheckpointConfig
+from dschat.train.engine import Recipe, Schedule, check_optimizer_block
+from dschat.train.metrics import LogConfig, require_package
+from dschat.utils.ds_utils import DTYPES, ZERO_STAGES, EngineConfig, EngineSettings
+from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.optim import SCHEDULES, OptimizerConfig, schedule_factory
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """Settings of loading, sharding and training one model."""
+
+    zero_stage: int = setting(0, "ZeRO stage", choices=ZERO_STAGES)
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
+    dropout: float | None = setting(None, "override every dropout probability", at_least=0, below=1)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    lora: LoraConfig = group(LoraConfig)
+
+
+@dataclass(frozen=True)
+class StartConfig(Settings):
+    """What every program needs that loads a model: seed, precision, end token."""
+
+    seed: int = setting(1234, "seed of data order, splits, initialisation and sampling", at_least=0)
+    dtype: str = setting(
+        "auto", "auto is bf16 where the device has it", choices=("auto", *DTYPES), may_change=True
+    )
+    add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
+    eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
+
+    @property
+    def answer_end(self) -> str | None:
+        """Token that ends answers in place of the tokenizer's eos."""
+        return self.eot_token if self.add_eot_token else None
+
+
+@dataclass(frozen=True)
+class RunConfig(StartConfig):
+    """Settings that every training program has."""
+
+    output_dir: str | None = setting(None, "where the trained model is written", may_change=True)
+    num_train_epochs: int = setting(1, "passes over the training data", at_least=1)
+    lr_scheduler_type: str = setting("cosine", "shape of the schedule", choices=tuple(SCHEDULES))
+    num_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", at_least=0)
+    only_optimize_lora: bool = setting(
+        False, "train adapters and heads only (the default)", may_change=True
+    )
+    train_base_model: bool = setting(False, "with LoRA: train the base weights as well")
+    lora_save: str = setting(
+        "both",
+        "with LoRA, write merged weights, the adapter in PEFT's format, or both",
+        choices=("both", "merged", "adapter"),
+    )
+    deepspeed: bool = setting(False, "accepted: DeepSpeed is always used", may_change=True)
+    local_rank: int = setting(-1, "accepted: the launcher's environment decides", may_change=True)
+    compute_fp32_loss: bool = setting(False, "losses are always computed in fp32", retired=True)
+    engine: EngineSettings = group(EngineSettings)
+    log: LogConfig = group(LogConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output_dir is None and self.checkpoint.in_use:
+            name = "save_steps" if self.checkpoint.save_steps else "resume"
+            raise UserError(f"{name}: checkpoints lie in the output folder; add output_dir")
+        if self.only_optimize_lora and self.train_base_model:
+            raise UserError("only_optimize_lora and train_base_model contradict: drop one")
+
+    def recipe(self, model: ModelConfig) -> Recipe:
+        """Combine how one model trains; the optimizer of a DeepSpeed JSON must agree."""
+        recipe = Recipe(
+            optimizer=model.optimizer,
+            lora=model.lora,
+            train_base=self.train_base_model,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+        if model.lora.quantize_base is not None:
+            self._check_quantized(model)
+        if self.engine.deepspeed_config is not None:
+            check_optimizer_block(self.engine.deepspeed_config, recipe.optimizer)
+        return recipe
+
+    def _check_quantized(self, model: ModelConfig) -> None:
+        """Stop where frozen weights in few bits cannot serve."""
+        place = f"quantize_base {model.lora.quantize_base}"
+        if model.lora.lora_dim == 0:
+            raise UserError(f"{place}: packed weights cannot train; add adapters with lora_dim")
+        if self.train_base_model:
+            raise UserError(f"{place}: packed weights cannot train; drop train_base_model")
+        if model.zero_stage == 3:
+            raise UserError(
+                f"{place}: ZeRO-3 shards what weights it can gather, and packed ones it cannot; "
+                "use zero_stage 0, 1 or 2"
+            )
+        require_package("bitsandbytes", "quantize_base")
+
+    def save_plan(self, model_name: str, recipe: Recipe, *inside: str) -> SavePlan:
+        """Plan the folder of one model: output_dir, or each of these folders inside it."""
+        folders = (
+            [Path(self.output_dir, name) for name in inside or ("",)] if self.output_dir else []
+        )
+        return plan_saving(
+            self.lora_save,
+            model_name,
+            recipe.lora,
+            train_base=recipe.train_base,
+            output_dirs=folders,
+        )
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """Learning-rate schedule over so many optimizer steps."""
+        return schedule_factory(self.lr_scheduler_type, self.num_warmup_steps, total_steps)
+
+    def engine_config(self, model: ModelConfig, dtype: str, micro_batch: int) -> EngineConfig:
+        """The engine of one model: the run's settings, the model's stage, and what is known now."""
+        return EngineConfig(
+            **vars(self.engine),
+            dtype=dtype,
+            zero_stage=model.zero_stage,
+            micro_batch_size=micro_batch,
+        )

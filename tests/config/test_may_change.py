@@ -1,0 +1,36 @@
+"""Settings that a resumed run may give otherwise; all others must be what they were."""
+
+import pytest
+
+from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.settings import flags_of
+
+RATES = {
+    *("learning_rate", "head_learning_rate", "lora_learning_rate"),
+    *("lora_embedding_learning_rate", "loraplus_lr_ratio"),
+}
+COMMON = {
+    *("output_dir", "save_steps", "save_total_limit", "resume", "resume_with_new_rates"),
+    *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project"),
+    *("deepspeed", "local_rank", "only_optimize_lora"),
+    *("data_output_path", "preprocessing_num_workers"),
+    *("deepspeed_config", "dtype"),  # compared by what they come to
+}
+ROLES = {
+    *("actor_model_name_or_path", "critic_model_name_or_path", "reward_model_name_or_path"),
+    *("print_answers", "print_answers_interval"),
+    *(f"{role}_{rate}" for role in ("actor", "critic") for rate in RATES),
+}
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (SFTSettings, COMMON | RATES | {"model_name_or_path", "print_loss"}),
+        (RewardSettings, COMMON | RATES | {"model_name_or_path"}),
+        (RLHFSettings, COMMON | ROLES),
+    ],
+)
+def test_exactly_these_may_change(settings, expected):
+    flags = [flag for flag in flags_of(settings) if not flag.rule.retired]
+    assert {flag.name for flag in flags if flag.rule.may_change} == expected
