@@ -33,7 +33,7 @@ from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model, load_config
 from dschat.settings import Settings, setting
 from dschat.text.encoding import encode
-from dschat.text.formats import choose_format
+from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from inference.conversation import Turn, fit_conversation, settled_part
 
@@ -128,7 +128,7 @@ class Chatbot:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
     ):
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
-        self.form = choose_format(tokenizer)
+        self.form = set_format(tokenizer)
         self.turns: list[Turn] = []
         self.max_prompt_len = prompt_room(model.config, settings.max_new_tokens)
 

@@ -26,7 +26,7 @@ from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.report import PHASE_NAMES
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
-from dschat.text.formats import choose_format
+from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         settings.model_name_or_path, settings.add_eot_token, settings.eot_token
     )
     asked = settings.data.prompt_format
-    choose_format(tokenizer, asked, teaches=True, end_is_given=settings.add_eot_token)
+    set_format(tokenizer, asked, teaches=True, end_is_given=settings.add_eot_token)
     marks = Marks.of(sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     for line in inspect(settings, tokenizer, marks):
         print(line)

@@ -23,7 +23,7 @@ from dschat.data.splits import PHASES, parse_proportions, phase_split
 from dschat.data.stream import RowStream, columns_of, complete, in_turns, rows_of_phase
 from dschat.data.tokenise import FEATURES, converter, tokenise
 from dschat.errors import UserError
-from dschat.text.formats import choose_format
+from dschat.text.formats import choose_format, template_end
 from dschat.text.tokenizer import tokenizer_fingerprint
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
@@ -92,7 +92,7 @@ def create_prompt_dataset(
 
     Every source's train rows are divided among the phases by `config.data_split`; its test rows are
     evaluated on in every phase and never trained on. Prompts have the format that the tokenizer
-    carries (`formats.choose_format`). A set is tokenised once by one process, also when independent
+    carries (`formats.set_format`). A set is tokenised once by one process, also when independent
     runs want it at the same time.
 
     Args:
@@ -105,7 +105,11 @@ def create_prompt_dataset(
     Raises:
         UserError: bad input, a full disk, or no rows left.
     """
-    choose_format(tokenizer)
+    if choose_format(tokenizer).name == "chat" and template_end(tokenizer) != tokenizer.eos_token:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r}: its eos_token {tokenizer.eos_token!r} does not "
+            "end answers in its chat template; call set_format(tokenizer) first"
+        )
     request = _Request(config, tokenizer, phase, seed, max_seq_len, max_prompt_len)
     if config.streaming:
         return _stream(request)

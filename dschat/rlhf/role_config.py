@@ -12,6 +12,7 @@ from dschat.models.reward_model import DISK_HEAD, check_reward_head, read_head
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.retokenise import Retokeniser
+from dschat.text.formats import set_format
 from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
 from dschat.train.engine import Recipe, Schedule
 from dschat.utils.ds_utils import EngineConfig
@@ -136,6 +137,7 @@ class RoleNames:
         if self.critic is not None and same_model(self.reward, self.critic):
             return None  # compared above
         reader = load_hf_tokenizer(self.reward)
+        set_format(reader)
         longest = getattr(load_config(self.reward), "max_position_embeddings", None)
         retokenise = Retokeniser.between(tokenizer, reader, self.reward, longest)
         if retokenise is not None and self.share_trunk == "all":

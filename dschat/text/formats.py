@@ -22,7 +22,7 @@ from dschat.text.conversations import (
 
 PROMPT_FORMATS = ("dschat", "chat")
 CONFIG_KEY = "prompt_format"  # in tokenizer_config.json, which every model folder carries
-USE_DSCHAT = "mend the template or use --prompt_format dschat"
+USE_DSCHAT = "fix the template or use --prompt_format dschat"
 
 
 class DschatFormat:
@@ -38,11 +38,11 @@ class DschatFormat:
     opening = ""  # between "Assistant:" on a screen and an answer
 
     def prompt(self, prompt: Prompt) -> str:
-        """The text up to an open answer."""
+        """Write the text up to an open answer."""
         return prompt if isinstance(prompt, str) else "".join(self.earlier(prompt))
 
     def earlier(self, prompt: Prompt) -> list[str]:
-        """The prompt's text as context, answer, context, …, ending in a context."""
+        """Divide the prompt's text into context, answer, context, …, ending in a context."""
         if isinstance(prompt, str):
             return answers_within(prompt)
         pieces = [""]
@@ -60,7 +60,7 @@ class DschatFormat:
         return pieces
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
-        """The text of an answer to `prompt`, whose own text is `opened`."""
+        """Write the text of an answer to `prompt`, whose own text is `opened`."""
         return text if isinstance(prompt, str) else _spaced(text)
 
 
@@ -83,17 +83,17 @@ class ChatFormat:
     opening = " "
 
     def prompt(self, prompt: Prompt) -> str:
-        """The text up to an open answer."""
+        """Write the text up to an open answer."""
         turns = as_turns(prompt)
         if not turns or turns[-1].role == "assistant":
             raise UserError(
                 "the prompt ends inside an answer, or is empty, where a chat template opens a new "
-                "answer; mend or drop the row, or use --prompt_format dschat"
+                "answer; fix or drop the row, or use --prompt_format dschat"
             )
         return self._render(turns, is_open=True)
 
     def earlier(self, prompt: Prompt) -> list[str]:
-        """The prompt's text as context, answer, context, …, ending in a context.
+        """Divide the prompt's text into context, answer, context, …, ending in a context.
 
         The end tokens between an answer and the next context are left out.
 
@@ -117,7 +117,7 @@ class ChatFormat:
         return [*pieces, whole[at:]]
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
-        """The text of an answer to `prompt`, whose own text is `opened`.
+        """Write the text of an answer to `prompt`, whose own text is `opened`.
 
         Raises:
             UserError: the template changes the prompt when the answer is there, drops the answer's
@@ -131,13 +131,13 @@ class ChatFormat:
         content = text.strip()
         if not content:
             return ""
-        told = self._render((*as_turns(prompt), Turn("assistant", text)), is_open=False)
-        if not told.startswith(opened):
+        rendered = self._render((*as_turns(prompt), Turn("assistant", text)), is_open=False)
+        if not rendered.startswith(opened):
             raise UserError(
                 "the chat template writes the prompt otherwise once it is answered, so prompt and "
                 f"answer cannot be told apart; {USE_DSCHAT}"
             )
-        tail = told[len(opened) :]
+        tail = rendered[len(opened) :]
         start = tail.find(content)
         stop = tail.find(end, start + len(content))
         if start < 0 or stop < 0:
@@ -153,10 +153,10 @@ class ChatFormat:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open: bool) -> str:
-    """A conversation through the chat template, with an answer opened behind it if `is_open`."""
+    """Write a conversation by the chat template, with an answer opened after it if `is_open`."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_open
         )
     except (TemplateError, TypeError, ValueError) as error:
@@ -164,31 +164,27 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open:
             f"the chat template refuses the conversation ({brief(error)}); fix or drop the row, "
             "or use --prompt_format dschat"
         ) from error
+    assert isinstance(text, str)
+    return text
 
 
 PromptFormat = DschatFormat | ChatFormat
 
 
 def choose_format(
-    tokenizer: PreTrainedTokenizerBase,
-    asked: str | None = None,
-    *,
-    teaches: bool = False,
-    end_is_given: bool = False,
+    tokenizer: PreTrainedTokenizerBase, asked: str | None = None, *, teaches: bool = False
 ) -> PromptFormat:
-    """Settle the format of a model and note it in its tokenizer, which is saved with the model.
+    """Choose the format of a model by its tokenizer, which stays as it is.
 
     It is the one asked for, else the one stored, else `chat` where the tokenizer has a template.
-    The rule looks at no data, so that scripts without data come to the same answer. Under `chat`
-    the token that ends answers in the template becomes the `eos_token`.
+    The rule looks at no data, so that scripts without data come to the same answer.
 
     Args:
         teaches: the model is about to learn the format (step 1), so another than the stored one
             may be asked for; anywhere else it would be read what it never learned.
-        end_is_given: the user has named the end token, so the template must not change it.
 
     Raises:
-        UserError: a format that contradicts the stored one, or a template that cannot serve.
+        UserError: a format that contradicts the stored one, or a template that is missing.
     """
     stored = tokenizer.init_kwargs.get(CONFIG_KEY)
     if stored is not None and stored not in PROMPT_FORMATS:
@@ -202,49 +198,81 @@ def choose_format(
             f"{stored!r}; leave the flag out, or train step 1 anew with it"
         )
     name = asked or stored or ("chat" if tokenizer.chat_template else "dschat")
-    if name == "chat":
-        _adopt_end(tokenizer, end_is_given)
-    tokenizer.init_kwargs[CONFIG_KEY] = name
-    return ChatFormat(tokenizer) if name == "chat" else DschatFormat()
+    if name == "dschat":
+        return DschatFormat()
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"--prompt_format chat: the tokenizer of {tokenizer.name_or_path!r} has no chat "
+            "template; give a model that has one, or use --prompt_format dschat"
+        )
+    return ChatFormat(tokenizer)
+
+
+def set_format(
+    tokenizer: PreTrainedTokenizerBase,
+    asked: str | None = None,
+    *,
+    teaches: bool = False,
+    end_is_given: bool = False,
+) -> PromptFormat:
+    """Choose the format and note it in the tokenizer, which is saved with the model.
+
+    Under `chat` the token that ends answers in the template becomes the `eos_token`.
+
+    Args:
+        asked, teaches: as in `choose_format`.
+        end_is_given: the user has named the end token, so the template must not change it.
+
+    Raises:
+        UserError: as `choose_format`; a template that cannot serve, or contradicts the end token.
+    """
+    form = choose_format(tokenizer, asked, teaches=teaches)
+    if isinstance(form, ChatFormat):
+        end = template_end(tokenizer)
+        if end != tokenizer.eos_token and end_is_given:
+            raise UserError(
+                f"--eot_token {tokenizer.eos_token!r}: the chat template of "
+                f"{tokenizer.name_or_path!r} ends answers with {end!r}; leave --add_eot_token out, "
+                "or use --prompt_format dschat"
+            )
+        if end != tokenizer.eos_token:
+            tokenizer.eos_token = end
+    tokenizer.init_kwargs[CONFIG_KEY] = form.name
+    return form
 
 
 def describe_format(
     form: PromptFormat, tokenizer: PreTrainedTokenizerBase, stored: str | None
 ) -> str:
-    """One line on what prompts look like; `stored` is the format that the model came with."""
+    """Describe prompts in one line; `stored` is the format that the model came with."""
     what = "the tokenizer's chat template" if form.name == "chat" else "Human: and Assistant:"
     line = f"prompt format {form.name} ({what}), answers end with {tokenizer.eos_token!r}"
     return line if stored in (None, form.name) else f"{line}; the model came with {stored}"
 
 
-def _adopt_end(tokenizer: PreTrainedTokenizerBase, end_is_given: bool) -> None:
-    """Make the token that ends answers in the chat template the `eos_token`."""
-    name = tokenizer.name_or_path
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"--prompt_format chat: the tokenizer of {name!r} has no chat template; give a model "
-            "that has one, or use --prompt_format dschat"
-        )
-    asked, answer = (Turn("user", "Question"),), "Answer"
+def template_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Find the special token that ends answers in the chat template.
+
+    Raises:
+        UserError: there is none, or the template writes the prompt otherwise once it is answered.
+    """
+    name, question, answer = tokenizer.name_or_path, (Turn("user", "Question"),), "Answer"
     try:
-        opened = render(tokenizer, asked, True)
-        told = render(tokenizer, (*asked, Turn("assistant", answer)), False)
+        opened = render(tokenizer, question, True)
+        rendered = render(tokenizer, (*question, Turn("assistant", answer)), False)
     except UserError as error:
         raise UserError(f"tokenizer {name!r}: {error}") from error
-    tail = told[len(opened) :].partition(answer)[2].lstrip()
+    if not rendered.startswith(opened):
+        raise UserError(
+            f"tokenizer {name!r}: its chat template writes the prompt otherwise once it is "
+            f"answered; {USE_DSCHAT}"
+        )
+    tail = rendered[len(opened) :].partition(answer)[2].lstrip()
     tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     end = max((token for token in tokens if tail.startswith(token)), key=len, default=None)
-    if not told.startswith(opened) or end is None:
-        fault = (
-            "ends no answer with a special token, so nothing would tell a model to stop"
-            if told.startswith(opened)
-            else "writes the prompt otherwise once it is answered"
+    if end is None:
+        raise UserError(
+            f"tokenizer {name!r}: its chat template ends no answer with a special token, so "
+            f"nothing would tell a model to stop; {USE_DSCHAT}"
         )
-        raise UserError(f"tokenizer {name!r}: its chat template {fault}; {USE_DSCHAT}")
-    if end != tokenizer.eos_token:
-        if end_is_given:
-            raise UserError(
-                f"--eot_token {tokenizer.eos_token!r}: the chat template of {name!r} ends answers "
-                f"with {end!r}; leave --add_eot_token out, or use --prompt_format dschat"
-            )
-        tokenizer.eos_token = end
+    return end

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.errors import UserError, brief
-from dschat.text.formats import CONFIG_KEY, choose_format
+from dschat.text.formats import CONFIG_KEY, choose_format, set_format
 from dschat.utils.module.model_source import is_local, resolve_model
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -93,7 +93,7 @@ def check_same_tokenizer(
     Raises:
         UserError: the model's own tokenizer differs in vocabulary, special tokens or format.
     """
-    shared = choose_format(tokenizer, end_is_given=eot_token is not None).name
+    shared = choose_format(tokenizer).name
     other = load_hf_tokenizer(
         model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
     )
@@ -103,7 +103,7 @@ def check_same_tokenizer(
             f"{model_name_or_path}: trained with the prompt format {stored!r}, but "
             f"{tokenizer.name_or_path} with {shared!r}; train both with one --prompt_format"
         )
-    choose_format(other, shared, end_is_given=eot_token is not None)
+    set_format(other, shared, end_is_given=eot_token is not None)
     if shared == "chat" and other.chat_template != tokenizer.chat_template:
         raise UserError(
             f"{model_name_or_path}: its chat template is not that of {tokenizer.name_or_path}; "
@@ -125,6 +125,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     for transient in ("padding", "truncation"):
         backend.pop(transient, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    if tokenizer.init_kwargs.get(CONFIG_KEY) == "chat":
+    if choose_format(tokenizer).name == "chat":
         special.append(tokenizer.chat_template)
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()

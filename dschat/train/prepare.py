@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dschat.models.save import check_output_dir
-from dschat.text.formats import CONFIG_KEY, choose_format, describe_format
+from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.train.run_config import StartConfig
@@ -83,7 +83,7 @@ def setup_run(
     check_output_dir(output_dir)
     tokenizer = load_hf_tokenizer(model_name_or_path, end is not None, end or "<|endoftext|>")
     stored = tokenizer.init_kwargs.get(CONFIG_KEY)
-    form = choose_format(
+    form = set_format(
         tokenizer, prompt_format, teaches=teaches_format, end_is_given=end is not None
     )
     distributed = init_distributed()

@@ -3,7 +3,7 @@
 import pytest
 
 from dschat.errors import UserError
-from dschat.text.formats import choose_format
+from dschat.text.formats import set_format
 from tests.data.spec import Spec
 from tests.text.templates import COUNTING, ENDLESS, FAMILIES, THINKING, with_template
 
@@ -36,6 +36,7 @@ def rows_of(write_rows, tmp_path):
             seed=1,
             **options,
         )
+        set_format(tokenizer)
         return spec.make(tokenizer, phase)
 
     return make
@@ -182,6 +183,6 @@ def test_a_template_that_rewrites_earlier_answers_trains_the_last_alone(byte_tok
 def test_templates_that_cannot_serve_are_refused(family, words, byte_tokenizer):
     tokenizer = with_template(byte_tokenizer, family)
     with pytest.raises(UserError, match=words) as caught:
-        choose_format(tokenizer)
+        set_format(tokenizer)
     assert "--prompt_format dschat" in str(caught.value) and "\n" not in str(caught.value)
-    assert choose_format(tokenizer, "dschat").name == "dschat"
+    assert set_format(tokenizer, "dschat").name == "dschat"

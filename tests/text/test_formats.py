@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from dschat.errors import UserError
 from dschat.text.conversations import Turn
-from dschat.text.formats import CONFIG_KEY, choose_format, describe_format
+from dschat.text.formats import CONFIG_KEY, choose_format, describe_format, set_format
 from dschat.text.tokenizer import (
     check_same_tokenizer,
     load_hf_tokenizer,
@@ -21,31 +21,40 @@ TALK = (*ASKED, Turn("assistant", "we"), Turn("user", "lo"))
 
 def test_default_is_dschat_without_a_template_and_chat_with_one(byte_tokenizer):
     assert choose_format(byte_tokenizer).name == "dschat"
-    del byte_tokenizer.init_kwargs[CONFIG_KEY]
     assert choose_format(with_template(byte_tokenizer, FAMILIES["chatml"])).name == "chat"
+
+
+def test_a_choice_changes_nothing_and_a_set_format_is_chosen_again(byte_tokenizer):
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    before = dict(tokenizer.init_kwargs), tokenizer.eos_token
+    for name in ("chat", "dschat", None):
+        choose_format(tokenizer, name)
+    assert (dict(tokenizer.init_kwargs), tokenizer.eos_token) == before
+    set_format(tokenizer, "dschat")
+    assert choose_format(tokenizer).name == "dschat" and tokenizer.eos_token == before[1]
 
 
 def test_format_and_end_token_are_saved_with_the_tokenizer(byte_tokenizer, tmp_path):
     tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
     for name, end in (("dschat", "<end>"), ("chat", "<|im_end|>")):
-        choose_format(tokenizer, name, teaches=True)
+        set_format(tokenizer, name, teaches=True)
         tokenizer.save_pretrained(tmp_path / name)
         settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
         assert (settings[CONFIG_KEY], settings["eos_token"]) == (name, end)
         again = load_hf_tokenizer(str(tmp_path / name))
-        assert (choose_format(again).name, again.eos_token) == (name, end)
+        assert (set_format(again).name, again.eos_token) == (name, end)
         # Without this package the folder is an ordinary one.
         assert AutoTokenizer.from_pretrained(tmp_path / name).eos_token == end
 
 
 def test_another_format_is_for_the_step_that_teaches_it(byte_tokenizer):
     tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
-    choose_format(tokenizer, "dschat")
-    assert choose_format(tokenizer, "dschat").name == "dschat"
+    set_format(tokenizer, "dschat")
+    assert set_format(tokenizer, "dschat").name == "dschat"
     with pytest.raises(UserError, match=r"--prompt_format chat: .*was trained with .*'dschat'"):
-        choose_format(tokenizer, "chat")
-    form = choose_format(tokenizer, "chat", teaches=True)
-    assert form.name == "chat" == choose_format(tokenizer).name
+        set_format(tokenizer, "chat")
+    form = set_format(tokenizer, "chat", teaches=True)
+    assert form.name == "chat" == set_format(tokenizer).name
     assert describe_format(form, tokenizer, "dschat") == (
         "prompt format chat (the tokenizer's chat template), answers end with '<|im_end|>'; "
         "the model came with dschat"
@@ -55,15 +64,15 @@ def test_another_format_is_for_the_step_that_teaches_it(byte_tokenizer):
 
 def test_what_cannot_be_is_refused(byte_tokenizer):
     with pytest.raises(UserError, match=r"has no chat template; .*--prompt_format dschat"):
-        choose_format(byte_tokenizer, "chat")
+        set_format(byte_tokenizer, "chat")
     tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
     with pytest.raises(UserError, match=r"ends answers with '<\|im_end\|>'; leave --add_eot_token"):
-        choose_format(tokenizer, end_is_given=True)
+        set_format(tokenizer, end_is_given=True)
     tokenizer.eos_token = "<|im_end|>"
-    assert choose_format(tokenizer, end_is_given=True).name == "chat"
+    assert set_format(tokenizer, end_is_given=True).name == "chat"
     tokenizer.init_kwargs[CONFIG_KEY] = "alpaca"
     with pytest.raises(UserError, match=r"prompt_format in tokenizer_config\.json is 'alpaca'"):
-        choose_format(tokenizer)
+        set_format(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +84,14 @@ def test_what_cannot_be_is_refused(byte_tokenizer):
 )
 def test_a_template_that_raises_is_one_line(template, words, byte_tokenizer):
     with pytest.raises(UserError, match=words) as caught:
-        choose_format(with_template(byte_tokenizer, Family(template, "")))
+        set_format(with_template(byte_tokenizer, Family(template, "")))
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_that_changes_what_is_said_is_refused(byte_tokenizer):
     family = FAMILIES["zephyr"]
     shouting = Family(family.template.replace("m['content']", "m['content'] | lower"), family.end)
-    form = choose_format(with_template(byte_tokenizer, FAMILIES["zephyr"]))
+    form = set_format(with_template(byte_tokenizer, FAMILIES["zephyr"]))
     byte_tokenizer.chat_template = shouting.template
     assert form.answer(ASKED, form.prompt(ASKED), "we") == "we"
     with pytest.raises(UserError, match=r"changes its text \(answer 'We'\)"):
@@ -90,14 +99,14 @@ def test_a_template_that_changes_what_is_said_is_refused(byte_tokenizer):
 
 
 def test_a_prompt_that_ends_in_an_answer_is_refused_under_chat(byte_tokenizer):
-    form = choose_format(with_template(byte_tokenizer, FAMILIES["zephyr"]))
+    form = set_format(with_template(byte_tokenizer, FAMILIES["zephyr"]))
     for prompt in ("\n\nHuman: hi\n\nAssistant: Sure,", ""):
         with pytest.raises(UserError, match="prompt ends inside an answer, or is empty"):
             form.prompt(prompt)
 
 
 def test_dschat_text_of_turns(byte_tokenizer):
-    form = choose_format(byte_tokenizer)
+    form = set_format(byte_tokenizer)
     prompt = form.prompt((Turn("system", "Be kind."), *TALK))
     assert prompt == "Be kind.\n\nHuman: hi\n\nAssistant: we\n\nHuman: lo\n\nAssistant:"
     assert form.answer(TALK, prompt, "so") == form.answer(TALK, prompt, " so") == " so"
@@ -112,7 +121,7 @@ def test_the_set_is_tokenised_anew_for_another_format_or_template(byte_tokenizer
     for name, template in (("dschat", None), ("chat", None), ("chat", THINKING.template)):
         tokenizer.eos_token = "<|im_end|>"
         tokenizer.chat_template = template or tokenizer.chat_template
-        choose_format(tokenizer, name, teaches=True)
+        set_format(tokenizer, name, teaches=True)
         prints.add(tokenizer_fingerprint(tokenizer))
     assert len(prints) == 3
 
@@ -120,9 +129,9 @@ def test_the_set_is_tokenised_anew_for_another_format_or_template(byte_tokenizer
 def test_models_of_one_run_share_a_format(byte_tokenizer, tmp_path):
     tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
     tokenizer.save_pretrained(tmp_path / "plain")
-    choose_format(tokenizer, "dschat")
+    set_format(tokenizer, "dschat")
     tokenizer.save_pretrained(tmp_path / "dschat")
-    choose_format(tokenizer, "chat", teaches=True)
+    set_format(tokenizer, "chat", teaches=True)
     tokenizer.save_pretrained(tmp_path / "chat")
     check_same_tokenizer(tokenizer, str(tmp_path / "plain"))
     check_same_tokenizer(tokenizer, str(tmp_path / "chat"))

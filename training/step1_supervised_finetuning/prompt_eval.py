@@ -20,7 +20,7 @@ from dschat.models.causal_lm import create_hf_model
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
 from dschat.text.encoding import encode
-from dschat.text.formats import choose_format
+from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.utils.distributed import set_random_seed
@@ -122,7 +122,7 @@ def main() -> None:
 
     # Each model is asked in the format it was trained with
     formats = {
-        label: choose_format(tokenizer, end_is_given=settings.add_eot_token)
+        label: set_format(tokenizer, end_is_given=settings.add_eot_token)
         for label, tokenizer in tokenizers.items()
     }
     for question in settings.prompts or QUESTIONS[settings.language]:
