@@ -44,6 +44,7 @@ CELLS = {
     "zero 3, pairs": Setting(micro_batch=4, zero_stage=3, ema_decay=0.5),
     "zero 3, held": Setting(micro_batch=2, accumulation=2, zero_stage=3, lora=LORA, ema_decay=0.5),
 }
+EPOCHS = 2  # of one step each
 RLOO = {"advantage_estimator": "rloo", "answers_per_prompt": 2, "kl_estimator": "k3"}
 GRPO = {"advantage_estimator": "grpo", "answers_per_prompt": 2, "kl_coefficient": 0.5}
 CHANGES = {
@@ -74,7 +75,9 @@ def train(
     if pairs:
         roles = without_critic(roles)
         e = dataclasses.replace(e, group=GROUP, values=None)
-    trainer = ppo_trainer(roles, setting, distributed.world_size, **{"ppo_epochs": 2, **changes})
+    trainer = ppo_trainer(
+        roles, setting, distributed.world_size, **{"ppo_epochs": EPOCHS, **changes}
+    )
     figures = trainer.train_rlhf([share(e, distributed)])
     rank = distributed.rank
     # The average first: nothing has gathered the weights since the step.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.rounding import ROUNDING
 from tests.rlhf.tiny_roles import (
     FULL,
     LORA,
@@ -29,7 +30,8 @@ def test_ema_follows_real_steps_in_fp32(load_roles, lora):
         now = weights(roles.actor.module)
         expected = {n: 0.75 * old + 0.25 * now[n].float() for n, old in expected.items()}
     assert all(average.dtype == torch.float32 for average in roles.ema.shadow.values())
-    assert_same(roles.ema.shadow, expected, 1e-6)
+    # Two steps of three roundings here and there, of weights below 1.
+    assert_same(roles.ema.shadow, expected, 12 * ROUNDING)
 
     live = weights(roles.actor.module)
     with roles.ema.applied() as module:

@@ -15,12 +15,14 @@ from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.module.lora import fused_adapters
 from tests.helpers.adapters import ALONE, plan, with_adapter
+from tests.helpers.rounding import LOGITS
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.one_base import SFT_LORA, save_one_base
 from tests.rlhf.tiny_roles import (
     LORA,
     Setting,
     assert_same,
+    assert_trained_alike,
     largest_change,
     ppo_trainer,
     rollout,
@@ -84,12 +86,12 @@ def test_layouts_agree(one_base, distributed, family, lora):
             assert torch.equal(found.sequences, expected.sequences)
             for part in PARTS:
                 torch.testing.assert_close(
-                    getattr(found, part), getattr(expected, part), atol=1e-5, rtol=0
+                    getattr(found, part), getattr(expected, part), atol=LOGITS, rtol=0
                 )
         names = started.keys() & results[0][0].keys()  # four trunks keep no second head
         assert len(names) > 5
         assert_same({n: started[n] for n in names}, results[0][0], 0.0)
-        assert_same({n: ended[n] for n in names}, results[0][2], 1e-6)
+        assert_trained_alike({n: ended[n] for n in names}, results[0][2], setting, steps=4)
 
 
 def test_weights_are_there_once(one_base, distributed):

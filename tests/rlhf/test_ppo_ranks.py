@@ -9,9 +9,10 @@ import torch
 
 from dschat.rlhf.experience import Experience
 from tests.helpers.launch import run_ranks
+from tests.helpers.rounding import LOGITS, ROUNDING
 from tests.helpers.tiers import by_tier, tiers
-from tests.rlhf.ppo_worker import CELLS, CHANGES, train
-from tests.rlhf.tiny_roles import Setting, end_after, ppo_trainer, prompts
+from tests.rlhf.ppo_worker import CELLS, CHANGES, EPOCHS, train
+from tests.rlhf.tiny_roles import Setting, assert_trained_alike, end_after, ppo_trainer, prompts
 
 PAIRS = [name for name, changes in CHANGES.items() if "answers_per_prompt" in changes]
 NO_PAIRS = [name for name in CELLS if name not in PAIRS]
@@ -72,12 +73,8 @@ def test_weights_agree(on_two_ranks, on_one, name, what):
     if what == "critic" and name in PAIRS:
         assert what not in on_two_ranks(name)
         return
-    actual, expected = on_two_ranks(name)[what], on_one(name)[what]
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(
-            actual[key], value, atol=1e-6, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
-        )
+    steps = CHANGES.get(name, {}).get("ppo_epochs", EPOCHS)
+    assert_trained_alike(on_two_ranks(name)[what], on_one(name)[what], CELLS[name], steps)
 
 
 @pytest.mark.parametrize("name", tiers(CELLS, CORE))
@@ -95,14 +92,15 @@ def test_figures_agree(on_two_ranks, on_one, name):
     assert len(norms) == (0 if "zero 0" in name else 1 if name in PAIRS else 2)
     assert all(norm > 0 for norm in norms.values())
     expected = {n: x for n, x in on_one(name)["figures"].items() if not n.endswith("grad_norm")}
-    assert figures == pytest.approx(expected, abs=1e-5)
+    assert figures == pytest.approx(expected, abs=LOGITS)
     assert on_two_ranks(name)["kl_coefficient"] == pytest.approx(on_one(name)["kl_coefficient"])
 
 
 def test_gradient_norms_do_not_depend_on_the_stage(on_two_ranks):
     two, three = (on_two_ranks(f"zero {stage}, lora")["figures"] for stage in (2, 3))
     for name in ("actor_grad_norm", "critic_grad_norm"):
-        assert two[name] == pytest.approx(three[name], rel=1e-5)
+        # A root of a sum of at most 4,000 squares, each off by about 64 ** 0.5 roundings.
+        assert two[name] == pytest.approx(three[name], rel=4000**0.5 * 8 * ROUNDING)
 
 
 @pytest.mark.slow
@@ -121,5 +119,5 @@ def test_ranks_may_generate_unequally_long(on_two_ranks, name):
     assert figures["answer_length"] == pytest.approx((1 + 2 + 6) / 3)
     assert figures["ended"] == pytest.approx(2 / 3)
     assert figures["kl_k3"] > 0
-    assert figures["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert figures["ratio"] == pytest.approx(1.0, abs=LOGITS)
     assert figures["clip_fraction"] == 0.0

@@ -12,7 +12,7 @@ from tests.rlhf.slow_ppo import Numbers, SlowPPO, Text
 from tests.rlhf.tiny_roles import (
     EPS,
     Setting,
-    assert_same,
+    assert_trained_alike,
     largest_change,
     ppo_trainer,
     rollout,
@@ -103,7 +103,7 @@ def test_updates_equal_those_of_plain_pytorch(load_roles, folders, case):
     assert (reference.beta != numbers.kl) == (case.endswith("adaptive KL"))
 
     expected = {name: p.detach().float() for name, p in reference.actor.named_parameters()}
-    assert_same(weights(roles.actor.module), expected, 1e-6)
+    assert_trained_alike(weights(roles.actor.module), expected, setting, steps=6)
     if roles.critic is None:
         return
     critic = {
@@ -111,4 +111,4 @@ def test_updates_equal_those_of_plain_pytorch(load_roles, folders, case):
         for name, p in weights(roles.critic.module).items()
     }
     expected = {name: p.detach().float() for name, p in reference.critic.named_parameters()}
-    assert_same(critic, expected, 1e-6)
+    assert_trained_alike(critic, expected, setting, steps=6)

@@ -25,6 +25,7 @@ from tests.rlhf.tiny_roles import (
     Folders,
     Setting,
     assert_same,
+    assert_trained_alike,
     ppo_trainer,
     prompts,
     rollout,
@@ -164,9 +165,10 @@ def test_on_two_ranks_a_fresh_head_is_one(folders, distributed, on_two_ranks):
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_trunk_on_two_ranks_trains_as_on_one(on_two_ranks, distributed, stage):
     one_base, e, found = on_two_ranks
-    expected = trained(one_trunk(0, micro_batch=4), one_base, distributed, e)
+    setting = one_trunk(0, micro_batch=4)
+    expected = trained(setting, one_base, distributed, e)
     assert len(expected) > 20
-    assert_same(found[stage], expected, 2e-6)
+    assert_trained_alike(found[stage], expected, setting, steps=2)
 
 
 def test_offloaded_weights_come_for_a_pass_and_cost_no_way_back():

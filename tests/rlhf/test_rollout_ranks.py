@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.helpers.launch import run_ranks
+from tests.helpers.rounding import LOGITS
 from tests.rlhf.rollout_worker import CELLS
+from tests.rlhf.tiny_roles import assert_trained_alike
 
 # Every layer is gathered anew for every sampled token: a minute.
 pytestmark = pytest.mark.slow
@@ -39,16 +41,12 @@ def test_rows_groups_and_ends(results, name, rank):
 def test_logprobs_are_those_of_the_whole_model(results, name, rank):
     cut = results[rank][name]["cut"]
     for e, plain in zip(cut["experiences"], cut["plain"], strict=True):
-        torch.testing.assert_close(e["logprobs"], plain, atol=2e-5, rtol=0)
-        torch.testing.assert_close(e["ref_logprobs"], plain, atol=2e-5, rtol=0)
+        torch.testing.assert_close(e["logprobs"], plain, atol=2 * LOGITS, rtol=0)
+        torch.testing.assert_close(e["ref_logprobs"], plain, atol=2 * LOGITS, rtol=0)
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_the_update_does_not_depend_on_the_blocks(results, name):
     cut, whole = results[0][name]["cut"], results[0][name]["whole"]
-    assert cut["statistics"] == pytest.approx(whole["statistics"], abs=1e-5)
-    assert cut["actor"].keys() == whole["actor"].keys()
-    for key, value in whole["actor"].items():
-        torch.testing.assert_close(
-            cut["actor"][key], value, atol=2e-6, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
-        )
+    assert cut["statistics"] == pytest.approx(whole["statistics"], abs=LOGITS)
+    assert_trained_alike(cut["actor"], whole["actor"], CELLS[name], steps=3)

@@ -25,6 +25,7 @@ from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers import tiny
+from tests.helpers.rounding import adam_tolerance, weight_rtol
 
 MODELS = {
     "llama": tiny.tiny_llama,
@@ -203,6 +204,21 @@ def assert_same(one: dict, other: dict, tolerance: float) -> None:
     for name, value in one.items():
         torch.testing.assert_close(
             value, other[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_trained_alike(one: dict, other: dict, setting: Setting, steps: int) -> None:
+    """The same weights but for rounding, after so many steps of this setting on either side."""
+    assert one.keys() == other.keys()
+    ratio = OptimizerConfig().loraplus_lr_ratio
+    for name, value in one.items():
+        rate = setting.learning_rate * (ratio if name.endswith("lora_B") else 1.0)
+        torch.testing.assert_close(
+            value,
+            other[name],
+            atol=adam_tolerance([rate] * steps, setting.eps, setting.clipping),
+            rtol=weight_rtol(steps),
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
