@@ -78,15 +78,16 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess:
-    """Run a command on the CPU, without a network, as from a fresh shell.
+def launch(command: Sequence[str], cwd: Path, gpu: bool = False) -> subprocess.CompletedProcess:
+    """Run a command without a network, as from a fresh shell; on the CPU unless `gpu`.
 
     Raises:
         subprocess.TimeoutExpired: after TIME_LIMIT; the command's children are killed too.
     """
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if not gpu:
+        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -101,7 +102,12 @@ def launch(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess:
 
 
 def run_worker(
-    plan: Sequence[Sequence[object]], cwd: Path, *, ranks: int, name: str = "worker"
+    plan: Sequence[Sequence[object]],
+    cwd: Path,
+    *,
+    ranks: int,
+    name: str = "worker",
+    gpu: bool = False,
 ) -> tuple[list[Result], str]:
     """Run programs in turn in one process, or in as many as torchrun starts.
 
@@ -118,7 +124,7 @@ def run_worker(
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     torchrun += ["--master_port", free_port()]
     start = [sys.executable, *(torchrun if ranks > 1 else []), str(WORKER)]
-    done = launch([*start, str(folder / "plan.json")], cwd)
+    done = launch([*start, str(folder / "plan.json")], cwd, gpu)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads((folder / "results.json").read_text())
     return [Result(**result) for result in results], done.stdout
