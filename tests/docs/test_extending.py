@@ -30,7 +30,7 @@ def tree(tmp_path_factory) -> Path:
         copy(source, tree / name)
     for name, diff in DIFFS.items():
         apply = subprocess.run(
-            ["git", "apply", "-"], cwd=tree, input=diff, capture_output=True, text=True
+            ["git", "apply", "-C1", "-"], cwd=tree, input=diff, capture_output=True, text=True
         )
         assert apply.returncode == 0, f"{name}: {apply.stderr}"
     return tree
