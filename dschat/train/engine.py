@@ -143,7 +143,7 @@ class Recipe:
         with torch.device("meta"):
             module = build(config)
         if self.lora.lora_dim:
-            match_layers(module, self.lora.lora_module_name, self.lora.modules_to_save)
+            match_layers(module, self.lora)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Adapters on, base frozen, checkpointing on, in place: ready for `build_engine`."""

@@ -29,9 +29,9 @@ PREFIX = "base_model.model.model.layers.0.self_attn"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and an adapter of a language model and one of a reward model."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("models")
     base = save_base(folder / "base", "llama")
     tokenizer = tiny.byte_tokenizer()
     model = with_adapter(create_hf_model(base, tokenizer, torch.float32), LORA)
@@ -46,9 +46,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
+def folder(models: Path, tmp_path: Path) -> Path:
     """A copy of the language model's adapter, to be spoilt."""
-    return Path(shutil.copytree(made / "adapter", tmp_path / "adapter"))
+    return Path(shutil.copytree(models / "adapter", tmp_path / "adapter"))
 
 
 def set_config(folder: Path, **changes: object) -> None:
@@ -146,7 +146,7 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, changes: dict, config: 
     assert_one_line(lambda: load_model(folder), f"adapter {folder}: ", reason)
 
 
-def test_files_that_cannot_be_read(folder: Path, made: Path):
+def test_files_that_cannot_be_read(folder: Path, models: Path):
     def resolve() -> source.ModelSource:
         return resolve_model(str(folder))
 
@@ -154,7 +154,7 @@ def test_files_that_cannot_be_read(folder: Path, made: Path):
     assert_one_line(resolve, "adapter_config.json cannot be read (not a JSON object)")
     (folder / "adapter_config.json").write_text("[]")
     assert_one_line(resolve, "adapter_config.json cannot be read (not a JSON object)")
-    shutil.copy(made / "adapter/adapter_config.json", folder)
+    shutil.copy(models / "adapter/adapter_config.json", folder)
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     assert_one_line(lambda: resolve().read_adapters(), "adapter_model.safetensors cannot be read")
     (folder / "adapter_model.safetensors").unlink()
@@ -177,29 +177,29 @@ def test_bases_that_are_not_there(folder: Path, tmp_path: Path):
     assert_one_line(lambda: load_config(str(folder)), words, "put it back, or set base_model")
 
 
-def test_bases_in_a_circle(folder: Path, made: Path, tmp_path: Path):
+def test_bases_in_a_circle(folder: Path, models: Path, tmp_path: Path):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     set_config(folder, base_model_name_or_path=str(other))
     assert [a.folder for a in resolve_model(str(folder)).adapters] == [other, folder]
-    assert resolve_model(str(folder)).base == str(made / "base")
+    assert resolve_model(str(folder)).base == str(models / "base")
     set_config(other, base_model_name_or_path=str(folder))
     circle = f"its bases go in a circle ({folder} → {other} → {folder})"
     assert_one_line(lambda: resolve_model(str(folder)), circle)
 
 
-def test_adapters_of_the_other_kind_of_model(made: Path):
-    tokenizer, reward = tiny.byte_tokenizer(), str(made / "reward")
+def test_adapters_of_the_other_kind_of_model(models: Path):
+    tokenizer, reward = tiny.byte_tokenizer(), str(models / "reward")
     words = f"adapter {reward}: is a reward model's (SEQ_CLS); give a language"
-    assert_one_line(lambda: load_model(made / "reward"), words)
+    assert_one_line(lambda: load_model(models / "reward"), words)
     check_reward_head(reward)
     for check in (
-        lambda: check_reward_head(str(made / "adapter")),
-        lambda: create_critic_model(str(made / "adapter"), tokenizer, torch.float32),
+        lambda: check_reward_head(str(models / "adapter")),
+        lambda: create_critic_model(str(models / "adapter"), tokenizer, torch.float32),
     ):
         assert_one_line(check, "no score.weight or v_head.weight in it; train one with step 2")
 
 
-def test_tokenizer_is_the_adapters_own_or_its_bases(folder: Path, made: Path):
+def test_tokenizer_is_the_adapters_own_or_its_bases(folder: Path, models: Path):
     own = load_hf_tokenizer(str(folder), add_eot_token=True, eot_token="<end>")
     own.save_pretrained(folder)
     assert load_hf_tokenizer(str(folder)).eos_token == "<end>"
@@ -211,14 +211,14 @@ def test_tokenizer_is_the_adapters_own_or_its_bases(folder: Path, made: Path):
 
 def test_adapter_on_the_hub(folder: Path, monkeypatch):
     """Found by its config; a name without one is a model as before."""
-    asked = []
+    requests = []
 
     def cached(name: str, file: str) -> str | None:
         here = {("whole/cached", "config.json"), ("adapter/cached", "adapter_config.json")}
         return str(folder / file) if (name, file) in here else None
 
     def download(name: str, file: str) -> str:
-        asked.append(name)
+        requests.append(name)
         if name != "some/adapter":
             raise FileNotFoundError(name)
         return str(folder / file)
@@ -228,11 +228,11 @@ def test_adapter_on_the_hub(folder: Path, monkeypatch):
     monkeypatch.setattr(source, "snapshot_download", lambda name, **_: str(folder))
     monkeypatch.setattr(source, "_hub_adapter", functools.cache(source._hub_adapter.__wrapped__))
     for name in ("some/adapter", "adapter/cached"):
-        found = resolve_model(name)
-        assert [(a.name, a.folder) for a in found.adapters] == [(name, folder)]
+        parts = resolve_model(name)
+        assert [(a.name, a.folder) for a in parts.adapters] == [(name, folder)]
     for name in ("some/model", "whole/cached"):
         assert resolve_model(name) == source.ModelSource(name, name)
-    assert asked == ["some/adapter", "some/model"]
+    assert requests == ["some/adapter", "some/model"]
     model = create_hf_model("some/adapter", load_hf_tokenizer("some/adapter"), torch.float32)
     assert torch.equal(model.lm_head.weight, load_model(folder).lm_head.weight)
 
@@ -241,11 +241,11 @@ def plan_of(mode: str, name: object, output: Path, lora=LORA, train_base: bool =
     return plan_saving(mode, str(name), lora, train_base=train_base, output_dirs=[output])
 
 
-def test_what_is_saved_is_decided_before_work(made: Path, tmp_path: Path, capsys):
-    base, out = made / "base", tmp_path / "out"
-    found = plan_of("both", base, out)
-    assert found.merged and found.adapter.base == str(base)
-    assert found.adapter.vocabulary == tiny.VOCABULARY
+def test_what_is_saved_is_decided_before_work(models: Path, tmp_path: Path, capsys):
+    base, out = models / "base", tmp_path / "out"
+    both = plan_of("both", base, out)
+    assert both.merged and both.adapter.base == str(base)
+    assert both.adapter.vocabulary == tiny.VOCABULARY
     assert not plan_of("adapter", base, out).merged
     assert plan_of("merged", base, out) == MERGED
     assert plan_of("both", base, out, lora=LoraConfig()) == MERGED
@@ -255,8 +255,10 @@ def test_what_is_saved_is_decided_before_work(made: Path, tmp_path: Path, capsys
     assert "trains without LoRA: all of it will be saved" in capsys.readouterr().out
 
 
-def test_adapters_that_could_not_be_loaded_again_are_not_saved(made: Path, tmp_path: Path, capsys):
-    base, chained, out = made / "base", made / "adapter", tmp_path / "out"
+def test_adapters_that_could_not_be_loaded_again_are_not_saved(
+    models: Path, tmp_path: Path, capsys
+):
+    base, chained, out = models / "base", models / "adapter", tmp_path / "out"
     cases = [
         (
             base,
@@ -277,8 +279,8 @@ def test_adapters_that_could_not_be_loaded_again_are_not_saved(made: Path, tmp_p
         assert re.search(f"only the merged model .*{re.escape(reason)}", capsys.readouterr().out)
 
 
-def test_adapter_that_training_starts_from_is_not_replaced(made: Path, tmp_path: Path):
-    inside = Path(shutil.copytree(made / "adapter", tmp_path / "out/adapter"))
+def test_adapter_that_training_starts_from_is_not_replaced(models: Path, tmp_path: Path):
+    inside = Path(shutil.copytree(models / "adapter", tmp_path / "out/adapter"))
     for mode in ("both", "merged", "adapter"):
         assert_one_line(
             lambda m=mode: plan_of(m, inside, tmp_path / "out"),

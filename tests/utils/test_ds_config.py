@@ -91,7 +91,7 @@ def test_impossible_settings_are_refused(options: dict, words: str):
 
 def test_user_json_is_merged_key_by_key(merged):
     """Nested keys beside ours, "auto" keeps ours at any depth, what is new comes in."""
-    found = merged(
+    config = merged(
         {
             "train_batch_size": "auto",
             "gradient_clipping": 0.3,
@@ -106,15 +106,15 @@ def test_user_json_is_merged_key_by_key(merged):
             "comms_logger": {"enabled": True},
         }
     )
-    assert found["train_batch_size"] == 24 and found["gradient_clipping"] == 0.3
-    zero = found["zero_optimization"]
+    assert config["train_batch_size"] == 24 and config["gradient_clipping"] == 0.3
+    zero = config["zero_optimization"]
     assert zero["stage"] == 2 and zero["overlap_comm"] is False
     assert zero["reduce_bucket_size"] == 1000
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert zero["stage3_gather_16bit_weights_on_model_save"] is False
-    assert found["bf16"] == {"enabled": True}
-    assert found["comms_logger"] == {"enabled": True}
-    assert "fp16" not in found
+    assert config["bf16"] == {"enabled": True}
+    assert config["comms_logger"] == {"enabled": True}
+    assert "fp16" not in config
 
 
 def test_the_flags_stage_may_be_repeated(merged):

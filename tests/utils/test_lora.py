@@ -31,6 +31,10 @@ MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt
 IDS, MASK = tiny.padded(tiny.token_rows(3, seed=4))
 
 
+def matched(model: nn.Module, names: tuple[str, ...], fully: tuple[str, ...] = ()) -> list[str]:
+    return match_layers(model, LoraConfig(4, lora_module_name=names, modules_to_save=fully))
+
+
 def logits_of(model: nn.Module) -> torch.Tensor:
     return model(input_ids=IDS, attention_mask=MASK.long()).logits
 
@@ -119,33 +123,31 @@ def test_dropout_acts_on_the_adapters_input_alone():
 def test_all_linear_is_every_layer_but_the_head(name: str):
     model = MODELS[name]()
     linear = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    assert set(match_layers(model, ("all-linear",))) == linear - {"lm_head"}
+    assert set(matched(model, ("all-linear",))) == linear - {"lm_head"}
 
 
 def test_all_linear_skips_the_reward_head_and_a_head_of_another_name():
     reward = RewardModel(tiny.tiny_llama().model)
-    assert len(match_layers(reward, ("all-linear",))) == 14
-    assert all(name.startswith("rwtransformer.") for name in match_layers(reward, ("all-linear",)))
+    assert len(matched(reward, ("all-linear",))) == 14
+    assert all(name.startswith("rwtransformer.") for name in matched(reward, ("all-linear",)))
     model = tiny.tiny_llama()
     model.exit = model.lm_head
     model.get_output_embeddings = lambda: model.exit
     del model.lm_head
-    assert "exit" not in match_layers(model, ("all-linear",))
+    assert "exit" not in matched(model, ("all-linear",))
 
 
 def test_substrings_choose_layers():
     model = tiny.tiny_llama()
-    assert match_layers(model, ("q_proj",)) == [
-        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
-    ]
-    assert len(match_layers(model, ("layers.1.",))) == 7
-    assert len(match_layers(model, ("q_proj", "layers.1."))) == 8
-    assert match_layers(model, ("lm_head",)) == ["lm_head"]
+    assert matched(model, ("q_proj",)) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert len(matched(model, ("layers.1.",))) == 7
+    assert len(matched(model, ("q_proj", "layers.1."))) == 8
+    assert matched(model, ("lm_head",)) == ["lm_head"]
 
 
 def test_no_match_says_what_could():
     with pytest.raises(UserError) as caught:
-        match_layers(tiny.tiny_gpt2(), ("decoder.layers.",))
+        matched(tiny.tiny_gpt2(), ("decoder.layers.",))
     message = str(caught.value)
     assert "'decoder.layers.'" in message and "\n" not in message
     assert "c_attn, c_fc, c_proj" in message and "transformer.h.0.attn.c_attn" in message
@@ -155,21 +157,19 @@ def test_no_match_says_what_could():
 def test_embeddings_are_named_by_the_end_of_their_name():
     model = tiny.tiny_opt()
     table = "model.decoder.embed_tokens"
-    assert match_layers(model, ("embed_tokens",)) == [table]
-    assert set(match_layers(model, ("all-linear", "embed_tokens"))) == {
+    assert matched(model, ("embed_tokens",)) == [table]
+    assert set(matched(model, ("all-linear", "embed_tokens"))) == {
         table,
-        *match_layers(model, ("all-linear",)),
+        *matched(model, ("all-linear",)),
     }
-    assert table not in match_layers(model, ("decoder.",))  # a part of a name is a linear layer's
+    assert table not in matched(model, ("decoder.",))  # a part of a name is a linear layer's
     with pytest.raises(UserError, match=r"embed_positions \(OPT.*modules_to_save"):
-        match_layers(model, ("embed_positions",))  # adds an offset to its ids
+        matched(model, ("embed_positions",))  # adds an offset to its ids
 
 
 def test_what_trains_whole_gets_no_adapter():
     model = tiny.tiny_llama()
-    assert match_layers(model, ("q_proj", "lm_head"), ("lm_head",)) == match_layers(
-        model, ("q_proj",)
-    )
+    assert matched(model, ("q_proj", "lm_head"), ("lm_head",)) == matched(model, ("q_proj",))
     convert_linear_layer_to_lora(model, LoraConfig(4, modules_to_save=("norm", "layers.1.mlp")))
     only_optimize_lora_parameters(model, ("norm", "layers.1.mlp"))
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
@@ -257,3 +257,14 @@ def test_model_without_checkpointing_is_refused():
     model.supports_gradient_checkpointing = model.model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match="LlamaForCausalLM has no gradient checkpointing"):
         make_model_gradient_checkpointing_compatible(model)
+
+
+def test_without_a_rank_there_are_no_adapters():
+    model = convert_linear_layer_to_lora(tiny.tiny_llama(), LoraConfig())
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_names_may_stand_apart_or_with_commas_between_them():
+    config = LoraConfig(4, lora_module_name=("q_proj,v_proj", "fc"), modules_to_save=("norm,",))
+    assert config.lora_module_name == ("q_proj", "v_proj", "fc")
+    assert config.modules_to_save == ("norm",)

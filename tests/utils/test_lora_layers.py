@@ -1,4 +1,4 @@
-"""Adapted layers against the formula and PEFT's layers: outputs, gradients, what is kept."""
+"""Adapted layers against the formula and PEFT's layers: outputs, gradients, what they save."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def ours_and_peft(options: dict) -> tuple[nn.Module, nn.Module, dict[str, tuple]
     for name in NAMES:
         layer, other = getattr(ours, name), getattr(theirs, name)
         if isinstance(layer, LoRAEmbedding):
-            found = {"lora_embedding_A": other.lora_embedding_A["default"]}
-            found["lora_embedding_B"] = other.lora_embedding_B["default"]
+            of_peft = {"lora_embedding_A": other.lora_embedding_A["default"]}
+            of_peft["lora_embedding_B"] = other.lora_embedding_B["default"]
         else:
-            found = {"lora_A": other.lora_A["default"].weight}
-            found["lora_B"] = other.lora_B["default"].weight
+            of_peft = {"lora_A": other.lora_A["default"].weight}
+            of_peft["lora_B"] = other.lora_B["default"].weight
         if options.get("use_dora"):
-            found["lora_magnitude"] = other.lora_magnitude_vector["default"].weight
-        assert layer.adapter.keys() == found.keys()
-        for leaf, parameter in found.items():
+            of_peft["lora_magnitude"] = other.lora_magnitude_vector["default"].weight
+        assert layer.adapter.keys() == of_peft.keys()
+        for leaf, parameter in of_peft.items():
             mine = layer.adapter[leaf]
             assert mine.shape == parameter.shape
             if leaf == "lora_magnitude":  # both have measured the rows' lengths
@@ -158,18 +158,18 @@ def test_nothing_is_kept_that_the_gradients_do_not_need():
     layer.weight.requires_grad_(False)
     layer.bias.requires_grad_(False)
     x = torch.randn(64, 32, requires_grad=True)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
     own = {p.data_ptr() for p in layer.parameters()}
-    activations = [t for t in kept if t.data_ptr() not in own]
+    activations = [t for t in saved if t.data_ptr() not in own]
     assert sorted(t.numel() for t in activations) == [64 * 2, 64 * 32]
     assert x.data_ptr() in {t.data_ptr() for t in activations}
-    kept.clear()
+    saved.clear()
     layer.adapter_enabled = False
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert all(t.data_ptr() in own for t in kept)
+    assert all(t.data_ptr() in own for t in saved)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])

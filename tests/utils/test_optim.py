@@ -112,8 +112,8 @@ def test_rates_and_decays_of_each_group():
     model = RewardModel(adapted_llama(use_dora=True, lora_module_name=names).model)
     model.requires_grad_(True)
     groups = by_name(get_optimizer_grouped_parameters(model, config))
-    found = {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()}
-    assert found == {
+    rates_and_decay = {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()}
+    assert rates_and_decay == {
         "decay": (1e-4, 0.1),
         "no_decay": (1e-4, 0.0),
         "lora_A": (2e-4, 0.1),

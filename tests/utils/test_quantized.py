@@ -81,11 +81,11 @@ def test_weights_take_their_bits_and_nothing_dense_is_kept(bits: str):
     layer = QuantizedLoRALinear(base_layer("linear"), LoraConfig(4, quantize_base=bits))
     assert layer.packed.nbytes == 64 * 96 * (0.5 if bits == "4bit" else 1)
     assert set(layer.state_dict()) == {"bias", "lora_A", "lora_B"}
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     x = torch.randn(7, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert max(t.numel() for t in kept) == 7 * 64
+    assert max(t.numel() for t in saved) == 7 * 64
     assert "8bit" in repr(layer) or "4bit" in repr(layer)
 
 

@@ -36,25 +36,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
-def match_layers(
-    model: nn.Module, module_names: Iterable[str], modules_to_save: Iterable[str] = ()
-) -> list[str]:
-    """Name the layers that get adapters.
+def match_layers(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Name the layers that get adapters, by `lora_module_name`.
 
-    Args:
-        model: any module; only names, types and identity are read, so `meta` will do.
-        module_names: substrings of the full names of linear layers; `all-linear` for all of them
-            but the output head; the end of an embedding's name (`embed_tokens`) for its table.
-        modules_to_save: modules that train fully and get no adapter; see
-            `fully_trained_modules`.
+    It holds substrings of the full names of linear layers; `all-linear` for all of them but the
+    output head; the end of an embedding's name (`embed_tokens`) for its table. What
+    `modules_to_save` trains fully gets no adapter. Only names, types and identity of the model's
+    modules are read, so `meta` will do.
 
     Raises:
         UserError: nothing matches (the message lists what could), or an embedding does more than
             look up rows.
     """
-    names = tuple(module_names)
-    modules = dict(model.named_modules())
-    trained = fully_trained_modules(model, modules_to_save)
+    names, modules = config.lora_module_name, dict(model.named_modules())
+    trained = fully_trained_modules(model, config.modules_to_save)
     free = {
         name: m
         for name, m in modules.items()
@@ -138,7 +133,7 @@ def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Mod
     """
     if config.lora_dim == 0:
         return model
-    for name in match_layers(model, config.lora_module_name, config.modules_to_save):
+    for name in match_layers(model, config):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         base = getattr(parent, leaf)
         layer = _adapted(base, config)
