@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from dschat.config.data import check_streaming
 from dschat.data.batching import BatchSampler
-from dschat.data.config import BatchConfig, DataConfig, SFTDataConfig
-from dschat.settings import Settings, group, setting
-from dschat.train.run_config import ModelConfig, RunConfig
-
-
-@dataclass(frozen=True)
-class StepSettings(Settings):
-    """Settings that steps 1 and 2 share."""
-
-    model_name_or_path: str = setting(MISSING, "model folder or hub id", may_change=True)
-    batch: BatchConfig = group(BatchConfig)
-    eval_interval: int = setting(
-        0, "optimizer steps between evaluations; 0: per epoch only", at_least=0
-    )
-    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the data", at_least=0)
+from dschat.data.config import SFTDataConfig
+from dschat.models.packing import check_packing
+from dschat.settings import group, setting
+from dschat.train.run_config import ModelConfig, RunConfig, StepSettings
 
 
 @dataclass(frozen=True)
 class SFTSettings(StepSettings):
     """Step 1, supervised fine-tuning."""
+
+    KIND, PHASE = "step 1 (SFT)", 1
 
     data: SFTDataConfig = group(SFTDataConfig)
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 9.65e-6})
@@ -42,6 +33,12 @@ class SFTSettings(StepSettings):
         batching = "packing" if self.packing else self.batch.own_batching
         check_streaming(self.data, self.run, self.max_steps, batching)
 
+    def check_model(self) -> None:
+        """Stop where the model cannot be trained by these settings; read its config alone."""
+        super().check_model()
+        if self.packing:
+            check_packing(self.model_name_or_path, self.batch.max_seq_len)
+
     def sampler(self) -> BatchSampler:
         """Choose how training rows become batches."""
         return self.batch.sampler(packing=self.packing)
@@ -51,7 +48,8 @@ class SFTSettings(StepSettings):
 class RewardSettings(StepSettings):
     """Step 2, reward model."""
 
-    data: DataConfig = group(DataConfig)
+    KIND, PHASE = "step 2 (reward model)", 2
+
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5})
     run: RunConfig = group(RunConfig, log={"tensorboard_path": "step2_tensorboard"})
     margin: float = setting(0.0, "margin by which chosen should beat rejected")

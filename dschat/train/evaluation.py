@@ -1,19 +1,18 @@
-"""What steps 1 and 2 train and evaluate by: one batch's loss or scores, one whole set's figures.
+"""Losses and scores of one batch in steps 1 and 2, and figures of an entire evaluation set.
 
-Evaluation covers the whole set once on any number of ranks, weighted by tokens or pairs.
+Evaluation covers the set once on any number of ranks, weighted by tokens or pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dschat.data.collators import PackedBatch, PairBatch, SFTBatch
-from dschat.data.loaders import Loader
 from dschat.functional.losses import sft_loss
 from dschat.models.causal_lm import forward_inputs
 from dschat.models.packing import packed_inputs
@@ -23,7 +22,7 @@ from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 
 def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
-    """The summed loss of a batch's trained tokens."""
+    """Sum of the loss over a batch's trained tokens."""
     if isinstance(batch, PackedBatch):
         inputs = packed_inputs(model, batch.input_ids, batch.position_ids)
     else:
@@ -33,13 +32,15 @@ def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
 
 
 def trained_tokens(batch: SFTBatch) -> torch.Tensor:
-    """How many tokens of a batch the loss runs over."""
+    """Count the tokens of a batch that the loss runs over."""
     return batch.loss_mask[:, 1:].sum()
 
 
 @torch.no_grad()
-def evaluate_answers(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
-    """Loss (nats per answer token) and perplexity over the whole evaluation set, all ranks."""
+def evaluate_answers(
+    engine: nn.Module, loader: Iterable[SFTBatch], device: torch.device
+) -> dict[str, float]:
+    """Loss (nats per answer token) and perplexity over the evaluation set, all ranks."""
     was_training = engine.training
     engine.eval()
     total = tokens = 0.0
@@ -56,16 +57,19 @@ def evaluate_answers(engine: nn.Module, loader: Loader, device: torch.device) ->
 def pair_scores(model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) scores of the chosen and (B,) of the rejected answers."""
     values = model(batch.input_ids, batch.attention_mask)
-    return scores_at_end(values, batch.attention_mask).chunk(2)
+    chosen, rejected = scores_at_end(values, batch.attention_mask).chunk(2)
+    return chosen, rejected
 
 
-def pairs(batch: PairBatch) -> torch.Tensor:
-    """How many pairs of a batch the loss runs over."""
+def pair_count(batch: PairBatch) -> torch.Tensor:
+    """Count the pairs of a batch that the loss runs over."""
     return batch.real.sum()
 
 
 @torch.no_grad()
-def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
+def evaluate_pairs(
+    engine: nn.Module, loader: Iterable[PairBatch], device: torch.device
+) -> dict[str, float]:
     """Loss, accuracy, margin, confidence, mean and spread of the scores, over all ranks.
 
     Confidence is the mean of sigmoid(margin), the probability that the model gives to the
@@ -73,36 +77,45 @@ def evaluate_pairs(engine: nn.Module, loader: Loader, device: torch.device) -> d
     """
     was_training = engine.training
     engine.eval()
-    sums = torch.zeros(7, dtype=torch.float64)
+    totals: dict[str, float] = {}
     for batch in loader:
         batch = batch.to(device)
         chosen, rejected = pair_scores(engine, batch)
-        margin = (chosen - rejected)[batch.real].double().cpu()
-        both = torch.cat([chosen[batch.real], rejected[batch.real]]).double().cpu()
-        won = (margin > 0).double() + 0.5 * (margin == 0).double()
-        loss = -F.logsigmoid(margin)
-        parts = [loss, won, margin, margin.sigmoid(), both / 2, both.square() / 2]
-        counted = [*(part.sum().item() for part in parts), len(margin)]
-        sums += torch.tensor(counted, dtype=torch.float64)
+        for name, total in _pair_sums(chosen[batch.real], rejected[batch.real]).items():
+            totals[name] = totals.get(name, 0.0) + total
     engine.train(was_training)
-    *sums, count = all_reduce_sum(sums.tolist())
-    names = ("loss", "accuracy", "margin", "confidence", "mean_score")
-    *means, mean_square = (total / max(count, 1.0) for total in sums)
-    figures = dict(zip(names, means, strict=True))
-    figures["score_std"] = math.sqrt(max(mean_square - figures["mean_score"] ** 2, 0.0))
-    return figures
+    totals = dict(zip(totals, all_reduce_sum([*totals.values()]), strict=True))
+    pairs = max(totals.pop("pairs"), 1.0)
+    figures = {name: total / pairs for name, total in totals.items()}
+    variance = figures.pop("mean_square") - figures["mean_score"] ** 2
+    return figures | {"score_std": math.sqrt(max(variance, 0.0))}
+
+
+def _pair_sums(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:
+    """Sums over the pairs of one batch: (N,) scores of the chosen, (N,) of the rejected."""
+    margin = (chosen - rejected).double().cpu()
+    both = torch.cat([chosen, rejected]).double().cpu()  # (2N,), each counts half a pair
+    sums = {
+        "loss": -F.logsigmoid(margin),
+        "accuracy": (margin > 0).double() + 0.5 * (margin == 0).double(),
+        "margin": margin,
+        "confidence": margin.sigmoid(),
+        "mean_score": both / 2,
+        "mean_square": both.square() / 2,
+    }
+    return {name: part.sum().item() for name, part in sums.items()} | {"pairs": float(len(margin))}
 
 
 def scores_summary(
     figures: Mapping[str, float], num_pairs: int, data: str
 ) -> RewardStatistics | None:
-    """What is saved of `evaluate_pairs`' figures with the reward model.
+    """Statistics to save with the reward model, from the figures of `evaluate_pairs`.
 
     Args:
         data: key of the rows.
 
     Returns:
-        None, said in a line, where all scores are equal or some are not finite.
+        None, reported in a line, where all scores are equal or some are not finite.
     """
     summary = RewardStatistics(figures["mean_score"], figures["score_std"], 2 * num_pairs, data)
     if summary.usable:

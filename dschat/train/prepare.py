@@ -1,23 +1,46 @@
-"""Start-up of every program: device, process group, tokenizer, output folder."""
+"""Preparation of a run: everything before the training loop.
+
+1. `setup_run`: dtype, output folder, tokenizer, process group, seed       (every program)
+2. `plan_model`: check a model and how it trains, without its weights      (steps 1 and 2)
+3. `RunContext.load_data` and `.loader`: tokenised rows, this rank's batches
+4. `prepare`: plan the steps, find the checkpoint, load the model, build the engine
+5. `Run.start`: open the log, seed this rank, restore the checkpoint
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from dschat.data.batching import BatchSampler
+from dschat.data.config import DataConfig
+from dschat.data.datasets import PromptData, create_prompt_dataset
+from dschat.data.loaders import Loader, build_loader
+from dschat.data.stream import RowStream, StreamLoader
 from dschat.models.save import check_output_dir
+from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.train.engine import resolve_dtype, torch_dtype
-from dschat.train.run_config import StartConfig
+from dschat.train.checkpointer import Checkpointer, Position
+from dschat.train.engine import Engine, Recipe, build_engine, resolve_dtype, torch_dtype
+from dschat.train.metrics import MetricLogger
+from dschat.train.progress import TrainingLog
+from dschat.train.resume import RunPlan, StepPlan
+from dschat.train.run_config import StartConfig, StepSettings
 from dschat.utils.distributed import (
     Distributed,
+    from_local_main,
     init_distributed,
     print_rank_0,
     set_random_seed,
 )
+from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.perf import Gpus
 
 
@@ -32,6 +55,7 @@ class RunContext:
     distributed: Distributed
     dtype_name: str
     tokenizer: PreTrainedTokenizerBase
+    seed: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +83,41 @@ class RunContext:
         is_cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if is_cuda else None
         return Gpus(self.world_size, self.dtype, name)
+
+    def load_data(
+        self, config: DataConfig, phase: int, max_seq_len: int, max_prompt_len: int | None = None
+    ) -> PromptData:
+        """Tokenise the rows of a phase, once on each node, and print their counts."""
+        data = create_prompt_dataset(
+            config,
+            self.tokenizer,
+            phase,
+            seed=self.seed,
+            max_seq_len=max_seq_len,
+            max_prompt_len=max_prompt_len,
+            once=from_local_main,
+        )
+        print_rank_0("\n".join(data.report.lines()))
+        return data
+
+    def loader(
+        self,
+        rows: datasets.Dataset | RowStream,
+        collator: Callable[[Sequence[Any]], Any],
+        batches: int | BatchSampler,
+        *,
+        shuffle: bool,
+    ) -> Loader | StreamLoader:
+        """Build a loader of this rank's batches: so many rows each, or a sampler's."""
+        return build_loader(
+            rows,
+            collator,
+            batches,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self.seed,
+            shuffle=shuffle,
+        )
 
 
 def setup_run(
@@ -89,4 +148,103 @@ def setup_run(
     distributed = init_distributed()
     print_rank_0(describe_format(form, tokenizer, stored), distributed.rank)
     set_random_seed(config.seed)
-    return RunContext(distributed, dtype, tokenizer)
+    return RunContext(distributed, dtype, tokenizer, config.seed)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model to train, checked before its weights load."""
+
+    name: str
+    recipe: Recipe
+    engine: EngineConfig
+    save: SavePlan
+
+
+def plan_model(
+    ctx: RunContext, settings: StepSettings, build: Callable[[PretrainedConfig], nn.Module]
+) -> ModelPlan:
+    """Check a model and how it trains and is saved.
+
+    Args:
+        build: makes the module of a config; called on `meta`, without weights.
+
+    Raises:
+        UserError: settings that contradict each other, the model or the DeepSpeed JSON.
+    """
+    run, name = settings.run, settings.model_name_or_path
+    rows = settings.batch.per_device_train_batch_size
+    engine = run.engine_config(settings.model, ctx.dtype_name, rows)
+    get_train_ds_config(engine, ctx.world_size)
+    recipe = run.recipe(settings.model)
+    recipe.check(name, build)
+    settings.check_model()
+    return ModelPlan(name, recipe, engine, run.save_plan(name, recipe))
+
+
+class CreateModel(Protocol):
+    """A function that loads a model's weights, such as `create_hf_model`."""
+
+    def __call__(
+        self,
+        model_name_or_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        *,
+        ds_config: dict | None,
+        dropout: float | None,
+    ) -> nn.Module:
+        """Load the model; partitioned where the DeepSpeed config asks for ZeRO-3."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of steps 1 or 2 whose engine is built."""
+
+    ctx: RunContext
+    settings: StepSettings
+    model: ModelPlan
+    steps: StepPlan
+    engine: Engine
+    checkpointer: Checkpointer
+
+    def start(self) -> tuple[TrainingLog, Position]:
+        """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
+        run, ctx = self.settings.run, self.ctx
+        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
+        log = TrainingLog(metrics, self.engine, self.model.recipe, ctx.gpus, self.steps.total_steps)
+        set_random_seed(ctx.seed + ctx.rank)
+        return log, self.checkpointer.restore({"model": self.engine}, {"log": log})
+
+
+def prepare(
+    ctx: RunContext,
+    settings: StepSettings,
+    model: ModelPlan,
+    data: PromptData,
+    train_loader: Loader | StreamLoader,
+    create: CreateModel,
+) -> Run:
+    """Plan the steps, find the checkpoint to resume from, load the model and build its engine.
+
+    Raises:
+        UserError: a checkpoint of another run, or weights that do not fit.
+    """
+    run = settings.run
+    batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
+    steps = StepPlan.of(batches, run.engine.gradient_accumulation_steps, settings.max_steps)
+    optimizers = {"model": model.recipe.optimizer}
+    plan = RunPlan(settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps)
+    checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx.distributed)
+    module = create(
+        model.name,
+        ctx.tokenizer,
+        ctx.dtype,
+        ds_config=get_train_ds_config(model.engine, ctx.world_size),
+        dropout=settings.model.dropout,
+    )
+    schedule = run.schedule(steps.total_steps)
+    engine = build_engine(
+        module, model.engine, model.recipe, schedule, ctx.world_size, settings.KIND
+    )
+    return Run(ctx, settings, model, steps, engine, checkpointer)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from dschat.data.config import BatchConfig, DataConfig
 from dschat.errors import UserError
+from dschat.models.causal_lm import check_context
 from dschat.models.save_plan import SavePlan, plan_saving
 from dschat.settings import Settings, group, setting
 from dschat.train.checkpointer import CheckpointConfig
@@ -122,10 +125,36 @@ class RunConfig(StartConfig):
         return schedule_factory(self.lr_scheduler_type, self.num_warmup_steps, total_steps)
 
     def engine_config(self, model: ModelConfig, dtype: str, micro_batch: int) -> EngineConfig:
-        """The engine of one model: the run's settings, the model's stage, and what is known now."""
+        """Combine the run's engine settings with a model's stage, dtype and micro-batch."""
         return EngineConfig(
             **vars(self.engine),
             dtype=dtype,
             zero_stage=model.zero_stage,
             micro_batch_size=micro_batch,
         )
+
+
+@dataclass(frozen=True)
+class StepSettings(Settings):
+    """Settings of a program that trains one model: steps 1 and 2.
+
+    Attributes:
+        KIND: name of the program. PHASE: number of the step whose rows it reads.
+    """
+
+    KIND: ClassVar[str]
+    PHASE: ClassVar[int]
+
+    model_name_or_path: str = setting(MISSING, "model folder or hub id", may_change=True)
+    batch: BatchConfig = group(BatchConfig)
+    eval_interval: int = setting(
+        0, "optimizer steps between evaluations; 0: per epoch only", at_least=0
+    )
+    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after the data", at_least=0)
+    data: DataConfig = group(DataConfig)
+    model: ModelConfig = group(ModelConfig)
+    run: RunConfig = group(RunConfig)
+
+    def check_model(self) -> None:
+        """Stop where the model cannot be trained by these settings; read its config alone."""
+        check_context(self.model_name_or_path, self.batch.max_seq_len, "max_seq_len")

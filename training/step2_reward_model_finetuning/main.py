@@ -10,90 +10,50 @@ trunk; the head trains in a group of its own.
 
 from __future__ import annotations
 
+from functools import partial
+
 from dschat.config import RewardSettings
 from dschat.config.cli import parse, run_cli
 from dschat.data.collators import PairCollator
-from dschat.data.datasets import create_prompt_dataset
-from dschat.data.loaders import build_loader
 from dschat.functional.losses import mean_scale, pairwise_loss
-from dschat.models.causal_lm import check_context
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
-from dschat.train.checkpointer import Checkpointer
-from dschat.train.engine import accumulation_groups, backward, build_engine
-from dschat.train.evaluation import evaluate_pairs, pair_scores, pairs, scores_summary
-from dschat.train.metrics import MetricLogger
-from dschat.train.prepare import setup_run
-from dschat.train.progress import TrainingLog, batch_counts, timed
-from dschat.train.resume import RunPlan, StepPlan
-from dschat.utils.distributed import (
-    all_reduce_sum,
-    from_local_main,
-    print_rank_0,
-    set_random_seed,
-)
-from dschat.utils.ds_utils import get_train_ds_config
+from dschat.train.engine import accumulation_groups, backward
+from dschat.train.evaluation import evaluate_pairs, pair_count, pair_scores, scores_summary
+from dschat.train.prepare import plan_model, prepare, setup_run
+from dschat.train.progress import batch_counts, timed
+from dschat.utils.distributed import all_reduce_sum
 
 
 def main() -> None:
     """Check, load, train, save."""
     settings = parse(RewardSettings, None, __doc__)
-    run, batch_sizes, model_settings = settings.run, settings.batch, settings.model
-    name = settings.model_name_or_path
+    output_dir, batch_config = settings.run.output_dir, settings.batch
 
-    # 1. everything that can be wrong is checked before weights are loaded
+    # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(
-        name,
-        run,
-        output_dir=run.output_dir,
+        settings.model_name_or_path,
+        settings.run,
+        output_dir=output_dir,
         prompt_format=settings.data.prompt_format,
     )
-    device, world_size, tokenizer = ctx.device, ctx.world_size, ctx.tokenizer
-    micro_batch = batch_sizes.per_device_train_batch_size
-    engine_config = run.engine_config(model_settings, ctx.dtype_name, micro_batch)
-    ds_config = get_train_ds_config(engine_config, world_size)
-    recipe = run.recipe(model_settings)
-    recipe.check(name, RewardModel.from_config)
-    check_context(name, batch_sizes.max_seq_len, "max_seq_len")
-    save_plan = run.save_plan(name, recipe)
-    lengths = {"seed": run.seed, "max_seq_len": batch_sizes.max_seq_len}
-    data = create_prompt_dataset(settings.data, tokenizer, 2, once=from_local_main, **lengths)
-    print_rank_0("\n".join(data.report.lines()))
+    model = plan_model(ctx, settings, RewardModel.from_config)
+    data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len)
 
-    # 2. data, model, engine
-    collator = PairCollator(tokenizer.pad_token_id)
-    ranks = {"rank": ctx.rank, "world_size": world_size, "seed": run.seed}
-    train_loader = build_loader(data.train, collator, settings.sampler(), shuffle=True, **ranks)
-    eval_batch = batch_sizes.per_device_eval_batch_size
-    eval_loader = build_loader(data.eval, collator, eval_batch, shuffle=False, **ranks)
+    # 2. batches, model, engine
+    collator = PairCollator(ctx.tokenizer.pad_token_id)
+    train_loader = ctx.loader(data.train, collator, settings.sampler(), shuffle=True)
+    eval_rows = batch_config.per_device_eval_batch_size
+    eval_loader = ctx.loader(data.eval, collator, eval_rows, shuffle=False)
     sample = data.eval
     if settings.eval_iters is not None:
-        rows = min(len(sample), settings.eval_iters * eval_batch * world_size)
-        sample = sample.shuffle(run.seed).select(range(rows))
-    sample_loader = build_loader(sample, collator, eval_batch, shuffle=False, **ranks)
-    batches_per_step = run.engine.gradient_accumulation_steps
-    batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
-    steps = StepPlan.of(batches, batches_per_step, settings.max_steps)
-    total_steps = steps.total_steps
-    optimizers = {"model": recipe.optimizer}
-    plan = RunPlan("step 2 (reward model)", settings, optimizers, ctx.dtype_name, data.key, steps)
-    checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx.distributed)
-    model = create_critic_model(
-        name,
-        tokenizer,
-        ctx.dtype,
-        ds_config=ds_config,
-        dropout=model_settings.dropout,
-        init_head=True,
-    )
-    schedule = run.schedule(total_steps)
-    engine = build_engine(
-        model, engine_config, recipe, schedule, world_size, "step 2, reward model"
-    )
-    metrics = MetricLogger(run.log, run.output_dir, ctx.rank, checkpointer.continued)
-    log = TrainingLog(metrics, engine, recipe, ctx.gpus, total_steps)
-    set_random_seed(run.seed + ctx.rank)
-    position = checkpointer.restore({"model": engine}, {"log": log})
+        rows = min(len(sample), settings.eval_iters * eval_rows * ctx.world_size)
+        sample = sample.shuffle(ctx.seed).select(range(rows))
+    sample_loader = ctx.loader(sample, collator, eval_rows, shuffle=False)
+    create = partial(create_critic_model, init_head=True)
+    run = prepare(ctx, settings, model, data, train_loader, create)
+    engine, steps, device = run.engine, run.steps, ctx.device
+    log, position = run.start()
 
     # 3. train; evaluate before, at intervals, after each epoch
     step = position.step
@@ -101,12 +61,12 @@ def main() -> None:
         log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
     for epoch in range(position.epoch, steps.epochs):
         train_loader.set_epoch(epoch, skip=position.batches(epoch))
-        for micro_batches in accumulation_groups(train_loader, batches_per_step):
-            if step == total_steps:
+        for micro_batches in accumulation_groups(train_loader, steps.batches_per_step):
+            if step == steps.total_steps:
                 break
             micro_batches = [batch.to(device) for batch in micro_batches]
-            counts = all_reduce_sum(batch_counts(micro_batches, pairs))
-            scale, loss_sum = mean_scale(counts[0], world_size), 0.0
+            counts = all_reduce_sum(batch_counts(micro_batches, pair_count))
+            scale, loss_sum = mean_scale(counts[0], ctx.world_size), 0.0
             for i, batch in enumerate(micro_batches):
                 loss = pairwise_loss(
                     *pair_scores(engine, batch),
@@ -121,16 +81,16 @@ def main() -> None:
             log.step(step, loss_sum, counts)
             if settings.eval_interval and step % settings.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
-            checkpointer.save_if_due(step, epoch)
+            run.checkpointer.save_if_due(step, epoch)
         figures, seconds = timed(evaluate_pairs, engine, eval_loader, device)
         log.evaluation(step, figures, seconds)
-        if step == total_steps:
+        if step == steps.total_steps:
             break
 
     # 4. a model folder that transformers loads, with the statistics that step 3 scales scores by
-    if run.output_dir is not None:
+    if output_dir is not None:
         statistics = scores_summary(figures, len(data.eval), data.key)
-        save_hf_format(engine, tokenizer, run.output_dir, ctx.distributed, save_plan, statistics)
+        save_hf_format(engine, ctx.tokenizer, output_dir, ctx.distributed, model.save, statistics)
     log.close()
 
 
