@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, no GPU unless asked, a fixed seed, tokenizers."""
+"""Settings and fixtures of all tests: one thread, no network, no GPU without --gpu, a seed."""
 
 import os
 

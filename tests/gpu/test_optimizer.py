@@ -26,8 +26,8 @@ def after_steps(device: torch.device | str) -> tuple[list[str], list[nn.Paramete
 
 
 def test_fused_adamw_equals_the_cpus_within_rounding(device):
-    (names, found), (_, expected) = after_steps(device), after_steps("cpu")
-    for name, one, other in zip(names, found, expected, strict=True):
+    (names, on_gpu), (_, on_cpu) = after_steps(device), after_steps("cpu")
+    for name, one, other in zip(names, on_gpu, on_cpu, strict=True):
         rate = CONFIG.rate("lora_B" if name.endswith("lora_B") else "lora_A")
         # A step moves by at most about twice its rate, in a quotient of about 16 operations.
         atol = STEPS * 2 * rate * 16 * ROUNDING

@@ -61,7 +61,7 @@ def save_base(folder: Path, name: str) -> str:
 
 
 def plan(mode: str, base: str, lora: LoraConfig, output: Path) -> SavePlan:
-    """What a step would decide."""
+    """Decide on saving as a step would."""
     return plan_saving(mode, base, lora, train_base=False, output_dirs=[output])
 
 

@@ -69,7 +69,7 @@ def run_ranks(script: str | Path, ranks: int, args: Sequence[str], log_dir: Path
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[Path], deadline: float) -> None:
-    """Until all ranks end well; the first that fails ends the wait, the others would hang."""
+    """Wait until all ranks end well; the first that fails ends it, as the others would hang."""
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:
             tails = "\n".join(log.read_text()[-2000:] for log in logs)

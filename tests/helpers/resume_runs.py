@@ -54,7 +54,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it on one rank; a negative code is the signal that ended it."""
+    """Result of a run on one rank; a negative code is the signal that ended it."""
 
     code: int
     stdout: str
@@ -70,16 +70,16 @@ class Outcome:
 
 
 def while_saving(step: int) -> tuple[str, str]:
-    """A kill when the first file of a state has been written."""
+    """A kill when the first file of a checkpoint has been written."""
     return "torch.save", f"*/.step-{step:06d}.tmp/*"
 
 
 def interrupted(argv: Sequence[str], name: str, save_steps: int, killed: int) -> dict[str, Run]:
     """A run that never stops and never saves; one that is killed in a save; the rest of that."""
-    saving = [*argv, "--save_steps", str(save_steps), "--output_dir", f"{name}-cut"]
+    saving = [*argv, "--save_steps", str(save_steps), "--output_dir", f"{name}-killed"]
     return {
-        f"{name} whole": Run([*argv, "--output_dir", f"{name}-whole"]),
-        f"{name} cut": Run(saving, while_saving(killed)),
+        f"{name} complete": Run([*argv, "--output_dir", f"{name}-complete"]),
+        f"{name} killed": Run(saving, while_saving(killed)),
         f"{name} resumed": Run([*saving, "--resume"]),
     }
 
@@ -97,7 +97,7 @@ def write_models(folder: Path) -> None:
 
 
 def launch_runs(runs: dict[str, Run], folder: Path, ranks: int) -> dict[str, Outcome]:
-    """Run them in turn in `folder`; what rank 0 said, by the names given."""
+    """Run them in turn in `folder`; return rank 0's outcomes by name."""
     plan = [{**vars(run), "port": free_port()} for run in runs.values()]
     (folder / "plan.json").write_text(json.dumps(plan))
     worker, logs = Path(__file__).with_name("resume_worker.py"), folder / "logs"
@@ -119,6 +119,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     assert files
     for file in files:
-        expected, found = load_file(one / file), load_file(other / file)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected), file
+        first, second = load_file(one / file), load_file(other / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first), file

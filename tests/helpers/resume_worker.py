@@ -33,7 +33,7 @@ HEAVY = (arguments, transformers.get_scheduler, transformers.LlamaForSequenceCla
 
 
 def kill_all(pids: Path) -> None:
-    """End every rank of the run as a power cut would, this one last."""
+    """End every rank of the run as a power failure would, this one last."""
     for file in pids.iterdir():
         if (pid := int(file.read_text())) != os.getpid():
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Run the shipped shell scripts with launchers that only print what they were given."""
+"""Run the shipped shell scripts with launchers that only print their arguments."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ exit "${FAKE_EXIT:-0}"
 
 @dataclass(frozen=True)
 class Started:
-    """What a script would have started: the launcher, its own options, main.py's arguments."""
+    """A script's last command: the launcher, its own options, main.py's arguments."""
 
     launcher: str
     options: list[str]

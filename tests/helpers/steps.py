@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: tiny inputs, command lines of the steps, and their launch."""
+"""Tiny inputs, command lines of the steps, and their launch, for the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one program in the worker."""
+    """Result of one program in the worker."""
 
     code: int
     stderr: str

@@ -1,4 +1,4 @@
-"""What a run left behind, as the end-to-end tests read it: metrics and model folders."""
+"""Readers of a run's output for the end-to-end tests: metrics and model folders."""
 
 from __future__ import annotations
 

@@ -37,16 +37,16 @@ def run(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def stderr_into(path: Path) -> Iterator[None]:
-    """Inside, what this process writes to standard error goes to a file, whoever writes it."""
-    kept = os.dup(2)
+    """Send this process's standard error to a file, whoever writes to it."""
+    original = os.dup(2)
     with path.open("w") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(original, 2)
+            os.close(original)
 
 
 def count_reads() -> list[str]:

@@ -24,7 +24,7 @@ SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte behind `<pad>` 0, `<s>` 1, `</s>` 2; with a chat template."""
+    """One token a byte after `<pad>` 0, `<s>` 1, `</s>` 2; with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(models.BPE(vocabulary, []))
@@ -36,7 +36,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
-        prompt_format="dschat",  # the template is there to be kept, not used: it names no roles
+        prompt_format="dschat",  # the template is there to be saved, not used: it names no roles
     )
 
 

@@ -1,4 +1,4 @@
-"""Which commands the three steps in one command come to; none of them is started."""
+"""Commands of the steps that e2e_rlhf.py would run; none of them is started."""
 
 from pathlib import Path
 from types import ModuleType
@@ -59,8 +59,8 @@ def test_a_size_or_its_id_picks_its_script(e2e: ModuleType, prefix: str):
 
 def test_deployment_and_stages_reach_the_scripts(e2e: ModuleType):
     flags = ["--deployment-type", "single_node", "--actor-zero-stage", "3"]
-    found = plan(e2e, "--actor-model", "1.3b", *flags, "--reward-zero-stage", "1", "--seed", "7")
-    assert found == {
+    argv = ["--actor-model", "1.3b", *flags, "--reward-zero-stage", "1", "--seed", "7"]
+    assert plan(e2e, *argv) == {
         1: [
             *("bash", STEP1 + "single_node/run_1.3b.sh", "/out/actor-models", "3"),
             *("--seed", "7"),

@@ -168,7 +168,7 @@ CASES = {
 
 
 def write_wrong_inputs(folder: Path) -> None:
-    """What the cases name, beside a sound model and sound data."""
+    """The wrong inputs that the cases name, beside a sound model and sound data."""
     write_inputs(folder)
     good = preference_rows(20, seed=2)
     write_rows(folder / "no-prompt.jsonl", [{"question": "a", "chosen": "b"}])
@@ -195,7 +195,7 @@ def write_wrong_inputs(folder: Path) -> None:
 
 
 def write_reward_folder(folder: Path) -> None:
-    """What step 2 writes: a trunk with a head of one label."""
+    """A folder as step 2 writes it: a trunk with a head of one label."""
     config = tiny_llama(max_position_embeddings=128).config
     config.num_labels = 1
     LlamaForSequenceClassification(config).save_pretrained(folder)

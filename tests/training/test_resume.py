@@ -23,9 +23,9 @@ from tests.helpers.resume_runs import (
 )
 from tests.helpers.steps import REWARD
 
-SAVING = ["--save_steps", "3", "--output_dir", "sft-cut"]
+SAVING = ["--save_steps", "3", "--output_dir", "sft-killed"]
 RESUMED = [*SFT_LORA, *SAVING, "--resume"]
-LAST = "sft-cut/checkpoints/step-000012"
+LAST = "sft-killed/checkpoints/step-000012"
 FROM_LAST = ["--resume", LAST, "--output_dir", "other"]
 NEW_RATES = ["--learning_rate", "5e-4", "--loraplus_lr_ratio", "8"]
 COPY = f"cp -r {LAST} broken"
@@ -38,29 +38,29 @@ SAMPLING += ["--eval_interval", "2"]
 SAMPLING += ["--critic_warmup_iterations", "1", "--kl_target", "0.5", "--kl_horizon", "8"]
 SAMPLING += ["--update_kl_limit", "1e-3"]
 
-PPO_STATE = ["--save_steps", "1", "--output_dir", "ppo-cut", "--resume"]
+PPO_RESUMED = ["--save_steps", "1", "--output_dir", "ppo-killed", "--resume"]
 
 STEP_1 = {
-    "sft whole": Run([*SFT_LORA, "--output_dir", "sft-whole"]),
-    "sft cut": Run([*SFT_LORA, *SAVING], while_saving(6)),
+    "sft complete": Run([*SFT_LORA, "--output_dir", "sft-complete"]),
+    "sft killed": Run([*SFT_LORA, *SAVING], while_saving(6)),
     # Step 6 is in place and step 3 half removed.
-    "sft cut again": Run(RESUMED, ("os.rename", "*/.step-000003.old.tmp")),
-    # The finished model has taken the place of the output folder, states and all.
-    "sft cut at the end": Run(RESUMED, ("os.rename", "*/.sft-cut.*.old")),
+    "sft killed again": Run(RESUMED, ("os.rename", "*/.step-000003.old.tmp")),
+    # The finished model has taken the place of the output folder, checkpoints and all.
+    "sft killed at the end": Run(RESUMED, ("os.rename", "*/.sft-killed.*.old")),
     "sft resumed": Run(RESUMED),
     "ratio": Run([*SFT_LORA, *FROM_LAST, "--loraplus_lr_ratio", "8"]),
     "new rates": Run([*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates"]),
     "setting": Run([*SFT_LORA, *FROM_LAST, "--gradient_clipping", "0.5"]),
     "other step": Run([REWARD, *MODEL, *LORA, "--dtype", "fp32", *FROM_LAST]),
     "other rows": Run(
-        [*SFT_LORA, *FROM_LAST], shell="cp -r data kept && sed -i 's/ now/ then/' data/train.jsonl"
+        [*SFT_LORA, *FROM_LAST], shell="cp -r data saved && sed -i 's/ now/ then/' data/train.jsonl"
     ),
     "two processes": Run(
         [*SFT_LORA, "--resume", "broken", "--output_dir", "other"],
-        shell="rm -r data && mv kept data && "
+        shell="rm -r data && mv saved data && "
         f"""{COPY} && sed -i 's/"processes": 1/"processes": 2/' broken/state.json""",
     ),
-    "cut file": Run(
+    "truncated file": Run(
         [*SFT_LORA, "--resume", "broken", "--output_dir", "other"],
         shell=f"rm -r broken && {COPY} && truncate -s -1 broken/random-rank-0000.pt",
     ),
@@ -70,14 +70,14 @@ STEPS_2_AND_3 = {
     **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
     **interrupted([*PPO_COMMON, *SAMPLING], "ppo", save_steps=1, killed=3),
     "edited function": Run(
-        [*PPO_COMMON, *SAMPLING, *PPO_STATE], shell="echo '# another' >> own_rewards.py"
+        [*PPO_COMMON, *SAMPLING, *PPO_RESUMED], shell="echo '# another' >> own_rewards.py"
     ),
     "other text": Run(
-        [*PPO_COMMON, *SAMPLING, *PPO_STATE],
+        [*PPO_COMMON, *SAMPLING, *PPO_RESUMED],
         shell="sed -i '$d' own_rewards.py && sed -i 's/make/give/' texts.jsonl",
     ),
     "other statistics": Run(
-        [*PPO_COMMON, *SAMPLING, *PPO_STATE],
+        [*PPO_COMMON, *SAMPLING, *PPO_RESUMED],
         shell="sed -i 's/give/make/' texts.jsonl && sed -i 's/1.5/1.6/' "
         "critic/reward_statistics.json",
     ),
@@ -109,26 +109,26 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 def codes(outcomes: dict[str, Outcome], name: str) -> list[int]:
-    found = {n: o for n, o in outcomes.items() if n.split()[0] == name}
-    for outcome in found.values():
+    runs = {n: o for n, o in outcomes.items() if n.split()[0] == name}
+    for outcome in runs.values():
         assert outcome.code in (0, -9), outcome.stderr[-3000:]
-    return [outcome.code for outcome in found.values()]
+    return [outcome.code for outcome in runs.values()]
 
 
-def states(folder: Path) -> list[str]:
+def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def test_step_1_survives_three_kills(step_1):
-    """In a save, in removing an old state, and while the model takes the output folder's place."""
+    """In a save, in removing a checkpoint, and while the model takes the output folder's place."""
     folder, outcomes = step_1
     assert codes(outcomes, "sft") == [0, -9, -9, -9, 0]
-    resumed = [outcomes[name].stdout for name in ("sft cut again", "sft cut at the end")]
+    resumed = [outcomes[name].stdout for name in ("sft killed again", "sft killed at the end")]
     resumed.append(outcomes["sft resumed"].stdout)
     for step, text in zip((3, 6, 12), resumed, strict=True):
-        assert f"resumed from sft-cut/checkpoints/step-{step:06d} at step {step}\n" in text
-    assert_same_run(folder / "sft-whole", folder / "sft-cut")
-    assert states(folder / "sft-cut") == ["step-000012"]  # and no leftovers
+        assert f"resumed from sft-killed/checkpoints/step-{step:06d} at step {step}\n" in text
+    assert_same_run(folder / "sft-complete", folder / "sft-killed")
+    assert checkpoints(folder / "sft-killed") == ["step-000012"]  # and no leftovers
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_step_2_with_all_weights_in_bf16_at_zero_2(steps_2_and_3):
     folder, outcomes = steps_2_and_3
     assert codes(outcomes, "reward") == [0, -9, 0]
     assert "at step 4\n" in outcomes["reward resumed"].stdout
-    assert_same_run(folder / "reward-whole", folder / "reward-cut")
+    assert_same_run(folder / "reward-complete", folder / "reward-killed")
 
 
 @pytest.mark.slow
@@ -145,15 +145,17 @@ def test_step_3_with_a_moving_average(steps_2_and_3):
     folder, outcomes = steps_2_and_3
     assert codes(outcomes, "ppo") == [0, -9, 0]
     assert "at step 2\n" in outcomes["ppo resumed"].stdout
-    assert {path.name for path in (folder / "ppo-whole").iterdir()} >= {"actor_ema", "critic"}
-    steps = [line for line in figures(folder / "ppo-whole") if "actor_updates" in line]
+    assert {path.name for path in (folder / "ppo-complete").iterdir()} >= {"actor_ema", "critic"}
+    steps = [line for line in figures(folder / "ppo-complete") if "actor_updates" in line]
     assert [line["actor_updates"] > 0 for line in steps] == [False, True, True, True]
     assert all(line["actor_updates"] < 1 for line in steps)
     assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
-    assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
-    answers = [(folder / name / "answers.jsonl").read_text() for name in ("ppo-whole", "ppo-cut")]
+    assert_same_run(folder / "ppo-complete", folder / "ppo-killed")
+    answers = [
+        (folder / name / "answers.jsonl").read_text() for name in ("ppo-complete", "ppo-killed")
+    ]
     assert answers[0] == answers[1] and answers[0].count("\n") == 3 * 3 + 2
-    last = [line for line in figures(folder / "ppo-whole") if line["kind"] == "train"][-1]
+    last = [line for line in figures(folder / "ppo-complete") if line["kind"] == "train"][-1]
     scaled = (last["reward_model"] - 0.2) / 1.5
     assert last["reward"] == pytest.approx(scaled + last["reward_function"], abs=1e-5)
     assert last["ptx_loss"] > 0
@@ -163,8 +165,8 @@ def test_step_3_with_a_moving_average(steps_2_and_3):
 def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
     folder, outcomes = two_ranks
     assert codes(outcomes, "ppo") == [0, -9, 0]
-    assert_same_run(folder / "ppo-whole", folder / "ppo-cut")
-    files = {path.name for path in next((folder / "ppo-cut/checkpoints").iterdir()).iterdir()}
+    assert_same_run(folder / "ppo-complete", folder / "ppo-killed")
+    files = {path.name for path in next((folder / "ppo-killed/checkpoints").iterdir()).iterdir()}
     assert {"ema-rank-0000.pt", "ema-rank-0001.pt", "random-rank-0001.pt"} <= files
 
 
@@ -180,7 +182,7 @@ def test_new_rates_go_into_optimizer_and_schedule(step_1):
     """At the same point of the schedule: A at half of its rate, B at eight times that."""
     folder, outcomes = step_1
     assert outcomes["new rates"].code == 0, outcomes["new rates"].stderr[-3000:]
-    before, after = (figures(folder / name) for name in ("sft-whole", "other"))
+    before, after = (figures(folder / name) for name in ("sft-complete", "other"))
     assert [(r["kind"], r["step"]) for r in before] == [(r["kind"], r["step"]) for r in after]
     assert before[:-2] == after[:-2]  # lines 14 are new: one of training, one of evaluation
     assert after[-2]["lr/lora_A"] == pytest.approx(before[-2]["lr/lora_A"] / 2, rel=1e-12)
@@ -195,7 +197,7 @@ def test_new_rates_go_into_optimizer_and_schedule(step_1):
         ("other step", "a checkpoint of step 1 (SFT), this is step 2 (reward model)"),
         ("other rows", "the rows of data_path data have changed (digest "),
         ("two processes", "saved by 2 processes, now there are 1; start 2, each holds"),
-        ("cut file", "random-rank-0000.pt has "),
+        ("truncated file", "random-rank-0000.pt has "),
         ("fresh start", "holds checkpoints of an earlier run (step-000012); give resume"),
     ],
 )
@@ -230,8 +232,8 @@ def test_the_record_is_for_people(step_1):
 
 
 def test_the_clock_alone_differs(step_1):
-    """What the comparison leaves out is really there, and only that."""
+    """The comparison leaves out figures of time, and nothing else."""
     folder, _ = step_1
-    line = json.loads((folder / "sft-cut/metrics.jsonl").read_text().splitlines()[1])
+    line = json.loads((folder / "sft-killed/metrics.jsonl").read_text().splitlines()[1])
     left = {name for name in line if not name.startswith(TIMES)}
     assert left == {"kind", "step", "loss", "lr/lora_A", "lr/lora_B"} | (left & {"grad_norm"})

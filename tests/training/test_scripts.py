@@ -101,11 +101,11 @@ def test_given_words_and_more_flags_arrive(script: Path, shell, tmp_path: Path):
     # A space in each word: one that is not quoted would fall apart.
     words = {name: str(tmp_path / name.lower() / "with space") for name in [*required, *optional]}
     words |= {name: "1" for name in words if name.endswith("ZERO_STAGE")}
-    found = started(shell(BASH, str(script), *words.values(), "--seed", "77"))
-    assert found.arguments[-2:] == ["--seed", "77"]
+    command = started(shell(BASH, str(script), *words.values(), "--seed", "77"))
+    assert command.arguments[-2:] == ["--seed", "77"]
     for name, word in words.items():
-        assert word in found.arguments, name
-    settings = found.settings()
+        assert word in command.arguments, name
+    settings = command.settings()
     if "training_scripts" in script.parts:
         assert settings.run.seed == 77
         assert settings.run.output_dir == words["OUTPUT"]
@@ -116,11 +116,11 @@ def test_given_words_and_more_flags_arrive(script: Path, shell, tmp_path: Path):
 
 def test_a_missing_required_word_is_told_by_its_place(script: Path, shell):
     required, _ = positional(script)
-    for given in range(len(required)):
-        process = shell(BASH, str(script), *["x"] * given)
+    for count in range(len(required)):
+        process = shell(BASH, str(script), *["x"] * count)
         assert process.returncode != 0
         assert process.stdout == ""  # nothing was started
-        assert re.search(rf": {given + 1}: (the|a) \w+", process.stderr), process.stderr
+        assert re.search(rf": {count + 1}: (the|a) \w+", process.stderr), process.stderr
 
 
 def test_a_failed_run_fails_the_script(
@@ -140,25 +140,25 @@ def test_the_arguments_of_deepspeed_chat_keep_their_places(name: str, shell):
     if len(stages) == 1:
         assert (*required, *optional) == TAKES_OUTPUT_AND_STAGE
         default = started(shell(BASH, str(script))).settings()
-        given = started(shell(BASH, str(script), "there", "3")).settings()
+        other = started(shell(BASH, str(script), "there", "3")).settings()
         assert (default.model.zero_stage,) == stages
-        assert given.model.zero_stage == 3
+        assert other.model.zero_stage == 3
     else:
         assert (*required, *optional) == TAKES_MODELS_STAGES_OUTPUT
         default = started(shell(BASH, str(script), "sft", "reward")).settings()
-        given = started(shell(BASH, str(script), "sft", "reward", "3", "1", "there")).settings()
+        other = started(shell(BASH, str(script), "sft", "reward", "3", "1", "there")).settings()
         assert (default.actor.zero_stage, default.critic.zero_stage) == stages
-        assert (given.actor.zero_stage, given.critic.zero_stage) == (3, 1)
-        assert given.ppo.actor_model_name_or_path == "sft"
-        assert given.ppo.critic_model_name_or_path == "reward"
+        assert (other.actor.zero_stage, other.critic.zero_stage) == (3, 1)
+        assert other.ppo.actor_model_name_or_path == "sft"
+        assert other.ppo.critic_model_name_or_path == "reward"
     assert default.run.output_dir == "./output"
-    assert given.run.output_dir == "there"
+    assert other.run.output_dir == "there"
 
 
 def test_step_1_on_one_gpu_keeps_accumulation_and_rank(shell):
-    found = started(shell(BASH, str(TRAINING / STEP1 / "single_gpu" / "run_1.3b.sh")))
-    assert (found.launcher, found.options) == ("deepspeed", ["--num_gpus", "1"])
-    settings = found.settings()
+    command = started(shell(BASH, str(TRAINING / STEP1 / "single_gpu" / "run_1.3b.sh")))
+    assert (command.launcher, command.options) == ("deepspeed", ["--num_gpus", "1"])
+    settings = command.settings()
     assert settings.model_name_or_path == "facebook/opt-1.3b"
     assert settings.run.engine.gradient_accumulation_steps == 8
     assert settings.model.lora.lora_dim == 128

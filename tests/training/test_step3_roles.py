@@ -24,7 +24,7 @@ from tests.helpers.resume_runs import (
 from tests.helpers.steps_outputs import assert_all_finite, load
 from tests.helpers.tiny import byte_tokenizer
 
-# Two iterations; where a flag is given twice the later one counts.
+# Two iterations; where a flag comes twice the later one counts.
 SHORT = [*PPO_COMMON, "--max_train_samples", "4", "--dtype", "fp32", "--reward_scaling", "none"]
 ADAPTERS = [*SHORT, "--actor_model_name_or_path", "sft-adapter"]
 ADAPTERS += ["--critic_model_name_or_path", "reward-adapter", "--critic_lora_dim", "4"]
@@ -39,7 +39,7 @@ GROUPS += ["--stop_strings", "a", "b", "--fuse_lora_for_generation"]
 RUNS = {
     **interrupted(ONE_TRUNK, "one", save_steps=1, killed=2),
     **interrupted(GROUPS, "groups", save_steps=1, killed=2),
-    "other layout": Run([*ADAPTERS, "--save_steps", "1", "--output_dir", "one-cut", "--resume"]),
+    "other layout": Run([*ADAPTERS, "--save_steps", "1", "--output_dir", "one-killed", "--resume"]),
     "two": Run([*ADAPTERS, "--output_dir", "two"]),
     "four": Run([*ADAPTERS, "--share_trunk", "none", "--output_dir", "four"]),
     "merged": Run(
@@ -87,7 +87,7 @@ def assert_loads(folder: Path, *names: str) -> None:
         load(kind, folder / name)
 
 
-@pytest.mark.parametrize("name", ["two", "four", "merged", "headless", "one whole"])
+@pytest.mark.parametrize("name", ["two", "four", "merged", "headless", "one complete"])
 def test_it_runs_and_saves_models(ran, name):
     folder, outcomes = ran
     assert outcomes[name].code == 0, outcomes[name].stderr[-3000:]
@@ -99,7 +99,7 @@ def test_it_runs_and_saves_models(ran, name):
 def test_each_weight_is_read_once_for_one_trunk(ran):
     _, outcomes = ran
     read = {name: [Path(p).name for p in outcomes[name].read] for name in outcomes}
-    assert read["one whole"] == ["model"]
+    assert read["one complete"] == ["model"]
     assert read["two"] == ["model"] * 2
     assert read["four"] == ["model"] * 4
     assert read["merged"] == ["model", "critic", "model"]
@@ -110,30 +110,30 @@ def test_every_layout_gives_the_same_figures(ran):
     folder, _ = ran
     expected = figures(folder / "four")
     assert len(expected) >= 4
-    for name in ("two", "one-whole"):
-        found = figures(folder / name)
-        assert [line.keys() for line in found] == [line.keys() for line in expected]
-        for line, other in zip(found, expected, strict=True):
+    for name in ("two", "one-complete"):
+        lines = figures(folder / name)
+        assert [line.keys() for line in lines] == [line.keys() for line in expected]
+        for line, other in zip(lines, expected, strict=True):
             numbers = {k: v for k, v in other.items() if isinstance(v, int | float)}
             assert {k: line[k] for k in numbers} == pytest.approx(numbers, abs=1e-4)
 
 
 def test_one_trunk_resumes_bit_for_bit(ran):
     folder, outcomes = ran
-    assert [outcomes[f"one {n}"].code for n in ("whole", "cut", "resumed")] == [0, -9, 0]
-    assert "resumed from one-cut/checkpoints/step-000001" in outcomes["one resumed"].stdout
-    assert_same_run(folder / "one-whole", folder / "one-cut")
+    assert [outcomes[f"one {n}"].code for n in ("complete", "killed", "resumed")] == [0, -9, 0]
+    assert "resumed from one-killed/checkpoints/step-000001" in outcomes["one resumed"].stdout
+    assert_same_run(folder / "one-complete", folder / "one-killed")
 
 
 def test_without_a_critic_it_resumes_bit_for_bit(ran):
     folder, outcomes = ran
-    assert [outcomes[f"groups {n}"].code for n in ("whole", "cut", "resumed")] == [0, -9, 0]
-    assert "resumed from groups-cut/checkpoints/step-000001" in outcomes["groups resumed"].stdout
-    assert_same_run(folder / "groups-whole", folder / "groups-cut")
-    assert_loads(folder / "groups-whole", "actor", "actor_ema")
-    assert not (folder / "groups-whole" / "critic").exists()
-    first, second = (f for f in figures(folder / "groups-whole") if f["kind"] == "train")
-    assert first["ratio"] == 1.0 and first["kl"] == 0.0  # before temperature and fusing told
+    assert [outcomes[f"groups {n}"].code for n in ("complete", "killed", "resumed")] == [0, -9, 0]
+    assert "resumed from groups-killed/checkpoints/step-000001" in outcomes["groups resumed"].stdout
+    assert_same_run(folder / "groups-complete", folder / "groups-killed")
+    assert_loads(folder / "groups-complete", "actor", "actor_ema")
+    assert not (folder / "groups-complete" / "critic").exists()
+    first, second = (f for f in figures(folder / "groups-complete") if f["kind"] == "train")
+    assert first["ratio"] == 1.0 and first["kl"] == 0.0  # before temperature and fusing mattered
     assert second["kl_coefficient"] != first["kl_coefficient"]
     assert first["update_kl"] > 1e-4 and first["actor_updates"] < 1
     assert not any("critic" in name or "value" in name for name in first)

@@ -239,8 +239,8 @@ def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Ru
     """One rank without ZeRO, two with ZeRO 2, the same global batch: the same path in fp32."""
     one, two = one_rank.folder / "sft", two_ranks.folder / "sft"
     for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
-        found, expected = (column(records(folder, kind), *names) for folder in (two, one))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        on_two, on_one = (column(records(folder, kind), *names) for folder in (two, one))
+        torch.testing.assert_close(on_two, on_one, rtol=0, atol=1e-5)
     weights = load_file(one / "model.safetensors")
     for name, tensor in load_file(two / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
@@ -254,8 +254,8 @@ def test_other_batches_are_the_same_on_one_and_on_two_ranks(
     """Packs and micro-batches by tokens are dealt; what an optimizer step averages over is one."""
     one, two = one_rank.folder / name, two_ranks_again.folder / name
     for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
-        found, expected = (column(records(folder, kind), *names) for folder in (two, one))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        on_two, on_one = (column(records(folder, kind), *names) for folder in (two, one))
+        torch.testing.assert_close(on_two, on_one, rtol=0, atol=1e-5)
     losses = column(records(one, "eval"), "loss")
     assert losses[-1] < losses[0]
     # Before training, evaluation by rows is that of the run in rows.
@@ -309,8 +309,8 @@ def test_scores_are_scaled_by_the_figures_of_the_last_evaluation(one_rank: Run):
         scaled = (record["reward_model"] - last["mean_score"]) / last["score_std"]
         assert record["reward"] == pytest.approx(scaled, abs=1e-5)
     assert not list(ppo.rglob("reward_statistics.json"))  # a critic's values are no scores
-    kept = json.loads((ppo / "critic" / "value_scaling.json").read_text())
-    assert (kept["mean"], kept["std"]) == (last["mean_score"], last["score_std"])
+    scaling = json.loads((ppo / "critic" / "value_scaling.json").read_text())
+    assert (scaling["mean"], scaling["std"]) == (last["mean_score"], last["score_std"])
 
 
 def test_ppo_on_two_ranks_in_bf16(two_ranks: Run):
