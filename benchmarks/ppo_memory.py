@@ -40,7 +40,7 @@ from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
+from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import Recipe, torch_dtype
 from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
@@ -86,7 +86,7 @@ def write_folders(args: argparse.Namespace, folder: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def cast(args: argparse.Namespace, folder: Path, layout: str) -> Cast:
+def role_setup(args: argparse.Namespace, folder: Path, layout: str) -> RoleSetup:
     """All roles from the two adapter folders."""
     engine = EngineConfig(zero_stage=0, dtype=args.dtype, micro_batch_size=args.batch)
     recipe = Recipe(
@@ -98,7 +98,7 @@ def cast(args: argparse.Namespace, folder: Path, layout: str) -> Cast:
     actor, critic = (
         RoleConfig(str(folder / name), engine, recipe, schedule) for name in ("actor", "reward")
     )
-    return Cast(actor, critic, FrozenConfig(critic.model, 0, args.dtype), layout)
+    return RoleSetup(actor, critic, FrozenConfig(critic.model, 0, args.dtype), layout)
 
 
 def resident(name: str) -> int:
@@ -125,15 +125,14 @@ def measure(args: argparse.Namespace, folder: Path, layout: str) -> dict[str, ob
     tokenizer = load_hf_tokenizer(str(folder / "actor"))
     before, _ = now_and_peak(device)
     set_random_seed(SEED)
-    roles = DeepSpeedRLHFEngine.load(cast(args, folder, layout), tokenizer, distributed)
+    roles = DeepSpeedRLHFEngine.load(role_setup(args, folder, layout), tokenizer, distributed)
     held, _ = now_and_peak(device)
     config = PPOConfig(
-        SamplingConfig(max_new_tokens=args.answer_tokens),
-        rollout_batch_size=args.batch,
-        micro_batch_size=args.batch,
-        seed=SEED,
+        SamplingConfig(max_answer_seq_len=args.answer_tokens),
+        per_device_generation_batch_size=args.batch,
+        per_device_training_batch_size=args.batch,
     )
-    trainer = DeepSpeedPPOTrainer(roles, config, distributed.world_size)
+    trainer = DeepSpeedPPOTrainer(roles, config, distributed.world_size, seed=SEED)
     set_random_seed(SEED)
     ids = torch.randint(3, len(tokenizer), (args.batch, args.prompt_tokens))
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(args.batch) > 0)

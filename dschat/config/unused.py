@@ -1,32 +1,12 @@
-"""Flags of step 3 that were given and do nothing in the run as it is cast, with the reason."""
+"""Warnings about step-3 flags without effect in a run's configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from dschat.rlhf.role_config import Cast
+from dschat.config.rlhf import RLHFSettings
+from dschat.rlhf.role_setup import RoleSetup
 from dschat.settings import flag_values, given_flags
-from dschat.train.run_config import ModelConfig
-
-
-def unused_flags(settings: Any, cast: Cast, trained: Mapping[str, ModelConfig]) -> Iterator[str]:
-    """A line for each of them.
-
-    Args:
-        settings: `RLHFSettings`. trained: of the roles that train.
-    """
-    yield from _without_switch(settings)
-    yield from _without_adapters(settings, trained)
-    if settings.actor.optimizer.head_learning_rate is not None:
-        yield "--actor_head_learning_rate does nothing: a language model has no head of its own"
-    yield from _dropout(trained)
-    yield from _offload(settings, cast)
-    if cast.critic is None:
-        yield from _of_the_critic(settings, cast)
-    if cast.share_trunk == "none" and not any(m.lora.lora_dim for m in trained.values()):
-        yield "--share_trunk none does nothing: without LoRA no trunk is shared"
-
 
 SWITCHES = {
     "ema_decay": "enable_ema",
@@ -37,65 +17,95 @@ SWITCHES = {
 }
 
 
-def _without_switch(settings: Any) -> Iterator[str]:
+def unused_flags(settings: RLHFSettings) -> Iterator[str]:
+    """Yield a line, with the reason, for each flag that differs from its default without effect."""
+    setup = settings.role_setup("fp32", iterations=1)
+    yield from _without_switch(settings)
+    yield from _without_adapters(settings, setup)
+    if settings.actor.optimizer.head_learning_rate is not None:
+        yield "--actor_head_learning_rate does nothing: a language model has no head of its own"
+    yield from _dropout(settings, setup)
+    yield from _offload(settings, setup)
+    if setup.critic is None:
+        yield from _of_the_critic(settings, setup)
+    if setup.share_trunk == "none" and not _has_adapters(setup):
+        yield "--share_trunk none does nothing: without LoRA no trunk is shared"
+
+
+def warm_up_beyond(settings: RLHFSettings, iterations: int) -> Iterator[str]:
+    """Yield a line where the learning rate would rise to the end of the run."""
+    rising, steps = settings.run.num_warmup_steps, settings.actor_steps(iterations)
+    if rising >= steps:
+        yield (
+            f"--num_warmup_steps {rising}: the actor makes {steps} steps in all and never reaches "
+            "its learning rate; give fewer"
+        )
+
+
+def _has_adapters(setup: RoleSetup) -> bool:
+    return any(role.recipe.lora.lora_dim for role in setup.trained.values())
+
+
+def _without_switch(settings: RLHFSettings) -> Iterator[str]:
     values, given = flag_values(settings), {flag.name for flag in given_flags(settings)}
-    for name, needed in SWITCHES.items():
-        if name in given and not values[needed]:
-            yield f"--{name} does nothing without --{needed}"
+    for name, switch in SWITCHES.items():
+        if name in given and not values[switch]:
+            yield f"--{name} does nothing without --{switch}"
 
 
-def _without_adapters(settings: Any, trained: Mapping[str, ModelConfig]) -> Iterator[str]:
-    """Flags of adapters, which a role that trains all its weights has none of."""
-    for role in (name for name, model in trained.items() if not model.lora.lora_dim):
-        given = [flag for flag in given_flags(settings) if flag.path[0] == role]
-        of_adapters = [f for f in given if f.path[1] == "lora" or f.path[-1].startswith("lora")]
-        names = [f"--{flag.name}" for flag in of_adapters]
-        if names:
-            yield f"{_listed(names)} nothing: without --{role}_lora_dim there are no adapters"
-    if settings.run.train_base_model and not any(m.lora.lora_dim for m in trained.values()):
+def _without_adapters(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
+    """Flags of adapters, given for a role that trains all its weights."""
+    for name, role in setup.trained.items():
+        given = [flag for flag in given_flags(settings) if flag.path[0] == name]
+        flags = [f for f in given if f.path[1] == "lora" or f.path[-1].startswith("lora")]
+        if flags and not role.recipe.lora.lora_dim:
+            names = [f"--{flag.name}" for flag in flags]
+            yield f"{_listed(names)} nothing: without --{name}_lora_dim there are no adapters"
+    if settings.run.train_base_model and not _has_adapters(setup):
         yield "--train_base_model does nothing: without LoRA all weights train"
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names)} {'does' if len(names) == 1 else 'do'}"
 
 
-def _dropout(trained: Mapping[str, ModelConfig]) -> Iterator[str]:
-    for name, model in trained.items():
-        given = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
-        for flag_name in (n for n, value in given.items() if value):
+def _dropout(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
+    models = {"actor": settings.actor, "critic": settings.critic}
+    for name in setup.trained:
+        model = models[name]
+        probabilities = {"dropout": model.dropout, "lora_dropout": model.lora.lora_dropout}
+        for flag_name in (n for n, probability in probabilities.items() if probability):
             yield (
                 f"--{name}_{flag_name} does nothing: PPO compares probabilities of one and "
                 "the same function, so all dropout is off"
             )
 
 
-def _offload(settings: Any, cast: Cast) -> Iterator[str]:
-    with_one_trunk = cast.share_trunk == "all"
-    for name, kept, asked, is_switch in (
-        ("reference", "actor", settings.offload_reference_model, cast.reference_is_actors),
-        ("reward", "critic", settings.offload_reward_model, cast.reward_is_critics),
+def _offload(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
+    roles = settings.roles
+    for name, trained, is_given, is_switch in (
+        ("reference", "actor", roles.offload_reference_model, setup.reference_is_actors),
+        ("reward", "critic", roles.offload_reward_model, setup.reward_is_critics),
     ):
-        if not asked:
+        if not is_given:
             continue
-        if name == "reward" and cast.reward is None:
+        if name == "reward" and setup.reward is None:
             yield "--offload_reward_model does nothing: there is no reward model"
         elif is_switch:
             yield (
                 f"--offload_{name}_model does nothing: with LoRA the {name} model is the "
-                f"{kept} with its adapters off, not a copy"
+                f"{trained} with its adapters off, not a copy"
             )
-        elif with_one_trunk:
+        elif setup.share_trunk == "all":
             yield f"--offload_{name}_model does nothing: its weights are the actor's"
 
 
-def _of_the_critic(settings: Any, cast: Cast) -> Iterator[str]:
-    # The group of the critic's training.
-    given = [f"--{f.name}" for f in given_flags(settings) if f.path[:1] == ("critic",)]
-    if cast.reward is not None and "--critic_zero_stage" in given:
-        given.remove("--critic_zero_stage")  # the frozen reward model is sharded by it
-    if given:
+def _of_the_critic(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
+    names = [f"--{f.name}" for f in given_flags(settings) if f.path[0] == "critic"]
+    if setup.reward is not None and "--critic_zero_stage" in names:
+        names.remove("--critic_zero_stage")  # the frozen reward model is sharded by it
+    if names:
         yield (
-            f"{_listed(given)} nothing: "
+            f"{_listed(names)} nothing: "
             f"--advantage_estimator {settings.ppo.advantage_estimator} trains no critic"
         )

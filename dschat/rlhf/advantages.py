@@ -1,71 +1,80 @@
-"""From scored rollouts to what each answer token is worth, by a critic or by other answers."""
+"""From scored rollouts to advantages: rewards of tokens, the KL coefficient, whitening."""
 
 from __future__ import annotations
 
 import torch
 
-from dschat.functional.returns import (
-    Reduce,
-    generalized_advantages,
-    group_normalised,
-    identity,
-    leave_one_out,
-    shaped_rewards,
-    whiten,
-)
-from dschat.rlhf.experience import Experience
+from dschat.functional.returns import Reduce, identity, shaped_rewards, whiten
+from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.ppo_config import PPOConfig
+
+LARGEST_ERROR = 0.2  # of the KL target; what goes beyond it counts as this much
+
+
+class KLController:
+    """Coefficient of the KL penalty: fixed, or steered by proportional control of its logarithm.
+
+    error = clip(KL / kl_target - 1, -0.2, 0.2),  beta <- beta * (1 + error * answers / kl_horizon)
+
+    (Ziegler et al. 2019, arXiv:1909.08593.) The paper's gain of 0.1 an iteration is a horizon of
+    ten iterations' answers. More answers in one iteration than the horizon count as one horizon, so
+    that beta stays above 0.
+    """
+
+    def __init__(self, config: PPOConfig):
+        self.config, self.coefficient = config, config.kl_coef
+
+    def update(self, kl: float, answers: float) -> None:
+        """Take in an iteration.
+
+        Args:
+            kl: mean over its answers, on all ranks, of log(policy / reference), nats.
+            answers: their number.
+        """
+        target = self.config.kl_target
+        if target is None:
+            return
+        error = min(max(kl / target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
+        self.coefficient *= 1.0 + error * min(answers / self.config.kl_horizon, 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """Present coefficient."""
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore the coefficient."""
+        self.coefficient = state["coefficient"]
 
 
 def with_advantages(
-    experiences: list[Experience], config: PPOConfig, kl_coefficient: float
+    experiences: list[Experience], config: PPOConfig, kl_coef: float
 ) -> list[Experience]:
-    """The rollouts of one iteration with advantages, not yet whitened; under GAE also returns.
-
-    A group's answers may be spread over the rollouts, not over the ranks.
-    """
-    rewards = [_rewards(e, config, kl_coefficient) for e in experiences]
-    if config.advantage_estimator == "gae":
-        learned = [
-            generalized_advantages(r, e.values, e.answer_mask, config.gamma, config.lam)
-            for r, e in zip(rewards, experiences, strict=True)
-        ]
-        return [e.with_returns(*pair) for e, pair in zip(experiences, learned, strict=True)]
-    # One number a sequence, the same for each of its tokens.
-    compare = {"rloo": leave_one_out, "grpo": group_normalised}[config.advantage_estimator]
-    advantages = compare(
-        torch.cat([r.sum(-1) for r in rewards]),
-        torch.cat([e.group for e in experiences]),
-        torch.cat([e.real for e in experiences]),
-    )
-    parts = advantages.split([len(e.scores) for e in experiences])
-    return [
-        e.with_returns(part.unsqueeze(-1) * e.answer_mask)
-        for e, part in zip(experiences, parts, strict=True)
-    ]
+    """Add advantages, not yet whitened, to the rollouts of one iteration; with a critic returns."""
+    rewards = [token_rewards(e, config, kl_coef) for e in experiences]
+    return config.estimator.advantages(experiences, rewards, config.gamma, config.lam)
 
 
-def _rewards(e: Experience, config: PPOConfig, kl_coefficient: float) -> torch.Tensor:
+def token_rewards(e: Experience, config: PPOConfig, kl_coef: float) -> torch.Tensor:
     """(B, A): the clipped score less what a missing end costs, and the KL penalty of each token."""
-    scores = e.scores.clamp(-config.reward_clip, config.reward_clip)
+    scores = filled(e.rewards).clamp(-config.reward_clip, config.reward_clip)
     scores = scores - config.missing_eos_penalty * ~e.ended
     return shaped_rewards(
         scores,
         e.logprobs,
         e.ref_logprobs,
         e.answer_mask,
-        0.0 if config.kl_in_loss else kl_coefficient,
+        0.0 if config.estimator.kl_in_loss else kl_coef,
         config.kl_estimator or "k1",
     )
 
 
 def whitened(experiences: list[Experience], reduce: Reduce = identity) -> list[Experience]:
-    """The same with advantages of mean 0 and variance 1 over all answer tokens of all ranks."""
-    advantages = torch.cat([e.advantages.flatten() for e in experiences])
+    """Give advantages mean 0 and variance 1 over all answer tokens of all ranks."""
+    advantages = torch.cat([filled(e.advantages).flatten() for e in experiences])
     mask = torch.cat([e.answer_mask.flatten() for e in experiences])
     white = whiten(advantages, mask, reduce).float()
-    parts = white.split([e.advantages.numel() for e in experiences])
+    parts = white.split([e.answer_mask.numel() for e in experiences])
     return [
-        e.with_returns(part.view_as(e.advantages), e.returns)
+        e.with_returns(part.view_as(e.answer_mask), e.returns)
         for e, part in zip(experiences, parts, strict=True)
     ]

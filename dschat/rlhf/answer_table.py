@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dschat.functional.returns import kl_k1
-from dschat.rlhf.experience import Experience
+from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.rewards import texts_of
 from dschat.train.metrics import format_value, set_aside
 
@@ -48,7 +48,7 @@ class Answer:
             iteration=iteration,
             prompt=prompt,
             answer=answer,
-            reward=e.scores[row].item(),
+            reward=filled(e.rewards)[row].item(),
             reward_model=parts[0],
             reward_function=parts[1],
             kl=kl_k1(e.logprobs[row], e.ref_logprobs[row])[mask].sum().item(),
@@ -64,7 +64,7 @@ def choose_answers(
     iteration: int,
 ) -> list[Answer]:
     """At most `count` rows, spread over all rollouts; rows that only fill a batch are none."""
-    real = [(e, row) for e in experiences for row in range(len(e.scores)) if e.real[row]]
+    real = [(e, row) for e in experiences for row in range(len(e)) if e.real[row]]
     shown = min(count, len(real))
     picked = [real[number * len(real) // shown] for number in range(shown)]
     return [Answer.of(e, row, tokenizer, iteration) for e, row in picked]

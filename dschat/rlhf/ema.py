@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from dschat.settings import Settings, setting
 from dschat.utils.zero import is_partitioned, local_shard, set_local_shard
+
+
+@dataclass(frozen=True)
+class EMAConfig(Settings):
+    """Settings of the actor's moving average."""
+
+    enable_ema: bool = setting(False, "keep a moving average of the actor, saved beside it")
+    ema_decay: float = setting(0.992, "decay of the moving average", at_least=0, below=1)
 
 
 class EMA:
@@ -35,15 +45,15 @@ class EMA:
 
     @property
     def per_rank(self) -> bool:
-        """Whether each rank averages a shard of its own; otherwise all hold the same."""
+        """True where each rank averages a shard of its own; otherwise all hold the same."""
         return any(is_partitioned(p) for p in self.module.parameters())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averages by parameter name."""
+        """Averages by parameter name."""
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from these averages; their names and shapes must be those of the actor."""
+        """Restore averages; their names and shapes must be those of the actor."""
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self.shadow.items()}:
             raise RuntimeError("the saved moving average is not of this actor's parameters")
         for name, average in state.items():
@@ -51,7 +61,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """Inside, the module holds the averaged weights; afterwards its own, bit for bit."""
+        """Put the averaged weights into the module for the block; then its own, bit for bit."""
         parameters = dict(self.module.named_parameters())
         kept = {n: local_shard(parameters[n]).detach().clone() for n in self.shadow}
         for name, average in self.shadow.items():

@@ -17,18 +17,21 @@ class Experience:
     answer_mask: torch.Tensor  # (B, A) bool
     ended: torch.Tensor  # (B,) bool: the answer has its end token, or a stop string
     real: torch.Tensor  # (B,) bool: False for rows that only fill the batch
-    logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's; 0 behind an answer's end
+    logprobs: torch.Tensor  # (B, A) fp32, the sampling policy's; 0 after an answer's end
     ref_logprobs: torch.Tensor  # (B, A) fp32, likewise
     values: torch.Tensor | None  # (B, A) fp32, of the state before each token; None: no critic
-    scores: torch.Tensor  # (B,) fp32, the reward model's; see rewards.py for what they become
+    model_scores: torch.Tensor | None  # (B,) fp32, the reward model's; None: there is none
     group: torch.Tensor  # (B,) int64: answers to one prompt share a number, on this rank alone
+    rewards: torch.Tensor | None = None  # (B,) fp32, the weighted sum of the scores (rewards.py)
+    function_scores: torch.Tensor | None = None  # (B,) fp32, the reward function's
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
-    model_scores: torch.Tensor | None = None  # (B,) the reward model's own
-    function_scores: torch.Tensor | None = None  # (B,) the reward function's own
-    # Of a whole iteration's generation: its first experience alone tells them.
+    # Of a complete iteration's generation: its first experience alone holds them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
+
+    def __len__(self) -> int:
+        return len(self.real)
 
     @property
     def prompt_length(self) -> int:
@@ -43,21 +46,32 @@ class Experience:
     def with_returns(
         self, advantages: torch.Tensor, returns: torch.Tensor | None = None
     ) -> Experience:
-        """The same rollout with what the update learns from."""
+        """Add what the update learns from."""
         return replace(self, advantages=advantages, returns=returns)
 
     def rows(self, index: torch.Tensor) -> Experience:
-        """The rows of `index`, in its order."""
+        """Pick the rows of `index`, in its order."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         picked = {n: c[index] for n, c in columns.items() if isinstance(c, torch.Tensor)}
         return replace(self, **picked)
 
 
+def filled(column: torch.Tensor | None) -> torch.Tensor:
+    """Narrow the type of a column that an earlier stage has filled.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if column is None:
+        raise ValueError("a column of the experience is empty: an earlier stage fills it")
+    return column
+
+
 def minibatches(
     experiences: list[Experience], size: int, generator: torch.Generator
 ) -> Iterator[Experience]:
-    """Every row once, in shuffled mini-batches of `size` rows of one rollout each."""
+    """Yield every row once, in shuffled mini-batches of `size` rows of one rollout each."""
     for experience in experiences:
-        order = torch.randperm(len(experience.scores), generator=generator)
+        order = torch.randperm(len(experience), generator=generator)
         for chunk in order.split(size):
-            yield experience.rows(chunk.to(experience.scores.device))
+            yield experience.rows(chunk.to(experience.real.device))

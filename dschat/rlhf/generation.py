@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from dschat.models.causal_lm import (
     takes_argument,
     unwrap,
 )
+from dschat.settings import Settings, setting
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import resolve_model
 
@@ -32,30 +32,25 @@ SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, a first o
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How answers are drawn; the defaults sample the policy itself, as PPO assumes."""
+class SamplingConfig(Settings):
+    """Settings of sampling; the defaults sample the policy itself, as PPO assumes."""
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_new_tokens: int = 0  # the end token is impossible before
-    stop_strings: tuple[str, ...] = ()
-    greedy: bool = False  # the likeliest token instead of a drawn one
+    max_answer_seq_len: int = setting(256, "tokens of an answer", at_least=1)
+    temperature: float = setting(1.0, "sampling temperature", above=0)
+    top_p: float = setting(1.0, "nucleus sampling", above=0, at_most=1)
+    top_k: int = setting(0, "top-k sampling; 0 is off", at_least=0)
+    min_answer_seq_len: int = setting(
+        0, "tokens before which the end token is not sampled", at_least=0
+    )
+    stop_strings: tuple[str, ...] = setting((), "texts that end an answer, beside the end token")
+    greedy: bool = False  # the likeliest token instead of a drawn one; no flag
 
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_answer_seq_len is {self.max_new_tokens}: give at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}: give a number above 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a share in (0, 1]")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: give 0 (off) or more")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_answer_seq_len > self.max_answer_seq_len:
             raise UserError(
-                f"min_answer_seq_len is {self.min_new_tokens}: give 0 to max_answer_seq_len, "
-                f"which is {self.max_new_tokens}"
+                f"min_answer_seq_len is {self.min_answer_seq_len}: give at most max_answer_seq_len,"
+                f" which is {self.max_answer_seq_len}"
             )
         if "" in self.stop_strings:
             raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
@@ -150,8 +145,8 @@ def generate(
         "top_k": sampling.top_k,
     }
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        min_new_tokens=sampling.min_new_tokens or None,
+        max_new_tokens=sampling.max_answer_seq_len,
+        min_new_tokens=sampling.min_answer_seq_len or None,
         do_sample=not sampling.greedy,
         **({} if sampling.greedy else drawn),
         eos_token_id=eos_token_id,

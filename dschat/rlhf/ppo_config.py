@@ -1,159 +1,141 @@
-"""The coefficients of PPO, checked against each other."""
+"""Settings of PPO: rollouts, rewards of tokens, updates."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from dschat.errors import UserError
 from dschat.functional.returns import KL_ESTIMATORS
+from dschat.rlhf.estimators import ESTIMATORS, Estimator
 from dschat.rlhf.generation import SamplingConfig
-from dschat.rlhf.rollout import RolloutConfig
+from dschat.settings import Settings, given_flags, group, setting
+from dschat.train.engine import num_accumulation_groups
 
-ESTIMATORS = ("gae", "rloo", "grpo")
-WHITENING = ("auto", "always", "never")
+OF_THE_CRITIC = ("gamma", "lam", "cliprange_value", "critic_warmup_iterations")
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """The coefficients of PPO."""
+class PPOConfig(Settings):
+    """Settings of PPO, checked against each other."""
 
-    sampling: SamplingConfig
-    advantage_estimator: str = "gae"
-    answers_per_prompt: int = 1
-    kl_coefficient: float = 0.1
-    kl_estimator: str | None = None  # of the penalty in the reward; None: k1
-    kl_target: float | None = None  # nats an answer; None: the coefficient is fixed
-    kl_horizon: int | None = None  # answers; None: 10,000
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2  # 0: off
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_advantages: str = "auto"
-    reward_clip: float = 5.0
-    missing_eos_penalty: float = 0.0
-    ppo_epochs: int = 1
-    critic_warmup_iterations: int = 0
-    update_kl_limit: float = 0.0  # nats a token; 0: off
-    rollout_batch_size: int = 16
-    generation_chunk_size: int = 0  # answers generated at a time; 0: those of one batch
-    micro_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    seed: int = 1234
+    sampling: SamplingConfig = group(SamplingConfig)
+    per_device_generation_batch_size: int = setting(
+        16, "prompts per device and rollout", at_least=1
+    )
+    generation_batches: int = setting(1, "rollouts between updates", at_least=1)
+    answers_per_prompt: int = setting(1, "answers sampled for each prompt", at_least=1)
+    generation_chunk_size: int = setting(
+        0,
+        "answers that a device generates at a time, of prompts of like length; "
+        "0: all answers to as many prompts as per_device_generation_batch_size",
+        at_least=0,
+    )
+    per_device_training_batch_size: int = setting(
+        16, "rows per device and training micro-batch", at_least=1
+    )
+    ppo_epochs: int = setting(1, "passes over each set of rollouts", at_least=1)
+    advantage_estimator: str = setting(
+        "gae",
+        "gae learns from a critic; rloo and grpo compare answers to one prompt",
+        choices=tuple(ESTIMATORS),
+    )
+    kl_coef: float = setting(0.1, "KL penalty per token", at_least=0)
+    kl_estimator: str | None = setting(
+        None,
+        "of the KL penalty in the reward: k1 = log(p/q), k3 = q/p - 1 + log(p/q) (default: k1; "
+        "grpo has k3 in its loss instead)",
+        choices=tuple(KL_ESTIMATORS),
+    )
+    kl_target: float | None = setting(
+        None, "nats an answer that kl_coef is steered towards (default: kl_coef is fixed)", above=0
+    )
+    kl_horizon: int = setting(
+        10_000, "answers over which kl_target acts in full (default: 10000)", at_least=1
+    )
+    cliprange: float = setting(0.2, "clip range of the policy ratio", above=0)
+    cliprange_value: float = setting(0.2, "clip range of the values; 0 is off", at_least=0)
+    gamma: float = setting(1.0, "discount", at_least=0, at_most=1)
+    lam: float = setting(0.95, "GAE's lambda", at_least=0, at_most=1)
+    whiten_advantages: str = setting(
+        "auto",
+        "to mean 0 and variance 1 over the tokens of an iteration; auto: with gae alone",
+        choices=("auto", "always", "never"),
+    )
+    reward_clip: float = setting(5.0, "scores are clipped to this magnitude", above=0)
+    missing_eos_penalty: float = setting(
+        0.0, "taken from the score of an answer without end", at_least=0
+    )
+    critic_warmup_iterations: int = setting(
+        0, "first iterations in which the critic alone trains", at_least=0
+    )
+    update_kl_limit: float = setting(
+        0.0,
+        "stop the actor's updates of an iteration when its KL to the sampling policy exceeds this "
+        "(nats per token); 0 is off",
+        at_least=0,
+    )
 
-    def __post_init__(self):
-        # The messages name the flags that these numbers come from.
-        self._check_numbers()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_kl()
         self._check_estimator()
 
     @property
-    def whitens(self) -> bool:
-        """Whether advantages are whitened over the global batch; `auto` does so for GAE alone."""
-        automatic = self.whiten_advantages == "auto" and self.advantage_estimator == "gae"
-        return automatic or self.whiten_advantages == "always"
+    def estimator(self) -> Estimator:
+        """Record of `advantage_estimator`."""
+        return ESTIMATORS[self.advantage_estimator]
 
     @property
-    def kl_in_loss(self) -> bool:
-        """Whether the penalty is a term of the policy's loss (GRPO), not of the reward."""
-        return self.advantage_estimator == "grpo"
+    def whitens(self) -> bool:
+        """Tell whether advantages are whitened over the global batch."""
+        if self.whiten_advantages == "auto":
+            return self.estimator.whitens
+        return self.whiten_advantages == "always"
 
-    def rollout(self, answers_per_prompt: int) -> RolloutConfig:
-        """How rollouts are cut."""
-        rows = self.rollout_batch_size * answers_per_prompt
-        return RolloutConfig(
-            sampling=self.sampling,
-            batch_rows=self.rollout_batch_size,
-            chunk_rows=self.generation_chunk_size or rows,
-            score_rows=self.micro_batch_size,
-            answers_per_prompt=answers_per_prompt,
+    def chunk_rows(self, answers_per_prompt: int) -> int:
+        """Answers generated at a time, by default those to one batch of prompts."""
+        rows = self.per_device_generation_batch_size * answers_per_prompt
+        return self.generation_chunk_size or rows
+
+    def optimizer_steps(self, gradient_accumulation_steps: int) -> int:
+        """Optimizer steps of each role in a complete iteration."""
+        rows = self.per_device_generation_batch_size * self.answers_per_prompt
+        micro_batches = self.generation_batches * num_accumulation_groups(
+            rows, self.per_device_training_batch_size
         )
-
-    def _check_numbers(self) -> None:
-        above_zero = {"cliprange": self.clip_range, "reward_clip": self.reward_clip}
-        for name, value in above_zero.items():
-            if not value > 0:  # nor not a number
-                raise UserError(f"{name} is {value}: give a number above 0")
-        not_negative = {
-            "cliprange_value": self.value_clip_range,
-            "kl_coef": self.kl_coefficient,
-            "missing_eos_penalty": self.missing_eos_penalty,
-            "critic_warmup_iterations": self.critic_warmup_iterations,
-            "update_kl_limit": self.update_kl_limit,
-        }
-        for name, value in not_negative.items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name} is {value}: give 0 or more")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give a number in [0, 1]")
-        at_least_one = {
-            "answers_per_prompt": self.answers_per_prompt,
-            "ppo_epochs": self.ppo_epochs,
-            "per_device_generation_batch_size": self.rollout_batch_size,
-            "per_device_training_batch_size": self.micro_batch_size,
-        }
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise UserError(f"{name} is {value}: give at least 1")
-        if self.generation_chunk_size < 0:
-            raise UserError(
-                f"generation_chunk_size is {self.generation_chunk_size}: give at least 1, "
-                "or 0 for all answers to a batch of prompts"
-            )
-        choices = {
-            "advantage_estimator": ESTIMATORS,
-            "kl_estimator": (None, *KL_ESTIMATORS),
-            "whiten_advantages": WHITENING,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                known = ", ".join(x for x in known if x)
-                raise UserError(f"{name} is {getattr(self, name)}: choose one of {known}")
+        groups = num_accumulation_groups(micro_batches, gradient_accumulation_steps)
+        return self.ppo_epochs * groups
 
     def _check_kl(self) -> None:
-        if self.kl_target is None:
-            if self.kl_horizon is not None:
-                raise UserError(
-                    f"kl_horizon is {self.kl_horizon}, but kl_coef is fixed: give --kl_target too"
-                )
-            return
-        if not 0 < self.kl_target < math.inf:
-            raise UserError(f"kl_target is {self.kl_target}: give nats an answer, above 0")
-        if self.kl_coefficient == 0:
-            raise UserError("kl_target scales kl_coef, which is 0: give a --kl_coef above 0")
-        if self.kl_horizon is not None and self.kl_horizon < 1:
-            raise UserError(f"kl_horizon is {self.kl_horizon}: give at least 1 answer")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise UserError("kl_target scales kl_coef, which is 0: give a kl_coef above 0")
+        if self.kl_target is None and "kl_horizon" in {flag.name for flag in given_flags(self)}:
+            raise UserError(
+                f"kl_horizon is {self.kl_horizon}, but kl_coef is fixed: give kl_target too"
+            )
 
     def _check_estimator(self) -> None:
-        name = self.advantage_estimator
-        if name == "gae":
-            return
-        if self.answers_per_prompt < 2:
+        name, estimator = self.advantage_estimator, self.estimator
+        if self.answers_per_prompt < estimator.min_answers:
             raise UserError(
                 f"advantage_estimator {name} compares answers to one prompt, but "
-                f"answers_per_prompt is {self.answers_per_prompt}: give 2 or more"
+                f"answers_per_prompt is {self.answers_per_prompt}: give {estimator.min_answers} "
+                "or more"
             )
-        defaults = {f.name: f.default for f in fields(self)}
-        of_the_critic = {
-            "gamma": "gamma",
-            "lam": "lam",
-            "value_clip_range": "cliprange_value",
-            "critic_warmup_iterations": "critic_warmup_iterations",
-        }
-        for field, flag in of_the_critic.items():
-            if getattr(self, field) != defaults[field]:
-                raise UserError(
-                    f"{flag} is {getattr(self, field)}, but advantage_estimator {name} has no "
-                    f"critic: drop --{flag}, or use gae"
-                )
-        if name == "grpo" and self.kl_estimator not in (None, "k3"):
+        if not estimator.needs_critic:
+            for flag in given_flags(self):
+                if flag.name in OF_THE_CRITIC:
+                    raise UserError(
+                        f"{flag.name} is {flag.value(self)}, but advantage_estimator {name} has no "
+                        f"critic: drop {flag.name}, or use gae"
+                    )
+        if estimator.kl_in_loss and self.kl_estimator not in (None, "k3"):
             raise UserError(
-                f"kl_estimator is {self.kl_estimator}, but advantage_estimator grpo has no KL in "
-                "the reward: its loss takes k3; drop --kl_estimator"
+                f"kl_estimator is {self.kl_estimator}, but advantage_estimator {name} has no KL in "
+                "the reward: its loss takes k3; drop kl_estimator"
             )
-        if name == "grpo" and self.whiten_advantages == "always":
+        if estimator.is_normalised and self.whiten_advantages == "always":
             raise UserError(
-                "whiten_advantages is always, but grpo measures advantages in deviations of each "
-                "group already: drop --whiten_advantages, or use rloo"
+                f"whiten_advantages is always, but {name} measures advantages in deviations of "
+                "each group already: drop whiten_advantages, or use rloo"
             )

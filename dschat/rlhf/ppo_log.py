@@ -1,9 +1,9 @@
-"""What a PPO run shows: one line an iteration, all figures in the metrics, sampled answers."""
+"""Output of a PPO run: one line an iteration, all figures in the metrics, sampled answers."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dschat.rlhf.answer_table import AnswerFile, answer_table, choose_answers
 from dschat.rlhf.experience import Experience
@@ -16,6 +16,7 @@ from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
 
+ANSWER_ROWS = 3  # of a table
 PARTS = ("reward_model", "reward_function")  # in the line where there are both
 SHOWN = (
     "reward",
@@ -29,49 +30,46 @@ SHOWN = (
 )
 
 
-@dataclass(frozen=True)
-class AnswerPrinting:
-    """How often sampled answers are printed (0: never), and how many of them."""
-
-    interval: int = 0
-    rows: int = 3
-
-
 class PPOLog:
-    """Times the stages of each iteration and shows its statistics."""
+    """Times the stages of each iteration and shows its statistics.
+
+    Args:
+        answers_interval: iterations between tables of sampled answers; 0: none.
+    """
 
     def __init__(
         self,
         metrics: MetricLogger,
-        printing: AnswerPrinting,
+        answers_interval: int,
         roles: DeepSpeedRLHFEngine,
         recipes: dict[str, Recipe],
         gpus: Gpus,
         iterations: int,
     ):
-        self.metrics, self.printing, self.roles, self.rank = metrics, printing, roles, metrics.rank
+        self.metrics, self.roles, self.rank = metrics, roles, metrics.rank
+        self.answers_interval = answers_interval
         self.iterations, self.gpus = iterations, gpus
         self.works = {n: training_work(e, recipes[n]) for n, e in roles.trained.items()}
         self.bar = progress_bar(iterations, "ppo", metrics)
         self.health = HealthMonitor()
         self._answers = None
-        if printing.interval and metrics.output_dir is not None and self.rank == 0:
+        if answers_interval and metrics.output_dir is not None and self.rank == 0:
             resumed_at = None if metrics.continued is None else metrics.first_step
             self._answers = AnswerFile(metrics.output_dir, resumed_at)
         self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
-        self._begun = self._rolled_out = 0.0
+        self._start = self._rolled_out = 0.0
 
     def begin(self) -> None:
-        """An iteration starts."""
+        """Note the start of an iteration, and its learning rates."""
         self._rates = {
             f"lr/{role}/{group}": rate
             for role, engine in self.roles.trained.items()
             for group, rate in group_rates(engine.optimizer).items()
         }
-        self._begun = time.perf_counter()
+        self._start = time.perf_counter()
 
     def rolled_out(self) -> None:
-        """Rollouts and scoring are done; training starts."""
+        """Note the end of rollouts and scoring."""
         self._rolled_out = time.perf_counter()
 
     def iteration(
@@ -84,7 +82,7 @@ class PPOLog:
         """Show one iteration: its statistics, rates, stage times and throughput."""
         now = time.perf_counter()
         generation = sum(e.generation_seconds for e in experiences)
-        times = Step3Times(generation, now - self._rolled_out, now - self._begun)
+        times = Step3Times(generation, now - self._rolled_out, now - self._start)
         tokens, answer_tokens, rows = all_reduce_sum(
             [
                 float(sum(e.attention_mask[e.real].sum().item() for e in experiences)),
@@ -123,11 +121,12 @@ class PPOLog:
             print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
         for warning in self.health.observe(iteration, statistics):
             self._print(f"warning, iteration {iteration}: {warning}")
-        if self.rank == 0 and self.printing.interval and iteration % self.printing.interval == 0:
+        interval = self.answers_interval if self.rank == 0 else 0
+        if interval and iteration % interval == 0:
             self._show_answers(iteration, experiences)
 
     def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
-        """Show what the policy earns on held-out prompts."""
+        """Show an evaluation on held-out prompts."""
         self._print("eval " + console_line(iteration, self.iterations, statistics))
         self.metrics.log(iteration, statistics, kind="eval")
 
@@ -137,7 +136,7 @@ class PPOLog:
 
     def _show_answers(self, iteration: int, experiences: list[Experience]) -> None:
         tokenizer = self.roles.tokenizer
-        answers = choose_answers(experiences, self.printing.rows, tokenizer, iteration)
+        answers = choose_answers(experiences, ANSWER_ROWS, tokenizer, iteration)
         self._print(answer_table(answers))
         if self._answers is not None:
             self._answers.write(answers)

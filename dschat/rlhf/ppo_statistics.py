@@ -1,4 +1,4 @@
-"""What one sees of an iteration: means over all ranks of rollouts, advantages and steps."""
+"""Statistics of an iteration: means over all ranks of rollouts, advantages and steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import defaultdict
 import torch
 
 from dschat.functional.returns import kl_k1, kl_k3, masked_mean, masked_moments
-from dschat.rlhf.experience import Experience
+from dschat.rlhf.experience import Experience, filled
 from dschat.utils.distributed import all_reduce_sum
 
 
 def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
-    """What was sampled: reward, KL, lengths, ends."""
+    """Statistics of rollouts: reward, KL, lengths, ends."""
     rows = torch.cat([e.real for e in experiences])
     mask = torch.cat([e.answer_mask.flatten() for e in experiences])
 
@@ -24,7 +24,7 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
 
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
     return {
-        "reward": per_row([e.scores for e in experiences]),
+        "reward": per_row([filled(e.rewards) for e in experiences]),
         "kl": per_row([(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]),
         "kl_per_token": per_token(k1),
         "kl_k3": per_token([kl_k3(e.logprobs, e.ref_logprobs) for e in experiences]),
@@ -35,30 +35,30 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
 
 
 def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:
-    """Mean and standard deviation over answer tokens; before whitening, what it takes away."""
+    """Mean and standard deviation over answer tokens; taken before whitening."""
     mask = torch.cat([e.answer_mask.flatten() for e in experiences])
-    advantages = torch.cat([e.advantages.flatten() for e in experiences])
+    advantages = torch.cat([filled(e.advantages).flatten() for e in experiences])
     mean, variance = masked_moments(advantages, mask, all_reduce_sum)
     return {"advantage_mean": mean, "advantage_std": variance**0.5}
 
 
 def value_statistics(experiences: list[Experience]) -> dict[str, float]:
-    """How well the critic saw the returns coming: 1 - Var(returns - values) / Var(returns)."""
+    """Quality of the critic: explained variance, 1 - Var(returns - values) / Var(returns)."""
     mask = torch.cat([e.answer_mask.flatten() for e in experiences])
-    returns = torch.cat([e.returns.flatten() for e in experiences])
-    errors = returns - torch.cat([e.values.flatten() for e in experiences])
+    returns = torch.cat([filled(e.returns).flatten() for e in experiences])
+    errors = returns - torch.cat([filled(e.values).flatten() for e in experiences])
     mean, variance = masked_moments(returns, mask, all_reduce_sum)
     _, residual = masked_moments(errors, mask, all_reduce_sum)
     return {"returns": mean, "explained_variance": 1 - residual / variance if variance else 0.0}
 
 
 def answer_count(experiences: list[Experience]) -> float:
-    """Answers of all ranks, fillers left out."""
+    """Number of answers on all ranks, fillers left out."""
     return all_reduce_sum([float(sum(e.real.sum().item() for e in experiences))])[0]
 
 
 class StepMeans:
-    """Gathers what the steps of one engine see: means over their tokens, and over the steps."""
+    """Means over the steps of one engine: per token, and of gradient norms per step."""
 
     def __init__(self, role: str):
         self.role = role
@@ -66,17 +66,17 @@ class StepMeans:
         self._norms: list[float] = []
 
     def add(self, sums: dict[str, float]) -> None:
-        """Sums over one mini-batch's tokens; their number is `tokens`."""
+        """Add sums over one mini-batch's tokens; their number is `tokens`."""
         for name, value in sums.items():
             self._sums[name] += value
 
     def add_norm(self, norm: float | None) -> None:
-        """The gradient's norm before clipping; None where DeepSpeed measured none."""
+        """Add a gradient norm before clipping; None where DeepSpeed measured none."""
         if norm is not None:
             self._norms.append(float(norm))
 
     def means(self) -> dict[str, float]:
-        """Over all ranks; every rank has made the same steps. Empty when there were none."""
+        """Means over all ranks, which have made the same steps; empty when there were none."""
         names = sorted(self._sums)
         totals = dict(zip(names, all_reduce_sum([self._sums[n] for n in names]), strict=True))
         tokens = max(totals.pop("tokens", 0.0), 1.0)

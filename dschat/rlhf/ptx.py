@@ -10,29 +10,69 @@ how many were used before, not on micro-batches or on the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from dschat.data.text_blocks import TextBlocks
+from dschat.data.text_blocks import TextBlocks, create_text_blocks
+from dschat.errors import UserError
 from dschat.functional.losses import mean_scale
 from dschat.rlhf.logprobs import answer_logprobs
-from dschat.train.engine import backward
+from dschat.settings import Settings, setting
+from dschat.train.engine import Engine, backward
 from dschat.utils.distributed import all_reduce_sum
 
 
+@dataclass(frozen=True)
+class PTXConfig(Settings):
+    """Settings of PTX."""
+
+    unsupervised_dataset_name: str | None = setting(
+        None, "text that the actor goes on learning beside PPO: file, folder or hub id"
+    )
+    unsupervised_dataset_config_name: str | None = setting(None, "configuration of a hub id")
+    unsup_coef: float = setting(
+        1.0,  # both gradients are then about as large (docs/ppo/rewards.md)
+        "weight of that text's mean loss per token against PPO's mean loss per token",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name, config = self.unsupervised_dataset_name, self.unsupervised_dataset_config_name
+        if name is None and config is not None:
+            raise UserError(
+                f"unsupervised_dataset_config_name {config}: there is no text; give "
+                "unsupervised_dataset_name, or drop it"
+            )
+
+    def blocks(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        cache: str,
+        once: Callable[[Callable[[], str]], str],
+    ) -> TextBlocks | None:
+        """Read the text in blocks of `length` tokens; None where the settings name none."""
+        name, config = self.unsupervised_dataset_name, self.unsupervised_dataset_config_name
+        if name is None:
+            return None
+        return create_text_blocks(name, config, tokenizer, length, cache, once)
+
+
 class BlockOrder:
-    """Blocks without end: each pass over all of them in an order of its own, drawn from a seed."""
+    """Endless order of blocks: each pass over all of them in an order drawn from the seed."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
         self._drawn: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, position: int) -> int:
-        """The block at a place of the endless row."""
+        """Block at a place of the endless order."""
         epoch, place = divmod(position, self.count)
         if self._drawn is None or self._drawn[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
@@ -41,7 +81,7 @@ class BlockOrder:
 
 
 class PTX:
-    """The actor's language modelling beside PPO; its state is the place in the blocks."""
+    """Language modelling of the actor beside PPO; its state is the place in the blocks."""
 
     per_rank = False  # ranks take turns within one row of blocks
 
@@ -56,18 +96,18 @@ class PTX:
         self._loss = self._tokens = 0.0
 
     def state_dict(self) -> dict[str, int]:
-        """How many blocks are used up."""
+        """Number of blocks used up."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Restore the place in the blocks."""
         self.position = state["position"]
 
-    def backward(self, actor: nn.Module, rows: Sequence[int]) -> None:
-        """Add the gradient of one actor step, before the backward pass that ends its window.
+    def backward(self, actor: Engine, rows: Sequence[int]) -> None:
+        """Add the gradient of one actor step, before the last backward pass of its group.
 
         Args:
-            rows: of each micro-batch of the window; the same on every rank.
+            rows: of each micro-batch of the accumulation group; the same on every rank.
         """
         blocks = self.world_size * sum(rows)
         first = self.position + self.rank
@@ -85,7 +125,7 @@ class PTX:
             self._tokens += count * (self.length - 1)
 
     def statistics(self) -> dict[str, float]:
-        """Nats per token since the last call, over all ranks; nothing where no step was made."""
+        """Nats per token since the last call, over all ranks; empty where no step was made."""
         loss, tokens = all_reduce_sum([self._loss, self._tokens])
         self._loss = self._tokens = 0.0
         return {"ptx_loss": loss / tokens} if tokens else {}

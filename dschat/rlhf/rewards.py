@@ -1,10 +1,10 @@
-"""Where an answer's reward comes from: a reward model, the user's own function, or both, weighted.
+"""Reward of an answer: by a reward model, by the user's own function, or by both, weighted.
 
-    score = model weight * scaled score of the model + function weight * what the function returns
+    reward = model weight * scaled score of the model + function weight * value of the function
 
 The function is called with two texts. `prompt` is the prompt as the policy reads it, the markers of
 its format and of a chat template included, without a beginning-of-text token in front. `answer` is
-what the policy sampled, without end token and other special tokens; nothing else is stripped.
+the sampled text without end token and other special tokens; nothing else is stripped.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.user_functions import function_of, source_digest
 from dschat.errors import UserError, brief
 from dschat.functional.returns import masked_mean, masked_moments
-from dschat.models.reward_statistics import RewardStatistics
-from dschat.rlhf.experience import Experience
+from dschat.models.reward_statistics import SCALINGS, RewardStatistics, reward_scaling
+from dschat.rlhf.experience import Experience, filled
+from dschat.settings import Settings, setting
 from dschat.utils.distributed import all_reduce_sum, on_every_rank
 
 FLAG = "reward_function"
@@ -30,8 +31,41 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
+class RewardConfig(Settings):
+    """Settings of the reward of an answer."""
+
+    reward_function: str | None = setting(
+        None, "module:name of your function (prompt, answer) -> float"
+    )
+    reward_function_weight: float = setting(1.0, "factor of the function's value in the score")
+    reward_model_weight: float = setting(
+        1.0, "factor of the reward model's score; at 0 it is only watched"
+    )
+    reward_scaling: str = setting(
+        "auto",
+        "saved: the reward model's scores less their mean, over their spread, as step 2 saved "
+        "them; auto: so where it did; none: as they are",
+        choices=tuple(SCALINGS),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_function is None and self.reward_function_weight != 1.0:
+            raise UserError(
+                f"reward_function_weight is {self.reward_function_weight}, and there is no "
+                "function: give reward_function module:name, or drop the weight"
+            )
+        has_function = self.reward_function is not None and self.reward_function_weight
+        if self.reward_model_weight == 0 and not has_function:
+            raise UserError(
+                "reward_model_weight is 0: nothing is rewarded; give reward_function "
+                "module:name, or another weight"
+            )
+
+
+@dataclass(frozen=True)
 class RewardFunction:
-    """The user's (prompt, answer) -> float, whatever it returns checked."""
+    """The user's (prompt, answer) -> float; its values are checked."""
 
     name: str  # module:name
     function: Callable[[str, str], float]
@@ -58,12 +92,12 @@ class RewardFunction:
             value = self.function(prompt, answer)
         except Exception as error:  # whatever the user's function raises, with its row
             raise UserError(
-                f"--{FLAG} {self.name} fails ({brief(error, with_type=True)}) {place}"
+                f"{FLAG} {self.name} fails ({brief(error, with_type=True)}) {place}"
             ) from error
         # A NaN is not below anything; scores are fp32.
         if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:
             raise UserError(
-                f"--{FLAG} {self.name} returned {value!r} {place}: return a finite number"
+                f"{FLAG} {self.name} returned {value!r} {place}: return a finite number"
             )
         return float(value)
 
@@ -75,52 +109,74 @@ def _tail(text: str) -> str:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What becomes the score of an answer."""
+    """Makes the rewards of answers from their scores; build with `load`."""
 
+    config: RewardConfig = RewardConfig()
     function: RewardFunction | None = None
-    function_weight: float = 1.0
-    model_weight: float = 1.0
     scaling: RewardStatistics | None = None
 
-    def applied(
-        self, e: Experience, tokenizer: PreTrainedTokenizerBase, has_model: bool = True
-    ) -> Experience:
-        """The rollout with `scores` put together from their parts, which are kept beside them.
-
-        Every rank calls it as often: an error of the function on one of them stops all.
+    @classmethod
+    def load(cls, config: RewardConfig, reward_model: str | None) -> Rewards:
+        """Import the function and read the scaling; before models are loaded.
 
         Args:
-            e: with the reward model's own scores; without one they are not looked at.
-        """
-        scores, model, function = torch.zeros_like(e.scores), None, None
-        if has_model:
-            model = e.scores
-            scaled = model if self.scaling is None else self.scaling.scaled(model)
-            scores = scores + self.model_weight * scaled
-        if self.function is not None:
-            values = on_every_rank(lambda: self._called(e, tokenizer))
-            function = torch.tensor(values, dtype=scores.dtype, device=scores.device)
-            scores = scores + self.function_weight * function
-        return replace(e, scores=scores, model_scores=model, function_scores=function)
+            reward_model: folder or hub id; None where the function is all there is.
 
-    def _called(self, e: Experience, tokenizer: PreTrainedTokenizerBase) -> list[float]:
-        """The function's value of every real row; filler rows get 0."""
-        return [
-            self.function(*texts_of(e, row, tokenizer)) if e.real[row] else 0.0
-            for row in range(len(e.scores))
-        ]
+        Raises:
+            UserError: no such function, a weight of a model that is not there, or no scaling.
+        """
+        if reward_model is None and config.reward_model_weight not in (0.0, 1.0):
+            raise UserError(
+                f"reward_model_weight is {config.reward_model_weight}, and there is no reward "
+                "model: give reward_model_name_or_path, or drop the weight"
+            )
+        if reward_model is None and config.reward_function_weight == 0:
+            raise UserError(
+                "reward_function_weight is 0, and there is no reward model: nothing is rewarded; "
+                "give reward_model_name_or_path, or another weight"
+            )
+        name = config.reward_function
+        return cls(
+            config,
+            None if name is None else RewardFunction.load(name),
+            reward_scaling(config.reward_scaling, reward_model),
+        )
+
+    def applied(self, e: Experience, tokenizer: PreTrainedTokenizerBase) -> Experience:
+        """Add `rewards` and, where there is a function, its own scores.
+
+        Every rank calls it as often: an error of the function on one of them stops all.
+        """
+        rewards, function_scores = e.logprobs.new_zeros(len(e)), None
+        if e.model_scores is not None:
+            scores = e.model_scores
+            scaled = scores if self.scaling is None else self.scaling.scaled(scores)
+            rewards = rewards + self.config.reward_model_weight * scaled
+        function = self.function
+        if function is not None:
+            values = on_every_rank(lambda: _values(function, e, tokenizer))
+            function_scores = torch.tensor(values, dtype=rewards.dtype, device=rewards.device)
+            rewards = rewards + self.config.reward_function_weight * function_scores
+        return replace(e, rewards=rewards, function_scores=function_scores)
 
     def record(self) -> dict[str, object]:
-        """What a resumed run must find again, by the names that messages call it by."""
+        """Facts that a resumed run must find again, by the names that messages use."""
         scaling = {} if self.scaling is None else vars(self.scaling)
-        found = {f"reward_scaling.{name}": value for name, value in scaling.items()}
+        facts = {f"reward_scaling.{name}": value for name, value in scaling.items()}
         if self.function is not None:
-            found[f"{FLAG}.source"] = self.function.digest
-        return found
+            facts[f"{FLAG}.source"] = self.function.digest
+        return facts
+
+
+def _values(
+    function: RewardFunction, e: Experience, tokenizer: PreTrainedTokenizerBase
+) -> list[float]:
+    """Call the function on every real row; filler rows get 0."""
+    return [function(*texts_of(e, row, tokenizer)) if e.real[row] else 0.0 for row in range(len(e))]
 
 
 def texts_of(e: Experience, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Prompt and answer of one row, as a reward function gets them."""
+    """Decode prompt and answer of one row as a reward function gets them."""
     start = e.prompt_length
     prompt = e.sequences[row, :start][e.attention_mask[row, :start]].tolist()
     if prompt and prompt[0] == tokenizer.bos_token_id:
@@ -136,19 +192,19 @@ def texts_of(e: Experience, row: int, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def score_statistics(experiences: Sequence[Experience], clip: float) -> dict[str, float]:
-    """Spread of the scores over all ranks, share of them beyond the clip, mean of each part.
+    """Spread of the rewards over all ranks, share of them beyond the clip, mean of each part.
 
     `reward_model` is the model's own unscaled score, comparable with step 2's figures.
     """
     rows = torch.cat([e.real for e in experiences])
-    scores = torch.cat([e.scores for e in experiences])
-    _, variance = masked_moments(scores, rows, all_reduce_sum)
+    rewards = torch.cat([filled(e.rewards) for e in experiences])
+    _, variance = masked_moments(rewards, rows, all_reduce_sum)
     figures = {
         "reward_std": math.sqrt(variance),
-        "reward_clipped": masked_mean((scores.abs() >= clip).float(), rows, all_reduce_sum),
+        "reward_clipped": masked_mean((rewards.abs() >= clip).float(), rows, all_reduce_sum),
     }
     for name, part in (("reward_model", "model_scores"), ("reward_function", "function_scores")):
-        values = [getattr(e, part) for e in experiences]
-        if all(v is not None for v in values):
-            figures[name] = masked_mean(torch.cat(values), rows, all_reduce_sum)
+        scores = [getattr(e, part) for e in experiences]
+        if all(column is not None for column in scores):
+            figures[name] = masked_mean(torch.cat(scores), rows, all_reduce_sum)
     return figures

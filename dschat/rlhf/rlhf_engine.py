@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.reward_model import scores_at_end
-from dschat.rlhf.ema import EMA
+from dschat.rlhf.ema import EMA, EMAConfig
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
 from dschat.rlhf.retokenise import Retokeniser
-from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
-from dschat.train.engine import build_engine, build_frozen, torch_dtype
+from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
+from dschat.train.engine import Engine, build_engine, build_frozen, torch_dtype
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import get_eval_ds_config, get_train_ds_config
 from dschat.utils.module.lora import adapters_disabled
@@ -35,45 +35,45 @@ from dschat.utils.zero import is_partitioned
 class DeepSpeedRLHFEngine:
     """Builds and holds the roles; build with `DeepSpeedRLHFEngine.load`."""
 
-    actor: nn.Module
-    critic: nn.Module | None  # None: no critic is trained
+    actor: Engine
+    critic: Engine | None  # None: no critic is trained
     reference: nn.Module | None  # None: the actor with its adapters off
     reward: nn.Module | None  # None: the critic with its adapters off, or there is none
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    generates_in_step: bool
+    synced_gpus: bool  # ranks generate until all have ended, as shards of weights require
     ema: EMA | None = None
     retokenise: Retokeniser | None = None  # None: the reward model reads the actor's tokens
 
     @classmethod
     def load(
         cls,
-        cast: Cast,
+        setup: RoleSetup,
         tokenizer: PreTrainedTokenizerBase,
         distributed: Distributed,
-        ema_decay: float | None = None,
+        ema: EMAConfig | None = None,
     ) -> DeepSpeedRLHFEngine:
         """Load every role; the actor's and critic's engines come with named groups.
 
         The trained roles come first: their adapters then start alike in every layout.
         """
-        dtype = torch_dtype(cast.actor.engine.dtype)
-        one_trunk = cast.share_trunk == "all"
+        dtype = torch_dtype(setup.actor.engine.dtype)
+        one_trunk = setup.share_trunk == "all"
         models: Models = (
-            OneTrunk(cast.actor.model, tokenizer, dtype)
+            OneTrunk(setup.actor.model, tokenizer, dtype)
             if one_trunk
             else SeparateTrunks(tokenizer, dtype)
         )
-        actor = _actor(cast.actor, models, distributed)
-        critic = None if cast.critic is None else _critic(cast, models, distributed)
+        actor = _actor(setup.actor, models, distributed)
+        critic = None if setup.critic is None else _critic(setup, setup.critic, models, distributed)
         reference = reward = None
-        if not cast.reference_is_actors:
-            reference = _frozen(cast.reference, "lm", models, distributed)
-        if cast.reward is not None and not cast.reward_is_critics:
-            if cast.retokenise is not None:
-                models = SeparateTrunks(cast.retokenise.reader, dtype)
+        if not setup.reference_is_actors:
+            reference = _frozen(setup.reference, "lm", models, distributed)
+        if setup.reward is not None and not setup.reward_is_critics:
+            if setup.retokenise is not None:
+                models = SeparateTrunks(setup.retokenise.reader, dtype)
             # The weights of one trunk are the actor's: they do not go to the CPU in between.
-            config = replace(cast.reward, offload=False) if one_trunk else cast.reward
+            config = replace(setup.reward, offload=False) if one_trunk else setup.reward
             reward = _frozen(config, "value", models, distributed)
         return cls(
             actor=actor,
@@ -82,32 +82,32 @@ class DeepSpeedRLHFEngine:
             reward=reward,
             tokenizer=tokenizer,
             device=distributed.device,
-            generates_in_step=cast.actor.engine.zero_stage == 3 and distributed.world_size > 1,
-            ema=EMA(actor.module, ema_decay) if ema_decay is not None else None,
-            retokenise=cast.retokenise,
+            synced_gpus=setup.actor.engine.zero_stage == 3 and distributed.world_size > 1,
+            ema=EMA(actor.module, ema.ema_decay) if ema is not None and ema.enable_ema else None,
+            retokenise=setup.retokenise,
         )
 
     @property
     def has_reward_model(self) -> bool:
-        """Whether a model gives rewards, so that `reward_scores` may be called."""
+        """True where a model gives rewards, so that `reward_scores` may be called."""
         return self.reward is not None or (
             self.critic is not None and self.critic.module.reward_head is not None
         )
 
     @property
-    def trained(self) -> dict[str, nn.Module]:
-        """The engines of the roles that train."""
+    def trained(self) -> dict[str, Engine]:
+        """Engines of the trained roles by name."""
         engines = {"actor": self.actor, "critic": self.critic}
         return {name: engine for name, engine in engines.items() if engine is not None}
 
     def eval(self) -> DeepSpeedRLHFEngine:
-        """Scoring mode for the trained roles; the frozen ones never leave it."""
+        """Put the trained roles into scoring mode; the frozen ones never leave it."""
         for engine in self.trained.values():
             engine.eval()
         return self
 
     def train(self) -> DeepSpeedRLHFEngine:
-        """Training mode for the trained roles."""
+        """Put the trained roles into training mode."""
         for engine in self.trained.values():
             engine.train()
         return self
@@ -130,8 +130,14 @@ class DeepSpeedRLHFEngine:
     def reward_scores(
         self, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
     ) -> torch.Tensor:
-        """(B,) fp32 scores of the whole sequences, at their last real token."""
+        """(B,) fp32 scores of the sequences, at their last real token.
+
+        Raises:
+            ValueError: no model gives rewards.
+        """
         if self.reward is None:
+            if self.critic is None:
+                raise ValueError("no role is a reward model")
             with adapters_disabled(self.critic):
                 values = self.critic(sequences, attention_mask, use_reward_head=True)
             return scores_at_end(values, attention_mask)
@@ -141,37 +147,37 @@ class DeepSpeedRLHFEngine:
             return scores_at_end(reward(sequences, attention_mask), attention_mask)
 
 
-def _actor(role: RoleConfig, models: Models, distributed: Distributed) -> nn.Module:
+def _actor(role: RoleConfig, models: Models, distributed: Distributed) -> Engine:
     ds_config = get_train_ds_config(role.engine, distributed.world_size)
     module = models.language_model(role.model, ds_config)
     return _trained(module, role, "step 3, actor", distributed)
 
 
-def _critic(cast: Cast, models: Models, distributed: Distributed) -> nn.Module:
-    role = cast.critic
+def _critic(setup: RoleSetup, role: RoleConfig, models: Models, distributed: Distributed) -> Engine:
     ds_config = get_train_ds_config(role.engine, distributed.world_size)
     module = models.reward_model(role.model, ds_config, fresh_head=role.fresh_head)
-    if cast.reward_is_critics:
+    if setup.reward_is_critics:
         module.keep_reward_head()
-    module.value_scaling = cast.value_scaling
+    module.value_scaling = setup.value_scaling
     return _trained(module, role, "step 3, critic", distributed)
 
 
-def _trained(
-    module: nn.Module, role: RoleConfig, title: str, distributed: Distributed
-) -> nn.Module:
+def _trained(module: nn.Module, role: RoleConfig, title: str, distributed: Distributed) -> Engine:
     engine = build_engine(
         module, role.engine, role.recipe, role.schedule, distributed.world_size, title
     )
-    disable_dropout(engine.module)  # behind the recipe: adapters bring dropout of their own
+    disable_dropout(engine.module)  # after the recipe: adapters bring dropout of their own
     return engine
 
 
 def _frozen(role: FrozenConfig, kind: str, models: Models, distributed: Distributed) -> nn.Module:
     sharded = role.zero_stage == 3
     ds_config = get_eval_ds_config(role.dtype, role.offload) if sharded else {}
-    create = models.language_model if kind == "lm" else models.reward_model
-    module = create(role.model, ds_config)
+    module = (
+        models.language_model(role.model, ds_config)
+        if kind == "lm"
+        else models.reward_model(role.model, ds_config)
+    )
     return build_frozen(
         module, role.dtype, distributed.device, sharded=sharded, offload=role.offload
     )
@@ -179,7 +185,7 @@ def _frozen(role: FrozenConfig, kind: str, models: Models, distributed: Distribu
 
 @contextlib.contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The frozen module on the device; of one that lives on the CPU only for the block.
+    """Move a frozen module that lives on the CPU to the device for the block.
 
     Its weights do not change, so the way back copies nothing: the device's copies are dropped.
     """
@@ -188,11 +194,11 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     if first.device == device or is_partitioned(first):
         yield module
         return
-    kept = [tensor.data for tensor in tensors]
+    on_cpu = [tensor.data for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.to(device, copy=True, non_blocking=True)
     try:
         yield module
     finally:
-        for tensor, data in zip(tensors, kept, strict=True):
+        for tensor, data in zip(tensors, on_cpu, strict=True):
             tensor.data = data

@@ -1,4 +1,4 @@
-"""Prompts in, sampled and scored answers out: the Experience that PPO learns from."""
+"""Rollouts: prompts in, sampled and scored answers out, as the Experience that PPO learns from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import SamplingConfig, StopStrings, answer_ends
 from dschat.rlhf.logprobs import answer_logprobs
+from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout_engine import RolloutEngine
 
 
 def answer_values(
     critic: nn.Module, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
 ) -> torch.Tensor:
-    """(B, A) values of the state before each answer token."""
+    """(B, A) values of the states before the answer tokens."""
     return critic(sequences, attention_mask)[:, -answer_length - 1 : -1]
 
 
@@ -37,43 +39,40 @@ def pad_rows(prompts: PromptBatch, rows: int) -> PromptBatch:
     return PromptBatch(prompts.input_ids[index], prompts.attention_mask[index], real)
 
 
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How the prompts of an iteration become rows, and rows become passes."""
-
-    sampling: SamplingConfig
-    batch_rows: int  # prompts of one batch; shorter ones are filled up
-    chunk_rows: int  # answers that are generated at a time
-    score_rows: int  # of one scoring pass
-    answers_per_prompt: int = 1
-
-
 @torch.no_grad()
 def make_experience(
-    roles, engine: RolloutEngine, batches: list[PromptBatch], config: RolloutConfig
+    roles: DeepSpeedRLHFEngine,
+    engine: RolloutEngine,
+    batches: list[PromptBatch],
+    config: PPOConfig,
+    answers_per_prompt: int,
 ) -> list[Experience]:
-    """Roll out and score: generation, then every role's forward passes in eval mode.
+    """Generate answers, then score them by every role's forward passes in eval mode.
 
     The number of passes depends on the number of batches alone, on every rank.
 
     Args:
-        roles: a `DeepSpeedRLHFEngine`.
         batches: of prompts, on any device.
+        answers_per_prompt: in place of the configured number; evaluation takes one.
 
     Returns:
         One experience for each batch, its rows in the batch's order, the answers to one prompt
         side by side.
     """
     roles.eval()
-    batches = [pad_rows(batch, config.batch_rows) for batch in batches]
-    batches = [repeated(batch, config.answers_per_prompt).to(roles.device) for batch in batches]
+    batches = [pad_rows(batch, config.per_device_generation_batch_size) for batch in batches]
+    batches = [repeated(batch, answers_per_prompt).to(roles.device) for batch in batches]
     start = time.perf_counter()
     generated = generate_sorted(
-        engine, joined(batches), config.sampling, config.chunk_rows, roles.tokenizer.pad_token_id
+        engine,
+        joined(batches),
+        config.sampling,
+        config.chunk_rows(answers_per_prompt),
+        roles.tokenizer.pad_token_id,
     )
     seconds = time.perf_counter() - start
     sizes = [len(batch.real) for batch in batches]
-    groups = torch.arange(sum(sizes), device=roles.device) // config.answers_per_prompt
+    groups = torch.arange(sum(sizes), device=roles.device) // answers_per_prompt
     experiences = [
         score(roles, batch, answers, group, config)
         for batch, answers, group in zip(
@@ -85,13 +84,13 @@ def make_experience(
 
 
 def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
-    """Every row so many times, copies side by side."""
+    """Repeat every row, copies side by side."""
     columns = (prompts.input_ids, prompts.attention_mask, prompts.real)
     return PromptBatch(*(column.repeat_interleave(times, dim=0) for column in columns))
 
 
 def joined(batches: list[PromptBatch]) -> PromptBatch:
-    """All rows in one batch, as wide as the widest; what stands under the new padding is 0."""
+    """Concatenate batches at the width of the widest; ids under the new padding are 0."""
     width = max(batch.input_ids.shape[1] for batch in batches)
 
     def stacked(columns: list[torch.Tensor]) -> torch.Tensor:
@@ -106,9 +105,9 @@ def joined(batches: list[PromptBatch]) -> PromptBatch:
 
 @dataclass(frozen=True)
 class Generated:
-    """What an engine made of many prompts."""
+    """Answers to many prompts."""
 
-    answers: torch.Tensor  # (R, A) ids, rows as their prompts; padded behind their ends
+    answers: torch.Tensor  # (R, A) ids, rows as their prompts; padded after their ends
     steps: int  # decoding steps, in sequence
 
 
@@ -141,9 +140,13 @@ def generate_sorted(
 
 
 def score(
-    roles, prompts: PromptBatch, answers: torch.Tensor, group: torch.Tensor, config: RolloutConfig
+    roles: DeepSpeedRLHFEngine,
+    prompts: PromptBatch,
+    answers: torch.Tensor,
+    group: torch.Tensor,
+    config: PPOConfig,
 ) -> Experience:
-    """One batch of prompts and the (B, A) ids generated for it, under every role.
+    """Score one batch of prompts and the (B, A) ids generated for it under every role.
 
     The experience is no wider than its longest answer. Passes have the shape of training passes.
     """
@@ -156,9 +159,8 @@ def score(
     temperature = config.sampling.temperature
 
     columns: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for ids, seen in zip(
-        sequences.split(config.score_rows), attention_mask.split(config.score_rows), strict=True
-    ):
+    size = config.per_device_training_batch_size
+    for ids, seen in zip(sequences.split(size), attention_mask.split(size), strict=True):
         scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
         columns["logprobs"].append(scored.logprobs)
         columns["ref_logprobs"].append(
@@ -167,17 +169,17 @@ def score(
         if roles.critic is not None:
             columns["values"].append(answer_values(roles.critic, ids, seen, length))
         if roles.has_reward_model:
-            columns["scores"].append(roles.reward_scores(ids, seen, length))
-    scored = {name: torch.cat(parts) for name, parts in columns.items()}
-    values, scores = scored.pop("values", None), scored.pop("scores", None)
+            columns["model_scores"].append(roles.reward_scores(ids, seen, length))
+    joint = {name: torch.cat(parts) for name, parts in columns.items()}
     return Experience(
         sequences,
         attention_mask,
         mask & prompts.real.unsqueeze(-1),
         ended,
         prompts.real,
-        **scored,
-        values=None if values is None else values * mask,
-        scores=scored["logprobs"].new_zeros(len(mask)) if scores is None else scores,
+        joint["logprobs"],
+        joint["ref_logprobs"],
+        values=joint["values"] * mask if "values" in joint else None,
+        model_scores=joint.get("model_scores"),
         group=group,
     )

@@ -89,7 +89,7 @@ def check_parity(
             f"{flag}: its logits behind a prompt differ from plain generation's by {gap:.2g}, "
             f"rounding allows {allowed:.2g}; drop the flag"
         )
-    sampling = SamplingConfig(tokens, min_new_tokens=tokens, greedy=True)
+    sampling = SamplingConfig(tokens, min_answer_seq_len=tokens, greedy=True)
     expected, actual = (e.generate(prompts, sampling) for e in (plain, candidate))
     if torch.equal(actual, expected):
         return

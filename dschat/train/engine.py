@@ -60,6 +60,10 @@ class Engine(nn.Module, ABC):
         """Say whether the next backward pass ends an accumulation group."""
 
     @abstractmethod
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of one optimizer step."""
+
+    @abstractmethod
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
         """Add a loss's gradients; at a boundary, reduce them over the ranks."""
 

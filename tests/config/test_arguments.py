@@ -7,11 +7,12 @@ import torch
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
-from dschat.config.roles import RoleArguments
+from dschat.config.unused import unused_flags, warm_up_beyond
 from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches
 from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
-from dschat.rlhf.role_config import RoleNames
+from dschat.rlhf.estimators import ESTIMATORS
+from dschat.rlhf.role_settings import RoleNames, RoleSettings
 from dschat.utils.module.lora import LoraConfig
 
 
@@ -45,8 +46,8 @@ def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
             "--output_dir ./output --enable_ema --dtype bf16"
         )
     )
-    cast = settings.cast("bf16", iterations=10)
-    actor, critic = cast.actor, cast.critic
+    setup = settings.role_setup("bf16", iterations=10)
+    actor, critic = setup.actor, setup.critic
     assert (actor.model, critic.model) == ("a", "c")
     assert actor.engine.zero_stage == 2 and critic.engine.zero_stage == 3
     assert actor.engine.offload and critic.engine.offload
@@ -92,17 +93,17 @@ def test_ppo_flags_reach_the_loop():
             "--kl_coef 0.3 --cliprange 0.1 --cliprange_value 0.4 --gamma 0.99 --lam 0.9 "
             "--reward_clip 3 --missing_eos_penalty 1.5 --ppo_epochs 2 --max_answer_seq_len 17 "
             "--temperature 0.7 --top_p 0.8 --top_k 9 --per_device_generation_batch_size 6 "
-            "--per_device_training_batch_size 3 --gradient_accumulation_steps 5 --seed 4"
+            "--per_device_training_batch_size 3"
         )
-    ).ppo_config()
-    assert (config.kl_coefficient, config.clip_range, config.value_clip_range) == (0.3, 0.1, 0.4)
+    ).ppo
+    assert (config.kl_coef, config.cliprange, config.cliprange_value) == (0.3, 0.1, 0.4)
     assert (config.gamma, config.lam, config.reward_clip) == (0.99, 0.9, 3.0)
-    assert (config.missing_eos_penalty, config.ppo_epochs, config.seed) == (1.5, 2, 4)
+    assert (config.missing_eos_penalty, config.ppo_epochs) == (1.5, 2)
     sampling = config.sampling
-    assert (sampling.max_new_tokens, sampling.temperature) == (17, 0.7)
+    assert (sampling.max_answer_seq_len, sampling.temperature) == (17, 0.7)
     assert (sampling.top_p, sampling.top_k) == (0.8, 9)
-    assert (config.rollout_batch_size, config.micro_batch_size) == (6, 3)
-    assert config.gradient_accumulation_steps == 5
+    assert config.per_device_generation_batch_size == 6
+    assert config.per_device_training_batch_size == 3
 
 
 def test_flags_of_stability_reach_the_loop():
@@ -111,11 +112,11 @@ def test_flags_of_stability_reach_the_loop():
             "--kl_estimator k3 --kl_target 6 --kl_horizon 512 --whiten_advantages never "
             "--critic_warmup_iterations 3 --update_kl_limit 0.05 --cliprange_value 0"
         )
-    ).ppo_config()
+    ).ppo
     assert (config.kl_estimator, config.kl_target, config.kl_horizon) == ("k3", 6.0, 512)
-    assert not config.whitens and config.value_clip_range == 0.0
+    assert not config.whitens and config.cliprange_value == 0.0
     assert (config.critic_warmup_iterations, config.update_kl_limit) == (3, 0.05)
-    default = rlhf().ppo_config()
+    default = rlhf().ppo
     assert default.whitens and default.kl_target is None and default.update_kl_limit == 0.0
 
 
@@ -128,7 +129,7 @@ def test_the_actors_schedule_begins_behind_the_critics_warm_up():
 
     def steps(*warmup: str) -> list[int]:
         found = []
-        for role in rlhf(*argv, *warmup).cast("fp32", iterations=10).trained.values():
+        for role in rlhf(*argv, *warmup).role_setup("fp32", iterations=10).trained.values():
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
             factor = role.schedule(optimizer).lr_lambdas[0]
             found.append(next(step for step in range(99) if factor(step) == 0.0))
@@ -161,11 +162,12 @@ def test_iterations_over_seven_batches(argv, iterations):
     assert rlhf(*argv).iterations(7) == iterations
 
 
-def test_a_warm_up_longer_than_the_run_is_said(capsys):
+def test_a_warm_up_longer_than_the_run_is_said():
     """Seven iterations of two epochs, one window each."""
     for steps, said in ((13, False), (14, True)):
-        rlhf("--ppo_epochs", "2", "--num_warmup_steps", str(steps)).iterations(7)
-        assert ("makes 14 steps in all and never" in capsys.readouterr().out) == said
+        settings = rlhf("--ppo_epochs", "2", "--num_warmup_steps", str(steps))
+        lines = "".join(warm_up_beyond(settings, iterations=7))
+        assert ("makes 14 steps in all and never" in lines) == said
 
 
 def test_how_training_rows_become_batches():
@@ -255,18 +257,18 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--temperature", "0"], "temperature is 0.0"),
         (["--cliprange", "0"], "cliprange is 0.0"),
         (["--advantage_estimator", "rloo"], "answers_per_prompt is 1: give 2 or more"),
-        (["--kl_horizon", "100"], "kl_horizon is 100, but kl_coef is fixed: give --kl_target"),
+        (["--kl_horizon", "100"], "kl_horizon is 100, but kl_coef is fixed: give kl_target"),
         (["--kl_target", "6", "--kl_coef", "0"], "kl_target scales kl_coef, which is 0"),
         (["--critic_warmup_iterations", "-1"], "critic_warmup_iterations is -1"),
         (["--update_kl_limit", "-1"], "update_kl_limit is -1.0"),
         (["--answers_per_prompt", "0"], "answers_per_prompt is 0"),
         (["--generation_chunk_size", "-1"], "generation_chunk_size is -1"),
-        (["--min_answer_seq_len", "257"], "min_answer_seq_len is 257: give 0 to max_answer_seq"),
+        (["--min_answer_seq_len", "257"], "min_answer_seq_len is 257: give at most max_answer_seq"),
         (["--stop_strings", "a", ""], "stop_strings holds an empty string"),
         (["--fuse_lora_for_generation"], "fuse_lora_for_generation: the actor has no adapters"),
         (
             ["--fuse_lora_for_generation", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
-            "fuse_lora_for_generation: with --actor_zero_stage 3 no rank holds a whole weight",
+            "fuse_lora_for_generation: at actor_zero_stage 3 no rank holds a complete weight",
         ),
         (["--actor_lora_dim", "-1"], "lora_dim is -1"),
         (["--actor_learning_rate", "0"], "learning_rate is 0.0"),
@@ -294,11 +296,11 @@ def test_settings_of_rollouts():
         "--temperature 0.5 --actor_lora_dim 4 --fuse_lora_for_generation"
     )
     settings = rlhf(*shlex.split(flags), "--stop_strings", "\n\n", "User:")
-    config = settings.ppo_config()
+    config = settings.ppo
     assert (config.answers_per_prompt, config.generation_chunk_size) == (3, 5)
     assert config.sampling.stop_strings == ("\n\n", "User:")
-    assert (config.sampling.min_new_tokens, config.sampling.temperature) == (7, 0.5)
-    assert settings.rollout.fuses(settings.actor) and not rlhf().rollout.fuses(rlhf().actor)
+    assert (config.sampling.min_answer_seq_len, config.sampling.temperature) == (7, 0.5)
+    assert settings.fuse_lora_for_generation and not rlhf().fuse_lora_for_generation
 
 
 def test_the_schedule_counts_every_answer():
@@ -307,7 +309,7 @@ def test_the_schedule_counts_every_answer():
         "--answers_per_prompt 3 --per_device_generation_batch_size 4 "
         "--per_device_training_batch_size 6 --lr_scheduler_type linear --num_warmup_steps 0"
     )
-    actor = rlhf(*shlex.split(flags)).cast("fp32", iterations=5).actor
+    actor = rlhf(*shlex.split(flags)).role_setup("fp32", iterations=5).actor
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     schedule, rates = actor.schedule(optimizer), []
     for _ in range(10):
@@ -324,17 +326,17 @@ def test_the_scaling_of_a_critics_values_is_read_from_its_folder(tmp_path):
     settings = rlhf(
         "--critic_model_name_or_path", str(tmp_path), "--reward_model_name_or_path", "r"
     )
-    assert settings.cast("fp32", 1, scaling=scores).value_scaling == own
-    assert settings.cast("fp32", 1).value_scaling is None
+    assert settings.role_setup("fp32", 1, scaling=scores).value_scaling == own
+    assert settings.role_setup("fp32", 1).value_scaling is None
 
 
 def test_offload_reaches_the_frozen_copies():
-    cast = rlhf().cast("fp32", iterations=1)
-    assert (cast.reference.offload, cast.reward.offload) == (False, False)
-    cast = rlhf("--offload_reference_model").cast("fp32", iterations=1)
-    assert (cast.reference.offload, cast.reward.offload) == (True, False)
-    cast = rlhf("--offload_reward_model").cast("fp32", iterations=1)
-    assert (cast.reference.offload, cast.reward.offload) == (False, True)
+    setup = rlhf().role_setup("fp32", iterations=1)
+    assert (setup.reference.offload, setup.reward.offload) == (False, False)
+    setup = rlhf("--offload_reference_model").role_setup("fp32", iterations=1)
+    assert (setup.reference.offload, setup.reward.offload) == (True, False)
+    setup = rlhf("--offload_reward_model").role_setup("fp32", iterations=1)
+    assert (setup.reference.offload, setup.reward.offload) == (False, True)
 
 
 def test_what_trains():
@@ -394,9 +396,8 @@ RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
         ),
     ],
 )
-def test_step_3_says_what_does_nothing(capsys, argv, said):
-    rlhf(*argv)
-    lines = capsys.readouterr().out.splitlines()
+def test_step_3_says_what_does_nothing(argv, said):
+    lines = list(unused_flags(rlhf(*argv)))
     assert len(lines) == len(said)
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
 
@@ -500,16 +501,16 @@ def test_who_plays_which_role(flags, names):
     argv = ["--actor_model_name_or_path", "a", *flags.split()]
     settings = parse(RLHFSettings, argv, "")
     assert settings.role_names() == names
-    cast = settings.cast("fp32", iterations=1)
-    assert [*cast.trained] == ["actor", "critic"][: 1 + (names.critic is not None)]
-    assert cast.reward.model == names.reward
+    setup = settings.role_setup("fp32", iterations=1)
+    assert [*setup.trained] == ["actor", "critic"][: 1 + (names.critic is not None)]
+    assert setup.reward.model == names.reward
 
 
 @pytest.mark.parametrize(
     "estimator, says",
     [
-        ("gae", "--critic_model_name_or_path is required with --advantage_estimator gae; rloo and"),
-        ("rloo", "rloo: nothing gives rewards; add --reward_model_name_or_path REWARD_MODEL or"),
+        ("gae", "critic_model_name_or_path is required with advantage_estimator gae; rloo and"),
+        ("rloo", "rloo: nothing gives rewards; add reward_model_name_or_path REWARD_MODEL or"),
     ],
 )
 def test_roles_that_nothing_plays(estimator, says):
@@ -520,16 +521,18 @@ def test_roles_that_nothing_plays(estimator, says):
 
 
 def test_two_folders_for_one_reward_model():
-    roles = RoleArguments(reward_model_name_or_path="r")
+    roles = RoleSettings("a", "c", "r")
     with pytest.raises(
         UserError, match=r"^critic_model_name_or_path c: .* rloo trains no critic, a"
     ):
-        roles.names("a", "c", "rloo", has_reward_function=False)
-    assert roles.names("a", "r", "rloo", has_reward_function=False) == RoleNames("a", None, "r")
+        roles.names(ESTIMATORS["rloo"], has_reward_function=False)
+    names = RoleSettings("a", "r", "r").names(ESTIMATORS["rloo"], has_reward_function=False)
+    assert names == RoleNames("a", None, "r")
 
 
 def test_a_function_can_give_the_rewards_alone():
-    roles = RoleArguments()
-    assert roles.names("a", None, "rloo", has_reward_function=True) == RoleNames("a", None, None)
-    fresh = RoleArguments(init_head_randomly=True).names("a", "a", "gae", has_reward_function=True)
-    assert fresh == RoleNames("a", "a", None, fresh_head=True)
+    names = RoleSettings("a").names(ESTIMATORS["rloo"], has_reward_function=True)
+    assert names == RoleNames("a", None, None)
+    fresh = RoleSettings("a", "a", init_head_randomly=True)
+    names = fresh.names(ESTIMATORS["gae"], has_reward_function=True)
+    assert names == RoleNames("a", "a", None, fresh_head=True)

@@ -39,12 +39,12 @@ WRONG_ROLES = {
     ),
     "fresh head without rewards": (
         HEADLESS,
-        r"init_head_randomly: nothing gives rewards; add --reward_model_name_or_path REWARD_MODEL "
-        r"or --reward_function MODULE:NAME",
+        r"init_head_randomly: nothing gives rewards; add reward_model_name_or_path REWARD_MODEL "
+        r"or reward_function MODULE:NAME",
     ),
     "fresh head without a critic": (
         "--init_head_randomly --advantage_estimator rloo --answers_per_prompt 2",
-        r"init_head_randomly: --advantage_estimator rloo trains no critic; drop the flag",
+        r"init_head_randomly: advantage_estimator rloo trains no critic; drop init_head_randomly",
     ),
     "reward model behind a chat template of its own": (
         "--actor_model_name_or_path chat --reward_model_name_or_path other-template "

@@ -33,6 +33,6 @@ def sampled() -> Experience:
         logprobs=zeros,
         ref_logprobs=zeros,
         values=zeros,
-        scores=torch.tensor([3.0, -1.0, 50.0]),
+        model_scores=torch.tensor([3.0, -1.0, 50.0]),
         group=torch.arange(3),
     )

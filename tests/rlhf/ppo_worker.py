@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dschat.data.collators import PromptBatch
+from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
@@ -26,27 +27,28 @@ from tests.rlhf.tiny_roles import (
     without_critic,
 )
 
+EMA = EMAConfig(enable_ema=True, ema_decay=0.5)
 # Four rows a rank, all of them in one window.
 CELLS = {
-    "zero 0, full": Setting(micro_batch=1, accumulation=4, ema_decay=0.5),
-    "zero 2, lora": Setting(micro_batch=2, accumulation=2, zero_stage=2, lora=LORA, ema_decay=0.5),
-    "zero 3, full": Setting(micro_batch=4, zero_stage=3, ema_decay=0.5),
+    "zero 0, full": Setting(micro_batch=1, accumulation=4, ema=EMA),
+    "zero 2, lora": Setting(micro_batch=2, accumulation=2, zero_stage=2, lora=LORA, ema=EMA),
+    "zero 3, full": Setting(micro_batch=4, zero_stage=3, ema=EMA),
     "zero 3, lora": Setting(
         micro_batch=2,
         accumulation=2,
         zero_stage=3,
         lora=LORA,
         gradient_checkpointing=True,
-        ema_decay=0.5,
+        ema=EMA,
     ),
-    "zero 0, pairs": Setting(micro_batch=2, accumulation=2, ema_decay=0.5),
-    "zero 2, pairs": Setting(micro_batch=1, accumulation=4, zero_stage=2, ema_decay=0.5),
-    "zero 3, pairs": Setting(micro_batch=4, zero_stage=3, ema_decay=0.5),
-    "zero 3, held": Setting(micro_batch=2, accumulation=2, zero_stage=3, lora=LORA, ema_decay=0.5),
+    "zero 0, pairs": Setting(micro_batch=2, accumulation=2, ema=EMA),
+    "zero 2, pairs": Setting(micro_batch=1, accumulation=4, zero_stage=2, ema=EMA),
+    "zero 3, pairs": Setting(micro_batch=4, zero_stage=3, ema=EMA),
+    "zero 3, held": Setting(micro_batch=2, accumulation=2, zero_stage=3, lora=LORA, ema=EMA),
 }
 EPOCHS = 2  # of one step each
 RLOO = {"advantage_estimator": "rloo", "answers_per_prompt": 2, "kl_estimator": "k3"}
-GRPO = {"advantage_estimator": "grpo", "answers_per_prompt": 2, "kl_coefficient": 0.5}
+GRPO = {"advantage_estimator": "grpo", "answers_per_prompt": 2, "kl_coef": 0.5}
 CHANGES = {
     "zero 0, pairs": RLOO,
     "zero 2, pairs": GRPO,
@@ -63,7 +65,7 @@ OWN_PROMPTS = {0: 2, 1: 1}
 
 def share(e: Experience, distributed: Distributed) -> Experience:
     """The rows of this rank."""
-    return e.rows(torch.arange(distributed.rank, len(e.scores), distributed.world_size))
+    return e.rows(torch.arange(distributed.rank, len(e), distributed.world_size))
 
 
 def train(
@@ -98,7 +100,9 @@ def train(
 
 def own_rollout(setting: Setting, roles, distributed: Distributed) -> dict[str, float]:
     """The figures of an iteration in which no two ranks generate equally long."""
-    trainer = ppo_trainer(roles, setting, distributed.world_size, rollout_batch_size=2)
+    trainer = ppo_trainer(
+        roles, setting, distributed.world_size, per_device_generation_batch_size=2
+    )
     rank = distributed.rank
     batch = prompts(2, seed=rank)
     count = OWN_PROMPTS[rank]

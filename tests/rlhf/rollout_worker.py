@@ -62,7 +62,7 @@ def iterate(
         roles,
         setting,
         distributed.world_size,
-        rollout_batch_size=2,
+        per_device_generation_batch_size=2,
         answers_per_prompt=ANSWERS,
         generation_chunk_size=5,
     )

@@ -76,8 +76,8 @@ def compared(
     `ended` replaces which answers of the first rollout ended.
     """
     rollouts = [
-        synthetic(scores=[2.0, 9.0], logprobs=[[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]),
-        synthetic(scores=[1.0, -3.0], logprobs=[[0.0, -1.0, 0.0], [-2.0, 0.0, 0.0]]),
+        synthetic(rewards=[2.0, 9.0], logprobs=[[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]),
+        synthetic(rewards=[1.0, -3.0], logprobs=[[0.0, -1.0, 0.0], [-2.0, 0.0, 0.0]]),
     ]
     if ended is not None:
         rollouts[0] = dataclasses.replace(rollouts[0], ended=ended)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dschat.rlhf.ema import EMAConfig
 from tests.helpers.rounding import ROUNDING
 from tests.rlhf.tiny_roles import (
     FULL,
@@ -18,7 +19,7 @@ from tests.rlhf.tiny_roles import (
 
 @pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_ema_follows_real_steps_in_fp32(load_roles, lora):
-    setting = Setting(lora=lora, ema_decay=0.75, dtype="bf16")
+    setting = Setting(lora=lora, ema=EMAConfig(True, 0.75), dtype="bf16")
     roles = load_roles(setting)
     trainer = ppo_trainer(roles, setting, ppo_epochs=1)
     start = weights(roles.actor.module)
@@ -47,7 +48,7 @@ def test_ema_follows_real_steps_in_fp32(load_roles, lora):
 
 
 def test_ema_stays_where_a_step_was_skipped(load_roles, monkeypatch):
-    setting = Setting(ema_decay=0.5)
+    setting = Setting(ema=EMAConfig(True, 0.5))
     roles = load_roles(setting)
     trainer = ppo_trainer(roles, setting)
     e = rollout(trainer)

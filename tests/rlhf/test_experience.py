@@ -22,7 +22,7 @@ def experience(rows: int, first: int = 0, prompt: int = 3, answer: int = 4) -> E
         logprobs=full(answer).float(),
         ref_logprobs=full(answer).float() + 0.25,
         values=full(answer).float() + 0.5,
-        scores=names.float(),
+        model_scores=names.float(),
         group=names.long(),
         generation_seconds=1.5,
     )
@@ -38,13 +38,13 @@ def test_prompt_length_and_answers():
 def test_rows_pick_every_column_in_order():
     e = experience(5).with_returns(torch.zeros(5, 4) + 8, torch.arange(20.0).view(5, 4))
     picked = e.rows(torch.tensor([3, 1]))
-    assert picked.scores.tolist() == [3.0, 1.0]
+    assert picked.model_scores.tolist() == [3.0, 1.0]
     assert picked.returns.tolist() == [[12.0, 13.0, 14.0, 15.0], [4.0, 5.0, 6.0, 7.0]]
     for field in fields(Experience):
         column = getattr(e, field.name)
         if isinstance(column, torch.Tensor):
             assert torch.equal(getattr(picked, field.name), column[[3, 1]]), field.name
-    assert e.scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]  # untouched
+    assert e.model_scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]  # untouched
 
 
 def test_rows_leave_missing_returns_missing():
@@ -55,13 +55,13 @@ def test_rows_leave_missing_returns_missing():
 def test_minibatches_hold_every_row_once(size, sizes):
     rollouts = [experience(5), experience(4, first=100, prompt=6, answer=2)]
     batches = list(minibatches(rollouts, size, torch.Generator().manual_seed(0)))
-    assert [len(b.scores) for b in batches] == sizes
-    seen = sorted(row for b in batches for row in b.scores.tolist())
+    assert [len(b) for b in batches] == sizes
+    seen = sorted(row for b in batches for row in b.model_scores.tolist())
     assert seen == [0, 1, 2, 3, 4, 100, 101, 102, 103]
     for b in batches:
         # Rows of two rollouts differ in width, so that they never meet; columns stay together.
-        assert b.answer_mask.shape[1] == (4 if b.scores.max() < 100 else 2)
-        assert torch.equal(b.scores, b.sequences[:, 0].float())
+        assert b.answer_mask.shape[1] == (4 if b.model_scores.max() < 100 else 2)
+        assert torch.equal(b.model_scores, b.sequences[:, 0].float())
         assert torch.equal(b.ref_logprobs, b.logprobs + 0.25)
         assert torch.equal(b.ended, b.sequences[:, 0] % 2 == 0)
 
@@ -69,17 +69,21 @@ def test_minibatches_hold_every_row_once(size, sizes):
 def test_minibatches_are_drawn_anew_each_time():
     generator = torch.Generator().manual_seed(0)
     orders = [
-        [row for b in minibatches([experience(20)], 4, generator) for row in b.scores.tolist()]
+        [
+            row
+            for b in minibatches([experience(20)], 4, generator)
+            for row in b.model_scores.tolist()
+        ]
         for _ in range(2)
     ]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
     again = minibatches([experience(20)], 4, torch.Generator().manual_seed(0))
-    assert [row for b in again for row in b.scores.tolist()] == orders[0]
+    assert [row for b in again for row in b.model_scores.tolist()] == orders[0]
 
 
 def test_the_rows_of_a_window_do_not_depend_on_the_micro_batch():
     def window(size: int) -> set[float]:
         batches = list(minibatches([experience(8)], size, torch.Generator().manual_seed(3)))
-        return {row for b in batches[: 4 // size] for row in b.scores.tolist()}
+        return {row for b in batches[: 4 // size] for row in b.model_scores.tolist()}
 
     assert window(1) == window(2) == window(4)

@@ -147,7 +147,7 @@ def test_no_end_token_before_the_least_length():
     engine = TransformersRollout(model, tiny.byte_tokenizer())
     hook = end_after(model, [1, 2, 3, 4])
     torch.manual_seed(0)
-    sequences = engine.generate(prompts(), SamplingConfig(6, min_new_tokens=3))
+    sequences = engine.generate(prompts(), SamplingConfig(6, min_answer_seq_len=3))
     hook.remove()
     mask, ended = answer_ends(sequences[:, prompts().input_ids.shape[1] :], EOS)
     # Rows 0 and 1 wanted to end too early and never do; the others end where they wish.
@@ -157,8 +157,11 @@ def test_no_end_token_before_the_least_length():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"min_new_tokens": -1}, "min_answer_seq_len is -1: give 0 to max_answer_seq_len"),
-        ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_answer_seq_len is 4: .* which is 3"),
+        ({"min_answer_seq_len": -1}, "min_answer_seq_len is -1: give 0 or more"),
+        (
+            {"max_answer_seq_len": 3, "min_answer_seq_len": 4},
+            "min_answer_seq_len is 4: .* which is 3",
+        ),
         ({"stop_strings": ("a", "")}, "stop_strings holds an empty string"),
     ],
 )
@@ -252,7 +255,7 @@ def test_an_experience_does_not_depend_on_the_chunks(load_roles, chunk):
     trainer.engine = echo
     first, second = left_padded(PROMPTS[:4]), left_padded(PROMPTS[4:7], 15)
     experiences = trainer.rollout([first, second])
-    assert [len(e.scores) for e in experiences] == [12, 12]
+    assert [len(e) for e in experiences] == [12, 12]
     assert {tuple(b.real.shape) for b in echo.seen[:-1]} <= {(chunk or 12,)}
     rows = [
         (e.sequences[i][e.attention_mask[i]].tolist(), *(x[i] for x in (e.real, e.group, e.ended)))
@@ -300,7 +303,7 @@ def test_without_a_critic_there_are_no_values(load_roles):
     "changes, message",
     [
         ({"answers_per_prompt": 0}, "answers_per_prompt is 0: give at least 1"),
-        ({"generation_chunk_size": -1}, "generation_chunk_size is -1: give at least 1, or 0"),
+        ({"generation_chunk_size": -1}, "generation_chunk_size is -1: give 0 or more"),
     ],
 )
 def test_numbers_of_answers_that_make_no_sense(changes, message):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.save import save_hf_format
+from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.module.lora import fused_adapters
@@ -30,7 +31,7 @@ from tests.rlhf.tiny_roles import (
 )
 
 LAYOUTS = ("none", "auto", "all")
-PARTS = ("logprobs", "ref_logprobs", "values", "scores")
+PARTS = ("logprobs", "ref_logprobs", "values", "model_scores")
 # On some layers alone: the others keep what the folder's adapter does, and train nothing.
 FEW = replace(LORA, lora_module_name=("q_proj", "c_attn", "fc1"), lora_dropout=0.0)
 
@@ -119,7 +120,7 @@ def plain(folders) -> nn.Module:
 def test_one_trunk_trains_no_weight_and_saves_what_it_computes(
     one_base, distributed, tmp_path, family, lora
 ):
-    setting = Setting(lora=lora, share_trunk="all", ema_decay=0.5)
+    setting = Setting(lora=lora, share_trunk="all", ema=EMAConfig(True, 0.5))
     roles = setting.load(one_base(family), distributed)
     trainer = ppo_trainer(roles, setting)
     before = weights(roles.actor.module)

@@ -88,7 +88,7 @@ def test_reference_and_reward_are_the_loaded_folders_and_stay_so(load_roles, fol
             expected = answer_logprobs(reference, *text, 6).logprobs
             scores = scores_at_end(reward(*text), e.attention_mask)
         assert torch.equal(e.ref_logprobs, expected)
-        assert torch.equal(e.scores, scores)
+        assert torch.equal(e.model_scores, scores)
         assert torch.equal(e.logprobs, e.ref_logprobs) == (seed == 0)
         trainer.train_rlhf([e])
     # The critic, which began as the reward model, has moved on.

@@ -29,11 +29,11 @@ def learn(load_roles, monkeypatch) -> Callable[..., list[dict[str, float]]]:
         monkeypatch.setattr(DeepSpeedRLHFEngine, "reward_scores", low_bytes)
         roles = load_roles(setting, **({} if estimator == "gae" else {"critic": None}))
         if estimator == "gae":
-            changes["value_clip_range"] = 10.0
+            changes["cliprange_value"] = 10.0
         else:
             changes["advantage_estimator"] = estimator
-        common = {"answer": 2, "rollout_batch_size": 16, "answers_per_prompt": 4}
-        common |= {"ppo_epochs": 4, "kl_coefficient": 0.0}
+        common = {"answer": 2, "per_device_generation_batch_size": 16, "answers_per_prompt": 4}
+        common |= {"ppo_epochs": 4, "kl_coef": 0.0}
         trainer = ppo_trainer(roles, setting, **common, **changes)
         torch.manual_seed(3)
         steps = []

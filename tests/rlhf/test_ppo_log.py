@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dschat.rlhf import ppo_log
-from dschat.rlhf.ppo_log import AnswerPrinting, PPOLog
+from dschat.rlhf.ppo_log import PPOLog
 from dschat.train.metrics import LogConfig, MetricLogger
 from dschat.utils.perf import Gpus
 from tests.rlhf.tiny_roles import LORA, Setting, ppo_trainer, prompts
@@ -27,7 +27,7 @@ def test_throughput_counts_the_steps_that_the_actor_made(load_roles, monkeypatch
     recipes = {name: setting.role(name).recipe for name in roles.trained}
     gpus = Gpus(1, torch.float32)
     metrics = MetricLogger(LogConfig(), None, rank=0)
-    log = PPOLog(metrics, AnswerPrinting(), roles, recipes, gpus, iterations=1)
+    log = PPOLog(metrics, 0, roles, recipes, gpus, iterations=1)
     log.begin()
     torch.manual_seed(0)
     experiences = trainer.rollout([prompts()])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch
 from dschat.rlhf import ppo_trainer
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.logprobs import AnswerScores
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_statistics import (
@@ -34,21 +32,22 @@ def synthetic(**columns: list) -> Experience:
         logprobs=zeros,
         ref_logprobs=zeros,
         values=zeros,
-        scores=torch.zeros(2),
+        model_scores=None,
         group=torch.arange(2),
+        rewards=torch.zeros(2),
     )
     return dataclasses.replace(e, **{n: torch.tensor(c) for n, c in columns.items()})
 
 
 def learned(rollouts: list[Experience], kl: float = 0.0, **changes: object) -> list[Experience]:
     """With advantages by GAE where every return is the rewards to come, unless changed."""
-    config = PPOConfig(SamplingConfig(), **{"gamma": 1.0, "lam": 1.0, **changes})
+    config = PPOConfig(**{"gamma": 1.0, "lam": 1.0, **changes})
     return with_advantages(rollouts, config, kl)
 
 
 def test_scores_are_clipped_before_the_penalty():
     # gamma = lambda = 1, values 0: every return of a row is its score.
-    e = synthetic(scores=[9.0, -9.0])
+    e = synthetic(rewards=[9.0, -9.0])
     raw = learned([e], reward_clip=5.0, missing_eos_penalty=2.0)
     assert raw[0].returns.tolist() == [[3.0, 3.0, 3.0], [-5.0, 0.0, 0.0]]
     assert torch.equal(raw[0].advantages, raw[0].returns)
@@ -60,7 +59,7 @@ def test_scores_are_clipped_before_the_penalty():
 
 
 def test_whitening_runs_over_all_rollouts_together():
-    rollouts = [synthetic(scores=[1.0, 2.0]), synthetic(scores=[4.0, -3.0])]
+    rollouts = [synthetic(rewards=[1.0, 2.0]), synthetic(rewards=[4.0, -3.0])]
     inside = torch.cat([e.advantages[e.answer_mask] for e in whitened(learned(rollouts))])
     raw = torch.tensor([1.0, 1, 1, 2, 4, 4, 4, -3])
     expected = (raw - raw.mean()) / raw.std(correction=0)
@@ -70,7 +69,7 @@ def test_whitening_runs_over_all_rollouts_together():
 def test_rollout_statistics_by_hand():
     # What lies behind the second answer must not show, infinite or not.
     e = synthetic(
-        scores=[2.0, 5.0],
+        rewards=[2.0, 5.0],
         logprobs=[[-1.0, -2.0, -3.0], [-4.0, -1.0, -200.0]],
         ref_logprobs=[[-1.5, -2.0, -4.0], [-3.0, -500.0, 0.0]],
     )
@@ -104,9 +103,9 @@ def test_what_the_critics_steps_report(monkeypatch):
     e = e.with_returns(torch.zeros(2, 3), e.values)
     moved = e.values + torch.tensor([[0.1, -0.3, 0.3], [0.0, 9.0, 9.0]])
     monkeypatch.setattr(ppo_trainer, "answer_values", lambda *_: moved)
-    config = PPOConfig(SamplingConfig(), value_clip_range=0.2)
-    trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(critic=None), config, world_size=1)
-    loss, sums = trainer.critic_loss(e)
+    config = PPOConfig(cliprange_value=0.2)
+    trainer = ppo_trainer.DeepSpeedPPOTrainer(None, config, world_size=1, seed=0)
+    loss, sums = trainer.critic_loss(None, e)
     expected = {"tokens": 4, "value_clip_fraction": 2, "critic_loss": (0.01 + 0.09 + 0.09) / 2}
     assert sums == pytest.approx(expected, abs=1e-6)
     assert loss.item() == sums["critic_loss"]
@@ -120,8 +119,8 @@ def test_what_the_actors_steps_report(monkeypatch):
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, 50.0]])
     scored = AnswerScores(now, entropy)
     monkeypatch.setattr(ppo_trainer.DeepSpeedPPOTrainer, "policy_scores", lambda *_, **__: scored)
-    config = PPOConfig(SamplingConfig(), clip_range=0.2)
-    trainer = ppo_trainer.DeepSpeedPPOTrainer(SimpleNamespace(actor=None), config, world_size=1)
+    config = PPOConfig(cliprange=0.2)
+    trainer = ppo_trainer.DeepSpeedPPOTrainer(None, config, world_size=1, seed=0)
     _, sums = trainer.actor_loss(e)
     expected = {
         "tokens": 4,

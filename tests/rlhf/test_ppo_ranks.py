@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
 from tests.helpers.launch import run_ranks
 from tests.helpers.rounding import LOGITS, ROUNDING
@@ -24,7 +25,7 @@ def rollout(folders, distributed, tmp_path_factory) -> Path:
     """Eight rows sampled by one process: answers of several lengths, one row of filler."""
     setting = Setting()
     roles = setting.load(folders["llama"], distributed)
-    trainer = ppo_trainer(roles, setting, rollout_batch_size=8)
+    trainer = ppo_trainer(roles, setting, per_device_generation_batch_size=8)
     torch.manual_seed(0)
     hook = end_after(roles.actor.module, [2, 6, 1, None, 3, 4, None, 2])
     (e,) = trainer.rollout([prompts(7)])
@@ -53,7 +54,7 @@ def on_two_ranks(rollout, folders, tmp_path_factory) -> Callable[[str], dict]:
 def on_one(rollout, folders, distributed) -> Callable[[str], dict]:
     """The same with all rows in one micro-batch and no sharding, with and without adapters."""
     e = Experience(**torch.load(rollout))
-    plain = Setting(micro_batch=8, ema_decay=0.5)
+    plain = Setting(micro_batch=8, ema=EMAConfig(True, 0.5))
     results: dict[tuple, dict] = {}
 
     def result(name: str) -> dict:

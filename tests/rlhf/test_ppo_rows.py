@@ -94,7 +94,7 @@ def test_what_lies_behind_the_answers_shows_nowhere(load_roles):
 def wider(e: Experience, left: int, right: int) -> Experience:
     """The same with more padding in front of the prompts and behind the answers, noise in it."""
     torch.manual_seed(9)
-    rows = len(e.scores)
+    rows = len(e)
 
     def padded(column: torch.Tensor, before: int) -> torch.Tensor:
         width = column.shape[1] + before + right

@@ -22,9 +22,9 @@ from tests.rlhf.tiny_roles import (
 
 # All coefficients away from their defaults; the same by the names of either side.
 COMMON = {"gamma": 0.97, "lam": 0.9, "reward_clip": 0.4, "missing_eos_penalty": 0.6}
-FAST = {**COMMON, "kl_coefficient": 0.7, "clip_range": 0.02, "value_clip_range": 0.05}
+FAST = {**COMMON, "kl_coef": 0.7, "cliprange": 0.02, "cliprange_value": 0.05}
 SLOW = {**COMMON, "kl": 0.7, "clip": 0.02, "value_clip": 0.05}
-CRITIC_FREE = {"gamma": 1.0, "lam": 0.95, "value_clip_range": 0.2, "answers_per_prompt": 2}
+CRITIC_FREE = {"gamma": 1.0, "lam": 0.95, "cliprange_value": 0.2, "answers_per_prompt": 2}
 GROUPS = [5, 9, 5, 9]  # of the four rows
 
 CASES = {
@@ -58,7 +58,7 @@ CASES = {
     ),
     "warm-up": ({"critic_warmup_iterations": 1}, {"warmup": 1}),
     "early end": ({"update_kl_limit": 0.7}, {"kl_limit": 0.7}),
-    "value clipping off": ({"value_clip_range": 0.0}, {"value_clip": 1e9}),
+    "value clipping off": ({"cliprange_value": 0.0}, {"value_clip": 1e9}),
 }
 # Of three steps in each of two rounds.
 ACTOR_STEPS = {"warm-up": [0, 3], "early end": [1, 2]}
@@ -90,7 +90,7 @@ def test_updates_equal_those_of_plain_pytorch(load_roles, folders, case):
     before = weights(roles.actor.module)
     for seed in range(2):
         e = dataclasses.replace(rollout(trainer, seed), group=torch.tensor(GROUPS))
-        assert (e.scores.abs() > 0.4).any() and not e.ended.all()
+        assert (e.rewards.abs() > 0.4).any() and not e.ended.all()
         assert trainer.kl.coefficient == pytest.approx(reference.beta, abs=1e-6)
         statistics = trainer.train_rlhf([e])
         assert statistics["kl_coefficient"] == pytest.approx(reference.beta, abs=1e-6)

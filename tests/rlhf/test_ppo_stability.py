@@ -10,6 +10,7 @@ import torch
 
 from dschat.config import RLHFSettings
 from dschat.config.cli import parse
+from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.optim import group_rates
 from tests.helpers.tiny import byte_tokenizer
@@ -44,7 +45,7 @@ def counted(module: torch.nn.Module) -> list[bool]:
 
 @pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
-    setting = Setting(lora=lora, ema_decay=0.5)
+    setting = Setting(lora=lora, ema=EMAConfig(True, 0.5))
     roles = load_roles(setting)
     target = {"kl_target": 0.5, "kl_horizon": 8}
     trainer = ppo_trainer(roles, setting, critic_warmup_iterations=2, ppo_epochs=2, **target)
@@ -74,7 +75,7 @@ def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
 
 def test_an_update_that_goes_too_far_ends(load_roles):
     """The actor rests, its schedule and the critic go on, the next iteration begins anew."""
-    setting = Setting(ema_decay=0.5, micro_batch=2, accumulation=2)
+    setting = Setting(ema=EMAConfig(True, 0.5), micro_batch=2, accumulation=2)
     roles = load_roles(setting)
     trainer = ppo_trainer(roles, setting, update_kl_limit=1e-9, ppo_epochs=4)
     for iteration in range(1, 3):
@@ -167,8 +168,8 @@ def test_actor_and_critic_learn_at_rates_of_their_own(folders, distributed):
         *shlex.split("--critic_lora_dim 2 --critic_learning_rate 2e-4 --critic_zero_stage 2"),
         *shlex.split("--critic_loraplus_lr_ratio 8 --lr_scheduler_type constant --dtype fp32"),
     ]
-    cast = parse(RLHFSettings, argv, "").cast("fp32", iterations=3)
-    roles = DeepSpeedRLHFEngine.load(cast, byte_tokenizer(), distributed)
+    setup = parse(RLHFSettings, argv, "").role_setup("fp32", iterations=3)
+    roles = DeepSpeedRLHFEngine.load(setup, byte_tokenizer(), distributed)
     actor, critic = group_rates(roles.actor.optimizer), group_rates(roles.critic.optimizer)
     assert actor == pytest.approx({"lora_A": 1e-3, "lora_B": 4e-3})
     assert critic == pytest.approx({"lora_A": 2e-4, "lora_B": 16e-4, "head": 2e-4})

@@ -61,7 +61,7 @@ def mean_nll(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
 def ppo_objective(model: torch.nn.Module, e: Experience) -> torch.Tensor:
     """The mean over answer tokens of -advantage * ratio; on the first step nothing is clipped."""
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in range(len(e.scores)):
+    for row in range(len(e)):
         ids = e.sequences[row][e.attention_mask[row]]
         length = int(e.answer_mask[row].sum())
         if not e.real[row]:
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_ppo_plus_that_of_the_text(
     config = ppo_trainer(None, setting).config
     numbers = np.random.default_rng([SEED, 0]).permutation(BLOCKS)[:4]
     text = [blocks().blocks["input_ids"][int(n)] for n in numbers]
-    (learned,) = whitened(with_advantages([e], config, config.kl_coefficient), identity)
+    (learned,) = whitened(with_advantages([e], config, config.kl_coef), identity)
     loss = ppo_objective(model, learned) + COEFFICIENT * mean_nll(model, text)
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}

@@ -2,16 +2,16 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dschat.config.rewards import RewardArguments
 from dschat.errors import UserError
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf import rewards
-from dschat.rlhf.rewards import RewardFunction, Rewards, score_statistics, texts_of
+from dschat.rlhf.rewards import RewardConfig, RewardFunction, Rewards, score_statistics, texts_of
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.hand_made import sampled
 from tests.rlhf.tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
@@ -65,17 +65,16 @@ def test_parts_and_sum_by_hand():
         return {"yes": 1, "no!!": 0.5}[answer]
 
     rewards = Rewards(
-        function=RewardFunction("m:f", function, "digest"),
-        function_weight=10.0,
-        model_weight=0.5,
-        scaling=RewardStatistics(mean=1.0, std=2.0, count=2, data="rows"),
+        RewardConfig("m:f", reward_function_weight=10.0, reward_model_weight=0.5),
+        RewardFunction("m:f", function, "digest"),
+        RewardStatistics(mean=1.0, std=2.0, count=2, data="rows"),
     )
     e = rewards.applied(sampled(), byte_tokenizer())
     assert called == [("q: b", "yes"), ("q", "no!!")]  # filler is not asked for
     assert e.model_scores.tolist() == [3.0, -1.0, 50.0]
     assert e.function_scores.tolist() == [1.0, 0.5, 0.0]
     # 0.5 * (3 - 1) / 2 + 10 * 1 and 0.5 * (-1 - 1) / 2 + 10 * 0.5
-    assert e.scores[:2].tolist() == [10.5, 4.5]
+    assert e.rewards[:2].tolist() == [10.5, 4.5]
     figures = score_statistics([e, e], clip=5.0)
     assert figures == {
         "reward_std": 3.0,
@@ -87,20 +86,20 @@ def test_parts_and_sum_by_hand():
 
 def test_without_function_and_scaling_nothing_changes():
     e = Rewards().applied(sampled(), byte_tokenizer())
-    assert torch.equal(e.scores, sampled().scores)
+    assert torch.equal(e.rewards, sampled().model_scores)
     assert "reward_function" not in score_statistics([e], clip=5.0)
 
 
 def test_without_a_model_the_function_is_all():
     rewards = Rewards(function=RewardFunction("m:f", lambda prompt, answer: len(answer), ""))
-    e = rewards.applied(sampled(), byte_tokenizer(), has_model=False)
-    assert e.scores[:2].tolist() == [3.0, 4.0] and e.model_scores is None
+    e = rewards.applied(replace(sampled(), model_scores=None), byte_tokenizer())
+    assert e.rewards[:2].tolist() == [3.0, 4.0] and e.model_scores is None
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("own_rewards", "--reward_function own_rewards: give module:name"),
+        ("own_rewards", "reward_function own_rewards: give module:name"),
         ("no_such_module:f", "no_such_module does not import (ModuleNotFoundError: No module"),
         ("own_rewards:nothing", "own_rewards has no function 'nothing'"),
         ("own_rewards:math", "own_rewards has no function 'math'"),
@@ -109,7 +108,7 @@ def test_without_a_model_the_function_is_all():
 )
 def test_what_is_no_reward_function_is_refused_at_once(own, name, words):
     with pytest.raises(UserError) as caught:
-        RewardArguments(reward_function=name).rewards(None)
+        Rewards.load(RewardConfig(reward_function=name), None)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -136,7 +135,8 @@ def test_what_fails_on_another_rank_stops_this_one(own, monkeypatch):
 
     monkeypatch.setattr(rewards, "on_every_rank", agreed)
     with pytest.raises(UserError, match="another rank's"):
-        Rewards(RewardFunction.load("own_rewards:length")).applied(sampled(), byte_tokenizer())
+        function = RewardFunction.load("own_rewards:length")
+        Rewards(function=function).applied(sampled(), byte_tokenizer())
 
 
 def test_parameters_with_defaults_do_no_harm(own):
@@ -144,11 +144,11 @@ def test_parameters_with_defaults_do_no_harm(own):
 
 
 def test_an_edited_function_is_another(own):
-    arguments = RewardArguments(reward_function="own_rewards:length")
-    before = arguments.rewards(None).record()
+    config = RewardConfig(reward_function="own_rewards:length")
+    before = Rewards.load(config, None).record()
     own.write_text(OWN.replace("len(answer)", "-len(answer)"))
     sys.modules.pop("own_rewards")
-    after = arguments.rewards(None).record()
+    after = Rewards.load(config, None).record()
     assert before.keys() == after.keys() == {"reward_function.source"} and before != after
 
 
@@ -170,7 +170,7 @@ def test_an_edited_function_is_another(own):
 )
 def test_weights_that_make_no_reward_are_refused(given, words):
     with pytest.raises(UserError, match=words):
-        RewardArguments(**given)
+        RewardConfig(**given)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,11 @@ def test_weights_that_make_no_reward_are_refused(given, words):
     ],
 )
 def test_weights_of_a_function_alone(own, given, words):
-    arguments = RewardArguments(reward_function="own_rewards:length", **given)
+    config = RewardConfig(reward_function="own_rewards:length", **given)
     with pytest.raises(UserError, match=words):
-        arguments.rewards(None)
-    assert RewardArguments(reward_function="own_rewards:length").rewards(None).scaling is None
+        Rewards.load(config, None)
+    config = RewardConfig(reward_function="own_rewards:length")
+    assert Rewards.load(config, None).scaling is None
 
 
 def test_an_iteration_learns_from_both(load_roles, own):
@@ -202,7 +203,8 @@ def test_an_iteration_learns_from_both(load_roles, own):
 
     alone = figures(Rewards())
     function = RewardFunction("m:f", lambda prompt, answer: 1.0 if prompt else -1.0, "")
-    both = figures(Rewards(function=function, function_weight=0.5))
+    config = RewardConfig(reward_function="m:f", reward_function_weight=0.5)
+    both = figures(Rewards(config, function))
     assert both["reward_function"] == 1.0
     assert both["reward_model"] == alone["reward_model"] == pytest.approx(alone["reward"])
     assert both["reward"] == pytest.approx(alone["reward"] + 0.5, abs=1e-6)

@@ -75,31 +75,33 @@ def test_values_start_in_the_units_of_scaled_scores(folders, distributed, lora):
         for s in (None, scaling)
     ]
     plain, scaled = (rollout(trainer) for trainer in trainers)
-    assert torch.equal(scaled.scores, plain.scores)
+    assert torch.equal(scaled.model_scores, plain.model_scores)
     mask = plain.answer_mask
     torch.testing.assert_close(scaled.values[mask], (plain.values[mask] - 5.0) / 2.0)
     # The first pass sees the values of the rollout: the error is that of the returns.
     e = scaled.with_returns(torch.zeros_like(scaled.values), scaled.values + 0.1)
-    loss, _ = trainers[1].critic_loss(e)
+    loss, _ = trainers[1].critic_loss(trainers[1].roles.critic, e)
     assert loss.item() == pytest.approx(0.5 * 0.1**2 * mask.sum().item(), rel=1e-4)
 
 
 def test_values_of_another_start_are_not_scaled(folders, other):
-    cast = replace(Setting().cast(folders["llama"]), scaling=RewardStatistics(5.0, 2.0, 8, "rows"))
-    assert cast.value_scaling is cast.scaling
-    fresh = replace(cast.critic, fresh_head=True)
-    assert replace(cast, critic=fresh).value_scaling is None
-    assert replace(cast, reward=Setting().frozen(other)).value_scaling is None
-    assert replace(cast, critic=None).value_scaling is None
+    setup = replace(
+        Setting().role_setup(folders["llama"]), scaling=RewardStatistics(5.0, 2.0, 8, "rows")
+    )
+    assert setup.value_scaling is setup.scaling
+    fresh = replace(setup.critic, fresh_head=True)
+    assert replace(setup, critic=fresh).value_scaling is None
+    assert replace(setup, reward=Setting().frozen(other)).value_scaling is None
+    assert replace(setup, critic=None).value_scaling is None
 
 
 def test_values_of_a_trained_critic_keep_their_scaling(folders, other):
     own = RewardStatistics(1.0, 3.0, 4, "rows")
-    cast = Setting().cast(folders["llama"])
-    critic = replace(cast.critic, value_scaling=own)
-    cast = replace(cast, critic=critic, reward=Setting().frozen(other))
-    assert cast.value_scaling is None  # scores are not scaled either
-    assert replace(cast, scaling=RewardStatistics(5.0, 2.0, 8, "rows")).value_scaling is own
+    setup = Setting().role_setup(folders["llama"])
+    critic = replace(setup.critic, value_scaling=own)
+    setup = replace(setup, critic=critic, reward=Setting().frozen(other))
+    assert setup.value_scaling is None  # scores are not scaled either
+    assert replace(setup, scaling=RewardStatistics(5.0, 2.0, 8, "rows")).value_scaling is own
 
 
 @pytest.mark.parametrize("layout", ["auto", "none"])

@@ -107,7 +107,7 @@ FOLDERS_OWN = {
     "top_p": 0.1,
     "temperature": 0.01,
     "repetition_penalty": 9.0,
-    "min_new_tokens": 6,
+    "min_answer_seq_len": 6,
     "no_repeat_ngram_size": 1,
     "suppress_tokens": [5, 6],
     "max_length": 7,
@@ -153,7 +153,7 @@ def test_the_generation_config_comes_back_after_a_failure(monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_new_tokens": 0}, "max_answer_seq_len is 0"),
+        ({"max_answer_seq_len": 0}, "max_answer_seq_len is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
@@ -190,7 +190,7 @@ def test_experience_masks_ends_and_columns(load_roles):
     assert torch.equal(e.attention_mask[:, :width], prompts().attention_mask)
     assert torch.equal(e.attention_mask[:, width:], e.answer_mask)
     assert not e.values[~e.answer_mask].any()
-    for column in (e.logprobs, e.ref_logprobs, e.values, e.scores):
+    for column in (e.logprobs, e.ref_logprobs, e.values, e.model_scores):
         assert column.dtype == torch.float32 and not column.requires_grad
 
 
@@ -215,10 +215,10 @@ def test_pad_rows():
 
 
 def test_filler_rows_have_no_answer_tokens(load_roles):
-    trainer = ppo_trainer(load_roles(Setting()), Setting(), rollout_batch_size=4)
+    trainer = ppo_trainer(load_roles(Setting()), Setting(), per_device_generation_batch_size=4)
     batch = left_padded(PROMPTS[:1])
     (e,) = trainer.rollout([batch])
-    assert len(e.scores) == 4 and e.real.tolist() == [True, False, False, False]
+    assert len(e) == 4 and e.real.tolist() == [True, False, False, False]
     assert e.answer_mask[0].any() and not e.answer_mask[1:].any()
     # They still look at real tokens: an attention row without any would be undefined.
     assert e.attention_mask.any(-1).all() and e.logprobs.isfinite().all()

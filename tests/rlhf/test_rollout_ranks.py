@@ -27,7 +27,7 @@ def results(folders, tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rows_groups_and_ends(results, name, rank):
     experiences = results[rank][name]["cut"]["experiences"]
-    assert [len(e["scores"]) for e in experiences] == [4, 4, 4]
+    assert [len(e["model_scores"]) for e in experiences] == [4, 4, 4]
     assert torch.cat([e["group"] for e in experiences]).tolist() == [i // 2 for i in range(12)]
     real = torch.cat([e["real"] for e in experiences]).tolist()
     assert real == [True] * (12 if rank == 0 else 10) + [False] * (0 if rank == 0 else 2)

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from dschat.data.collators import PromptBatch
 from dschat.models.reward_model import RewardModel
 from dschat.models.save import write_model_folder
+from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.role_config import Cast, FrozenConfig, RoleConfig
+from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.train.engine import Recipe
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig
@@ -88,7 +89,7 @@ class Setting:
     clipping: float = 1.0
     offload_frozen: bool = False
     train_base: bool = False
-    ema_decay: float | None = None
+    ema: EMAConfig | None = None
     share_trunk: str = "auto"
     seed: int = 7
 
@@ -113,9 +114,9 @@ class Setting:
             offload_frozen=self.offload_frozen,
         )
 
-    def cast(self, folders: Folders) -> Cast:
+    def role_setup(self, folders: Folders) -> RoleSetup:
         """All roles, the reward model from the critic's folder."""
-        return Cast(
+        return RoleSetup(
             actor=self.role(folders.actor),
             critic=self.role(folders.critic),
             reward=self.frozen(folders.critic),
@@ -129,10 +130,10 @@ class Setting:
     def load(
         self, folders: Folders, distributed: Distributed, **changes: object
     ) -> DeepSpeedRLHFEngine:
-        """All roles, with `changes` of the cast; the adapters' start is the same every time."""
+        """All roles, with `changes` of the setup; the adapters' start is the same every time."""
         torch.manual_seed(self.seed)
-        cast = replace(self.cast(folders), **changes)
-        return DeepSpeedRLHFEngine.load(cast, tiny.byte_tokenizer(), distributed, self.ema_decay)
+        setup = replace(self.role_setup(folders), **changes)
+        return DeepSpeedRLHFEngine.load(setup, tiny.byte_tokenizer(), distributed, self.ema)
 
 
 def without_critic(roles: DeepSpeedRLHFEngine) -> DeepSpeedRLHFEngine:
@@ -147,12 +148,11 @@ def ppo_trainer(
 ) -> DeepSpeedPPOTrainer:
     """A trainer whose batches fit the setting."""
     config = PPOConfig(
-        sampling=SamplingConfig(max_new_tokens=changes.pop("answer", 6)),
-        micro_batch_size=setting.micro_batch,
-        gradient_accumulation_steps=setting.accumulation,
-        **{"rollout_batch_size": 4, "seed": 5, **changes},
+        SamplingConfig(changes.pop("answer", 6)),
+        per_device_training_batch_size=setting.micro_batch,
+        **{"per_device_generation_batch_size": 4, **changes},
     )
-    return DeepSpeedPPOTrainer(roles, config, world_size)
+    return DeepSpeedPPOTrainer(roles, config, world_size, seed=5)
 
 
 def left_padded(rows: list[list[int]], width: int | None = None) -> PromptBatch:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.config import RLHFSettings
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import unused_flags, warm_up_beyond
 from dschat.data.collators import PromptCollator
 from dschat.data.datasets import create_prompt_dataset
 from dschat.data.loaders import build_loader
@@ -29,15 +30,22 @@ from dschat.rlhf.generation import tell_unused_ends
 from dschat.rlhf.ppo_log import PPOLog
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.ptx import PTX
+from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.role_config import RoleNames
+from dschat.rlhf.role_settings import RoleNames
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.train.checkpointer import Checkpointer
 from dschat.train.engine import accumulation_groups
 from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import setup_run
 from dschat.train.resume import RunPlan, StepPlan
-from dschat.utils.distributed import Distributed, from_local_main, print_rank_0, set_random_seed
+from dschat.utils.distributed import (
+    Distributed,
+    from_local_main,
+    launched_rank,
+    print_rank_0,
+    set_random_seed,
+)
 from dschat.utils.ds_utils import get_train_ds_config
 
 
@@ -45,10 +53,12 @@ def main() -> None:
     """Check, load, train, save."""
     settings = parse(RLHFSettings, None, __doc__)
     run = settings.run
+    for line in unused_flags(settings):
+        print_rank_0(line, launched_rank())
 
     # 1. everything that can be wrong is checked before weights are loaded
     ctx = setup_run(
-        settings.ppo.actor_model_name_or_path,
+        settings.roles.actor_model_name_or_path,
         run,
         output_dir=run.output_dir,
         prompt_format=settings.data.prompt_format,
@@ -56,8 +66,8 @@ def main() -> None:
     tokenizer, distributed = ctx.tokenizer, ctx.distributed
     names = settings.role_names()
     retokenise = names.check(tokenizer, run.answer_end)
-    rewards = settings.rewards.rewards(names.reward)
-    config = settings.ppo_config()
+    rewards = Rewards.load(settings.rewards, names.reward)
+    config = settings.ppo
     names.check_context(settings.max_seq_len, retokenise)
     plans = checked_plans(settings, names)
     data = create_prompt_dataset(
@@ -66,22 +76,25 @@ def main() -> None:
         3,
         seed=run.seed,
         max_seq_len=settings.max_seq_len,
-        max_prompt_len=settings.ppo.max_prompt_seq_len,
+        max_prompt_len=settings.max_prompt_seq_len,
         once=from_local_main,
     )
     print_rank_0("\n".join(data.report.lines()))
     cache = settings.data.data_output_path
-    text = settings.mixin.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
-    collator, rollout_batch = PromptCollator(tokenizer.pad_token_id), config.rollout_batch_size
+    text = settings.ptx.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
+    collator = PromptCollator(tokenizer.pad_token_id)
+    rollout_batch = config.per_device_generation_batch_size
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size, "seed": run.seed}
     prompts = build_loader(data.train, collator, rollout_batch, shuffle=True, **ranks)
     held_out = build_loader(data.eval, collator, rollout_batch, shuffle=False, **ranks)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
-    cast = settings.cast(ctx.dtype_name, iterations, retokenise, rewards.scaling)
-    for role in cast.trained.values():
+    for line in warm_up_beyond(settings, iterations):
+        print_rank_0(line)
+    setup = settings.role_setup(ctx.dtype_name, iterations, retokenise, rewards.scaling)
+    for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
-    optimizers = {name: role.recipe.optimizer for name, role in cast.trained.items()}
+    optimizers = {name: role.recipe.optimizer for name, role in setup.trained.items()}
     steps = StepPlan.of(
         run.num_train_epochs * [batches], settings.ppo.generation_batches, iterations
     )
@@ -92,15 +105,16 @@ def main() -> None:
     tell_unused_ends(names.actor, tokenizer)
 
     # 2. the roles
-    ema_decay = settings.ema_decay if settings.enable_ema else None
-    roles = DeepSpeedRLHFEngine.load(cast, tokenizer, distributed, ema_decay)
-    fused = settings.rollout.fuses(settings.actor)
-    engine = TransformersRollout(roles.actor, tokenizer, roles.generates_in_step, fused)
-    ptx = PTX(text, settings.mixin.unsup_coef, **ranks) if text else None
-    trainer = DeepSpeedPPOTrainer(roles, config, ctx.world_size, engine, rewards, ptx)
-    recipes = {name: role.recipe for name, role in cast.trained.items()}
+    roles = DeepSpeedRLHFEngine.load(setup, tokenizer, distributed, settings.ema)
+    fused = settings.fuse_lora_for_generation
+    engine = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fused)
+    ptx = PTX(text, settings.ptx.unsup_coef, **ranks) if text else None
+    trainer = DeepSpeedPPOTrainer(
+        roles, config, ctx.world_size, engine, rewards, ptx, seed=run.seed
+    )
+    recipes = {name: role.recipe for name, role in setup.trained.items()}
     metrics = MetricLogger(run.log, run.output_dir, ctx.rank, checkpointer.continued)
-    log = PPOLog(metrics, settings.printing(), roles, recipes, ctx.gpus, iterations)
+    log = PPOLog(metrics, settings.answers_interval, roles, recipes, ctx.gpus, iterations)
     set_random_seed(run.seed + ctx.rank)
     position = checkpointer.restore(
         roles.trained,
@@ -123,7 +137,7 @@ def main() -> None:
             statistics = trainer.train_rlhf(experiences)
             iteration += 1
             log.iteration(iteration, statistics, experiences, config.ppo_epochs)
-            if settings.ppo.eval_interval and iteration % settings.ppo.eval_interval == 0:
+            if settings.eval_interval and iteration % settings.eval_interval == 0:
                 log.evaluation(iteration, trainer.evaluate(held_out))
             checkpointer.save_if_due(iteration, epoch)
         log.evaluation(iteration, trainer.evaluate(held_out))
@@ -137,7 +151,7 @@ def main() -> None:
 
 
 def checked_plans(settings: RLHFSettings, names: RoleNames) -> dict[str, SavePlan]:
-    """What will be saved of each role that trains; stops where its adapters cannot be."""
+    """Plan the folder of each trained role; stop where its adapters cannot be saved."""
     run = settings.run
     actor, critic = run.recipe(settings.actor), run.recipe(settings.critic)
     plans = {"actor": run.save_plan(names.actor, actor, "actor", "actor_ema")}

@@ -1,10 +1,15 @@
 import pytest
 
-from dschat.rlhf.kl_control import KLController
+from dschat.rlhf.advantages import KLController
+from dschat.rlhf.ppo_config import PPOConfig
+
+
+def controller(kl_coef: float, kl_target: float | None = None, kl_horizon: int = 10_000):
+    return KLController(PPOConfig(kl_coef=kl_coef, kl_target=kl_target, kl_horizon=kl_horizon))
 
 
 def test_a_fixed_coefficient_stays():
-    kl = KLController(0.1)
+    kl = controller(0.1)
     kl.update(1e6, 1e6)
     assert kl.coefficient == 0.1
 
@@ -22,7 +27,7 @@ def test_a_fixed_coefficient_stays():
     ],
 )
 def test_one_iteration_by_hand(measured, answers, expected):
-    kl = KLController(0.3, target=6.0, horizon=1024)
+    kl = controller(0.3, 6.0, 1024)
     kl.update(measured, answers)
     assert kl.coefficient == pytest.approx(expected, rel=1e-12)
 
@@ -30,14 +35,14 @@ def test_one_iteration_by_hand(measured, answers, expected):
 def test_it_finds_the_coefficient_of_its_target():
     """A policy whose KL is 2 / beta meets a target of 8 at beta = 1/4, from either side."""
     for start in (0.01, 4.0):
-        kl = KLController(start, target=8.0, horizon=100)
+        kl = controller(start, 8.0, 100)
         for _ in range(200):
             kl.update(2.0 / kl.coefficient, 64)
         assert kl.coefficient == pytest.approx(0.25, rel=1e-6)
 
 
 def test_it_goes_on_where_it_stood():
-    kl, other = (KLController(0.3, target=6.0, horizon=100) for _ in range(2))
+    kl, other = (controller(0.3, 6.0, 100) for _ in range(2))
     kl.update(9.0, 64)
     other.load_state_dict(kl.state_dict())
     for each in (kl, other):

@@ -1,0 +1,86 @@
+"""Advantage estimators: what each answer token is worth, by a critic or by other answers.
+
+A new one is a function of the kind `Estimator.advantages` and an entry of `ESTIMATORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dschat.functional.returns import generalized_advantages, group_normalised, leave_one_out
+from dschat.rlhf.experience import Experience, filled
+
+# Experiences of one iteration, their (B, A) rewards, gamma, lambda -> the same with advantages.
+Advantages = Callable[
+    [list[Experience], list[torch.Tensor], float, float],
+    list[Experience],
+]
+# (N,) rewards of whole answers, (N,) groups, (N,) bool of real rows -> (N,) advantages.
+Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """One way to estimate advantages, and what the rest of PPO has to know of it.
+
+    Attributes:
+        advantages: adds `advantages`, and under a critic `returns`, to the experiences.
+        needs_critic: values are learnt; gamma, lambda and the critic's settings have a meaning.
+        kl_in_loss: the KL penalty is k3 in the policy's loss, not a part of the reward.
+        whitens: `whiten_advantages auto` whitens over the batch.
+        is_normalised: advantages are in deviations of their group already; never whitened.
+        min_answers: answers to one prompt that it needs.
+    """
+
+    name: str
+    advantages: Advantages
+    needs_critic: bool = False
+    kl_in_loss: bool = False
+    whitens: bool = False
+    is_normalised: bool = False
+    min_answers: int = 2
+
+
+def gae(
+    experiences: list[Experience], rewards: list[torch.Tensor], gamma: float, lam: float
+) -> list[Experience]:
+    """Generalized advantage estimation inside each answer, with returns for the critic."""
+    learned = [
+        generalized_advantages(r, filled(e.values), e.answer_mask, gamma, lam)
+        for r, e in zip(rewards, experiences, strict=True)
+    ]
+    return [e.with_returns(*pair) for e, pair in zip(experiences, learned, strict=True)]
+
+
+def compared(compare: Comparison) -> Advantages:
+    """Make an estimator that compares whole answers: one number for all tokens of an answer.
+
+    A group's answers may be spread over the experiences, not over the ranks.
+    """
+
+    def advantages(
+        experiences: list[Experience], rewards: list[torch.Tensor], gamma: float, lam: float
+    ) -> list[Experience]:
+        numbers = compare(
+            torch.cat([r.sum(-1) for r in rewards]),
+            torch.cat([e.group for e in experiences]),
+            torch.cat([e.real for e in experiences]),
+        )
+        parts = numbers.split([len(e) for e in experiences])
+        return [
+            e.with_returns(part.unsqueeze(-1) * e.answer_mask)
+            for e, part in zip(experiences, parts, strict=True)
+        ]
+
+    return advantages
+
+
+_ALL = (
+    Estimator("gae", gae, needs_critic=True, whitens=True, min_answers=1),
+    Estimator("rloo", compared(leave_one_out)),
+    Estimator("grpo", compared(group_normalised), kl_in_loss=True, is_normalised=True),
+)
+ESTIMATORS = {estimator.name: estimator for estimator in _ALL}
