@@ -115,9 +115,17 @@ def test_the_picture_of_the_architecture_has_every_room_on_its_floor():
     assert from_the_ground_up == sorted(from_the_ground_up, reverse=True)
 
 
-def test_the_curve_of_the_stories_is_the_table_beside_it():
+def rows_of(name: str) -> list[list[str]]:
+    """Rows of docs/figures/NAME.csv."""
+    with (ROOT / f"docs/figures/{name}.csv").open(encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_the_figures_show_the_numbers_that_the_page_tells():
     text = (ROOT / "docs/ppo/measured.md").read_text(encoding="utf-8")
     lines = text[text.index("| iteration | ppo, 1 epoch") :].split("\n\n")[0].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    with (ROOT / "docs/figures/stories_rewards.csv").open(encoding="utf-8") as file:
-        assert list(csv.reader(file)) == [table[0], *table[2:]]
+    assert rows_of("stories_rewards") == [table[0], *table[2:]]
+    (_, *states), *seeds = rows_of("quickstart_gold")
+    for state, *shares in zip(states, *(shares for _, *shares in seeds), strict=True):
+        assert f"| {state} | {', '.join(shares)} |" in text
