@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launch import TIME_LIMIT
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 # Section by section, each with one diff.
@@ -41,7 +43,9 @@ def report(tree: Path) -> subprocess.CompletedProcess:
     """Run the tests of all diffs in one process."""
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *TESTS]
     env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=tree, env=env, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
 
 
 def test_every_section_that_adds_something_shows_it():

@@ -20,7 +20,7 @@ from dschat.models.save import save_hf_format
 from dschat.utils.distributed import Distributed
 from tests.helpers import launch
 from tests.helpers.launch import run_ranks
-from tests.helpers.rounding import adam_tolerance, path_tolerance, weight_rtol
+from tests.helpers.rounding import IN_A_ROW, adam_tolerance, path_tolerance, weight_rtol
 from tests.helpers.tiers import by_tier, tiers
 from tests.helpers.tiny import byte_tokenizer
 from tests.train import cells, reference
@@ -123,7 +123,7 @@ def test_weights_are_plain_pytorchs(trained, name: str, ranks: int):
             assert torch.equal(tensor, start[key]), key
         else:  # the path: entries that are all as far off as one may be would not be rounding
             assert distance.norm() <= path_tolerance(*steps) + rtol * ours[key].norm(), key
-    assert found.story["losses"] == pytest.approx(losses, rel=1e-6)
+    assert found.story["losses"] == pytest.approx(losses, rel=2 * IN_A_ROW)
 
 
 def test_reference_leaves_room_for_mistakes():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.helpers.rounding import LOGITS
 from tests.helpers.steps import (
     PPO,
     PROMPT_EVALUATION,
@@ -168,7 +169,7 @@ def test_the_saved_language_model_has_the_loss_that_was_reported(one_rank: Run, 
             total -= sum(logprobs[t - 1, ids[t]].item() for t in range(prompt, len(ids)))
             count += len(ids) - prompt
     reported = records(one_rank.folder / "sft", "eval")[-1]["loss"]
-    assert total / count == pytest.approx(reported, abs=1e-5)
+    assert total / count == pytest.approx(reported, abs=LOGITS)
 
 
 def test_the_saved_reward_model_scores_as_was_reported(one_rank: Run, inputs: Path):
@@ -180,7 +181,7 @@ def test_the_saved_reward_model_scores_as_was_reported(one_rank: Run, inputs: Pa
             for rows in (evaluation_ids(inputs, "chosen"), evaluation_ids(inputs, "rejected"))
         )
     reported = records(one_rank.folder / "reward", "eval")[-1]
-    assert (chosen - rejected).mean().item() == pytest.approx(reported["margin"], abs=1e-5)
+    assert (chosen - rejected).mean().item() == pytest.approx(reported["margin"], abs=LOGITS)
     assert (chosen > rejected).float().mean().item() == pytest.approx(reported["accuracy"])
 
 
@@ -240,7 +241,9 @@ def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Ru
     one, two = one_rank.folder / "sft", two_ranks.folder / "sft"
     for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
         on_two, on_one = (column(records(folder, kind), *names) for folder in (two, one))
-        torch.testing.assert_close(on_two, on_one, rtol=0, atol=1e-5)
+        torch.testing.assert_close(on_two, on_one, rtol=0, atol=LOGITS)
+    # Adam's eps of 1e-8 turns the rounding of the smallest gradients into steps, which no useful
+    # bound covers. This is a 700th of B's path: 8 rates of at most 16e-3 sum up to 0.07.
     weights = load_file(one / "model.safetensors")
     for name, tensor in load_file(two / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
@@ -255,7 +258,7 @@ def test_other_batches_are_the_same_on_one_and_on_two_ranks(
     one, two = one_rank.folder / name, two_ranks_again.folder / name
     for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
         on_two, on_one = (column(records(folder, kind), *names) for folder in (two, one))
-        torch.testing.assert_close(on_two, on_one, rtol=0, atol=1e-5)
+        torch.testing.assert_close(on_two, on_one, rtol=0, atol=LOGITS)
     losses = column(records(one, "eval"), "loss")
     assert losses[-1] < losses[0]
     # Before training, evaluation by rows is that of the run in rows.
@@ -274,7 +277,7 @@ def test_a_stream_trains_until_max_steps(request, one_rank: Run, runs: str):
     losses = column(evaluation, "loss")
     # The evaluation set is the same as without a stream, and the model starts the same.
     expected = column(records(one_rank.folder / "sft", "eval"), "loss")[0]
-    torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses[0], expected, rtol=0, atol=LOGITS)
     assert losses[-1] < losses[0]
 
 
@@ -294,7 +297,7 @@ def test_a_reward_model_evaluates_the_same_on_one_and_on_two_ranks(
     last = records(one_rank.folder / "reward", "eval")[-1:]
     first = records(two_ranks_again.folder / "reward", "eval")[:1]
     names = ("loss", "accuracy", "margin", "confidence", "mean_score", "score_std")
-    torch.testing.assert_close(column(first, *names), column(last, *names), rtol=0, atol=1e-5)
+    torch.testing.assert_close(column(first, *names), column(last, *names), rtol=0, atol=LOGITS)
 
 
 def test_scores_are_scaled_by_the_figures_of_the_last_evaluation(one_rank: Run):
