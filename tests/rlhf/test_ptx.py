@@ -107,6 +107,7 @@ def on_two_ranks(rollout, folders: dict[str, Folders], tmp_path_factory) -> dict
     return torch.load(out / "results.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_two_ranks_agree_with_one(on_two_ranks, rollout, folders, distributed, name):
     """One process takes all rows of a step at once, without ZeRO."""
