@@ -35,6 +35,17 @@ class Gpus:
     dtype: torch.dtype
     name: str | None = None  # torch.cuda.get_device_name(); None on a CPU
 
+    def tflops(self, flops: float, seconds: float) -> float:
+        """Convert FLOPs of all GPUs to TFLOPs per GPU; ValueError for a duration of 0 or less."""
+        if seconds <= 0:
+            raise ValueError(f"{seconds} seconds: a duration is above 0")
+        return flops / (seconds * self.world_size * 1e12)
+
+    def mfu(self, flops: float | None, seconds: float) -> float | None:
+        """Return the share of the peak, 0 to 1; None where the count or the peak is unknown."""
+        peak = peak_tflops(self.name, self.dtype)
+        return None if flops is None or peak is None else self.tflops(flops, seconds) / peak
+
 
 @dataclass(frozen=True)
 class TrainingWork:
@@ -54,6 +65,25 @@ class TrainingWork:
     gradient_checkpointing: bool = False
     tokens: int = 0
     samples: int = 0
+
+    @property
+    def megatron_flops(self) -> float:
+        """FLOPs by the Megatron formula; 0 for a role that rested."""
+        if self.samples == 0:
+            return 0.0
+        # The weight gradients that LoRA saves are spent after all where the base trains beside it.
+        lora_dim = 0 if self.trains_base else self.lora_dim
+        hidden = get_hf_configs(self.config).hidden_size
+        factor = activation_factor(lora_dim, hidden, self.gradient_checkpointing)
+        return calculate_flops(factor, self.samples, self.tokens / self.samples, self.config)
+
+    @property
+    def exact_flops(self) -> float | None:
+        """FLOPs forward and backward by the exact count."""
+        if self.matrices is None:
+            return None
+        pairs = self.samples * causal_pairs(self.tokens / max(self.samples, 1))
+        return sum(training_flops(self.matrices, self.tokens, pairs))
 
 
 @dataclass(frozen=True)
@@ -106,13 +136,11 @@ def throughput(work: TrainingWork, seconds: float, gpus: Gpus) -> Throughput:
 
     Attention is counted at the mean length, which for unequal lengths is slightly too low.
     """
-    per_gpu = 1 / (_positive(seconds) * gpus.world_size * 1e12)
-    exact = _exact_training(work)
     return Throughput(
+        tflops_per_gpu=gpus.tflops(work.megatron_flops, seconds),
+        mfu=gpus.mfu(work.exact_flops, seconds),
         tokens_per_s=work.tokens / seconds,
         samples_per_s=work.samples / seconds,
-        tflops_per_gpu=_megatron_training(work) * per_gpu,
-        mfu=_mfu(None if exact is None else exact * per_gpu, gpus),
     )
 
 
@@ -127,24 +155,20 @@ def step3_throughput(
 
     A reward model counts as the critic's trunk does; without a critic it is left out.
     """
-    for seconds in (times.generation, times.training, times.end_to_end):
-        _positive(seconds)
     works = [actor] if critic is None else [actor, critic]
     length = (rollout.prompt_tokens + rollout.new_tokens) / rollout.samples
     generation = calculate_flops(1, rollout.samples, length, actor.config)
-    training = sum(_megatron_training(work) for work in works)
-    exact = _exact_step3(works, rollout)
-    gpu_flops = gpus.world_size * 1e12
+    training = sum(work.megatron_flops for work in works)
     weights = None
     if actor.matrices is not None:
         read = (actor.matrices.body + actor.matrices.head) * gpus.dtype.itemsize
         weights = read * rollout.steps / times.generation / 1e9
     return Step3Throughput(
-        tflops_per_gpu=(generation + training) / (times.end_to_end * gpu_flops),
-        mfu=_mfu(None if exact is None else exact / (times.end_to_end * gpu_flops), gpus),
-        generation_tflops_per_gpu=generation / (times.generation * gpu_flops),
+        tflops_per_gpu=gpus.tflops(generation + training, times.end_to_end),
+        mfu=gpus.mfu(_exact_step3(works, rollout), times.end_to_end),
+        generation_tflops_per_gpu=gpus.tflops(generation, times.generation),
         weights_gb_per_s=weights,
-        training_tflops_per_gpu=training / (times.training * gpu_flops),
+        training_tflops_per_gpu=gpus.tflops(training, times.training),
     )
 
 
@@ -191,23 +215,6 @@ def _print(line: str, rank: int) -> str:
     return line
 
 
-def _megatron_training(work: TrainingWork) -> float:
-    if work.samples == 0:  # a role that rested
-        return 0.0
-    # The weight gradients that LoRA saves are spent after all where the base trains beside it.
-    lora_dim = 0 if work.trains_base else work.lora_dim
-    hidden = get_hf_configs(work.config).hidden_size
-    factor = activation_factor(lora_dim, hidden, work.gradient_checkpointing)
-    return calculate_flops(factor, work.samples, work.tokens / work.samples, work.config)
-
-
-def _exact_training(work: TrainingWork) -> float | None:
-    if work.matrices is None:
-        return None
-    pairs = work.samples * causal_pairs(work.tokens / max(work.samples, 1))
-    return sum(training_flops(work.matrices, work.tokens, pairs))
-
-
 def _exact_step3(works: Sequence[TrainingWork], rollout: RolloutWork) -> float | None:
     """Count generation, scoring and training; the first work is the actor's."""
     matrices = [work.matrices for work in works if work.matrices is not None]
@@ -222,12 +229,7 @@ def _exact_step3(works: Sequence[TrainingWork], rollout: RolloutWork) -> float |
         # reference and the reward model run without adapters.
         total += forward_flops(m, tokens, pairs, tokens)
         total += forward_flops(m, tokens, pairs, tokens, adapters=False)
-    return total + sum(_exact_training(work) or 0.0 for work in works)
-
-
-def _mfu(tflops_per_gpu: float | None, gpus: Gpus) -> float | None:
-    peak = peak_tflops(gpus.name, gpus.dtype)
-    return None if tflops_per_gpu is None or peak is None else tflops_per_gpu / peak
+    return total + sum(work.exact_flops or 0.0 for work in works)
 
 
 def _mfu_text(mfu: float | None, work: TrainingWork, gpus: Gpus) -> str:
@@ -237,9 +239,3 @@ def _mfu_text(mfu: float | None, work: TrainingWork, gpus: Gpus) -> str:
         return f"MFU n/a (no exact count for {work.config.model_type})"
     dtype = str(gpus.dtype).removeprefix("torch.")
     return f"MFU n/a (no {dtype} peak for {gpus.name or 'CPU'})"
-
-
-def _positive(seconds: float) -> float:
-    if seconds <= 0:
-        raise ValueError(f"{seconds} seconds: a duration is above 0")
-    return seconds

@@ -82,5 +82,5 @@ class QuantizedLoRALinear(LoRALinear):
         return False
 
     def extra_repr(self) -> str:
-        """Shapes, scaling and bits, as `print(model)` shows them."""
+        """Describe shapes, scaling and bits for `print(model)`."""
         return f"{super().extra_repr()}, {self.bits}"
