@@ -41,6 +41,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<6",
         "datasets>=5.2,<6",
+        "filelock>=3.12",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "sentencepiece>=0.2.1",

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # run as a file: the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dschat.config.cli import parse, run_cli
-from dschat.data.tokenise import cut_left
+from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model, load_config
 from dschat.settings import Settings, setting
@@ -145,7 +145,7 @@ class Chatbot:
         if self.settings.raw:
             (ids,) = encode(self.tokenizer, [text])
             room = len(ids) if self.max_prompt_len is None else self.max_prompt_len
-            return self._generate(cut_left(ids, room, bos_id), None, show)
+            return self._generate(truncate_left(ids, room, bos_id), None, show)
         ids = fit_conversation(
             self.turns, text, self._encode, self.max_prompt_len, bos_id, self.form
         )

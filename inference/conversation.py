@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dschat.data.tokenise import cut_left
+from dschat.data.tokenise import truncate_left
 from dschat.text.conversations import Turn as Said
 from dschat.text.formats import DschatFormat, PromptFormat
 
@@ -48,7 +48,7 @@ def fit_conversation(
         ids = encode_text(format_conversation(turns[first:], question, form))
         if max_len is None or len(ids) <= max_len:
             return ids
-    return cut_left(ids, max_len, bos_id)
+    return truncate_left(ids, max_len, bos_id)
 
 
 def settled_part(text: str, stop: str | None, final: bool = False) -> str:

@@ -1,76 +1,85 @@
-"""Files and folders that are written once, whole or not at all, by whichever process is first.
+"""Files and folders that are written once, completely or not at all, by the first process.
 
-A name says what the content is made of, so what stands under a name is never stale. The lock is the
-operating system's (`flock`): it ends with the process that holds it, however that ends.
+A name is a digest of what its content is made of, so what stands under a name is never stale. The
+lock is the operating system's: it ends with the process that holds it, however that ends.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from dschat.errors import UserError
 
 _LOCKS, _PART = ".locks", ".tmp"
-_SECONDS_BETWEEN_TRIES = 0.1
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
-_held: set[int] = set()  # descriptors of the locks that this process holds
+_writing: set[Path] = set()  # what this process is writing
 
 
 def written_once(root: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """`root / name`, which `write(path)` writes under another name first unless it is there.
+    """Give `root / name`, which `write(path)` writes under another name first unless it is there.
 
     Other processes of this machine that want it wait for the first one, and take over when that is
     killed. What killed writers left under `root` is removed.
 
     Raises:
-        UserError: `root` cannot be written or locked, or its disk is full; nothing is left behind.
+        UserError: `root` cannot be written or locked, or its disk is full; nothing is left over.
     """
     target = root / name
     if target.exists():
         return target
     try:
         (root / _LOCKS).mkdir(parents=True, exist_ok=True)
-        with _locked(root, name, wait=True):
+        lock = FileLock(root / _LOCKS / name)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"{target}: another process writes it, waiting", flush=True)
+            lock.acquire(poll_interval=0.1)
+        try:
             if not target.exists():
                 _sweep(root, name)
-                _write(root, name, write)
+                _write(target, write)
+        finally:
+            lock.release()
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(
-            f"{root} cannot be written ({reason}): free some space or give another "
-            "--data_output_path"
+            f"{root} cannot be written ({reason}): free some space or give another data_output_path"
         ) from error
     return target
 
 
-def _write(root: Path, name: str, write: Callable[[Path], None]) -> None:
-    part = root / f"{name}.{uuid.uuid4().hex}{_PART}"
+def _write(target: Path, write: Callable[[Path], None]) -> None:
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}{_PART}")
+    _writing.add(target)
     try:
         write(part)
-        os.rename(part, root / name)
+        part.rename(target)
     finally:
+        _writing.discard(target)
         _remove(part)
 
 
 def _sweep(root: Path, name: str) -> None:
-    """Remove what was left unfinished by processes that are gone."""
+    """Remove the unfinished files of processes that are gone: nobody holds their locks."""
     for part in root.glob(f"*{_PART}"):
         owner = part.name.rsplit(".", 2)[0]
         if owner == name:  # this process holds its lock
             _remove(part)
-        else:
-            with _locked(root, owner, wait=False) as is_mine:
-                if is_mine:
-                    _remove(part)
+            continue
+        try:
+            with FileLock(root / _LOCKS / owner, blocking=False):
+                _remove(part)
+        except Timeout:
+            pass
 
 
 def _remove(path: Path) -> None:
@@ -80,44 +89,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _locked(root: Path, name: str, wait: bool) -> Iterator[bool]:
-    """Hold the lock of a name; without `wait`, only if nobody does, and says whether."""
-    lock = os.open(root / _LOCKS / name, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        is_held = _lock(lock)
-        if wait and not is_held:
-            print(f"{root / name}: another process writes it, waiting", flush=True)
-            while not _lock(lock):
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-            is_held = True
-        _held.add(lock)
-        yield is_held
-    finally:
-        _held.discard(lock)
-        os.close(lock)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _in_child() -> None:
-    """Of a process forked in the middle of writing: it neither holds the lock nor outlives it.
+    """End a process that was forked in the middle of writing with its parent.
 
-    A worker would do both when its parent is killed: a lock lasts as long as any process has it
-    open, and workers wait for work that does not come.
+    A worker would outlive a killed parent, waiting for work that does not come.
     """
-    if not _held:
-        return
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-    if sys.platform == "linux":
+    if _writing and sys.platform == "linux":
+        _writing.clear()
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 

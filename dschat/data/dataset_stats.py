@@ -118,7 +118,7 @@ def _marked(
 ) -> str:
     """Pieces are cut out of the text of everything before them: alone, some lose a space."""
     bounds = [0, *spans, len(ids)]
-    texts = [tokenizer.decode(ids[:bound]) for bound in bounds]
+    texts = [str(tokenizer.decode(ids[:bound])) for bound in bounds]
     pieces = []
     for number, (before, text) in enumerate(pairwise(texts)):
         piece = text[len(before) :]

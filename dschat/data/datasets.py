@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -16,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import written_once
 from dschat.data.config import SHORTEST, DataConfig
-from dschat.data.files import digest
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
-from dschat.data.sources import Source, load_source, stream_source
+from dschat.data.sources import digest
 from dschat.data.splits import PHASES, parse_proportions, phase_split
-from dschat.data.stream import RowStream, columns_of, complete, in_turns, rows_of_phase
-from dschat.data.tokenise import FEATURES, converter, tokenise
+from dschat.data.store import Source, load_source, stream_source
+from dschat.data.stream import RowStream, complete, in_turns, rows_of_phase
+from dschat.data.tokenise import FEATURES, Converter, tokenise
 from dschat.errors import UserError
+from dschat.text.conversations import Example
 from dschat.text.formats import choose_format, template_end
 from dschat.text.tokenizer import tokenizer_fingerprint
 
@@ -70,12 +70,12 @@ class _Request:
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: give 0 or more")
 
-    @property
-    def max_len(self) -> int:
-        """The limit of a row: prompt and answer together, in phase 3 the prompt."""
-        limit = self.max_prompt_len if self.phase == 3 else self.max_seq_len
-        assert limit is not None
-        return limit
+    def converter(self) -> Converter:
+        """Make the function from examples to token rows."""
+        max_len = self.max_prompt_len if self.phase == 3 else self.max_seq_len
+        assert max_len is not None
+        form = choose_format(self.tokenizer)
+        return Converter(self.tokenizer, form, self.phase, max_len, self.config.train_on)
 
 
 def create_prompt_dataset(
@@ -143,17 +143,17 @@ def _stream(request: _Request) -> PromptData:
         trained.append((train, parse_proportions(text)))
         tested.append(test)
 
-    def read() -> Iterator[dict[str, Any]]:
+    def read() -> Iterator[Example]:
         parts = [rows_of_phase(train(), request.seed, share, phase) for train, share in trained]
         return complete(in_turns(parts), NEEDED_COLUMNS[phase], phase)
 
-    convert = converter(request.tokenizer, phase, request.max_len, config.train_on)
+    convert = request.converter()
     limit = config.max_eval_samples or _STREAMED_EVAL_ROWS
     parts = in_turns([test() for test in tested])
     rows = list(complete(islice(parts, limit), NEEDED_COLUMNS[phase], phase))
     if not rows:
         raise UserError("streaming: the test files hold no rows; give at least one")
-    evaluation = datasets.Dataset.from_dict(convert(columns_of(rows), counts), FEATURES[phase])
+    evaluation = datasets.Dataset.from_dict(convert(rows, counts), FEATURES[phase])
     names = ", ".join(name for name, _ in config.sources(phase))
     report = SourceReport.of(names, "eval", len(rows), len(evaluation), dict(skipped), counts)
     if not len(evaluation):
@@ -226,9 +226,8 @@ def _write(folder: Path, sources: list[tuple[Source, str]], request: _Request) -
             used, counts = 0, Counter[str]()
             if len(rows):
                 part = folder / f"{split}-{number:03d}.arrow"
-                convert = converter(request.tokenizer, phase, request.max_len, config.train_on)
                 workers = choose_workers(config.preprocessing_num_workers, len(rows))
-                used, counts = tokenise(rows, convert, FEATURES[phase], part, workers)
+                used, counts = tokenise(rows, request.converter(), part, workers)
             skipped = source.skipped.get("train" if split == "train" else "test", {})
             report = SourceReport.of(source.name, split, len(rows), used, skipped, counts)
             reports.append(report)

@@ -1,4 +1,4 @@
-"""The sets that DeepSpeed-Chat names and that have columns of their own."""
+"""Readers of the sets that DeepSpeed-Chat names and that have columns of their own."""
 
 import re
 
@@ -18,11 +18,11 @@ def read_synthetic_instruct(row: Row) -> Example:
 def read_rlhf_reward(row: Row) -> Example:
     """yitingxie/rlhf-reward-datasets: `Assistant:` stands before the answers, not in the prompt."""
     prompt = pick_text(row, "prompt").rstrip().removesuffix(ASSISTANT)
-    sides = []
-    for column in ("chosen", "rejected"):
-        text = pick_text(row, column)
-        sides.append(text.lstrip().removeprefix(ASSISTANT.strip()))
-    return Example(prompt + ASSISTANT, *sides)
+    chosen, rejected = (
+        pick_text(row, column).lstrip().removeprefix(ASSISTANT.strip())
+        for column in ("chosen", "rejected")
+    )
+    return Example(prompt + ASSISTANT, chosen, rejected)
 
 
 def read_webgpt(row: Row) -> Example:
@@ -39,15 +39,21 @@ def read_shp(row: Row) -> Example:
     """stanfordnlp/SHP: labels is 1 where A was preferred, else 0."""
     label = pick_number(row, "labels")
     if label not in (0, 1):
-        raise UserError(f"column 'labels' is {row['labels']!r}, needs 0 or 1; mend the row")
-    sides = [pick_text(row, f"human_ref_{side}") for side in ("BA" if label == 0 else "AB")]
-    return Example(question(pick_text(row, "history")), *sides)
+        raise UserError(f"column 'labels' is {row['labels']!r}, needs 0 or 1; fix the row")
+    chosen, rejected = (
+        pick_text(row, f"human_ref_{side}") for side in ("BA" if label == 0 else "AB")
+    )
+    return Example(question(pick_text(row, "history")), chosen, rejected)
 
 
 def is_vicuna(row: Row) -> bool:
-    """Whether the columns prompt and label hold what this set holds: many sets have such names."""
-    texts = row.get("prompt"), row.get("label")
-    return all(isinstance(text, str) for text in texts) and bool(_VICUNA_SPEAKER.search(texts[0]))
+    """Tell this set's prompt and label from the many columns of such names."""
+    prompt, label = row.get("prompt"), row.get("label")
+    return (
+        isinstance(prompt, str)
+        and isinstance(label, str)
+        and _VICUNA_SPEAKER.search(prompt) is not None
+    )
 
 
 def read_vicuna(row: Row) -> Example:
@@ -55,7 +61,7 @@ def read_vicuna(row: Row) -> Example:
     text = pick_text(row, "prompt")
     marks = list(_VICUNA_SPEAKER.finditer(text))
     if not marks:
-        raise UserError("column 'prompt' has no 'USER:'; mend or drop the row")
+        raise UserError("column 'prompt' has no 'USER:'; fix or drop the row")
     turns = [Turn("system", text[: marks[0].start()].strip())]
     for mark, end in zip(marks, [*(m.start() for m in marks[1:]), len(text)], strict=True):
         role = "user" if mark[1] == "USER" else "assistant"
@@ -73,9 +79,11 @@ def read_zhihu(row: Row) -> Example:
 
 
 def read_miracl(row: Row) -> Example:
-    """Cohere/miracl-*-queries-22-12: the first passage that answers against the first that not."""
-    sides = [pick_text(row, f"{kind}_passages.0.text") for kind in ("positive", "negative")]
-    return Example(question(pick_text(row, "query")), *sides)
+    """Cohere/miracl-*-queries-22-12: first positive passage against the first negative one."""
+    chosen, rejected = (
+        pick_text(row, f"{kind}_passages.0.text") for kind in ("positive", "negative")
+    )
+    return Example(question(pick_text(row, "query")), chosen, rejected)
 
 
 def read_hc3(row: Row) -> Example:

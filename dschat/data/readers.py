@@ -1,4 +1,4 @@
-"""Rows known by their columns alone: pairs, transcripts, messages, instructions, prompts."""
+"""Readers of rows known by their columns: pairs, transcripts, messages, instructions, prompts."""
 
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
@@ -25,7 +25,7 @@ SPLIT_EARLIER = "the two sides differ before the last answer"
 
 
 def pick(row: Row, path: str) -> Any:
-    """The value of a column, or of a field inside one: `question.full_text`, `answers.0.text`.
+    """Take the value of a column, or of a field inside one: `question.full_text`, `answers.0.text`.
 
     A list that is too short, or nothing where a field should be, gives None.
 
@@ -51,7 +51,7 @@ def pick(row: Row, path: str) -> Any:
 
 
 def pick_text(row: Row, path: str) -> str:
-    """The text at a path.
+    """Take the text at a path.
 
     Raises:
         Skip: nothing is there. UserError: something else than text is.
@@ -61,26 +61,26 @@ def pick_text(row: Row, path: str) -> str:
         raise Skip(f"no {path}")
     if not isinstance(value, str):
         raise UserError(
-            f"column {path!r} is {type(value).__name__}, needs text; mend or drop the row"
+            f"column {path!r} is {type(value).__name__}, needs text; fix or drop the row"
         )
     return value
 
 
 def pick_number(row: Row, path: str) -> float:
-    """The number at a path, also where it is written as text; else a UserError."""
+    """Take the number at a path, also where it is written as text; else a UserError."""
     value = pick(row, path)
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"column {path!r} is {value!r}, needs a number; mend the row") from error
+        raise UserError(f"column {path!r} is {value!r}, needs a number; fix the row") from error
 
 
 def read_standard(row: Row) -> Example:
     """Columns prompt, chosen (or response, completion) and rejected: text, or lists of messages."""
     if "prompt" not in row:
-        found = ", ".join(map(str, row)) or "none"
+        columns = ", ".join(map(str, row)) or "none"
         raise UserError(
-            f"no column 'prompt' (columns: {found}); rename the columns to prompt, chosen or "
+            f"no column 'prompt' (columns: {columns}); rename the columns to prompt, chosen or "
             "response, rejected, or map yours with --dataset_columns prompt=... chosen=..."
         )
     prompt, rejected = row["prompt"], row.get("rejected")
@@ -89,7 +89,7 @@ def read_standard(row: Row) -> Example:
     if isinstance(prompt, list | tuple):
         turns = read_messages(prompt, "prompt")
         if turns[-1].role != "user":
-            raise UserError("column 'prompt' does not end with the user's turn; mend the row")
+            raise UserError("column 'prompt' does not end with the user's turn; fix the row")
         return Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
     if isinstance(chosen, list | tuple):
         if rejected is not None and _begins_with_user(chosen):
@@ -112,15 +112,15 @@ def _begins_with_user(messages: Sequence[Any]) -> bool:
 
 
 def _side(value: Any, column: str, prompt: tuple[Turn, ...]) -> Any:
-    """The answer of one side: text, one message, or the prompt's messages with one more."""
+    """Read the answer of one side: text, one message, or the prompt's messages with one more."""
     if not isinstance(value, list | tuple):
         return value
     turns = parse_messages(value, column)
     rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
     if len(rest) != 1 or rest[0].role != "assistant":
         raise UserError(
-            f"column {column!r} holds {len(rest)} messages behind the prompt, needs one answer of "
-            "the assistant; mend or drop the row"
+            f"column {column!r} holds {len(rest)} messages after the prompt, needs one answer of "
+            "the assistant; fix or drop the row"
         )
     return rest[0].text
 
@@ -134,8 +134,8 @@ def read_pair(row: Row) -> Example:
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str):
             kind = type(value).__name__
-            raise UserError(f"column {column!r} is {kind}, needs text; mend or drop the row")
-    return _transcript_pair(chosen, rejected)
+            raise UserError(f"column {column!r} is {kind}, needs text; fix or drop the row")
+    return _transcript_pair(str(chosen), str(rejected))
 
 
 def _message_pair(chosen: Any, rejected: Any) -> Example:
@@ -149,12 +149,12 @@ def _message_pair(chosen: Any, rejected: Any) -> Example:
 
 
 def _transcript_pair(chosen: str, rejected: str) -> Example:
-    """Two whole `Human:` and `Assistant:` transcripts that part behind an `Assistant:`."""
+    """Divide two complete transcripts where they part, after the last `Assistant:` they share."""
     shared = commonprefix([chosen, rejected])  # noqa: RUF071  (of texts, not of paths)
     start = shared.rfind(ASSISTANT) + len(ASSISTANT)
     if start < len(ASSISTANT):
         raise UserError(
-            f"chosen and rejected share no {ASSISTANT!r} behind which they part, and there is no "
+            f"chosen and rejected share no {ASSISTANT!r} after which they part, and there is no "
             "column 'prompt'; add one, or map yours with --dataset_columns prompt=..."
         )
     sides = chosen[start:], rejected[start:]
@@ -181,20 +181,21 @@ def _keys(message: Any) -> tuple[str, ...]:
 
 
 def read_alpaca(row: Row) -> Example:
-    """Columns instruction, output and maybe input, which stands below the instruction."""
-    asked = pick_text(row, "instruction")
+    """Columns instruction, output and maybe input, which follows the instruction."""
+    question_text = pick_text(row, "instruction")
     more = row.get("input")
     if more is not None and not isinstance(more, str):
-        raise UserError(f"column 'input' is {type(more).__name__}, needs text; mend the row")
-    return Example(question(f"{asked}\n\n{more}" if more else asked), pick_text(row, "output"))
+        raise UserError(f"column 'input' is {type(more).__name__}, needs text; fix the row")
+    prompt = f"{question_text}\n\n{more}" if more else question_text
+    return Example(question(prompt), pick_text(row, "output"))
 
 
 def read_completions(row: Row) -> Example:
     """Column completions, scored answers to instruction (or prompt): the best and the worst."""
-    asked = pick_text(row, "instruction" if "instruction" in row else "prompt")
+    prompt = pick_text(row, "instruction" if "instruction" in row else "prompt")
     answers = row.get("completions")
     if not isinstance(answers, list | tuple) or not all(isinstance(a, Mapping) for a in answers):
-        raise UserError("column 'completions' needs a list of objects; mend or drop the row")
+        raise UserError("column 'completions' needs a list of objects; fix or drop the row")
     scored = []
     for answer in answers:
         key = next((key for key in SCORE_KEYS if answer.get(key) is not None), None)
@@ -205,4 +206,4 @@ def read_completions(row: Row) -> Example:
     worst, best = (bound(scored, key=lambda pair: pair[0]) for bound in (min, max))
     if worst[0] == best[0]:
         raise Skip("tie")
-    return Example(question(asked), best[1], worst[1])
+    return Example(question(prompt), best[1], worst[1])

@@ -7,14 +7,14 @@ from typing import Any
 
 from dschat.data import named_readers as named
 from dschat.data import readers
-from dschat.data.files import digest
-from dschat.data.user_functions import READER, TARGETS, load_function, source_digest
+from dschat.data.sources import LOCAL_JSON, digest
+from dschat.data.user_reader import READER, TARGETS, user_reader
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Example, has_markers, question
+from dschat.utils.user_functions import source_digest
 
 Reader = Callable[[Mapping[str, Any]], Example]
-LOCAL_JSON = "local/jsonfile"
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,6 @@ NAMED = {
     "lmqg/qag_jaquad": _format("questions paragraph", named.read_jaquad_paragraph),
     LOCAL_JSON: _STANDARD,
 }
-# Where the Hub keeps a set under another name, or needs its configuration named.
-ON_THE_HUB = {
-    "mkqa-Chinese": ("apple/mkqa",),
-    "mkqa-Japanese": ("apple/mkqa",),
-    "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
-}
-
 # Known by columns. Of several that fit, one with more of the columns counts; else it is unclear.
 FORMATS = (
     _STANDARD,
@@ -168,7 +161,7 @@ class ReadOptions(Settings):
             UserError: the columns can be read in several ways.
         """
         if self.dataset_function:
-            return load_function(self.dataset_function)
+            return user_reader(self.dataset_function)
         if self.dataset_columns:
             return self._mapped
         row_format = format_by_name(name)

@@ -1,189 +1,267 @@
-"""Where rows come from: files, folders and Hub sets, found by name and divided into two."""
+"""Sources of rows, found by name: files, folders and Hub sets; each row comes with its place."""
 
+import hashlib
+import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from dschat.data.files import SUFFIXES, Rows, digest, digest_files, file_rows
-from dschat.data.registry import LOCAL_JSON, ON_THE_HUB, ReadOptions
-from dschat.data.splits import holdout_split
-from dschat.data.store import READER_VERSION, SourceReader, store
 from dschat.errors import UserError, brief
 
-# The first name that is present is the set; those behind are how some sets name their parts.
+SUFFIXES = (".jsonl", ".json", ".parquet")
+TEXT_COLUMN = "text"  # of the one row that a .txt file is
+LOCAL_JSON = "local/jsonfile"
+# The first name that is present counts; the later ones are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
 TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
-
-
-RowReader = Callable[[], Iterator[dict[str, Any]]]
+# Sets that the Hub keeps under another name, or whose configuration must be named.
+ON_THE_HUB = {
+    "mkqa-Chinese": ("apple/mkqa",),
+    "mkqa-Japanese": ("apple/mkqa",),
+    "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
+}
 
 
 @dataclass(frozen=True)
-class Source:
-    """A source ready for use, its rows with the columns of `row_store.SCHEMA`.
+class Rows:
+    """Rows not yet read: their label, how to digest their content and how to read them."""
 
-    `skipped` counts, by reason, rows of the source's own train and test parts that it has no use
-    for; they are in neither set.
+    label: str
+    digest_of: Callable[[], str]
+    read: Callable[[], Iterator[tuple[str, Any]]]  # yields (place, row)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the content; the first time, all of it is read."""
+        return self.digest_of()
+
+
+Parts = tuple[Rows, Rows | None]  # train rows, and test rows if there are any
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds train and test rows by the name of a file, a folder or a Hub set.
+
+    Attributes:
+        setting: whose value the names are, for messages.
+        suffixes: kinds of files that are read.
+        config: configuration of a Hub set.
+        any_file: without a train file, all files of a folder are train rows; else a lone one is.
+        streaming: read Hub sets without downloading them.
     """
 
-    name: str
-    train: datasets.Dataset
-    test: datasets.Dataset
-    fingerprint: str
-    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    setting: str = "data_path"
+    suffixes: tuple[str, ...] = SUFFIXES
+    config: str | None = None
+    any_file: bool = False
+    streaming: bool = False
 
+    def find(self, name: str) -> Parts:
+        """Find the rows of a source, not read yet.
 
-def load_source(
-    name: str, seed: int, cache_dir: str | Path | None = None, options: ReadOptions | None = None
-) -> Source:
-    """Read a source by file, folder or Hub name; without a test set, a seeded tenth becomes it.
-
-    A file is .jsonl, .json or .parquet; a folder holds train and test (eval, validation, val, dev)
-    files of one such kind, or was written by `datasets`; `local/jsonfile` is data/train.json and
-    data/eval.json under the current directory, else under the repository's root. Checked rows are
-    kept as Arrow under `cache_dir` (default: the `datasets` cache), keyed by content and reading.
-
-    Raises:
-        UserError: nothing there, no rows, or a malformed row, named by file and line.
-    """
-    train_rows, test_rows = _find(name)
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
-    read = SourceReader(name, options or ReadOptions())
-    train, skipped = store(train_rows, read, folder)
-    counts = {"train": skipped}
-    if test_rows is not None:
-        test, counts["test"] = store(test_rows, read, folder)
-        digests = [train_rows.digest, test_rows.digest]
-    else:
-        if len(train) < 2:
+        Raises:
+            UserError: nothing there, or not of a kind that is read.
+        """
+        path = Path(name).expanduser()
+        if name == LOCAL_JSON:
+            return self._local_json()
+        is_path = name.startswith((".", os.sep, "~")) or path.suffix in self.suffixes
+        if not path.exists() and not is_path and not (os.sep in name and path.parent.is_dir()):
+            return self._on_the_hub(name)
+        if self.config is not None:
             raise UserError(
-                f"{train_rows.label} has 1 row and no test set beside it: give at least 2 rows"
+                f"{self.setting} {name}: is a file or folder, which has no configuration "
+                f"{self.config}; drop it"
             )
-        kept, held_out = holdout_split(len(train), seed)
-        train, test = train.select(kept), train.select(held_out)
-        digests = [train_rows.digest, f"holdout {seed}"]
-    return Source(name, train, test, digest(*digests, read.key, str(READER_VERSION)), counts)
+        if path.is_dir():
+            return self._folder(path)
+        if not path.is_file():
+            raise UserError(f"{self.setting} {name}: no such file or folder; check the path")
+        return self._files([path]), None
 
+    def _files(self, paths: Sequence[Path]) -> Rows:
+        for path in paths:
+            if path.suffix not in self.suffixes:
+                raise UserError(
+                    f"{self.setting} {path}: files of kind {path.suffix!r} are not read; "
+                    f"give one of {', '.join(self.suffixes)}"
+                )
+        label = ", ".join(map(_name, paths))
+        read = lambda: chain.from_iterable(map(_read, paths))  # noqa: E731
+        return Rows(label, partial(digest_files, paths), read)
 
-def stream_source(
-    name: str, options: ReadOptions, skipped: Counter[str]
-) -> tuple[RowReader, RowReader | None]:
-    """What reads the checked rows of a source, train and test, without keeping any.
+    def _local_json(self) -> Parts:
+        """Find data/train.json and data/eval.json, as DeepSpeed-Chat does."""
+        roots = (Path.cwd(), Path(__file__).resolve().parents[2])
+        for root in roots:
+            train, test = root / "data" / "train.json", root / "data" / "eval.json"
+            if train.is_file() and test.is_file():
+                return self._files([train]), self._files([test])
+        places = " and ".join(str(root / "data") for root in dict.fromkeys(roots))
+        raise UserError(f"{LOCAL_JSON} needs train.json and eval.json; none in {places}")
 
-    Rows that the source has no use for are counted by reason in `skipped`, at every reading.
+    def _folder(self, path: Path) -> Parts:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return self._saved(path)
+        files = sorted(f for f in path.iterdir() if f.suffix in self.suffixes and f.is_file())
+        train, test = (self._named(files, names, path) for names in (TRAIN_NAMES, TEST_NAMES))
+        if not train and files and (self.any_file or (len(files) == 1 and not test)):
+            train = self._of_one_kind(files, path)
+        if not train:
+            raise UserError(
+                f"{self.setting} {path}: no train file in this folder; name one "
+                f"train{', train'.join(self.suffixes)} (and test likewise)"
+            )
+        return self._files(train), self._files(test) if test else None
 
-    Raises:
-        UserError: nothing there; from reading, a malformed row, named by file and line.
-    """
-    read = SourceReader(name, options)
-    train, test = (
-        rows and partial(read.rows, rows, skipped) for rows in _find(name, streaming=True)
-    )
-    return train, test
+    def _named(self, files: list[Path], names: tuple[str, ...], folder: Path) -> list[Path]:
+        """List the files called `name` or `name-<shard>`, for the first name that has some."""
+        for name in names:
+            own = [file for file in files if file.stem == name or file.stem.startswith(f"{name}-")]
+            if own:
+                return self._of_one_kind(own, folder)
+        return []
 
+    def _of_one_kind(self, files: list[Path], folder: Path) -> list[Path]:
+        if len({file.suffix for file in files}) > 1:
+            listed = ", ".join(file.name for file in files[:5])
+            raise UserError(f"{self.setting} {folder} holds {listed}: keep files of one kind")
+        return files
 
-def _find(name: str, streaming: bool = False) -> tuple[Rows, Rows | None]:
-    """The train rows of a source, and its test rows if it has some; from the Hub, downloaded."""
-    path = Path(name).expanduser()
-    if name == LOCAL_JSON:
-        return _local_json()
-    if path.is_file():
-        return file_rows([path]), None
-    if path.is_dir():
-        return _folder(path)
-    spelt_as_path = name.startswith((".", os.sep, "~")) or path.suffix in SUFFIXES
-    if spelt_as_path or (os.sep in name and path.parent.is_dir()):
-        raise UserError(f"--data_path {name}: no such file or folder; check the path")
-    options = {"streaming": True} if streaming else {}
-    try:
-        loaded = datasets.load_dataset(*ON_THE_HUB.get(name, (name,)), **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"--data_path {name}: not a file or folder here, and the Hub did not give it "
-            f"({brief(error)}); check the name and the connection, or download it and give its "
-            "folder"
-        ) from error
-    digests = {split: partial(getattr, rows, "_fingerprint") for split, rows in loaded.items()}
-    return _splits(name, loaded, digests)
-
-
-def _local_json() -> tuple[Rows, Rows | None]:
-    roots = (Path.cwd(), Path(__file__).resolve().parents[3])
-    for root in roots:
-        train, test = root / "data" / "train.json", root / "data" / "eval.json"
-        if train.is_file() and test.is_file():
-            return file_rows([train]), file_rows([test])
-    looked = " and ".join(str(root / "data") for root in dict.fromkeys(roots))
-    raise UserError(f"--data_path {LOCAL_JSON} needs train.json and eval.json; none in {looked}")
-
-
-def _folder(path: Path) -> tuple[Rows, Rows | None]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    train = _named(files, TRAIN_NAMES, path)
-    test = _named(files, TEST_NAMES, path)
-    if not train and len(files) == 1 and not test:
-        train = files
-    if not train:
-        raise UserError(
-            f"--data_path {path}: no train file in this folder; name one "
-            f"train{', train'.join(SUFFIXES)} (and test likewise)"
-        )
-    return file_rows(train), file_rows(test) if test else None
-
-
-def _named(files: list[Path], names: tuple[str, ...], folder: Path) -> list[Path]:
-    """The files called `name` or `name-<shard>`, for the first of `names` that has some."""
-    for name in names:
-        found = [file for file in files if file.stem == name or file.stem.startswith(f"{name}-")]
-        if len({file.suffix for file in found}) > 1:
-            listed = ", ".join(file.name for file in found)
-            raise UserError(f"--data_path {folder} holds {listed}: keep files of one kind")
-        if found:
-            return found
-    return []
-
-
-def _saved(path: Path) -> tuple[Rows, Rows | None]:
-    """A folder written by `save_to_disk`; its digest is that of its data files."""
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(
-            f"--data_path {path}: not a whole `datasets` folder ({type(error).__name__}); "
-            "save it again"
-        ) from error
-    if isinstance(loaded, datasets.Dataset):
-        loaded = datasets.DatasetDict(train=loaded)
-        digests = {"train": partial(digest_files, sorted(path.glob("data-*.arrow")))}
-    else:
+    def _saved(self, path: Path) -> Parts:
+        """Open a folder written by `save_to_disk`; its digest is that of its data files."""
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise UserError(
+                f"{self.setting} {path}: not a complete `datasets` folder "
+                f"({type(error).__name__}); save it again"
+            ) from error
+        folders = {"train": path}
+        if isinstance(loaded, datasets.DatasetDict):
+            folders = {split: path / split for split in loaded}
+        else:
+            loaded = datasets.DatasetDict(train=loaded)
         digests = {
-            split: partial(digest_files, sorted((path / split).glob("data-*.arrow")))
-            for split in loaded
+            split: partial(digest_files, sorted(folder.glob("data-*.arrow")))
+            for split, folder in folders.items()
         }
-    return _splits(path.name, loaded, digests)
+        return self._splits(path.name, loaded, digests)
+
+    def _on_the_hub(self, name: str) -> Parts:
+        options = {"streaming": True} if self.streaming else {}
+        arguments = (name, self.config) if self.config else ON_THE_HUB.get(name, (name,))
+        try:
+            loaded = datasets.load_dataset(*arguments, **options)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(
+                f"{self.setting} {name}: not a file or folder here, and the Hub did not give it "
+                f"({brief(error)}); check the name and the connection, or download it and give "
+                "its folder"
+            ) from error
+        digests = {split: partial(getattr, rows, "_fingerprint") for split, rows in loaded.items()}
+        return self._splits(name, loaded, digests)
+
+    def _splits(
+        self, label: str, loaded: datasets.DatasetDict, digests: Mapping[str, Callable[[], str]]
+    ) -> Parts:
+        def rows(split: str) -> Rows:
+            def read() -> Iterator[tuple[str, Any]]:
+                for number, row in enumerate(loaded[split], 1):
+                    yield f"{label} {split} row {number}", row
+
+            return Rows(f"{label} {split}", digests[split], read)
+
+        train, test = (
+            next((split for split in names if split in loaded), None)
+            for names in (TRAIN_NAMES, TEST_NAMES)
+        )
+        if train is None:
+            raise UserError(
+                f"{self.setting} {label}: no split 'train' (splits: {', '.join(loaded)})"
+            )
+        return rows(train), rows(test) if test else None
 
 
-def _splits(
-    label: str, loaded: datasets.DatasetDict, digests: Mapping[str, Callable[[], str]]
-) -> tuple[Rows, Rows | None]:
-    def rows(split: str) -> Rows:
-        def read() -> Iterator[tuple[str, Any]]:
-            for number, row in enumerate(loaded[split], 1):
-                yield f"{label} {split} row {number}", row
+def digest_files(paths: Sequence[Path]) -> str:
+    """SHA-256 (hex) over the bytes of files, so that an edited file is another source."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    total.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); check it") from error
+        total.update(b"\0")
+    return total.hexdigest()
 
-        return Rows(f"{label} {split}", digests[split], read)
 
-    train = next((split for split in TRAIN_NAMES if split in loaded), None)
-    if train is None:
-        raise UserError(f"--data_path {label}: no split 'train' (splits: {', '.join(loaded)})")
-    test = next((split for split in TEST_NAMES if split in loaded), None)
-    return rows(train), rows(test) if test else None
+def digest(*parts: str) -> str:
+    """SHA-256 (hex) of a list of texts."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _name(path: Path) -> str:
+    """Name a file with its folder: many sources have a train.jsonl."""
+    return str(Path(*path.parts[-2:]))
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read the rows of a file, each with its place."""
+    name = _name(path)
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    if path.suffix == ".txt":
+        yield name, {TEXT_COLUMN: _decoded(path.read_bytes(), name, 1)}
+        return
+    with path.open("rb") as file:
+        start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if path.suffix == ".json" and start.startswith(b"["):
+            for number, row in enumerate(_parse(file.read(), name, 1), 1):
+                yield f"{name} row {number}", row
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{name} line {number}", _parse(line, name, number)
+
+
+def _parse(text: bytes, name: str, first_line: int) -> Any:
+    try:
+        return json.loads(_decoded(text, name, first_line))
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(
+            f"{name} line {line}: not JSON ({error.msg}, column {error.colno}); "
+            "give one object a line, or in .json a list of objects"
+        ) from error
+
+
+def _decoded(text: bytes, name: str, first_line: int) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + text[: error.start].count(b"\n")
+        raise UserError(f"{name} line {line}: not UTF-8 text; save the file as UTF-8") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    name, number = _name(path), 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name} row {number}", row
+    except pa.ArrowException as error:
+        raise UserError(f"{name}: not a readable parquet file; write it again") from error

@@ -1,9 +1,12 @@
-"""Rows read into one checked record, kept as memory-mapped Arrow under their content's key."""
+"""Checked examples of a source, kept as memory-mapped Arrow under their content's key, or streamed.
+
+`Example` is the one form of a row in memory; `SCHEMA` is its form on disk.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,17 @@ import datasets
 import pyarrow as pa
 
 from dschat.data.cache import written_once
-from dschat.data.files import Rows, digest
 from dschat.data.registry import Reader, ReadOptions
+from dschat.data.sources import Finder, Rows, digest
+from dschat.data.splits import holdout_split
 from dschat.errors import UserError
-from dschat.text.conversations import Example, Skip
+from dschat.text.conversations import Example, Skip, Turn
 
 # Part of every stored file's key: raise it when the same bytes are to be read differently.
 READER_VERSION = 2
 
-# A prompt is either text, in `prompt`, or a conversation, in `turns`; the other is null. `place`
-# says where a row stands ("train.jsonl line 17"), for every later message about it.
+# A prompt is either text, in `prompt`, or a conversation, in `turns`; the other is null. `whole`
+# holds `Example.train_all_turns`.
 _TURN = pa.struct([("role", pa.string()), ("text", pa.string())])
 SCHEMA = pa.schema(
     [
@@ -34,21 +38,85 @@ SCHEMA = pa.schema(
     ]
 )
 
+ExampleReader = Callable[[], Iterator[Example]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source ready for use, its rows with the columns of `SCHEMA`.
+
+    `skipped` counts, by reason, rows of the source's own train and test parts that it has no use
+    for; they are in neither set.
+    """
+
+    name: str
+    train: datasets.Dataset
+    test: datasets.Dataset
+    fingerprint: str
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def load_source(
+    name: str, seed: int, cache_dir: str | Path | None = None, options: ReadOptions | None = None
+) -> Source:
+    """Read a source by file, folder or Hub name; without a test set, a seeded tenth becomes it.
+
+    A file is .jsonl, .json or .parquet; a folder holds train and test (eval, validation, val, dev)
+    files of one such kind, or was written by `datasets`; `local/jsonfile` is data/train.json and
+    data/eval.json under the current directory, else under the repository's root. Checked rows are
+    kept as Arrow under `cache_dir` (default: the `datasets` cache), keyed by content and options.
+
+    Raises:
+        UserError: nothing there, no rows, or a malformed row, named by file and line.
+    """
+    train_rows, test_rows = Finder().find(name)
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
+    read = SourceReader(name, options or ReadOptions())
+    train, skipped = store(train_rows, read, folder)
+    counts = {"train": skipped}
+    if test_rows is not None:
+        test, counts["test"] = store(test_rows, read, folder)
+        digests = [train_rows.digest, test_rows.digest]
+    else:
+        if len(train) < 2:
+            raise UserError(
+                f"{train_rows.label} has 1 row and no test set beside it: give at least 2 rows"
+            )
+        kept, held_out = holdout_split(len(train), seed)
+        train, test = train.select(kept), train.select(held_out)
+        digests = [train_rows.digest, f"holdout {seed}"]
+    fingerprint = digest(*digests, read.options.key(name), str(READER_VERSION))
+    return Source(name, train, test, fingerprint, counts)
+
+
+def stream_source(
+    name: str, options: ReadOptions, skipped: Counter[str]
+) -> tuple[ExampleReader, ExampleReader | None]:
+    """Find the examples of a source, train and test, to be read again and again and never kept.
+
+    Rows that the source has no use for are counted by reason in `skipped`, at every reading.
+
+    Raises:
+        UserError: nothing there; from reading, a malformed row, named by file and line.
+    """
+    reader = SourceReader(name, options)
+    train, test = Finder(streaming=True).find(name)
+
+    def read(rows: Rows) -> ExampleReader:
+        return lambda: reader.examples(rows, skipped)
+
+    return read(train), None if test is None else read(test)
+
 
 @dataclass(frozen=True)
 class SourceReader:
-    """How the rows of one source are read."""
+    """Reads the rows of one source."""
 
     name: str
     options: ReadOptions
 
-    @property
-    def key(self) -> str:
-        """What stored rows depend on beside their bytes."""
-        return self.options.key(self.name)
-
-    def rows(self, rows: Rows, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
-        """Checked rows as they are stored; those without use are counted in `skipped`."""
+    def examples(self, rows: Rows, skipped: Counter[str]) -> Iterator[Example]:
+        """Yield checked examples with their places; rows without use are counted in `skipped`."""
         reader: Reader | None = None
         for place, row in rows.read():
             if not isinstance(row, Mapping):
@@ -56,23 +124,48 @@ class SourceReader:
                 raise UserError(f"{place}: is {kind}, needs an object with the key 'prompt'")
             try:
                 reader = reader or self.options.reader(self.name, row)
-                example = reader(row)
+                example = replace(reader(row), place=place)
             except Skip as reason:
                 skipped[str(reason)] += 1
                 continue
             except UserError as error:
                 raise UserError(f"{place}: {error}") from error
-            yield _stored(example, place)
+            _check_text(example)
+            yield example
+
+
+def _check_text(example: Example) -> None:
+    """Stop at what is not text, naming the place and the column."""
+    prompt, place = example.prompt, example.place
+    texts = [turn.text for turn in prompt] if isinstance(prompt, tuple) else [prompt]
+    columns = [("prompt", text) for text in texts]
+    sides = (("chosen", example.chosen), ("rejected", example.rejected))
+    for column, value in (*columns, *(side for side in sides if side[1] is not None)):
+        if not isinstance(value, str):
+            raise UserError(
+                f"{place}: column {column!r} is {type(value).__name__}, needs text; "
+                "fix or drop the row"
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: column {column!r} holds half a surrogate pair; fix or drop the row"
+            ) from error
 
 
 def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Checked rows as memory-mapped Arrow, written once per content and reading; the skipped."""
-    key = digest(rows.digest, rows.label, read.key, str(READER_VERSION))
+    """Keep checked rows as memory-mapped Arrow, written once per content and options.
+
+    Returns:
+        The rows, and the counts of skipped ones by reason.
+    """
+    key = digest(rows.digest, rows.label, read.options.key(read.name), str(READER_VERSION))
     counts = folder / f"{key}.json"
 
     def write(part: Path) -> None:
         skipped = _write(rows, read, part)
-        # First the counts, and both whole: whoever finds the rows finds them too.
+        # First the counts, and both complete: whoever finds the rows finds them too.
         part_counts = part.with_suffix(".counts")
         part_counts.write_text(json.dumps(skipped), encoding="utf-8")
         part_counts.replace(counts)
@@ -82,37 +175,12 @@ def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Datase
     return datasets.Dataset.from_file(str(target)), skipped
 
 
-def _stored(example: Example, place: str) -> dict[str, Any]:
-    """One stored row, or a UserError that names the place and the column."""
-    if isinstance(example.prompt, tuple):
-        turns = [{"role": turn.role, "text": turn.text} for turn in example.prompt]
-        prompts = [("prompt", turn.text) for turn in example.prompt]
-    else:
-        turns, prompts = None, [("prompt", example.prompt)]
-    answers = [("chosen", example.chosen), ("rejected", example.rejected)]
-    for column, value in (*prompts, *(pair for pair in answers if pair[1] is not None)):
-        if not isinstance(value, str):
-            raise UserError(
-                f"{place}: column {column!r} is {type(value).__name__}, needs text; "
-                "mend or drop the row"
-            )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{place}: column {column!r} holds half a surrogate pair; mend or drop the row"
-            ) from error
-    text = example.prompt if turns is None else None
-    row = {"prompt": text, "turns": turns, "whole": example.whole, "place": place}
-    return {**row, **dict(answers)}
-
-
 def _write(rows: Rows, read: SourceReader, path: Path) -> Counter[str]:
     skipped: Counter[str] = Counter()
-    checked, count = read.rows(rows, skipped), 0
+    examples, count = read.examples(rows, skipped), 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        while batch := list(islice(checked, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+        while batch := list(islice(examples, 1000)):
+            writer.write_batch(pa.RecordBatch.from_pydict(_columns(batch), schema=SCHEMA))
             count += len(batch)
     if not count and skipped:
         reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
@@ -120,3 +188,25 @@ def _write(rows: Rows, read: SourceReader, path: Path) -> Counter[str]:
     if not count:
         raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
     return skipped
+
+
+def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """Columns of `SCHEMA` for examples; `examples_of` reads them back."""
+    prompts = [e.prompt for e in examples]
+    return {
+        "prompt": [prompt if isinstance(prompt, str) else None for prompt in prompts],
+        "turns": [None if isinstance(p, str) else [vars(turn) for turn in p] for p in prompts],
+        "chosen": [e.chosen for e in examples],
+        "rejected": [e.rejected for e in examples],
+        "whole": [e.train_all_turns for e in examples],
+        "place": [e.place for e in examples],
+    }
+
+
+def examples_of(columns: Mapping[str, list[Any]]) -> list[Example]:
+    """Read stored columns back as examples."""
+    names = ("prompt", "turns", "chosen", "rejected", "whole", "place")
+    return [
+        Example(text if turns is None else tuple(Turn(**turn) for turn in turns), *more)
+        for text, turns, *more in zip(*(columns[name] for name in names), strict=True)
+    ]

@@ -15,6 +15,7 @@ import numpy as np
 
 from dschat.data.collators import Row
 from dschat.errors import UserError
+from dschat.text.conversations import Example
 
 BATCHES_PER_BLOCK = 50
 _SPLIT_STREAM = 3  # of the seed, apart from those of `splits`
@@ -23,27 +24,26 @@ _ROWS_PER_DRAW = 4096
 _DROPPED = ("identical_pairs", "empty_answers")
 _CUT = ("prompts_cut", "answers_cut", "turns_cut", *_DROPPED)
 
-# What a rank without rows trains on; it counts nowhere. Each collator takes its own columns.
+# The row of a rank that has none; it counts nowhere. Each collator takes its own columns.
 _FILLER = {
     **{"input_ids": [0, 0], "trained": [1, 2], "chosen_ids": [0, 0], "rejected_ids": [0, 0]},
     **{"prompt_ids": [0], "prompt_len": 1, "length": 2, "real": False},
 }
 
-TextRow = dict[str, Any]
-Convert = Callable[[dict[str, list[Any]], Counter[str]], dict[str, list[Any]]]
+Convert = Callable[[list[Example], Counter[str]], dict[str, list[Any]]]
 
 
 @dataclass(frozen=True)
 class RowStream:
-    """Text rows that can be read again and again, and what makes token rows of a batch of them."""
+    """Examples that can be read again and again, and the converter of a batch of them."""
 
-    read: Callable[[], Iterator[TextRow]]
-    convert: Convert  # adds what it cut and dropped to the counts that it is given
-    skipped: Counter[str] = field(default_factory=Counter)  # rows without use, of all readings
+    read: Callable[[], Iterator[Example]]
+    convert: Convert  # counts rows truncated and dropped
+    skipped: Counter[str] = field(default_factory=Counter)  # rows of no use, of all readings
 
 
-def in_turns(sources: Sequence[Iterator[TextRow]]) -> Iterator[TextRow]:
-    """A row of each source in turn, until all have ended."""
+def in_turns(sources: Sequence[Iterator[Example]]) -> Iterator[Example]:
+    """Take a row of each source in turn, until all have ended."""
     waiting = list(sources)
     while waiting:
         for rows in tuple(waiting):
@@ -54,27 +54,22 @@ def in_turns(sources: Sequence[Iterator[TextRow]]) -> Iterator[TextRow]:
                 yield row
 
 
-def complete(rows: Iterator[TextRow], needed: Sequence[str], phase: int) -> Iterator[TextRow]:
-    """The same rows; UserError at the first that lacks a column."""
+def complete(rows: Iterator[Example], needed: Sequence[str], phase: int) -> Iterator[Example]:
+    """Pass rows on; UserError at the first that lacks a column."""
     for row in rows:
         for column in needed:
-            if row[column] is None:
+            if getattr(row, column) is None:
                 raise UserError(
-                    f"{row['place']} has no {column!r}, which phase {phase} needs; "
+                    f"{row.place} has no {column!r}, which phase {phase} needs; "
                     "add the column or use another source"
                 )
         yield row
 
 
-def columns_of(rows: Sequence[TextRow]) -> dict[str, list[Any]]:
-    """A batch as `datasets` hands it to a function."""
-    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-
-
 def rows_of_phase(
-    rows: Iterator[TextRow], seed: int, proportions: Sequence[float], phase: int
-) -> Iterator[TextRow]:
-    """The rows that belong to a phase; a row's place in its source decides, so phases never mix.
+    rows: Iterator[Example], seed: int, proportions: Sequence[float], phase: int
+) -> Iterator[Example]:
+    """Pass the rows of a phase on; a row's place in its source decides, so phases never mix.
 
     The size being unknown, each row is drawn by itself: sizes are near the proportions.
     """
@@ -103,10 +98,10 @@ class StreamLoader:
     seed: int
     counts: Counter[str] = field(default_factory=Counter)  # of this rank's rows, all epochs
     epoch: int = 0
-    _told_skipped: int = 0
+    _reported_skipped: int = 0
 
     def batches_in(self, epoch: int) -> None:
-        """Not known before."""
+        """Give None: nobody has counted the rows."""
         return None
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -125,39 +120,38 @@ class StreamLoader:
             yield from self._batches(mine, -(-len(block) // size), rng)
             number += 1
         if not number:
-            raise UserError(
-                "--streaming: the data holds no rows for this phase; check --data_split"
-            )
+            raise UserError("streaming: the data holds no rows for this phase; check data_split")
 
     def _batches(
-        self, block: list[TextRow], batches: int, rng: np.random.Generator
+        self, block: list[Example], batches: int, rng: np.random.Generator
     ) -> Iterator[Any]:
-        """So many batches of this rank's rows, like lengths together; without rows, of filler."""
+        """Divide this rank's rows into batches, like lengths together; without rows, of filler."""
         rows = self._tokens(block)
         rows.sort(key=lambda row: row["length"])
         parts = np.array_split(np.arange(len(rows)), batches)
         for part in (parts[at] for at in rng.permutation(batches)):
             yield self.collator([{**rows[at], "real": True} for at in part] or [_FILLER])
 
-    def _tokens(self, block: list[TextRow]) -> list[Row]:
+    def _tokens(self, block: list[Example]) -> list[Row]:
         if not block:
             return []
         before = self.counts.copy()
-        found = self.stream.convert(columns_of(block), self.counts)
+        columns = self.stream.convert(block, self.counts)
         rows = [
-            dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
         ]
         self.counts.update(rows=len(block), used=len(rows))
         skipped = self.stream.skipped.total()
         dropped = any((self.counts - before)[name] for name in _DROPPED)
-        if self.rank == 0 and (dropped or skipped > self._told_skipped):
-            told = _told(self.counts, self.stream.skipped)
-            print(f"streaming, so far on rank 0: {told}", flush=True)
-        self._told_skipped = skipped
+        if self.rank == 0 and (dropped or skipped > self._reported_skipped):
+            counts = _described(self.counts, self.stream.skipped)
+            print(f"streaming, so far on rank 0: {counts}", flush=True)
+        self._reported_skipped = skipped
         return rows
 
 
-def _told(counts: Counter[str], skipped: Counter[str]) -> str:
+def _described(counts: Counter[str], skipped: Counter[str]) -> str:
     named = [(counts[name], name.replace("_", " ")) for name in ("rows", "used", *_CUT)]
     named += [(number, f"skipped ({reason})") for reason, number in skipped.items()]
     return ", ".join(f"{number} {name}" for number, name in named)

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.user_functions import function_of, source_digest
 from dschat.errors import UserError, brief
 from dschat.functional.returns import masked_mean, masked_moments
 from dschat.models.reward_statistics import SCALINGS, RewardStatistics, reward_scaling
 from dschat.rlhf.experience import Experience, filled
 from dschat.settings import Settings, setting
 from dschat.utils.distributed import all_reduce_sum, on_every_rank
+from dschat.utils.user_functions import load_function, source_digest
 
 FLAG = "reward_function"
 SHOWN_CHARACTERS = 80  # of a text in a message
@@ -78,7 +78,7 @@ class RewardFunction:
         Raises:
             UserError: no such module or function, or one that does not take two texts.
         """
-        function = function_of(name, FLAG, "prompt", "answer")
+        function = load_function(name, FLAG, "prompt", "answer")
         return cls(name, function, source_digest(name, FLAG))
 
     def __call__(self, prompt: str, answer: str) -> float:

@@ -1,4 +1,4 @@
-"""What a row says: turns of a conversation, and the checks that lists and transcripts must pass."""
+"""Conversations: turns, the examples that rows become, and checks of messages and transcripts."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ _MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Turn:
-    """What one of `ROLES` said."""
+    """One message of a conversation, by one of `ROLES`."""
 
     role: str
     text: str
@@ -36,14 +36,17 @@ Prompt = str | tuple[Turn, ...]
 class Example:
     """One row of any source: a prompt, its answer, and the answer it was preferred to.
 
-    `whole` says that the prompt's own answers are worth training on too: the row is a conversation
-    to imitate, not the context of one answer.
+    Attributes:
+        train_all_turns: the prompt's own answers are worth training on too: the row is a
+            conversation to imitate, not the context of one answer.
+        place: position of the row in its source ("train.jsonl line 17"), for messages.
     """
 
     prompt: Prompt
     chosen: str | None = None
     rejected: str | None = None
-    whole: bool = False
+    train_all_turns: bool = False
+    place: str = ""
 
 
 class Skip(Exception):  # noqa: N818  (no error: the row is sound)
@@ -51,17 +54,17 @@ class Skip(Exception):  # noqa: N818  (no error: the row is sound)
 
 
 def question(text: Any) -> tuple[Turn, ...]:
-    """A conversation of one question; anything but text is left to the caller's check."""
+    """Make a conversation of one question; anything but text is left to the caller's check."""
     return (Turn("user", text),)
 
 
 def has_markers(text: str) -> bool:
-    """Whether a text is a transcript with `Human:` in it."""
+    """Tell whether a text is a transcript with `Human:` in it."""
     return any(match[1] == "Human" for match in _MARKER.finditer(text))
 
 
 def parse_transcript(text: str) -> tuple[Turn, ...]:
-    """The turns of a `Human:` and `Assistant:` transcript, stripped, neighbours of a role merged.
+    """Parse a `Human:` and `Assistant:` transcript into stripped turns, merging those of one role.
 
     Text before the first marker is a system turn. An open `Assistant:` at the end is no turn.
     """
@@ -74,7 +77,7 @@ def parse_transcript(text: str) -> tuple[Turn, ...]:
 
 
 def answers_within(text: str) -> list[str]:
-    """A transcript as context, answer, context, …: joined, the text again; it ends in a context."""
+    """Divide a transcript into context, answer, context, …, ending in a context."""
     marks = list(_MARKER.finditer(text))
     pieces, at = [], 0
     for mark, after in pairwise(marks):
@@ -85,7 +88,7 @@ def answers_within(text: str) -> list[str]:
 
 
 def merge(turns: Iterable[Turn]) -> tuple[Turn, ...]:
-    """Turns without the empty ones, and with neighbours of one role as one turn."""
+    """Drop empty turns, and join neighbours of one role."""
     merged: list[Turn] = []
     for turn in turns:
         if not turn.text:
@@ -98,7 +101,7 @@ def merge(turns: Iterable[Turn]) -> tuple[Turn, ...]:
 
 
 def as_turns(prompt: Prompt) -> tuple[Turn, ...]:
-    """A prompt as a conversation: a transcript is parsed, any other text is one question."""
+    """Read a prompt as a conversation: a transcript is parsed, any other text is one question."""
     if not isinstance(prompt, str):
         return prompt
     if has_markers(prompt):
@@ -109,7 +112,7 @@ def as_turns(prompt: Prompt) -> tuple[Turn, ...]:
 def read_messages(
     value: Any, column: str, role: str = "role", text: str = "content"
 ) -> tuple[Turn, ...]:
-    """`parse_messages` of a conversation from its start, whose roles must take turns.
+    """Parse messages of a conversation from its start, whose roles must take turns.
 
     Raises:
         UserError: malformed messages, or roles that do not alternate from user on (one system
@@ -123,7 +126,7 @@ def read_messages(
 def parse_messages(
     value: Any, column: str, role: str = "role", text: str = "content"
 ) -> tuple[Turn, ...]:
-    """A list of messages as turns, each message an object with the keys `role` and `text`.
+    """Parse a list of messages, each an object with the keys `role` and `text`.
 
     Raises:
         UserError: no list, empty, a message that is none, an unknown role, text that is none.
@@ -131,7 +134,7 @@ def parse_messages(
     if not isinstance(value, list | tuple):
         raise UserError(f"column {column!r} is {type(value).__name__}, needs a list of messages")
     if not value:
-        raise UserError(f"column {column!r} holds no messages; mend or drop the row")
+        raise UserError(f"column {column!r} holds no messages; fix or drop the row")
     turns = []
     for number, message in enumerate(value, 1):
         place = f"column {column!r}, message {number}"
@@ -143,13 +146,13 @@ def parse_messages(
             raise UserError(f"{place}: role {message[role]!r} is unknown; use one of {known}")
         if not isinstance(message[text], str):
             kind = type(message[text]).__name__
-            raise UserError(f"{place}: {text!r} is {kind}, needs text; mend or drop the row")
+            raise UserError(f"{place}: {text!r} is {kind}, needs text; fix or drop the row")
         turns.append(Turn(speaker, message[text]))
     return tuple(turns)
 
 
 def check_order(turns: Sequence[Turn], column: str) -> None:
-    """Stop unless user and assistant take turns, user first, behind at most one system turn."""
+    """Stop unless user and assistant take turns, user first, after at most one system turn."""
     start = int(bool(turns) and turns[0].role == "system")
     for number, turn in enumerate(turns[start:], start):
         expected = ("user", "assistant")[(number - start) % 2]
@@ -161,16 +164,16 @@ def check_order(turns: Sequence[Turn], column: str) -> None:
 
 
 def split_answer(turns: tuple[Turn, ...]) -> Example:
-    """A conversation to imitate: its last answer, and what came before as the prompt.
+    """Divide a conversation to imitate into its last answer and, before it, the prompt.
 
     Raises:
         Skip: it ends in a question although it holds answers.
         UserError: it holds nothing but a system message.
     """
     if turns[-1].role == "assistant":
-        return Example(turns[:-1], turns[-1].text, whole=True)
+        return Example(turns[:-1], turns[-1].text, train_all_turns=True)
     if any(turn.role == "assistant" for turn in turns):
         raise Skip("conversation ends without an answer")
     if turns[-1].role == "system":
-        raise UserError("the conversation holds a system message alone; mend or drop the row")
+        raise UserError("the conversation holds a system message alone; fix or drop the row")
     return Example(turns)

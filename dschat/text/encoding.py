@@ -14,21 +14,21 @@ SENTINELS = ("\n", ":", "a")
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True
 ) -> list[list[int]]:
-    """Token ids of each text, with the tokenizer's own BOS if `special`."""
+    """Encode each text, with the tokenizer's own BOS if `special`."""
     cache = word_cache(tokenizer)
     if cache is None:
-        return _encode_whole(tokenizer, texts, special)
+        return _encode_complete(tokenizer, texts, special)
     fits = [cache.fits(text) for text in texts]
     words = iter(cache.encode([t for t, fit in zip(texts, fits, strict=True) if fit], special))
     rest = [t for t, fit in zip(texts, fits, strict=True) if not fit]
-    others = iter(_encode_whole(tokenizer, rest, special))
+    others = iter(_encode_complete(tokenizer, rest, special))
     return [next(words if fit else others) for fit in fits]
 
 
-def _encode_whole(
+def _encode_complete(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool
 ) -> list[list[int]]:
-    """The tokenizer's own ids, in one batched call."""
+    """Encode by the tokenizer itself, in one batched call."""
     if not texts:
         return []
     return tokenizer(
@@ -36,7 +36,7 @@ def _encode_whole(
         add_special_tokens=special,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # longer than model_max_length is normal here: rows are cut afterwards
+        verbose=False,  # longer than model_max_length is normal here: rows are truncated later
     )["input_ids"]
 
 
@@ -47,7 +47,7 @@ def encode_answers(
     answers: list[str],
     special: bool = True,
 ) -> list[list[int]]:
-    """Token ids of each answer as the continuation of its prompt, ending in exactly one eos.
+    """Encode each answer as the continuation of its prompt, ending in exactly one eos.
 
     The prompt's ids stay those of the prompt alone (what generation sees; `special` as they were
     encoded with), no token straddles the boundary, and prompt ids + answer ids decode to
@@ -60,9 +60,18 @@ def encode_answers(
             answer = answer[: -len(eos)]
         bare.append(answer)
     answer_ids: list[list[int]] = [[] for _ in bare]
-    apart = _begins_a_word(tokenizer, prompts, bare)
-    for row, ids in zip(apart, _encode_words(tokenizer, [bare[row] for row in apart]), strict=True):
-        answer_ids[row] = ids
+    cache, apart = word_cache(tokenizer), []
+    if cache is not None:
+        # Answers that begin where the tokenizer splits anyhow: the prompt plays no part.
+        apart = [
+            row
+            for row, (prompt, answer) in enumerate(zip(prompts, bare, strict=True))
+            if answer.startswith(" ") and prompt and not prompt[-1].isspace()
+            if cache.fits(prompt + answer)
+        ]
+        words = cache.encode_after([bare[row] for row in apart])
+        for row, ids in zip(apart, words, strict=True):
+            answer_ids[row] = ids
     rest = sorted(set(range(len(bare))).difference(apart))
     joined = encode(tokenizer, [prompts[row] + bare[row] for row in rest], special)
     merged = []
@@ -82,33 +91,13 @@ def encode_answers(
     return answer_ids
 
 
-def _begins_a_word(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
-) -> list[int]:
-    """Rows whose answer begins where the tokenizer cuts anyhow: the prompt plays no part."""
-    cache = word_cache(tokenizer)
-    if cache is None:
-        return []
-    return [
-        row
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        if answer.startswith(" ") and prompt and not prompt[-1].isspace()
-        if cache.fits(prompt + answer)
-    ]
-
-
-def _encode_words(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[list[int]]:
-    """Ids of the answers of such rows."""
-    return word_cache(tokenizer).encode_behind(answers) if answers else []
-
-
 def encode_turns(
     tokenizer: PreTrainedTokenizerBase, rows: list[list[tuple[str, str]]], special: bool = True
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """Token ids of conversations, each a list of (context, answer) texts in their order.
+    """Encode conversations, each a list of (context, answer) texts in their order.
 
     Each answer ends in one eos and is the continuation of its context, as in `encode_answers`; a
-    context behind an answer has the ids of a text behind that eos.
+    context after an answer has the ids of a text after that eos.
     """
     eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
     first = _encode_pairs(tokenizer, [row[0] for row in rows], special)
@@ -141,11 +130,11 @@ def _encode_pairs(
 def _encode_apart(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], answers: list[str]
 ) -> list[list[int]]:
-    """Ids of answers that would merge with their prompts, tokenised away from them.
+    """Encode answers that would merge with their prompts, apart from them.
 
     Alone, an answer may gain a space (tokenizers that put `▁` before every text), so it is
     tokenised after a sentinel whose ids are stripped again. The first candidate that decodes to
-    the answer's own text behind the prompt is taken; where the tokenizer normalises text and none
+    the answer's own text after the prompt is taken; where the tokenizer normalises text and none
     does, the first candidate.
     """
     if not answers:
@@ -161,7 +150,7 @@ def _encode_apart(
         candidates[row].append(alone)
     chosen = []
     for head, answer, options in zip(prompt_ids, answers, candidates, strict=True):
-        expected = tokenizer.decode(head) + answer
+        expected = f"{tokenizer.decode(head)}{answer}"
         right = (ids for ids in options if tokenizer.decode(head + ids) == expected)
         chosen.append(next(right, options[0]))
     return chosen

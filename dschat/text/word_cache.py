@@ -2,7 +2,7 @@
 
 Byte-pair tokenizers of today's models cut a text in front of a space that follows anything but
 white space, whatever the rest of the text is, and merge nothing across that cut. Where a tokenizer
-is known to do so, the ids of a text are those of its words one behind the other, and looking them
+is known to do so, the ids of a text are those of its words one after the other, and looking them
 up is many times faster than the tokenizer. Everywhere else there is no cache.
 """
 
@@ -23,14 +23,14 @@ _WORDS_PER_CALL = 64
 _SENTINEL = "x"
 
 # The split patterns of Llama 3 and of Qwen 2. Both begin a token at such a space: none of their
-# branches has a space behind another character.
+# branches has a space after another character.
 _PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     + digits
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 }
-# What a text must come through unharmed before a cache is trusted.
+# Probe texts: cached ids must equal the tokenizer's.
 _PROBES = (
     "It's a test,  isn't it?\n\nHuman: I’d say 12345 times \n\n Yes!\r\n\tÀ ü é 漢字 かな 🙂👍🏽 ",
     " a b  c   d\n e\t f \u3000g\u00a0h \u200bi <b>x</b> $5.00 #1 ... ''s 'S don'T x_y x-y\\n ",
@@ -47,35 +47,35 @@ class WordCache:
         # Metaspace tokenizers write a space as ▁; one in the text could not be told from it.
         self._special = re.compile("|".join([*added, "▁"])).search
         self._first_chars = {token[0] for token in tokenizer.get_added_vocab()} | {"▁"}
-        # A word stands behind a space, which is its own. At the beginning of a text there is no
+        # A word follows a space, which is part of it. At the beginning of a text there is no
         # cut, and some tokenizers put a space of their own there: (word, special) is one there.
         self._known = PieceIds()
         self._sentinel = len(self._encode([_SENTINEL])[0].ids)
 
     def fits(self, text: str) -> bool:
-        """Whether the ids of `text` are those of its words: no special token is in it."""
+        """Tell whether the ids of `text` are those of its words: no special token is in it."""
         return not (any(c in text for c in self._first_chars) and self._special(text))
 
     def encode(self, texts: list[str], special: bool) -> list[list[int]]:
-        """Ids of texts that `fits` holds for."""
+        """Encode texts that `fits` holds for."""
         if not texts:
             return []
         words = Words.of(texts)
         heads = [(words.names[word], special) for word in words.of_text[words.first].tolist()]
         return self._ids_of(words, heads)
 
-    def encode_behind(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that begin with a space, behind another text that does not end in one."""
+    def encode_after(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts that begin with a space and follow a text that does not end in one."""
         return self._ids_of(Words.of([text[1:] for text in texts])) if texts else []
 
     def _ids_of(self, words: Words, heads: list[tuple[str, bool]] | None = None) -> list[list[int]]:
-        """Ids of each text; `heads` are the first words where texts begin with them."""
+        """Encode each text; `heads` are the first words where texts begin with them."""
         if len(self._known.numbers) > _MAX_WORDS:
             self._known = PieceIds()
-        behind = np.ones(len(words.of_text), bool)
-        behind[words.first] = heads is None
+        after = np.ones(len(words.of_text), bool)
+        after[words.first] = heads is None
         used = np.zeros(len(words.names), bool)
-        used[words.of_text[behind]] = True
+        used[words.of_text[after]] = True
         names = [words.names[word] for word in np.flatnonzero(used).tolist()]
         number = np.zeros(len(words.names), np.int64)
         number[used] = self._known.numbers_of(names, self._learn)
@@ -92,8 +92,8 @@ class WordCache:
                 self._known.add([head], encoded.ids, [len(encoded.ids)])
 
     def _learn(self, words: list[str]) -> None:
-        """Encode new words, many behind one another in each text, and tell them apart again."""
-        # Behind white space a space is no cut.
+        """Encode new words, many after one another in each text, and tell them apart again."""
+        # After white space a space is no cut.
         last = [word for word in words if not word or word[-1].isspace()]
         inner = [word for word in words if word and not word[-1].isspace()]
         groups = [inner[i : i + _WORDS_PER_CALL] for i in range(0, len(inner), _WORDS_PER_CALL)]
@@ -102,7 +102,7 @@ class WordCache:
         for group, encoded in zip(groups, self._encode(texts), strict=True):
             stops = len(_SENTINEL) + np.cumsum([1 + len(word) for word in group])
             ends = np.maximum.accumulate([stop for _, stop in encoded.offsets])
-            # A word has all ids up to the first that ends behind it, the last word has the rest.
+            # A word has all ids up to the first that ends after it, the last word has the rest.
             cuts = np.searchsorted(ends, stops[:-1], side="right")
             bounds = np.append(cuts, len(ends)) - self._sentinel
             self._known.add(group, encoded.ids[self._sentinel :], bounds)
@@ -118,7 +118,7 @@ _CACHES: WeakKeyDictionary[PreTrainedTokenizerBase, WordCache | None] = WeakKeyD
 
 
 def word_cache(tokenizer: PreTrainedTokenizerBase) -> WordCache | None:
-    """The cache of a tokenizer; None where the ids of words may not be those of the text."""
+    """Give the cache of a tokenizer; None where the ids of words may not be those of the text."""
     if tokenizer not in _CACHES:
         _CACHES[tokenizer] = _made_for(tokenizer)
     return _CACHES[tokenizer]
@@ -140,7 +140,7 @@ def _made_for(tokenizer: PreTrainedTokenizerBase) -> WordCache | None:
 
 
 def cuts_before_spaces(backend: dict) -> bool:
-    """Whether a tokenizer (its tokenizer.json) never merges across a cut before a space."""
+    """Tell whether a tokenizer (its tokenizer.json) never merges across a cut before a space."""
     model = backend["model"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("end_of_word_suffix"):
         return False
@@ -165,7 +165,7 @@ def cuts_before_spaces(backend: dict) -> bool:
         by_space = not normalizers and parts[0]["replacement"] == "▁"
     elif names or not normalizers:
         return False
-    # Without a split the merges decide: no token has ▁ behind anything else.
+    # Without a split the merges decide: no token has ▁ after anything else.
     return by_space and not any(re.search("[^▁]▁", token) for token in model["vocab"])
 
 
@@ -174,7 +174,7 @@ def _parts(backend: dict) -> list[dict]:
 
 
 def _listed(part: dict | None, key: str) -> list[dict]:
-    """The parts of a sequence, a lone part, or none."""
+    """List the parts of a sequence, a lone part, or none."""
     if part is None:
         return []
     return part[key] if part["type"] == "Sequence" else [part]

@@ -30,7 +30,7 @@ class Words:
         begins = rows.offsets.to_numpy()[:-1]
         parts = rows.flatten().dictionary_encode()
         names, codes = parts.dictionary.to_pylist(), parts.indices.to_numpy()
-        # Behind white space a space is no cut: such a part and the next are one word.
+        # After white space a space is no cut: such a part and the next are one word.
         ends = pc.utf8_slice_codeunits(parts.dictionary, -1).dictionary_encode()
         spaces = [not end or end.isspace() for end in ends.dictionary.to_pylist()]
         binds = np.array(spaces)[ends.indices.to_numpy()]
@@ -50,15 +50,15 @@ class Words:
 
 
 class PieceIds:
-    """Ids of numbered pieces of text, one behind the other in one array."""
+    """Ids of numbered pieces of text, one after the other in one array."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.numbers: dict[str | tuple[str, bool], int] = {}
         self._ids = np.empty(1 << 16, np.int32)
-        self._bounds = np.zeros(1 << 14, np.int64)  # of piece n: the nth and the next
+        self._bounds = np.zeros(1 << 14, np.int64)  # of piece n: entries n and n + 1
 
     def numbers_of(self, pieces: list, learn: Callable[[list], None]) -> np.ndarray:
-        """The numbers of pieces; `learn` adds those that have none, once each."""
+        """Look up the numbers of pieces; `learn` adds those that have none, once each."""
         numbers = self._numbers(pieces)
         missing = np.flatnonzero(numbers < 0)
         if len(missing):
@@ -68,11 +68,11 @@ class PieceIds:
         return numbers
 
     def _numbers(self, pieces: list) -> np.ndarray:
-        """The numbers of pieces; -1: it has none."""
+        """Look up the numbers of pieces; -1: it has none."""
         return np.fromiter(map(self.numbers.get, pieces, repeat(-1)), np.int64, len(pieces))
 
     def add(self, pieces: list, ids: list[int], stops: Iterable[int]) -> None:
-        """New pieces, whose ids stand one behind the other; `stops` is where each one's end."""
+        """Add new pieces, whose ids follow one another; `stops` are their ends."""
         count = len(self.numbers)
         begin, end = int(self._bounds[count]), count + len(pieces)
         self._ids = _at_least(self._ids, begin + len(ids))
@@ -82,11 +82,11 @@ class PieceIds:
         self.numbers.update(zip(pieces, range(count, end), strict=True))
 
     def joined(self, pieces: np.ndarray, first: np.ndarray) -> list[list[int]]:
-        """Ids of texts: `pieces` are the numbers of theirs, and each text's first is at `first`."""
+        """Concatenate the ids of each text's pieces; text i starts at `pieces[first[i]]`."""
         begins = self._bounds[pieces]
         sizes = self._bounds[pieces + 1] - begins
         stops = np.cumsum(sizes)
-        # Where each id stands: as far behind its piece's first as here.
+        # Place of each id: as far after its piece's first id there as here.
         places = np.arange(stops[-1]) + np.repeat(begins - (stops - sizes), sizes)
         ids = self._ids[places].tolist()
         cuts = [*(stops - sizes)[first].tolist(), len(ids)]
@@ -94,5 +94,5 @@ class PieceIds:
 
 
 def _at_least(array: np.ndarray, size: int) -> np.ndarray:
-    """The array, or a longer one that begins with it."""
+    """Give the array, or a longer one that begins with it."""
     return array if size <= len(array) else np.resize(array, max(size, 2 * len(array)))

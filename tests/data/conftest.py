@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dschat.data.registry import ReadOptions
-from dschat.data.sources import load_source
+from dschat.data.store import load_source
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
-from dschat.data import cache, tokenise
+from dschat.data import tokenise
 from dschat.data.cache import written_once
 from dschat.errors import UserError
 from tests.data.spec import Spec
@@ -28,13 +29,13 @@ def _run(source: str, folder: Path, workers: int, limit: int | None) -> None:
     Writes `said-PID`: a digest of the rows, or the error; and `started-PID` when a process begins
     to tokenise. `limit` is the longest file that may be written, as on a disk that is full.
     """
-    place, convert = folder.parent, tokenise._sft_rows
+    place, convert = folder.parent, tokenise.Converter._sft_rows
 
     def announced(*args, **options):
         (place / f"started-{os.getpid()}").touch()
         return convert(*args, **options)
 
-    tokenise._sft_rows = announced
+    tokenise.Converter._sft_rows = announced
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     spec = Spec(
@@ -171,16 +172,15 @@ def test_leftovers_go_unless_their_writer_lives(tmp_path):
     for name in ("dead", "name", "living.arrow"):
         (tmp_path / f"{name}.0123.tmp").mkdir(parents=True)
     (tmp_path / "file.arrow.0123.tmp").touch()
-    with cache._locked(_with_locks(tmp_path), "living.arrow", wait=False) as is_mine:
-        assert is_mine
+    with _lock(tmp_path, "living.arrow"):
         written_once(tmp_path, "name", _writes("", []))
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == [".locks", "living.arrow.0123.tmp", "name"]
 
 
-def _with_locks(root: Path) -> Path:
-    (root / ".locks").mkdir()
-    return root
+def _lock(root: Path, name: str) -> FileLock:
+    (root / ".locks").mkdir(exist_ok=True)
+    return FileLock(root / ".locks" / name, blocking=False)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_a_lock_is_not_inherited(tmp_path):
     """A child that is forked while its parent writes does not keep others waiting."""
-    with cache._locked(_with_locks(tmp_path), "name", wait=True):
+    with _lock(tmp_path, "name"):
         child = os.fork()
         if child == 0:
             time.sleep(2 * TIME_LIMIT)
@@ -204,5 +204,8 @@ def test_a_lock_is_not_inherited(tmp_path):
 
 
 def _is_free(root: Path) -> bool:
-    with cache._locked(root, "name", wait=False) as is_mine:
-        return is_mine
+    try:
+        with _lock(root, "name"):
+            return True
+    except Timeout:
+        return False

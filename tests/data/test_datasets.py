@@ -1,7 +1,7 @@
 import pytest
 
 from dschat.data import datasets as data_utils
-from dschat.data.tokenise import Cut, cut_left, truncate
+from dschat.data.tokenise import Truncated, truncate, truncate_left
 from dschat.errors import UserError
 from tests.data.spec import Spec
 
@@ -30,13 +30,13 @@ def _folders(spec):
 
 def test_rows_fit_as_they_are():
     cut = truncate([BOS, 5, 6], [[7, EOS], [8, 9, EOS]], 6, BOS)
-    assert cut == Cut([BOS, 5, 6], [[7, EOS], [8, 9, EOS]], False, 0)
+    assert cut == Truncated([BOS, 5, 6], [[7, EOS], [8, 9, EOS]], False, 0)
 
 
 def test_long_prompt_gives_way_on_the_left_alike_for_both_sides():
     # 6 + 3 > 8: the longer answer leaves 5 places, BOS and the last four.
     cut = truncate([BOS, 4, 5, 6, 7, 8], [[9, EOS], [9, 9, EOS]], 8, BOS)
-    assert cut == Cut([BOS, 5, 6, 7, 8], [[9, EOS], [9, 9, EOS]], True, 0)
+    assert cut == Truncated([BOS, 5, 6, 7, 8], [[9, EOS], [9, 9, EOS]], True, 0)
     cut = truncate([3, 4, 5, 6, 7, 8], [[9, 9, EOS]], 8, None)
     assert cut.prompt == [4, 5, 6, 7, 8]
 
@@ -44,21 +44,21 @@ def test_long_prompt_gives_way_on_the_left_alike_for_both_sides():
 def test_long_answer_is_cut_on_the_right_and_keeps_its_end():
     # The prompt leaves 8 - 2 = 6 places, more than half of 8.
     cut = truncate([BOS, 3], [[4, 5, 6, 7, 8, 9, EOS], [4, EOS]], 8, BOS)
-    assert cut == Cut([BOS, 3], [[4, 5, 6, 7, 8, EOS], [4, EOS]], False, 1)
+    assert cut == Truncated([BOS, 3], [[4, 5, 6, 7, 8, EOS], [4, EOS]], False, 1)
 
 
 def test_both_long_share_the_length():
     # 9 places: the answer gets max(9 - 7, 4) = 4, the prompt the other 5.
     cut = truncate([BOS, 3, 4, 5, 6, 7, 8], [[10, 11, 12, 13, 14, EOS]], 9, BOS)
-    assert cut == Cut([BOS, 5, 6, 7, 8], [[10, 11, 12, EOS]], True, 1)
+    assert cut == Truncated([BOS, 5, 6, 7, 8], [[10, 11, 12, EOS]], True, 1)
 
 
 def test_cut_left():
-    assert cut_left([BOS, 3, 4], 3, BOS) == [BOS, 3, 4]
-    assert cut_left([BOS, 3, 4], 2, BOS) == [BOS, 4]
-    assert cut_left([BOS, 3, 4], 1, BOS) == [BOS]
-    assert cut_left([7, 3, 4], 1, BOS) == [4]
-    assert cut_left([BOS, 3, 4], 0, BOS) == []
+    assert truncate_left([BOS, 3, 4], 3, BOS) == [BOS, 3, 4]
+    assert truncate_left([BOS, 3, 4], 2, BOS) == [BOS, 4]
+    assert truncate_left([BOS, 3, 4], 1, BOS) == [BOS]
+    assert truncate_left([7, 3, 4], 1, BOS) == [4]
+    assert truncate_left([BOS, 3, 4], 0, BOS) == []
 
 
 def test_phases_share_out_the_train_rows_and_not_the_test_rows(spec, byte_tokenizer):

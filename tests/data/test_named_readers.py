@@ -11,8 +11,8 @@ import datasets
 import pytest
 
 from dschat.data import sources as raw_datasets
-from dschat.data.registry import NAMED, shape_by_name
-from dschat.data.sources import load_source
+from dschat.data.registry import NAMED, format_by_name
+from dschat.data.store import load_source
 from dschat.errors import UserError
 from dschat.text.conversations import Turn
 
@@ -203,9 +203,9 @@ def test_names_are_found_in_paths():
         "/hub/datasets--openai--webgpt_comparisons/snapshots/abc",
         "/cache/openai___webgpt_comparisons",
     ):
-        assert shape_by_name(path) is NAMED["openai/webgpt_comparisons"], path
+        assert format_by_name(path) is NAMED["openai/webgpt_comparisons"], path
     for path in ("webgpt", "my-SHP", "local", "jsonfile", "/data/jsonfile/train.jsonl"):
-        assert shape_by_name(path) is None, path
+        assert format_by_name(path) is None, path
 
 
 def test_a_name_with_other_columns_is_read_by_its_columns(tmp_path):

@@ -49,7 +49,7 @@ def record(row):
     return {"prompt": [{"role": "user", "content": row["q"]}], "chosen": row["a"]}
 
 def example(row):
-    return Example((Turn("user", row["q"]),), row["a"], whole=True) if row["q"] else None
+    return Example((Turn("user", row["q"]),), row["a"], train_all_turns=True) if row["q"] else None
 
 def text(row):
     return {"prompt": row["q"], "chosen": row["a"]}
@@ -87,7 +87,7 @@ def test_functions_read_rows(own, load):
     for name, expected in means.items():
         assert meaning(load(row, function=f"own_reader:{name}").train[0]) == expected
     source = load(row, {"q": "", "a": ""}, function="own_reader:example")
-    assert source.skipped["train"] == {"left out by --dataset_function": 1}
+    assert source.skipped["train"] == {"left out by dataset_function": 1}
 
 
 def test_an_edited_function_reads_anew(own, load):
@@ -106,8 +106,8 @@ def test_an_edited_function_reads_anew(own, load):
         ("own_reader", "give module:name"),
         ("no_such_module:f", "no_such_module does not import (ModuleNotFoundError: No module"),
         ("own_reader:nothing", "own_reader has no function 'nothing'"),
-        ("own_reader:wrong", "line 1: --dataset_function own_reader:wrong returned str"),
-        ("own_reader:record", "line 2: --dataset_function own_reader:record fails (KeyError: 'q')"),
+        ("own_reader:wrong", "line 1: dataset_function own_reader:wrong returned str"),
+        ("own_reader:record", "line 2: dataset_function own_reader:record fails (KeyError: 'q')"),
         ("own_reader:late", "line 1: column 'chosen' is int, needs text"),
         ("own_reader:order", "line 1: column 'prompt', message 1: is from assistant where user"),
         ("own_reader:turns", "line 1: column 'prompt', message 1: is 'hi', needs a Turn"),

@@ -18,7 +18,7 @@ LONGER = (("user", "hi"), ("assistant", "we"), ("user", "so"))
 TRANSCRIPT = "\n\nHuman: hi\n\nAssistant: we\n\nHuman: so\n\nAssistant:"
 
 
-SHAPES = {
+FORMATS = {
     "prompt alone": ({"prompt": "Once"}, ("Once", None, None, False)),
     "prompt alone with a label": ({"prompt": "Once", "label": 1}, ("Once", None, None, False)),
     "prompt and completion": (
@@ -116,9 +116,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_shapes_are_known_by_their_columns(name, load):
-    row, means = SHAPES[name]
+    row, means = FORMATS[name]
     assert meaning(load(row).train[0]) == means
 
 
@@ -189,10 +189,10 @@ def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
         ({"conversations": [{"from": "human"}]}, "the keys 'from' and 'value'"),
         ({"prompt": [ASK, REPLY], "chosen": "lo"}, "does not end with the user's turn"),
         ({"prompt": [ASK], "chosen": [ASK, BACK]}, "needs one answer of the assistant"),
-        ({"prompt": [ASK], "chosen": [BACK, GOOD]}, "holds 2 messages behind the prompt"),
+        ({"prompt": [ASK], "chosen": [BACK, GOOD]}, "holds 2 messages after the prompt"),
         ({"prompt": "hi", "chosen": "a", "rejected": [BAD]}, "'rejected' is list, needs text"),
         ({"chosen": [ASK, GOOD], "rejected": "no"}, "column 'rejected' is str, needs a list"),
-        ({"chosen": "a", "rejected": "b"}, "share no '\\n\\nAssistant:' behind which they part"),
+        ({"chosen": "a", "rejected": "b"}, "share no '\\n\\nAssistant:' after which they part"),
         ({"chosen": TRANSCRIPT, "rejected": 3}, "column 'rejected' is int, needs text"),
         ({"instruction": 3, "output": "a"}, "column 'instruction' is int, needs text"),
         ({"instruction": "a", "input": 3, "output": "a"}, "column 'input' is int, needs text"),

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dschat.data import sources as raw_datasets
-from dschat.data.sources import load_source
+from dschat.data.store import load_source
 from dschat.errors import UserError
 
 PAIR = {"prompt": "hi", "chosen": " we", "rejected": " lo"}
@@ -196,9 +196,9 @@ def test_bad_places_are_named(write_rows, tmp_path):
 def test_torn_saved_folder_is_named(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     next((tmp_path / "saved").glob("data-*.arrow")).unlink()
-    assert "not a whole `datasets` folder" in _error(tmp_path / "saved", tmp_path)
+    assert "not a complete `datasets` folder" in _error(tmp_path / "saved", tmp_path)
 
 
 def test_place_that_cannot_be_written(write_rows, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
-    assert "give another --data_output_path" in _error(write_rows(ROWS), tmp_path)
+    assert "give another data_output_path" in _error(write_rows(ROWS), tmp_path)

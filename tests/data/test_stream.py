@@ -112,7 +112,7 @@ def test_rows_are_those_of_the_set_that_is_kept(spec):
     kept = spec.but(streaming=False).make(byte_tokenizer(), 1)
     streamed = spec.make(byte_tokenizer(), 1)
     assert sorted(streamed.eval["input_ids"]) == sorted(kept.eval["input_ids"])
-    rows = stream.columns_of(list(streamed.train.read()))
+    rows = list(streamed.train.read())
     found = streamed.train.convert(rows, stream.Counter())
     assert sorted(found["input_ids"]) == sorted(kept.train["input_ids"])
     assert streamed.report.lines()[-1] == (

@@ -110,7 +110,7 @@ def test_done_once_and_again_when_anything_changes(tmp_path, make):
         ("a.jsonl", '{"text": 3}\n', "line 1: no text in a column 'text' (found: text)"),
         ("a.jsonl", "[1]\n", "line 1: no text in a column 'text' (found: list)"),
         ("a.jsonl", '{"text": "hi"}\n', "3 tokens, less than one block of 4"),
-        ("a.csv", "text\nhi\n", "files of kind '.csv' are not read; give .txt, .jsonl"),
+        ("a.csv", "text\nhi\n", "files of kind '.csv' are not read; give one of .txt, .jsonl"),
     ],
 )
 def test_bad_text_is_named(tmp_path, make, byte_tokenizer, name, content, words):
@@ -126,9 +126,19 @@ def test_bad_text_is_named(tmp_path, make, byte_tokenizer, name, content, words)
     ("files", "asked", "config", "words"),
     [
         ({}, "gone.jsonl", None, "no such file or folder; check the path"),
-        ({"a.txt": "x"}, "a.txt", "raw", "a file or folder, which has no configurations; drop it"),
+        (
+            {"a.txt": "x"},
+            "a.txt",
+            "raw",
+            "folder, which has no configuration raw; drop it",
+        ),
         ({"d/a.txt": "x", "d/b.jsonl": "{}"}, "d", None, "holds a.txt, b.jsonl: keep files of one"),
-        ({"d/a.csv": "x"}, "d", None, "holds no file of kind .txt, .jsonl"),
+        (
+            {"d/a.csv": "x"},
+            "d",
+            None,
+            "no train file in this folder; name one train.txt",
+        ),
     ],
 )
 def test_bad_sources_are_named(tmp_path, make, files, asked, config, words):

@@ -8,11 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dschat.data.collators import PairCollator
-from dschat.data.tokenise import converter
+from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import write_model_folder
 from dschat.rlhf.retokenise import Retokeniser
+from dschat.text.conversations import Example
+from dschat.text.formats import choose_format
 from dschat.train.evaluation import pair_scores
 from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
 from tests.rlhf.tiny_roles import FULL, LORA, Setting, left_padded
@@ -73,15 +75,8 @@ def sampled(tokenizer, answer: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pairs_of_step_2(tokenizer) -> list[dict]:
     """The texts as step 2 turns them into rows; the rejected answer does not matter."""
-    rows = {
-        "prompt": [prompt for prompt, _ in TEXTS],
-        "chosen": [answer for _, answer in TEXTS],
-        "rejected": ["?"] * len(TEXTS),
-        "turns": [None] * len(TEXTS),
-        "place": [""] * len(TEXTS),
-        "whole": [False] * len(TEXTS),
-    }
-    columns = converter(tokenizer, 2, 64, None)(rows, Counter())
+    examples = [Example(prompt, answer, "?") for prompt, answer in TEXTS]
+    columns = Converter(tokenizer, choose_format(tokenizer), 2, 64, None)(examples, Counter())
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]

@@ -1,0 +1,62 @@
+"""The user's own reader: a function from a row to an Example, its result checked."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dschat.errors import UserError, brief
+from dschat.text.conversations import Example, Skip, Turn, check_order, read_messages
+from dschat.utils.user_functions import load_function
+
+TARGETS = ("prompt", "chosen", "rejected")
+READER = "dataset_function"  # the setting that names it
+
+
+def user_reader(name: str) -> Callable[[Mapping[str, Any]], Example]:
+    """Wrap the user's function `module:name`, so that its result becomes an Example.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    function, place = load_function(name, READER), f"{READER} {name}"
+
+    def read(row: Mapping[str, Any]) -> Example:
+        try:
+            result = function(dict(row))
+        except (UserError, Skip):
+            raise
+        except Exception as error:  # whatever the user's function raises, with the row's place
+            reason = brief(error, with_type=True)
+            raise UserError(f"{place} fails ({reason}); fix it or the row") from error
+        return _as_example(result, place)
+
+    return read
+
+
+def _as_example(result: Any, place: str) -> Example:
+    if result is None:
+        raise Skip("left out by dataset_function")
+    if isinstance(result, Mapping) and result.keys() <= set(TARGETS) and "prompt" in result:
+        result = Example(result["prompt"], result.get("chosen"), result.get("rejected"))
+    if not isinstance(result, Example):
+        raise UserError(
+            f"{place} returned {type(result).__name__}: return an Example, None to leave the row "
+            "out, or a dict with prompt and maybe chosen and rejected"
+        )
+    if isinstance(result.prompt, list):
+        turns = read_messages(result.prompt, "prompt")
+        result = replace(result, prompt=turns)
+    _check(result)
+    return result
+
+
+def _check(example: Example) -> None:
+    """Stop at turns that no conversation can have."""
+    if not isinstance(example.prompt, tuple):
+        return
+    for number, turn in enumerate(example.prompt, 1):
+        if not isinstance(turn, Turn) or not isinstance(turn.text, str):
+            raise UserError(f"column 'prompt', message {number}: is {turn!r}, needs a Turn of text")
+    check_order(example.prompt, "prompt")
+    if not example.prompt or example.prompt[-1].role != "user":
+        raise UserError("column 'prompt' does not end with the user's turn; fix or drop the row")
