@@ -1,0 +1,53 @@
+"""The suite's own rules: one thread, time limits, tiers, and what continuous integration runs."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from tests.helpers.tiers import by_tier, tiers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_everything_is_computed_on_one_thread_of_the_cpu():
+    assert torch.get_num_threads() == 1 and os.environ["OMP_NUM_THREADS"] == "1"
+    assert not torch.cuda.is_available()
+
+
+def test_a_time_limit_is_never_a_number_of_its_own():
+    """`launch.TIME_LIMIT` alone: what is fitted to one machine fails on a slower one."""
+    files = [path for path in ROOT.glob("tests/**/*.py")]
+    limits = {path.name: re.findall(r"\btimeout=\d+", path.read_text()) for path in files}
+    assert {name: numbers for name, numbers in limits.items() if numbers} == {}
+
+
+def test_a_core_never_waits_for_slow_cells():
+    starts = []
+
+    def run(names: list[str]) -> dict[str, str]:
+        starts.append(names)
+        return {name: name.upper() for name in names}
+
+    result = by_tier("abcd", {"a", "c"}, run)
+    assert (result("a"), result("c"), starts) == ("A", "C", [["a", "c"]])
+    assert (result("d"), result("b"), starts) == ("D", "B", [["a", "c"], ["b", "d"]])
+    marked = [getattr(name, "marks", ()) for name in tiers("abcd", {"a", "c"})]
+    assert [[mark.name for mark in marks] for marks in marked] == [[], ["slow"], [], ["slow"]]
+
+
+def test_continuous_integration_runs_both_tiers_and_exports_nothing():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    commands = [line for line in lines if line and not line.startswith("#")]
+    assert commands[0] == "set -euo pipefail" and commands[1].startswith("cd ")
+    assert commands[2:] == ["make test", "make test-slow"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert 'pytest -m "not slow"\n' in makefile and "pytest -m slow\n" in makefile
+
+
+def test_the_makefiles_head_names_its_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    named = re.findall(r"^# make (\S+)  ", makefile, re.M)
+    assert {*named} == {*re.search(r"^\.PHONY: (.+)$", makefile, re.M).group(1).split()}
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in named)
