@@ -1,4 +1,4 @@
-"""Causal language models and reward models: from a folder or a hub id to a module."""
+"""Load causal language models from a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -30,9 +30,13 @@ NEW_ROWS_SEED = 0
 
 
 def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
-    """The model's configuration, with every dropout probability set when one is given.
+    """Load the model's configuration, of an adapter that of its base.
 
-    An adapter folder's is its base's.
+    Args:
+        dropout: replaces every dropout probability; None keeps them.
+
+    Raises:
+        UserError: no readable config.
     """
     source = resolve_model(model_name_or_path)
     try:
@@ -47,18 +51,18 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
 
 
 def _set_dropout(config: PretrainedConfig, probability: float) -> None:
-    """Every dropout probability of the config, whatever the family calls it."""
+    """Set every dropout probability of the config, whatever the family calls it."""
     for name, value in config.to_dict().items():
         is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_rate and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, probability)
 
 
-def check_context(model_name_or_path: str, tokens: int, flags: str) -> None:
+def check_context(model_name_or_path: str, tokens: int, settings: str) -> None:
     """Stop when sequences may grow longer than the positions that the model has.
 
     Args:
-        tokens: of the longest sequence. flags: what sets it, for the message.
+        tokens: of the longest sequence. settings: names of those that limit it, for the message.
 
     Raises:
         UserError: with the model's own limit.
@@ -66,7 +70,7 @@ def check_context(model_name_or_path: str, tokens: int, flags: str) -> None:
     limit = getattr(load_config(model_name_or_path), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UserError(
-            f"{flags}: sequences of {tokens} tokens, but model {model_name_or_path} has {limit} "
+            f"{settings}: sequences of {tokens} tokens, but model {model_name_or_path} has {limit} "
             f"positions; give at most {limit}"
         )
 
@@ -79,7 +83,7 @@ def create_hf_model(
     ds_config: dict | None = None,
     dropout: float | None = None,
 ) -> PreTrainedModel:
-    """A causal language model whose vocabulary holds the tokenizer's; adapters are merged in.
+    """Load a causal language model, merge its adapters, make room for the tokenizer's tokens.
 
     Args:
         ds_config: the engine's DeepSpeed config; with ZeRO-3 the model is built partitioned.
@@ -109,10 +113,20 @@ def create_hf_model(
     return model
 
 
+class Loadable(Protocol):
+    """A model class of transformers, or an Auto class."""
+
+    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, and with `output_loading_info` a report as well."""
+
+
 def load_weights(
-    model_class: type, name: str, *, state_dict: dict | None = None, **options: Any
+    model_class: Loadable, name: str, *, state_dict: dict | None = None, **options: Any
 ) -> tuple[PreTrainedModel, dict]:
-    """The model and what `check_loading` needs to know; with a state dict, no file is read.
+    """Load a model, and the report that `check_loading` reads.
+
+    Args:
+        state_dict: in place of files.
 
     Raises:
         UserError: there are no weights under this name.
@@ -139,11 +153,11 @@ def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = (
         "unexpected": sorted(unexpected),
         "mismatched": sorted(str(k) for k in info["mismatched_keys"]),
     }
-    found = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
-    if found:
+    lines = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
+    if lines:
         total = sum(len(keys) for keys in problems.values())
         raise UserError(
-            f"model {name}: weights do not fit the architecture ({total} keys: {'; '.join(found)})"
+            f"model {name}: weights do not fit the architecture ({total} keys: {'; '.join(lines)})"
         )
 
 
@@ -153,7 +167,7 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     They are random, and the same whenever they are added to the same model: a policy and the frozen
     copy of it start alike.
     """
-    if size > zero.full_shape(model.get_input_embeddings().weight)[0]:
+    if size > zero.full_shape(model.get_input_embeddings().get_parameter("weight"))[0]:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(NEW_ROWS_SEED)
@@ -181,11 +195,11 @@ def disable_dropout(model: nn.Module) -> None:
         config = vars(module).get("config")
         is_layer = module is not model and not isinstance(module, PreTrainedModel)
         if is_layer and isinstance(config, PretrainedConfig):
-            # Falcon's layers ask their config at every pass.
+            # Falcon's layers read their config at every pass.
             if id(config) not in without:
                 without[id(config)] = copy.copy(config)
                 _set_dropout(without[id(config)], 0.0)
-            module.config = without[id(config)]
+            vars(module)["config"] = without[id(config)]
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
@@ -194,12 +208,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def position_ids_from(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens only: (B, T) mask -> (B, T) int64, 0 under padding."""
+    """Count positions over real tokens only: (B, T) mask -> (B, T) int64, 0 under padding."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def forward_inputs(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
-    """Keyword arguments of one forward pass; explicit positions where the model takes them."""
+    """Build the keyword arguments of a forward pass; positions where the model takes them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
     if takes_argument(model, "position_ids"):
         inputs["position_ids"] = position_ids_from(attention_mask)
@@ -207,18 +221,18 @@ def forward_inputs(model: nn.Module, input_ids: torch.Tensor, attention_mask: to
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has this parameter (ALiBi models have no `position_ids`)."""
+    """Tell whether the forward has this parameter (ALiBi models have no `position_ids`)."""
     return name in inspect.signature(unwrap(model).forward).parameters
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a DeepSpeed engine, or the module itself."""
-    return model.module if hasattr(model, "module") else model
+    """Return the module inside a DeepSpeed engine, or the module itself."""
+    return getattr(model, "module", model)
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' load report and bars: `check_loading` says what matters, in a line."""
+    """Silence transformers' load report and bars: `check_loading` reports what matters."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import load_config, takes_argument, unwrap
@@ -12,20 +12,20 @@ from dschat.models.causal_lm import load_config, takes_argument, unwrap
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 # Layers of other kinds carry a state from each token to the next, which no mask interrupts.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-_UNPACKED = "drop --packing, or give --max_tokens_per_batch, which saves padding with any model"
+_UNPACKED = "drop packing, or give max_tokens_per_batch, which saves padding with any model"
 
-# What one and the same sequence may differ by beside other neighbours, over the largest logit:
-# rounding, and no more.
+# Largest difference of a sequence's logits between two sets of neighbours, over the largest
+# logit: rounding, and no more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def packed_inputs(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
-    """Keyword arguments of one forward pass over packed rows, each sequence seeing itself alone.
+    """Build the keyword arguments of a forward pass in which each sequence sees itself alone.
 
     Args:
         input_ids: (B, T). position_ids: (B, T), 0 where a sequence begins and on padding.
     """
-    module = unwrap(model)
+    module = _language_model(model)
     mask = packed_mask(position_ids)
     if module.config._attn_implementation == "eager":  # adds its mask to the scores
         dtype = module.dtype
@@ -33,8 +33,14 @@ def packed_inputs(model: nn.Module, input_ids: torch.Tensor, position_ids: torch
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
 
 
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    module = unwrap(model)
+    assert isinstance(module, PreTrainedModel), type(module)
+    return module
+
+
 def packed_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) positions -> (B, 1, T, T) bool; [b, 0, q, k] True = q may see k."""
+    """Mask of packed rows: (B, T) positions -> (B, 1, T, T) bool; [b, 0, q, k]: q may see k."""
     sequence = (position_ids == 0).cumsum(dim=-1)
     same = sequence[:, None, :, None] == sequence[:, None, None, :]
     return same.tril()
@@ -69,7 +75,7 @@ def _obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> 
         if isinstance(reach, int) and in_use and reach < max_seq_len:
             return (
                 f"has {name} {reach}, which a mask between packed sequences would replace: "
-                f"it must reach over --max_seq_len {max_seq_len}"
+                f"it must reach over max_seq_len {max_seq_len}"
             )
     return None
 
@@ -78,7 +84,7 @@ def _obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> 
 def prove_packing(model: nn.Module, device: torch.device) -> None:
     """Stop unless a sequence has the same logits at two places among different neighbours.
 
-    It is what the checks of the config cannot know of each architecture; two passes over 16
+    It finds what the checks of the config cannot know of each architecture; two passes over 16
     tokens, on every rank.
 
     Raises:
@@ -86,7 +92,7 @@ def prove_packing(model: nn.Module, device: torch.device) -> None:
     """
     was_training = model.training
     model.eval()
-    found = []
+    logits_at = []  # of the same four tokens, (4, V)
     for before, after, first in ((5, 7, 10), (7, 5, 30)):
         lengths = (before, 4, after)
         ids = torch.arange(first, first + 16) % 60
@@ -94,11 +100,11 @@ def prove_packing(model: nn.Module, device: torch.device) -> None:
         positions = torch.cat([torch.arange(n) for n in lengths])
         inputs = packed_inputs(model, ids[None].to(device), positions[None].to(device))
         logits = model(**inputs, use_cache=False).logits
-        found.append(logits[0, before : before + 4].float())
+        logits_at.append(logits[0, before : before + 4].float())
     model.train(was_training)
-    one, other = found
+    one, other = logits_at
     difference = ((one - other).abs().max() / one.abs().max()).item()
-    if not difference <= _TOLERANCE[unwrap(model).dtype]:
+    if not difference <= _TOLERANCE[_language_model(model).dtype]:
         raise UserError(
             f"packing: this model's logits depend on a sequence's neighbours (by {difference:.1%} "
             f"of the largest); {_UNPACKED}"

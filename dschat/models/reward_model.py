@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -45,7 +46,7 @@ DISK_HEAD = f"{REWARD_HEAD}.weight"
 
 
 class RewardModel(nn.Module):
-    """A value for every position; the reward is the value at the last real token."""
+    """A trunk with a head: one value for every position; the score is the last real token's."""
 
     def __init__(self, base_model: PreTrainedModel):
         super().__init__()
@@ -56,21 +57,21 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.v_head.weight, std=1.0 / math.sqrt(width + 1))
         self.v_head.to(base_model.dtype)
         self.reward_head: nn.Linear | None = None
-        self.value_scaling: RewardStatistics | None = None  # what values are given in the units of
+        self.value_scaling: RewardStatistics | None = None  # units of the values
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> RewardModel:
-        """A reward model of this shape with fresh weights."""
+        """Make a reward model of this shape with fresh weights."""
         return cls(AutoModel.from_config(config))
 
     def keep_reward_head(self) -> None:
-        """Keep a frozen copy of the head: with adapters off the model is its first self again."""
+        """Keep a frozen copy of the head: with adapters off, it gives the loaded model's scores."""
         self.reward_head = copy.deepcopy(self.v_head).requires_grad_(False)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_reward_head: bool = False
     ) -> torch.Tensor:
-        """(B, T) ids and bool mask -> (B, T) values in fp32, by `value_scaling` where it is set.
+        """Compute values: (B, T) ids and bool mask -> (B, T) fp32, by `value_scaling` where set.
 
         With `use_reward_head`, by the copy that `keep_reward_head` made, and never scaled. Both
         heads run whenever both exist: ZeRO-3 prefetches by the order of modules, which must not
@@ -80,8 +81,8 @@ class RewardModel(nn.Module):
         hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (B, T, H)
         values = self.v_head(hidden)
         if self.reward_head is not None:
-            kept = self.reward_head(hidden)
-            values = kept if use_reward_head else values
+            rewards = self.reward_head(hidden)
+            values = rewards if use_reward_head else values
         values = values.squeeze(-1).float()
         if self.value_scaling is None or use_reward_head:
             return values
@@ -89,13 +90,13 @@ class RewardModel(nn.Module):
 
 
 def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool -> (B,) index of the last real token, wherever the padding is."""
+    """Index the last real token, on either side of padding: (B, T) bool -> (B,)."""
     positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     return (positions * attention_mask).argmax(dim=-1)
 
 
 def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) values -> (B,) scores: the value at each row's last real token."""
+    """Take the value at each row's last real token: (B, T) values -> (B,) scores."""
     return values.gather(-1, last_token_index(attention_mask).unsqueeze(-1)).squeeze(-1)
 
 
@@ -108,7 +109,7 @@ def create_critic_model(
     dropout: float | None = None,
     init_head: bool = False,
 ) -> RewardModel:
-    """A reward model from a folder or hub id; adapters are merged into the trunk.
+    """Load a reward model from a folder or hub id; adapters are merged into the trunk.
 
     The adapter of a language model gives its trunk, that of a reward model its head as well.
 
@@ -129,7 +130,7 @@ def create_critic_model(
     del bin_state
     if head is None and not init_head:
         raise UserError(_no_head(model_name_or_path))
-    base_class = AutoModel._model_mapping[type(config)]
+    base_class = _class_for(AutoModel._model_mapping, config)
     with zero.init_context(ds_config), quiet_loading():
         base, info = load_weights(
             base_class, source.base, state_dict=old_state, config=config, dtype=dtype
@@ -143,7 +144,7 @@ def create_critic_model(
 
 
 def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> RewardModel:
-    """A reward model of a loaded trunk and a (1, width) head; None starts a fresh one.
+    """Put a (1, width) head on a loaded trunk; None starts a fresh one.
 
     Raises:
         UserError: the head is of another width.
@@ -161,7 +162,7 @@ def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> Re
 
 
 def read_head(model_name_or_path: str) -> torch.Tensor | None:
-    """The head's weight in a folder or under a hub id; None where there is none."""
+    """Read the head's weight in a folder or under a hub id; None where there is none."""
     source = resolve_model(model_name_or_path)
     head = _last_head(source.read_adapters(), None)
     return _stored_head(source.base, _read_bin(source.base)) if head is None else head
@@ -202,7 +203,7 @@ def _weights_folder(name: str) -> Path:
 
 
 def _read_bin(path: str) -> dict[str, torch.Tensor]:
-    """What `pytorch_model.bin` holds; {} for a folder without one."""
+    """Read `pytorch_model.bin`; {} for a folder without one."""
     file = _weights_folder(path) / "pytorch_model.bin"
     return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
 
@@ -227,28 +228,38 @@ def _stored_head(path: str, bin_state: dict[str, torch.Tensor]) -> torch.Tensor 
 def disk_format(
     model: RewardModel, state: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The sequence-classification twin (on `meta`) and the state dict under its names."""
+    """Build the sequence-classification twin (on `meta`) and the state dict under its names."""
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     with torch.device("meta"):
         twin = disk_class(model)(config)
-    names = {k: disk_name(k, twin.base_model_prefix) for k in state}
-    return twin, {names[k]: tensor for k, tensor in state.items() if names[k] is not None}
+    names = {key: disk_name(key, twin.base_model_prefix) for key in state}
+    return twin, {name: state[key] for key, name in names.items() if name is not None}
 
 
 def disk_class(model: RewardModel) -> type[PreTrainedModel]:
-    """The class of transformers that a saved reward model loads as."""
+    """Look up the class of transformers that a saved reward model loads as.
+
+    Raises:
+        UserError: there is none.
+    """
     mapping = AutoModelForSequenceClassification._model_mapping
     if type(model.config) not in mapping:
         raise UserError(
             f"reward model of type {model.config.model_type!r}: transformers has no sequence "
             "classifier for it, so its head cannot be saved in a loadable form"
         )
-    return mapping[type(model.config)]
+    return _class_for(mapping, model.config)
+
+
+def _class_for(mapping: Mapping[type, Any], config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Look up the class of a config; a mapping of transformers may hold several for one."""
+    classes = mapping[type(config)]
+    return classes[0] if isinstance(classes, tuple) else classes
 
 
 def disk_name(name: str, trunk: str) -> str | None:
-    """A module's or tensor's name there, the trunk being called `trunk`; None: not saved."""
+    """Name of a module or tensor on disk, where the trunk is called `trunk`; None: not saved."""
     first, _, rest = name.partition(".")
     if first == "reward_head":
         return None

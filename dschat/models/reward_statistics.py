@@ -1,6 +1,6 @@
-"""Mean and spread of a reward model's scores, kept beside its weights; scores in their units.
+"""Mean and spread of a reward model's scores, saved beside its weights; scores in their units.
 
-Step 2 takes them over its whole evaluation set and saves them in every form of the model; step 3
+Step 2 takes them over its evaluation set and saves them in every form of the model; step 3
 reads them, so that reward clip and KL coefficient mean the same for any reward model.
 """
 
@@ -20,13 +20,13 @@ from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import is_local, resolve_model
 
 FILE = "reward_statistics.json"
-VALUE_FILE = "value_scaling.json"  # a critic's: what its values were scaled by in training
+VALUE_FILE = "value_scaling.json"  # a critic's: the scaling of its values in training
 SCALINGS = ("auto", "saved", "none")
 
 
 @dataclass(frozen=True)
 class RewardStatistics:
-    """Of the scores of `count` answers, chosen and rejected together."""
+    """Mean and spread of the scores of `count` answers, chosen and rejected together."""
 
     mean: float
     std: float  # of the population
@@ -35,31 +35,31 @@ class RewardStatistics:
 
     @property
     def usable(self) -> bool:
-        """Whether scores can be divided by the spread."""
+        """Tell whether scores can be divided by the spread."""
         is_finite = math.isfinite(self.mean) and math.isfinite(self.std)
         # Equal scores have a spread of rounding alone.
         return is_finite and self.std > 1e-6 * abs(self.mean)
 
     def scaled(self, scores: torch.Tensor) -> torch.Tensor:
-        """(score - mean) / std."""
+        """Return (score - mean) / std."""
         return (scores - self.mean) / self.std
 
 
 def write_statistics(statistics: RewardStatistics, folder: Path, name: str = FILE) -> None:
-    """Put them into a model's or an adapter's folder."""
+    """Write the statistics into a model's or an adapter's folder."""
     text = json.dumps(asdict(statistics), indent=2)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def read_value_scaling(critic: str) -> RewardStatistics | None:
-    """What a critic's values are scaled by: as where it was trained, or as its scores."""
+    """Read the scaling of a critic's values: that of its training, else that of its scores."""
     return read_statistics(critic, VALUE_FILE) or read_statistics(critic)
 
 
 def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatistics | None:
-    """Those of a model folder, adapter folder or hub id; None where none are kept.
+    """Read the statistics of a model folder, adapter folder or hub id; None where there are none.
 
-    Of an adapter they are its own, never those of its base.
+    An adapter has its own, never those of its base.
 
     Raises:
         UserError: a file that holds something else.
@@ -78,7 +78,7 @@ def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatisti
     return statistics
 
 
-_REMEDY = "train step 2 again, or remove the file and give --reward_scaling none"
+_REMEDY = "train step 2 again, or remove the file and give reward_scaling none"
 
 
 def _file(base: str | Path, name: str) -> Path | None:
@@ -92,7 +92,7 @@ def _file(base: str | Path, name: str) -> Path | None:
 
 
 def reward_scaling(choice: str, reward_model: str | None) -> RewardStatistics | None:
-    """What scores are scaled by, said in one line; None: not at all.
+    """Choose the scaling of scores and print it in one line; None: scores stay as they are.
 
     Args:
         choice: `auto` (where there are statistics), `saved` (there must be) or `none`.
@@ -108,7 +108,7 @@ def reward_scaling(choice: str, reward_model: str | None) -> RewardStatistics | 
         place = "there is no reward model" if reward_model is None else f"no {FILE} in it"
         raise UserError(
             f"reward_scaling saved: {reward_model or 'reward function alone'}: {place}; train the "
-            "reward model with step 2, which saves them, or give --reward_scaling none"
+            "reward model with step 2, which saves them, or give reward_scaling none"
         )
     if statistics is not None:
         print_rank_0(

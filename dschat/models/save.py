@@ -30,7 +30,7 @@ from dschat.utils.module.adapter_write import (
 from dschat.utils.module.lora import merged_state_dict
 from dschat.utils.zero import consolidated_state_dict
 
-# What belongs to the model in a folder: none of it may outlive a newer model there.
+# Files of the model in a folder: none of them may outlive a newer model there.
 MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin"),
     *("config.json", "generation_config.json", CONFIG_FILE, "chat_template*", "merges.txt"),
@@ -57,12 +57,12 @@ def save_hf_format(
     """
     module = unwrap(model)
     outline = None if plan.adapter is None else adapter_outline(module, plan.adapter)
-    wanted = None if plan.merged else outline.tensors
+    wanted = None if plan.merged or outline is None else outline.tensors
     state = consolidated_state_dict(module, distributed.rank, wanted)
     if distributed.is_main:
         with _new_folder(output_dir) as folder:
             if plan.merged:
-                _write_whole(module, merged_state_dict(state, module), tokenizer, folder)
+                _write_model(module, merged_state_dict(state, module), tokenizer, folder)
                 _write_statistics(module, statistics, folder)
             if outline is not None:
                 inside = folder / ADAPTER_FOLDER if plan.merged else folder
@@ -78,18 +78,7 @@ def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, fo
             write_statistics(values, folder, name)
 
 
-def write_model_folder(
-    module: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    output_dir: str | Path,
-) -> None:
-    """Write one folder of whole weights under a temporary name, then put it in place."""
-    with _new_folder(output_dir) as folder:
-        _write_whole(module, state, tokenizer, folder)
-
-
-def _write_whole(
+def _write_model(
     module: nn.Module,
     state: Mapping[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
@@ -98,14 +87,15 @@ def _write_whole(
     if isinstance(module, RewardModel):
         twin, state = disk_format(module, dict(state))
     else:
-        twin = _meta_twin(module, state)
+        twin = _meta_twin(_language_model(module), state)
     missing = twin.state_dict().keys() - state.keys()
     unexpected = state.keys() - twin.state_dict().keys()
     if missing or unexpected:
         raise RuntimeError(
             f"cannot save: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
         )
-    twin.to(next(iter(state.values())).dtype).save_pretrained(folder, state_dict=dict(state))
+    nn.Module.to(twin, next(iter(state.values())).dtype)
+    twin.save_pretrained(folder, state_dict=dict(state))
     tokenizer.save_pretrained(folder)
 
 
@@ -125,17 +115,24 @@ def _write_adapter(
 
 
 def adapter_outline(module: nn.Module, origin: AdapterOrigin) -> AdapterOutline:
-    """What of a live model goes into its adapter's folder, and under which names."""
+    """Map a live model's adapter to the names that its folder has."""
     if not isinstance(module, RewardModel):
-        return outline_of(module, origin, CAUSAL_LM, type(module), lambda name: name)
+        saved_as = type(_language_model(module))
+        return outline_of(module, origin, CAUSAL_LM, saved_as, lambda name: name)
     saved_as = disk_class(module)
     trunk = saved_as.base_model_prefix
     return outline_of(module, origin, REWARD, saved_as, lambda name: disk_name(name, trunk))
 
 
+def _language_model(module: nn.Module) -> PreTrainedModel:
+    if not isinstance(module, PreTrainedModel):
+        raise TypeError(f"a {type(module).__name__} cannot be saved: it is no transformers model")
+    return module
+
+
 @contextlib.contextmanager
 def _new_folder(output_dir: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes `output_dir`'s place at the end, by renames."""
+    """Yield a temporary folder, which then takes `output_dir`'s place by renames."""
     output_dir = Path(output_dir).resolve()  # of a link, what it points to is replaced
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_dir.with_name(f".{output_dir.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -148,11 +145,11 @@ def _new_folder(output_dir: str | Path) -> Iterator[Path]:
 
 
 def _meta_twin(module: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """The plain architecture without storage: the names and format of what is saved.
+    """Build the plain architecture without storage: names and format of what is saved.
 
-    Weights that are tied in the module but not in the state (merging parted them) are not tied.
+    Weights that are tied in the module but not in the state (merging untied them) are not tied.
     """
-    config = copy.deepcopy(module.config)  # saving notes things in the config
+    config = copy.deepcopy(module.config)  # saving changes the config
     names: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
@@ -165,24 +162,24 @@ def _meta_twin(module: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Pr
 
 
 def _put_in_place(temporary: Path, output_dir: Path) -> None:
-    """Swap folders; logs that already live in the output folder move over to the new one."""
+    """Swap folders; logs in the output folder move over to the new one."""
     if not output_dir.exists():
         temporary.rename(output_dir)
         return
     previous = temporary.with_suffix(".old")
     output_dir.rename(previous)
     temporary.rename(output_dir)
-    of_old_model = {file for pattern in MODEL_FILES for file in previous.glob(pattern)}
+    old_model = {file for pattern in MODEL_FILES for file in previous.glob(pattern)}
     if (previous / ADAPTER_FOLDER / CONFIG_FILE).is_file():
-        of_old_model.add(previous / ADAPTER_FOLDER)
+        old_model.add(previous / ADAPTER_FOLDER)
     for entry in previous.iterdir():
-        if entry not in of_old_model and not (output_dir / entry.name).exists():
+        if entry not in old_model and not (output_dir / entry.name).exists():
             entry.rename(output_dir / entry.name)
     shutil.rmtree(previous)
 
 
 def check_output_dir(output_dir: str | None) -> None:
-    """Stop before work starts when results could not be written there."""
+    """Stop before work starts where results could not be written."""
     if output_dir is None:
         return
     path = Path(output_dir)

@@ -1,4 +1,4 @@
-"""What a run will save, decided before it starts: merged weights, an adapter, or both."""
+"""Plan, before a run starts, what it saves: merged weights, an adapter, or both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADAPTER_FOLDER = "adapter"  # inside a merged model's folder
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What a trained model's folder holds: whole merged weights, an adapter, or both."""
+    """Contents of a trained model's folder: merged weights, an adapter, or both."""
 
     merged: bool = True
     adapter: AdapterOrigin | None = None
@@ -35,9 +35,10 @@ def plan_saving(
     train_base: bool,
     output_dirs: Sequence[str | Path],
 ) -> SavePlan:
-    """Decide before work what can be saved: `merged`, `adapter` or `both`.
+    """Decide what can be saved.
 
     Args:
+        mode: `merged`, `adapter` or `both`.
         output_dirs: every folder that results of this model are written to.
 
     Raises:
@@ -73,10 +74,10 @@ def plan_saving(
 def _no_adapter(
     source: ModelSource, train_base: bool, folders: Sequence[Path]
 ) -> tuple[str, str] | None:
-    """Why an adapter alone would not give the trained model back, and the remedy."""
+    """Reason why an adapter alone would not restore the trained model, and the remedy."""
     if train_base:
         return "train_base_model changes the base, which an adapter does not hold", (
-            "give --lora_save merged, or drop --train_base_model"
+            "give lora_save merged, or drop train_base_model"
         )
     if source.adapters:
         return f"{source.name} is an adapter itself, and PEFT puts one adapter on a base", (
@@ -86,12 +87,12 @@ def _no_adapter(
     for folder in folders:
         if base in (folder, folder / ADAPTER_FOLDER):
             return f"output_dir {folder} takes the place of its base {source.base}", (
-                "give another output_dir, or --lora_save merged"
+                "give another output_dir, or lora_save merged"
             )
     return None
 
 
 def _lasting_name(base: str) -> str:
-    """A hub id as it is, a folder as an absolute path."""
+    """Absolute path of a folder; a hub id as it is."""
     folder = Path(base).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base

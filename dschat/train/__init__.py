@@ -1,1 +1,1 @@
-"""What every training step shares: engine, start-up, evaluation, metrics, checkpoints."""
+"""Training: settings of a run, preparation, engine, evaluation, metrics, checkpoints."""

@@ -1,4 +1,4 @@
-"""Rules of thumb for adapters, said at the start when the settings contradict them."""
+"""Rules of thumb for adapters, printed at the start where the settings contradict them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE_DIM, CALIBRATED_ACCUMULATION = 128, 8
 def lora_advice(
     lora: LoraConfig, rates: OptimizerConfig, engine: EngineConfig, world_size: int
 ) -> list[str]:
-    """One line for each setting that a known rule of thumb speaks against; none stops a run."""
+    """Write a line for each setting that contradicts a known rule of thumb; none stops a run."""
     if lora.lora_dim == 0:
         return []
     ratio = rates.loraplus_lr_ratio
@@ -49,7 +49,7 @@ def lora_advice(
 
 
 def _about_rates(rates: OptimizerConfig) -> list[str]:
-    """Adapters no faster than the whole model would be, or a ratio on top of plain LoRA's rate."""
+    """Warn of adapters no faster than full fine-tuning, or of a ratio on plain LoRA's rate."""
     ratio, rate_A = rates.loraplus_lr_ratio, rates.lora_A_rate
     # Beside a rate of the adapters' own, the other one is that of what trains in full.
     full_rate = rates.base_rate if rates.lora_learning_rate is not None else rates.full_rate

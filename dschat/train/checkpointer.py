@@ -65,7 +65,7 @@ class CheckpointConfig(Settings):
     )
     resume_with_new_rates: bool = setting(
         False,
-        "resume with the learning rates and ratios given now, not the saved ones",
+        "resume with the present learning rates and ratios, not the saved ones",
         may_change=True,
     )
 
@@ -76,14 +76,14 @@ class CheckpointConfig(Settings):
 
     @property
     def in_use(self) -> bool:
-        """Whether checkpoints are written or read."""
+        """Tell whether checkpoints are written or read."""
         return self.save_steps > 0 or self.resume is not None
 
 
 class Stateful(Protocol):
     """An object beside the engines whose state a checkpoint holds."""
 
-    per_rank: bool  # whether the state differs between ranks
+    per_rank: bool  # True: the state differs between ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers and texts."""

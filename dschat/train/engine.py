@@ -93,15 +93,16 @@ class Engine(nn.Module, ABC):
 
 
 def resolve_dtype(name: str) -> str:
-    """`auto` becomes bf16 where the device computes in it, else fp32; the rest is checked.
+    """Turn `auto` into bf16 where the device computes in it, else into fp32; check the others.
 
     Raises:
-        UserError: the device cannot train in the dtype asked for.
+        UserError: the device cannot train in this dtype.
     """
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator().device_name()
     if device == "cpu":
+        # Torch says publicly only whether bf16 works; without AMX it does, far more slowly.
         has_bf16, has_fp16 = torch.cpu._is_amx_tile_supported(), False
     elif device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -114,20 +115,20 @@ def resolve_dtype(name: str) -> str:
     if name == "auto":
         return "bf16" if has_bf16 else "fp32"
     if name == "fp16" and not has_fp16:
-        raise UserError(f"dtype fp16 cannot train on {device}: use --dtype bf16 or fp32")
+        raise UserError(f"dtype fp16 cannot train on {device}: use bf16 or fp32")
     if name == "bf16" and not has_bf16 and device != "cpu":
-        raise UserError(f"dtype bf16 is not supported by this {device}: use --dtype fp16 or fp32")
+        raise UserError(f"dtype bf16 is not supported by this {device}: use fp16 or fp32")
     return name
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """fp32, bf16 or fp16 as torch's dtype."""
+    """Look up torch's dtype of fp32, bf16 or fp16."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model trains: adapters, rates, what is frozen, checkpointing."""
+    """Training of one model: adapters, rates, frozen weights, gradient checkpointing."""
 
     optimizer: OptimizerConfig
     lora: LoraConfig = LoraConfig()
@@ -136,7 +137,7 @@ class Recipe:
 
     @property
     def base_is_frozen(self) -> bool:
-        """Whether switching the adapters off gives the model back that training started from."""
+        """Tell whether switching the adapters off restores the model that training started from."""
         return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
 
     def check(
@@ -150,7 +151,7 @@ class Recipe:
             match_layers(module, self.lora)
 
     def apply(self, module: nn.Module) -> nn.Module:
-        """Adapters on, base frozen, checkpointing on, in place: ready for `build_engine`."""
+        """Add adapters, freeze the base, switch gradient checkpointing on, all in place."""
         if self.lora.lora_dim:
             convert_linear_layer_to_lora(module, self.lora)
             if self.train_base:
@@ -172,7 +173,7 @@ def build_engine(
 ) -> Engine:
     """Apply the recipe and initialise DeepSpeed; print the table of what trains.
 
-    An optimizer block in the user's JSON is honoured with the groups kept; otherwise AdamW.
+    An optimizer block in the user's JSON applies to the same parameter groups; otherwise AdamW.
 
     Returns:
         The engine, with `engine.lr_scheduler` set and every group's rate checked.
@@ -188,7 +189,7 @@ def build_engine(
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:
         _complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.deepspeed_config)
-    # DeepSpeed's bf16 optimizer prints its memory use at every turn.
+    # DeepSpeed's bf16 optimizer prints its memory use at every step of its set-up.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -204,7 +205,7 @@ def build_engine(
 
 
 def check_optimizer_block(path: str, config: OptimizerConfig) -> None:
-    """Stop before weights are loaded when the JSON's optimizer contradicts the flags."""
+    """Stop before weights are loaded where the JSON's optimizer contradicts the settings."""
     block = read_user_config(path).get("optimizer")
     if block is not None:
         params = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
@@ -212,21 +213,23 @@ def check_optimizer_block(path: str, config: OptimizerConfig) -> None:
 
 
 def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | None) -> None:
-    """Fill in what the JSON leaves open; refuse rates that the groups would pass over in silence.
+    """Fill in what the JSON leaves open; refuse rates that the groups would silently override.
 
     Raises:
-        UserError: no type, or a rate or weight decay that contradicts its flag.
+        UserError: no type, or a rate or weight decay that contradicts its setting.
     """
     if "type" not in block:
         raise UserError(f"deepspeed_config {path}: the optimizer block names no type: add one")
     params = block.setdefault("params", {})
-    flags = {"lr": ("learning_rate", config.base_rate)}
-    flags["weight_decay"] = ("weight_decay", config.weight_decay)
-    for name, (flag, value) in flags.items():
+    settings = {
+        "lr": ("learning_rate", config.base_rate),
+        "weight_decay": ("weight_decay", config.weight_decay),
+    }
+    for name, (setting, value) in settings.items():
         if params.setdefault(name, value) != value:
             raise UserError(
                 f"deepspeed_config {path}: optimizer.params.{name} {params[name]} contradicts "
-                f'--{flag} {value}, which the groups carry; make them equal or write "auto"'
+                f'{setting} {value}, which the groups carry; make them equal or write "auto"'
             )
     if block["type"].lower() in ("adam", "adamw"):
         params.setdefault("betas", list(config.betas))

@@ -39,7 +39,7 @@ def console_line(step: int, total: int | None, values: Mapping[str, float]) -> s
 
 @dataclass(frozen=True)
 class LogConfig(Settings):
-    """Where figures go beside OUTPUT_DIR/metrics.jsonl, and how often."""
+    """Destinations of figures beside OUTPUT_DIR/metrics.jsonl, and their interval."""
 
     log_every: int = setting(10, "optimizer steps between metrics", at_least=1, may_change=True)
     enable_tensorboard: bool = setting(False, "write TensorBoard events", may_change=True)
@@ -109,7 +109,7 @@ class MetricLogger:
         return 0 if self.continued is None else self.continued.step
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether a step's figures are written: every `log_every` steps, and the last one's."""
+        """Tell whether a step's figures are written: those of every `log_every`-th and the last."""
         return step % self.config.log_every == 0 or step == last
 
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:

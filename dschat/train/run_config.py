@@ -32,7 +32,7 @@ class ModelConfig(Settings):
 
 @dataclass(frozen=True)
 class StartConfig(Settings):
-    """What every program needs that loads a model: seed, precision, end token."""
+    """Settings of every program that loads a model: seed, precision, end token."""
 
     seed: int = setting(1234, "seed of data order, splits, initialisation and sampling", at_least=0)
     dtype: str = setting(

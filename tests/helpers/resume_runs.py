@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from dschat.models.reward_model import RewardModel
 from dschat.models.reward_statistics import RewardStatistics, write_statistics
-from dschat.models.save import write_model_folder
+from dschat.models.save import save_hf_format
+from tests.helpers.adapters import ALONE
 from tests.helpers.launch import run_ranks
 from tests.helpers.steps import PPO, REWARD, SFT, free_port, write_inputs, write_rows
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
@@ -89,7 +90,7 @@ def write_models(folder: Path) -> None:
     write_inputs(folder)
     torch.manual_seed(1)
     reward = RewardModel(tiny_llama(1, max_position_embeddings=128).base_model)
-    write_model_folder(reward, reward.state_dict(), byte_tokenizer(), folder / "critic")
+    save_hf_format(reward, byte_tokenizer(), folder / "critic", ALONE)
     write_statistics(RewardStatistics(0.2, 1.5, 26, "rows"), folder / "critic")
     (folder / "own_rewards.py").write_text("def length(prompt, answer): return len(answer) / 4\n")
     texts = [{"text": f"{a} and {b} make {a + b}. "} for a in range(9) for b in range(9)]

@@ -8,7 +8,7 @@ import torch
 
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import RewardModel, create_critic_model
-from dschat.models.save import save_hf_format, write_model_folder
+from dschat.models.save import save_hf_format
 from dschat.utils.module.lora_layers import LoraConfig
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
@@ -108,7 +108,7 @@ def write_wrong_roles(folder: Path) -> None:
             with_adapter(model, lora), tokenizer, out, ALONE, plan("adapter", base, lora, out)
         )
     short = RewardModel(tiny_llama(max_position_embeddings=32).base_model)
-    write_model_folder(short, short.state_dict(), tokenizer, folder / "short-reward")
+    save_hf_format(short, tokenizer, folder / "short-reward", ALONE)
     template = (
         "{% for m in messages %}{{ m['role'] + m['content'] }}"
         "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -120,4 +120,4 @@ def write_wrong_roles(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "chat")
     tokenizer.chat_template = template.replace("m['role'] +", "m['role'] + ':' +")
     tokenizer.chat_template = tokenizer.chat_template.replace("%}assistant{%", "%}assistant:{%")
-    write_model_folder(short, short.state_dict(), tokenizer, folder / "other-template")
+    save_hf_format(short, tokenizer, folder / "other-template", ALONE)

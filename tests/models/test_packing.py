@@ -103,7 +103,7 @@ def test_what_cannot_be_packed_is_refused(config, words, monkeypatch):
     if words is None:
         check_packing("model", 32)
     else:
-        with pytest.raises(UserError, match=f"packing: model model {words}.*drop --packing"):
+        with pytest.raises(UserError, match=f"packing: model model {words}.*drop packing"):
             check_packing("model", 32)
 
 

@@ -11,11 +11,12 @@ from dschat.data.collators import PairCollator
 from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel, create_critic_model
-from dschat.models.save import write_model_folder
+from dschat.models.save import save_hf_format
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.text.conversations import Example
 from dschat.text.formats import choose_format
 from dschat.train.evaluation import pair_scores
+from tests.helpers.adapters import ALONE
 from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
 from tests.rlhf.tiny_roles import FULL, LORA, Setting, left_padded
 
@@ -90,7 +91,7 @@ def reward(tmp_path):
         torch.manual_seed(4)
         trunk = tiny_llama(4, vocab_size=280, max_position_embeddings=96).base_model
         model = RewardModel(trunk)
-        write_model_folder(model, model.state_dict(), tokenizer, tmp_path / "reward")
+        save_hf_format(model, tokenizer, tmp_path / "reward", ALONE)
         return create_critic_model(str(tmp_path / "reward"), tokenizer, torch.float32).eval()
 
     return make
@@ -132,7 +133,7 @@ def test_the_same_weights_under_another_vocabulary_give_the_same_scores(
     order = [of_piece[piece] for piece in reader.convert_ids_to_tokens(range(len(reader)))]
     with torch.no_grad():
         table[: len(order)] = table[order]
-    write_model_folder(model, model.state_dict(), reader, tmp_path / "twin")
+    save_hf_format(model, reader, tmp_path / "twin", ALONE)
     sequences, mask = sampled(source)
     scores = []
     for changes in (

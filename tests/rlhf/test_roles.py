@@ -9,12 +9,13 @@ import torch
 
 from dschat.models.reward_model import create_critic_model, scores_at_end
 from dschat.models.reward_statistics import RewardStatistics
-from dschat.models.save import write_model_folder
+from dschat.models.save import save_hf_format
 from dschat.rlhf import rlhf_engine
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.one_trunk import SeparateTrunks
 from dschat.rlhf.rlhf_engine import on_device
 from dschat.utils.distributed import Distributed
+from tests.helpers.adapters import ALONE
 from tests.helpers.launch import run_ranks
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.one_base import save_one_base
@@ -42,7 +43,7 @@ def other(tmp_path_factory) -> Path:
     model = create_critic_model(str(critic), byte_tokenizer(), torch.float32)
     with torch.no_grad():
         model.v_head.weight.mul_(-1)
-    write_model_folder(model, model.state_dict(), byte_tokenizer(), folder / "reward")
+    save_hf_format(model, byte_tokenizer(), folder / "reward", ALONE)
     return folder / "reward"
 
 

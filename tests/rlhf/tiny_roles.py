@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dschat.data.collators import PromptBatch
 from dschat.models.reward_model import RewardModel
-from dschat.models.save import write_model_folder
+from dschat.models.save import save_hf_format
 from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import SamplingConfig
@@ -26,6 +26,7 @@ from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers import tiny
+from tests.helpers.adapters import ALONE
 from tests.helpers.rounding import adam_tolerance, weight_rtol
 
 MODELS = {
@@ -70,7 +71,7 @@ def save_folders(folder: Path, family: str = "llama") -> Folders:
     tokenizer.save_pretrained(folder / "actor")
     torch.manual_seed(1)
     reward = RewardModel(with_dropout(MODELS[family](seed=1), family).base_model)
-    write_model_folder(reward, reward.state_dict(), tokenizer, folder / "critic")
+    save_hf_format(reward, tokenizer, folder / "critic", ALONE)
     return Folders(folder / "actor", folder / "critic")
 
 

@@ -110,7 +110,7 @@ CASES = {
     ),
     "fp16 on the CPU": Case(
         [*STEP1, "--dtype", "fp16"],
-        r"dtype fp16 cannot train on cpu: use --dtype bf16 or fp32",
+        r"dtype fp16 cannot train on cpu: use bf16 or fp32",
     ),
     "offload without ZeRO": Case(
         [*STEP2, "--offload"],

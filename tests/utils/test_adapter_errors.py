@@ -265,7 +265,7 @@ def test_adapters_that_could_not_be_loaded_again_are_not_saved(
             out,
             {"train_base": True},
             "train_base_model changes the base",
-            "--lora_save merged",
+            "lora_save merged",
         ),
         (chained, out, {}, f"{chained} is an adapter itself", f"python -m dschat.merge {chained}"),
         (base, base, {}, f"takes the place of its base {base}", "give another output_dir"),

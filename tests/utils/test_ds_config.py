@@ -164,7 +164,7 @@ def test_unreadable_file_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"type": "Adam", "params": {"lr": 1e-5}}, "params.lr 1e-05 contradicts --learning_rate"),
+        ({"type": "Adam", "params": {"lr": 1e-5}}, "params.lr 1e-05 contradicts learning_rate"),
         ({"type": "Adam", "params": {"weight_decay": 1}}, "weight_decay 1 contradicts"),
         ({"params": {}}, "names no type"),
     ],

@@ -10,12 +10,13 @@ the best beam.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from typing import Protocol, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dschat.config.cli import parse, run_cli
-from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
@@ -24,6 +25,7 @@ from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.utils.distributed import set_random_seed
+from dschat.utils.ds_utils import DTYPES
 
 QUESTIONS = {
     "English": (
@@ -45,31 +47,25 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class PromptEvaluation(Settings):
-    """Flags of this script."""
+    """Settings of this script."""
 
     model_name_or_path_baseline: str = setting(MISSING, "model before fine-tuning")
     model_name_or_path_finetune: str = setting(MISSING, "model after fine-tuning")
-    num_beams: int = setting(1, "beams of the beam search; 1: none")
+    num_beams: int = setting(1, "beams of the beam search; 1: none", at_least=1)
     num_beam_groups: int = setting(1, "transformers 5 has no group beam search", retired=True)
-    top_k: int = setting(4, "top-k of the sampled answers")
+    top_k: int = setting(4, "top-k of the sampled answers", at_least=1)
     penalty_alpha: float = setting(0.6, "transformers 5 has no contrastive search", retired=True)
-    num_return_sequences: int = setting(1, "sampled answers per prompt")
-    max_new_tokens: int = setting(100, "tokens of an answer")
+    num_return_sequences: int = setting(1, "sampled answers per prompt", at_least=1)
+    max_new_tokens: int = setting(100, "tokens of an answer", at_least=1)
     language: str = setting("English", "of the built-in prompts", choices=tuple(QUESTIONS))
     prompts: tuple[str, ...] = setting((), "your own questions instead")
     raw: bool = setting(False, "take prompts as they are, without turns")
     add_eot_token: bool = setting(False, "answers end with <|endoftext|>")
-    dtype: str = setting("auto", "number format", choices=("auto", "fp32", "bf16", "fp16"))
+    dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
     seed: int = setting(1234, "seed of sampling")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_beams", "top_k", "num_return_sequences", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
-
     def generation_configs(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, GenerationConfig]:
-        """How each kind of answer is made."""
+        """Configure each kind of answer."""
         common = {
             "max_new_tokens": self.max_new_tokens,
             "eos_token_id": tokenizer.eos_token_id,
@@ -87,14 +83,31 @@ class PromptEvaluation(Settings):
         return kinds
 
 
+class LanguageModel(Protocol):
+    """A model of transformers that generates."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    def generate(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        generation_config: GenerationConfig,
+    ) -> torch.Tensor:
+        """Continue prompts: (B, P) ids -> (B, P + A) ids."""
+
+
 @torch.no_grad()
 def answers(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: list[int],
     config: GenerationConfig,
 ) -> list[str]:
-    """The answers to the token ids of one prompt, without special tokens."""
+    """Sample answers to the token ids of one prompt; decode them without special tokens."""
     input_ids = torch.tensor([prompt], device=model.device)
     ids = model.generate(
         input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
@@ -115,12 +128,12 @@ def main() -> None:
     tokenizers = {
         label: load_hf_tokenizer(path, settings.add_eot_token) for label, path in paths.items()
     }
-    models = {}
+    models: dict[str, tuple[LanguageModel, PreTrainedTokenizerBase]] = {}
     for label, path in paths.items():
-        model = create_hf_model(path, tokenizers[label], dtype)
-        models[label] = model.to(device).eval(), tokenizers[label]
+        module: nn.Module = create_hf_model(path, tokenizers[label], dtype)
+        models[label] = cast(LanguageModel, module.to(device).eval()), tokenizers[label]
 
-    # Each model is asked in the format it was trained with
+    # Each model gets the format that it was trained with
     formats = {
         label: set_format(tokenizer, end_is_given=settings.add_eot_token)
         for label, tokenizer in tokenizers.items()
