@@ -102,8 +102,8 @@ def resolve_dtype(name: str) -> str:
 
     device = get_accelerator().device_name()
     if device == "cpu":
-        # Torch says publicly only whether bf16 works; without AMX it does, far more slowly.
-        has_bf16, has_fp16 = torch.cpu._is_amx_tile_supported(), False
+        # Without AMX, bf16 is emulated: correct, and slower than fp32.
+        has_bf16, has_fp16 = bool(torch.cpu.get_capabilities().get("amx_tile")), False
     elif device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         has_fp16 = True
