@@ -100,6 +100,7 @@ def test_sharding_divides_what_it_shards():
     assert unsharded["actor"].optimizer == 8 / 12 * one["actor"].optimizer
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_layout_that_exists():
     lines = table(Options(), 48.0)
     rows = [line for line in lines if line.startswith(("| OPT", "| Llama"))]

@@ -32,6 +32,9 @@ WORKER = Path(__file__).with_name("adapter_worker.py")
 CAUSAL = ("dora embedding", "whole embedding", "dora")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made, output = (tmp_path_factory.mktemp(name) for name in ("made", "output"))

@@ -74,6 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, *run_worker(plan, folder, ranks=1))
 
 
+@pytest.mark.slow
 def test_every_step_follows_the_format_that_was_stored(run: Run):
     assert [result.code for result in run.results] == [0, 0, 0, 0, 0, 2], run.results
     for name in ("sft", "reward", "ppo/actor", "ppo/critic"):
@@ -87,12 +88,14 @@ def test_every_step_follows_the_format_that_was_stored(run: Run):
     assert "== <|im_start|>user\nadd 1<|im_end|>\n<|im_start|>assistant\n" in run.printed
 
 
+@pytest.mark.slow
 def test_rw_eval_shows_whole_turns(run: Run):
     shown = "<|im_start|>user\\nmore<|im_end|>\\n<|im_start|>assistant\\n'"
     assert shown in run.printed
     assert "'no<|im_end|>'" in run.printed
 
 
+@pytest.mark.slow
 def test_another_format_than_the_stored_is_refused(run: Run):
     message = run.results[-1].stderr
     assert message.startswith("error: --prompt_format dschat: ") and message.count("\n") == 1

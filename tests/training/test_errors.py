@@ -224,6 +224,7 @@ def test_wrong_input_ends_with_one_line_before_weights_are_read(
     assert result.read == []
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_so_too(tmp_path: Path):
     done = launch([sys.executable, str(ROOT / SFT), "--bad"], tmp_path)
     assert done.returncode == 2

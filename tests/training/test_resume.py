@@ -40,6 +40,8 @@ SAMPLING += ["--update_kl_limit", "1e-3"]
 
 PPO_RESUMED = ["--save_steps", "1", "--output_dir", "ppo-killed", "--resume"]
 
+RATIO = Run([*SFT_LORA, *FROM_LAST, "--loraplus_lr_ratio", "8"])
+KILLED_ONCE = {**interrupted(SFT_LORA, "sft", save_steps=3, killed=6), "ratio": RATIO}
 STEP_1 = {
     "sft complete": Run([*SFT_LORA, "--output_dir", "sft-complete"]),
     "sft killed": Run([*SFT_LORA, *SAVING], while_saving(6)),
@@ -48,7 +50,6 @@ STEP_1 = {
     # The finished model has taken the place of the output folder, checkpoints and all.
     "sft killed at the end": Run(RESUMED, ("os.rename", "*/.sft-killed.*.old")),
     "sft resumed": Run(RESUMED),
-    "ratio": Run([*SFT_LORA, *FROM_LAST, "--loraplus_lr_ratio", "8"]),
     "new rates": Run([*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates"]),
     "setting": Run([*SFT_LORA, *FROM_LAST, "--gradient_clipping", "0.5"]),
     "other step": Run([REWARD, *MODEL, *LORA, "--dtype", "fp32", *FROM_LAST]),
@@ -94,6 +95,11 @@ def run_all(runs: dict[str, Run], folder: Path, ranks: int) -> tuple[Path, dict[
 
 
 @pytest.fixture(scope="module")
+def killed_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    return run_all(KILLED_ONCE, tmp_path_factory.mktemp("once"), ranks=1)
+
+
+@pytest.fixture(scope="module")
 def step_1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
     return run_all(STEP_1, tmp_path_factory.mktemp("step-1"), ranks=1)
 
@@ -119,6 +125,14 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def test_step_1_resumes_after_a_kill_in_a_save(killed_once):
+    folder, outcomes = killed_once
+    assert codes(outcomes, "sft") == [0, -9, 0]
+    assert "sft-killed/checkpoints/step-000003 at step 3\n" in outcomes["sft resumed"].stdout
+    assert_same_run(folder / "sft-complete", folder / "sft-killed")
+
+
+@pytest.mark.slow
 def test_step_1_survives_three_kills(step_1):
     """In a save, in removing a checkpoint, and while the model takes the output folder's place."""
     folder, outcomes = step_1
@@ -170,14 +184,15 @@ def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
     assert {"ema-rank-0000.pt", "ema-rank-0001.pt", "random-rank-0001.pt"} <= files
 
 
-def test_another_ratio_is_refused(step_1):
-    _, outcomes = step_1
+def test_another_ratio_is_refused(killed_once):
+    _, outcomes = killed_once
     assert outcomes["ratio"].error == (
         f"error: resume {LAST}: saved with loraplus_lr_ratio 16, now 8; give 16, "
         "or resume_with_new_rates to continue with 8"
     )
 
 
+@pytest.mark.slow
 def test_new_rates_go_into_optimizer_and_schedule(step_1):
     """At the same point of the schedule: A at half of its rate, B at eight times that."""
     folder, outcomes = step_1
@@ -190,6 +205,7 @@ def test_new_rates_go_into_optimizer_and_schedule(step_1):
     assert after[-2]["loss"] != before[-2]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -220,8 +236,8 @@ def test_what_step_3_refuses_before_weights_are_read(steps_2_and_3, name, messag
     assert message in outcomes[name].error
 
 
-def test_the_record_is_for_people(step_1):
-    folder, _ = step_1
+def test_the_record_is_for_people(killed_once):
+    folder, _ = killed_once
     record = json.loads((folder / LAST / "state.json").read_text())
     assert (record["step"], record["epoch"], record["batch"]) == (12, 1, 10)
     assert record["engines"]["model"] == {
@@ -231,9 +247,9 @@ def test_the_record_is_for_people(step_1):
     assert record["settings"]["lora_dim"] == 4 and record["settings"]["dtype"] == "fp32"
 
 
-def test_the_clock_alone_differs(step_1):
+def test_the_clock_alone_differs(killed_once):
     """The comparison leaves out figures of time, and nothing else."""
-    folder, _ = step_1
+    folder, _ = killed_once
     line = json.loads((folder / "sft-killed/metrics.jsonl").read_text().splitlines()[1])
     left = {name for name in line if not name.startswith(TIMES)}
     assert left == {"kind", "step", "loss", "lr/lora_A", "lr/lora_B"} | (left & {"grad_norm"})
