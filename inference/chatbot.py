@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -31,8 +29,9 @@ from dschat.config.cli import parse, run_cli
 from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model, load_config
+from dschat.rlhf.generation import StopCriteria, StopStrings
 from dschat.settings import Settings, setting
-from dschat.text.encoding import encode
+from dschat.text.encoding import decode, encode
 from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from inference.conversation import Turn, fit_conversation, settled_part
@@ -42,27 +41,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class ChatSettings(Settings):
-    """What the command line of the chatbot takes."""
+    """Settings of the chatbot."""
 
     path: str = setting(dataclasses.MISSING, "folder of a trained model, or of an adapter")
-    max_new_tokens: int = setting(128, "longest answer")
-    temperature: float = setting(0.7, "of sampling; 0 takes the likeliest token each time")
-    top_p: float = setting(0.95, "sample among the likeliest tokens of this total probability")
+    max_new_tokens: int = setting(128, "longest answer", at_least=1)
+    temperature: float = setting(
+        0.7, "of sampling; 0 takes the likeliest token each time", at_least=0
+    )
+    top_p: float = setting(
+        0.95, "sample among the likeliest tokens of this total probability", above=0, at_most=1
+    )
     seed: int = setting(1234, "seed of sampling")
     dtype: str = setting(
         "auto", "auto is the saved one, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     raw: bool = setting(False, "send each text as it is, without turns or memory")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens {self.max_new_tokens}: give at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: give a number above 0, up to 1")
 
 
 class _Answer(BaseStreamer):
@@ -100,25 +94,12 @@ class _Answer(BaseStreamer):
         return self._decode(self.context + self.ids)[len(self._decode(self.context)) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decode(self.tokenizer, ids, skip_special_tokens=True)
 
     def _advance(self, final: bool) -> None:
         settled = settled_part(self.text, self.stop, final)
         self.show(settled[len(self.shown) :])
         self.shown = settled
-
-
-class _StopAtText(StoppingCriteria):
-    """Ends generation once the answer holds a text: a model that plays both roles."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_len: int, stop: str):
-        self.tokenizer, self.prompt_len, self.stop = tokenizer, prompt_len, stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        found = [self.stop in self.tokenizer.decode(row[self.prompt_len :]) for row in input_ids]
-        return torch.tensor(found, device=input_ids.device)
 
 
 class Chatbot:
@@ -164,7 +145,9 @@ class Chatbot:
         if self.settings.temperature > 0:
             top_p, temperature = self.settings.top_p, self.settings.temperature
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        criteria = [] if stop is None else [_StopAtText(self.tokenizer, len(ids), stop)]
+        criteria = StoppingCriteriaList()
+        if stop is not None:  # a model may go on with the next question
+            criteria.append(StopCriteria(StopStrings((stop,), self.tokenizer), len(ids)))
         try:
             self.model.generate(
                 prompt,
@@ -173,7 +156,7 @@ class Chatbot:
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
                 streamer=answer,
-                stopping_criteria=StoppingCriteriaList(criteria),
+                stopping_criteria=criteria,
                 **sampling,
             )
         except KeyboardInterrupt:

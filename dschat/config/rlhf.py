@@ -5,58 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dschat.config.data import check_streaming
-from dschat.data.config import DataConfig
-from dschat.errors import UserError
-from dschat.models.reward_statistics import RewardStatistics, read_value_scaling
-from dschat.rlhf.ema import EMAConfig
-from dschat.rlhf.ppo_config import PPOConfig
-from dschat.rlhf.ptx import PTXConfig
-from dschat.rlhf.retokenise import Retokeniser
-from dschat.rlhf.rewards import RewardConfig
-from dschat.rlhf.role_settings import RoleNames, RoleSettings
-from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
-from dschat.settings import Settings, group, setting
-from dschat.train.engine import num_accumulation_groups
-from dschat.train.run_config import ModelConfig, RunConfig
+from dschat.rlhf.run_settings import PPORunSettings
+from dschat.settings import setting
 
 NO_KERNELS = "DeepSpeed's inference kernels fit no model of today; transformers generates"
 
 
 @dataclass(frozen=True)
-class RLHFSettings(Settings):
+class RLHFSettings(PPORunSettings):
     """Step 3, PPO."""
 
-    roles: RoleSettings = group(RoleSettings)
-    ppo: PPOConfig = group(PPOConfig)
-    rewards: RewardConfig = group(RewardConfig)
-    ptx: PTXConfig = group(PTXConfig)
-    ema: EMAConfig = group(EMAConfig)
-    data: DataConfig = group(DataConfig, max_eval_samples=128)
-    actor: ModelConfig = group(ModelConfig, prefix="actor_", optimizer={"full_rate": 9.65e-6})
-    critic: ModelConfig = group(ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6})
-    run: RunConfig = group(
-        RunConfig,
-        num_warmup_steps=100,
-        log={"tensorboard_path": "step3_tensorboard", "log_every": 1},
-    )
-    max_prompt_seq_len: int = setting(
-        256, "tokens of a prompt; longer ones lose their beginning", at_least=1
-    )
-    fuse_lora_for_generation: bool = setting(
-        False, "fold the actor's adapters into its weights while it generates"
-    )
-    eval_interval: int = setting(0, "updates between evaluations; 0: per epoch only", at_least=0)
-    max_steps: int = setting(0, "stop after so many updates; 0: after the data", at_least=0)
-    print_answers: bool = setting(
-        False,
-        "print a table of sampled answers, and keep them in answers.jsonl",
-        may_change=True,
-    )
-    print_answers_interval: int = setting(
-        1, "updates between such tables", at_least=1, may_change=True
-    )
-    enable_test_mode: bool = setting(False, "stop after --test_stop_step updates")
-    test_stop_step: int = setting(0, "updates before a test run stops", at_least=0)
     enable_mixed_precision_lora: bool = setting(
         False, "ZeRO-3 keeps its own precision", retired=True
     )
@@ -71,112 +29,3 @@ class RLHFSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_streaming(self.data, self.run, self.max_steps)
-        self._check_fusing()
-        self.role_setup("fp32", iterations=1)  # its parts check themselves
-
-    def _check_fusing(self) -> None:
-        """Stop where the actor has no adapters to fold in, or no weights to fold them into."""
-        if not self.fuse_lora_for_generation:
-            return
-        if self.actor.lora.lora_dim == 0:
-            raise UserError(
-                "fuse_lora_for_generation: the actor has no adapters; add actor_lora_dim, or drop "
-                "fuse_lora_for_generation"
-            )
-        if self.actor.zero_stage == 3:
-            raise UserError(
-                "fuse_lora_for_generation: at actor_zero_stage 3 no rank holds a complete weight "
-                "to fold an adapter into; choose stage 0, 1 or 2, or drop fuse_lora_for_generation"
-            )
-        if self.actor.lora.quantize_base is not None:
-            raise UserError(
-                "fuse_lora_for_generation: an adapter folded into the weights of "
-                f"actor_quantize_base {self.actor.lora.quantize_base} would be rounded away; drop "
-                "one of the two"
-            )
-
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens of a prompt and its answer together."""
-        return self.max_prompt_seq_len + self.ppo.sampling.max_answer_seq_len
-
-    @property
-    def answers_interval(self) -> int:
-        """Updates between tables of sampled answers; 0: none."""
-        return self.print_answers_interval if self.print_answers else 0
-
-    def iterations(self, batches_per_epoch: int | None) -> int:
-        """Number of iterations that the data, if it is counted, or an earlier stop make.
-
-        Raises:
-            UserError: the critic's warm-up leaves none to the actor.
-        """
-        limits = []
-        if batches_per_epoch is not None:
-            per_epoch = num_accumulation_groups(batches_per_epoch, self.ppo.generation_batches)
-            limits.append(self.run.num_train_epochs * per_epoch)
-        if self.max_steps:
-            limits.append(self.max_steps)
-        if self.enable_test_mode and self.test_stop_step:
-            limits.append(self.test_stop_step)
-        iterations, warmup = min(limits), self.ppo.critic_warmup_iterations
-        if warmup and warmup >= iterations:
-            raise UserError(
-                f"critic_warmup_iterations is {warmup}, but the run has {iterations} iterations: "
-                "the actor would never train; give fewer"
-            )
-        return iterations
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps of each role in a complete iteration."""
-        return self.ppo.optimizer_steps(self.run.engine.gradient_accumulation_steps)
-
-    def actor_steps(self, iterations: int) -> int:
-        """Optimizer steps of the actor in so many iterations, the critic's warm-up left out."""
-        return max(iterations - self.ppo.critic_warmup_iterations, 1) * self.updates
-
-    def role_names(self) -> RoleNames:
-        """Folder of each role."""
-        has_function = self.rewards.reward_function is not None
-        return self.roles.names(self.ppo.estimator, has_reward_function=has_function)
-
-    def role_setup(
-        self,
-        dtype: str,
-        iterations: int,
-        retokenise: Retokeniser | None = None,
-        scaling: RewardStatistics | None = None,
-    ) -> RoleSetup:
-        """Set up each role, with schedules over the optimizer steps of all its iterations."""
-        run, names = self.run, self.role_names()
-        micro_batch = self.ppo.per_device_training_batch_size
-        actor = RoleConfig(
-            model=names.actor,
-            engine=run.engine_config(self.actor, dtype, micro_batch),
-            recipe=run.recipe(self.actor),
-            schedule=run.schedule(self.actor_steps(iterations)),
-            offload_frozen=self.roles.offload_reference_model,
-        )
-        reward = critic = None
-        if names.critic is not None:
-            critic = RoleConfig(
-                model=names.critic,
-                engine=run.engine_config(self.critic, dtype, micro_batch),
-                recipe=run.recipe(self.critic),
-                schedule=run.schedule(iterations * self.updates),
-                fresh_head=names.fresh_head,
-                value_scaling=scaling and read_value_scaling(names.critic),
-            )
-        if names.reward is not None:
-            reward = FrozenConfig(
-                names.reward, self.critic.zero_stage, dtype, self.roles.offload_reward_model
-            )
-        return RoleSetup(
-            actor=actor,
-            critic=critic,
-            reward=reward,
-            share_trunk=names.share_trunk,
-            retokenise=retokenise,
-            scaling=scaling,
-        )

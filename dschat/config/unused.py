@@ -32,16 +32,6 @@ def unused_flags(settings: RLHFSettings) -> Iterator[str]:
         yield "--share_trunk none does nothing: without LoRA no trunk is shared"
 
 
-def warm_up_beyond(settings: RLHFSettings, iterations: int) -> Iterator[str]:
-    """Yield a line where the learning rate would rise to the end of the run."""
-    rising, steps = settings.run.num_warmup_steps, settings.actor_steps(iterations)
-    if rising >= steps:
-        yield (
-            f"--num_warmup_steps {rising}: the actor makes {steps} steps in all and never reaches "
-            "its learning rate; give fewer"
-        )
-
-
 def _has_adapters(setup: RoleSetup) -> bool:
     return any(role.recipe.lora.lora_dim for role in setup.trained.values())
 

@@ -1,4 +1,4 @@
-"""The closing table of the embedded default: what each step changed, judged on held-out prompts."""
+"""Closing table of the embedded default: effect of each step, judged on held-out prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.collators import PromptBatch, PromptCollator
@@ -16,6 +17,7 @@ from dschat.models.reward_model import RewardModel, create_critic_model, scores_
 from dschat.quickstart.model import MAX_NEW_TOKENS
 from dschat.quickstart.task import GoldScore, gold_score
 from dschat.rlhf.generation import SamplingConfig, generate
+from dschat.text.encoding import decode
 from dschat.text.tokenizer import load_hf_tokenizer
 
 SHOWN_PROMPTS = 3
@@ -25,7 +27,7 @@ MODELS = {"base": "model", "SFT": "actor-models", "PPO": "step3-models/actor"}
 
 @dataclass(frozen=True)
 class Judged:
-    """One model's sampled answers to the held-out prompts, and what they are worth."""
+    """Sampled answers of one model to the held-out prompts, and their scores."""
 
     answers: list[str]
     reward: float
@@ -33,7 +35,7 @@ class Judged:
 
 
 def held_out_prompts(output_dir: Path) -> list[str]:
-    """The prompts of the test file, each once, in its order."""
+    """Read the prompts of the test file, each once, in its order."""
     lines = (output_dir / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     return list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
 
@@ -44,7 +46,8 @@ def judge(
 ) -> Judged:
     """Sample one answer per prompt at temperature 1 and score it by reward model and gold rule."""
     tokenizer = load_hf_tokenizer(str(model_dir))
-    model = create_hf_model(str(model_dir), tokenizer, torch.float32).to(device).eval()
+    model: nn.Module = create_hf_model(str(model_dir), tokenizer, torch.float32)
+    model.to(device).eval()
     rows = [{"prompt_ids": tokenizer(prompt).input_ids} for prompt in prompts]
     batch: PromptBatch = PromptCollator(tokenizer.pad_token_id)(rows).to(device)
     torch.manual_seed(seed)
@@ -59,18 +62,20 @@ def judge(
     mask = answer_mask_from(ids, tokenizer.eos_token_id)
     attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
     scores = scores_at_end(reward_model(sequences, attention_mask), attention_mask)
-    answers = decode(tokenizer, ids, mask)
+    answers = answer_texts(tokenizer, ids, mask)
     return Judged(answers, scores.mean().item(), gold_score(prompts, answers))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """(B, A) ids -> texts without the end token; an answer that never ends keeps what it has."""
+def answer_texts(
+    tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor
+) -> list[str]:
+    """(B, A) ids -> texts without the end token; an answer that never ends keeps its text."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [decode(tokenizer, row, skip_special_tokens=True) for row in rows]
 
 
 def evaluations(output_dir: Path, step: str) -> list[dict]:
-    """The evaluation records of a step, in order."""
+    """Read the evaluation records of a step, in order."""
     lines = (output_dir / step / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for line in lines if (record := json.loads(line))["kind"] == "eval"]
 
@@ -78,8 +83,8 @@ def evaluations(output_dir: Path, step: str) -> list[dict]:
 def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None:
     """Judge base, SFT and PPO model on the held-out prompts; print the table and some answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    asked = held_out_prompts(output_dir)
-    prompts = asked * ANSWERS_PER_PROMPT
+    questions = held_out_prompts(output_dir)
+    prompts = questions * ANSWERS_PER_PROMPT
     reward_dir = str(output_dir / "reward-models")
     reward_model = create_critic_model(reward_dir, load_hf_tokenizer(reward_dir), torch.float32)
     reward_model.to(device).eval()
@@ -104,11 +109,13 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
         ),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    print(f"\n{len(asked)} held-out prompts, {ANSWERS_PER_PROMPT} answers each at temperature 1")
+    print(
+        f"\n{len(questions)} held-out prompts, {ANSWERS_PER_PROMPT} answers each at temperature 1"
+    )
     for label, *cells in rows:
         padded = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))
         print(f"{label.ljust(widths[0])}  {padded}")
-    for i in range(min(SHOWN_PROMPTS, len(asked))):
+    for i in range(min(SHOWN_PROMPTS, len(questions))):
         print(f"\n{prompts[i].strip()}")
         for name, model in judged.items():
             print(f"  {name:>4}: {model.answers[i].strip()!r}")

@@ -6,7 +6,7 @@ judges the answers of a trained model from outside: no reward model and no PPO e
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dschat.errors import UserError
@@ -37,7 +37,7 @@ class _Parsed:
     body: tuple[str, ...]
 
 
-def _manner_of(sentence: str, phrases: dict[str, tuple[str, ...]]) -> str | None:
+def _manner_of(sentence: str, phrases: Mapping[str, Sequence[str]]) -> str | None:
     """The manner whose phrases hold `sentence`, or None."""
     return next((manner for manner, known in phrases.items() if sentence in known), None)
 

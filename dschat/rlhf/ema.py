@@ -29,6 +29,8 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay = module, decay
+        # Under ZeRO-3 each rank averages shards of its own; otherwise all hold the same.
+        self.per_rank = any(is_partitioned(p) for p in module.parameters())
         self.shadow = {
             name: local_shard(p).detach().float().cpu().clone()
             for name, p in module.named_parameters()
@@ -42,11 +44,6 @@ class EMA:
         for name, average in self.shadow.items():
             current = local_shard(parameters[name]).detach().to("cpu", torch.float32)
             average.lerp_(current, 1.0 - self.decay)
-
-    @property
-    def per_rank(self) -> bool:
-        """True where each rank averages a shard of its own; otherwise all hold the same."""
-        return any(is_partitioned(p) for p in self.module.parameters())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Averages by parameter name."""
@@ -63,11 +60,11 @@ class EMA:
     def applied(self) -> Iterator[nn.Module]:
         """Put the averaged weights into the module for the block; then its own, bit for bit."""
         parameters = dict(self.module.named_parameters())
-        kept = {n: local_shard(parameters[n]).detach().clone() for n in self.shadow}
+        own = {n: local_shard(parameters[n]).detach().clone() for n in self.shadow}
         for name, average in self.shadow.items():
             set_local_shard(parameters[name], average)
         try:
             yield self.module
         finally:
-            for name, own in kept.items():
-                set_local_shard(parameters[name], own)
+            for name, shard in own.items():
+                set_local_shard(parameters[name], shard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -52,7 +53,9 @@ class Experience:
     def rows(self, index: torch.Tensor) -> Experience:
         """Pick the rows of `index`, in its order."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        picked = {n: c[index] for n, c in columns.items() if isinstance(c, torch.Tensor)}
+        picked: dict[str, Any] = {
+            n: c[index] for n, c in columns.items() if isinstance(c, torch.Tensor)
+        }
         return replace(self, **picked)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -25,6 +27,7 @@ from dschat.models.causal_lm import (
     unwrap,
 )
 from dschat.settings import Settings, setting
+from dschat.text.encoding import decode
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import resolve_model
 
@@ -65,34 +68,34 @@ class StopStrings:
 
     @classmethod
     def of(cls, sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase) -> StopStrings | None:
-        """None when there are none."""
+        """Stop strings of the settings; None where there are none."""
         return cls(sampling.stop_strings, tokenizer) if sampling.stop_strings else None
 
     @property
     def reach(self) -> int:
-        """Tokens at an answer's end that can hold a whole stop string: one a byte, and some."""
+        """Tokens at an answer's end that can hold an entire stop string: one a byte, and some."""
         return max(len(text.encode()) for text in self.strings) + SPARE_TOKENS
 
     def complete(self, tails: list[list[int]]) -> list[bool]:
-        """Whether each answer's last `reach` tokens contain a stop string."""
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        texts = [self.tokenizer.decode(tail, **options) for tail in tails]
+        """Tell whether each answer's last `reach` tokens contain a stop string."""
+        texts = [decode(self.tokenizer, tail) for tail in tails]
         return [any(stop in text for stop in self.strings) for text in texts]
 
     def end(self, answer: Sequence[int]) -> int | None:
-        """Tokens up to the one that completes the first stop string, inclusive; None: never."""
+        """Count tokens up to the one that completes the first stop string; None: none does."""
         ends = range(1, len(answer) + 1)
         tails = [list(answer[max(0, end - self.reach) : end]) for end in ends]
         return next((n for n, done in zip(ends, self.complete(tails), strict=True) if done), None)
 
 
-class _StopCriteria(StoppingCriteria):
-    """transformers' form of `StopStrings`, for answers behind prompts of one width."""
+class StopCriteria(StoppingCriteria):
+    """transformers' form of `StopStrings`, for answers after prompts of one width."""
 
     def __init__(self, stops: StopStrings, prompt_length: int):
         self.stops, self.prompt_length = stops, prompt_length
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(B,) bool: rows whose answer is complete."""
         tails = input_ids[:, self.prompt_length :][:, -self.stops.reach :]
         return torch.tensor(self.stops.complete(tails.tolist()), device=input_ids.device)
 
@@ -100,10 +103,10 @@ class _StopCriteria(StoppingCriteria):
 def answer_ends(
     answers: torch.Tensor, eos_token_id: int, stops: StopStrings | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which generated tokens belong to the answers, and which answers have ended.
+    """Mask the generated tokens that belong to the answers, and tell which answers have ended.
 
     An answer runs to its first end token, or to the token that completes a stop string, inclusive.
-    Such a token counts whole, also when its text goes on behind the stop string.
+    Such a token counts entirely, also when its text goes on after the stop string.
 
     Returns:
         (B, A) bool mask, (B,) bool.
@@ -138,7 +141,7 @@ def generate(
     Returns:
         (B, P + A) ids; A is the longest answer's length, rows that ended early are padded.
     """
-    module = unwrap(model)
+    module = cast(PreTrainedModel, unwrap(model))
     drawn = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -153,27 +156,32 @@ def generate(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask.long()}
+    inputs: dict[str, Any] = {
+        "input_ids": prompts.input_ids,
+        "attention_mask": prompts.attention_mask.long(),
+    }
     if takes_argument(module, "position_ids"):
         inputs["position_ids"] = position_ids_from(prompts.attention_mask)
     if stops is not None:
-        criteria = _StopCriteria(stops, prompts.input_ids.shape[1])
+        criteria = StopCriteria(stops, prompts.input_ids.shape[1])
         inputs["stopping_criteria"] = StoppingCriteriaList([criteria])
     with _own_generation_config(module, config):
-        return module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
+        return cast(GenerationMixin, module).generate(
+            **inputs, generation_config=config, synced_gpus=synced_gpus
+        )
 
 
 def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Name the tokens that would end a text elsewhere: no answer passes one unnoticed."""
+    """Print the tokens that end a text by the model folder, but no answer here."""
     for end in unused_ends(model_name_or_path, tokenizer):
         print_rank_0(
             f"{model_name_or_path}: {end} ends a text by its generation_config.json, but answers "
-            f"end with {tokenizer.eos_token} alone; --stop_strings '{end}' lets it end them as well"
+            f"end with {tokenizer.eos_token} alone; stop_strings '{end}' lets it end them as well"
         )
 
 
 def unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that end a text by the folder's generation_config.json, and no answer here."""
+    """List tokens that end a text by the folder's generation_config.json, but no answer here."""
     source = resolve_model(model_name_or_path)
     try:
         config = source.generation_config() or GenerationConfig.from_pretrained(source.base)
@@ -187,9 +195,9 @@ def unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 @contextlib.contextmanager
 def _own_generation_config(module: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Hide the folder's sampling settings: `generate` would fill ours up from them."""
-    kept, module.generation_config = module.generation_config, config
+    """Hide the folder's sampling settings, from which `generate` would fill ours up."""
+    folders, module.generation_config = module.generation_config, config
     try:
         yield
     finally:
-        module.generation_config = kept
+        module.generation_config = folders

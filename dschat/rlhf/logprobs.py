@@ -7,7 +7,7 @@ no (B, T, V) tensor exists, and none over the prompt.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dschat.functional.losses import token_entropy, token_logprobs
 from dschat.models.causal_lm import forward_inputs, takes_argument, unwrap
@@ -28,7 +28,7 @@ Tensors = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """What a policy says of answers; both are 0 where the attention mask is False."""
+    """Scores of answers under a policy; both are 0 where the attention mask is False."""
 
     logprobs: torch.Tensor  # (B, A) fp32, of the answers' tokens
     entropy: torch.Tensor | None  # (B, A) fp32 nats without gradient; None unless asked for
@@ -51,6 +51,7 @@ def answer_logprobs(
         temperature: logits are divided by it, as in sampling.
     """
     split = _split_of(model, sequences)
+    columns: Sequence[torch.Tensor]
     if split is None:
         columns = _from_logits(
             model, sequences, attention_mask, answer_length, temperature, with_entropy
@@ -67,8 +68,8 @@ def answer_logprobs(
     # Padding was scored as well: the shapes of a pass, and with them its rounding, depend on the
     # batch's own shape alone, so that the first ratio of a rollout is 1 in every dtype.
     mask = attention_mask[:, -answer_length:]
-    kept = [column.reshape(mask.shape).where(mask, 0.0) for column in columns]
-    return AnswerScores(kept[0], kept[1] if with_entropy else None)
+    scores = [column.reshape(mask.shape).where(mask, 0.0) for column in columns]
+    return AnswerScores(scores[0], scores[1] if with_entropy else None)
 
 
 def _from_logits(
@@ -79,12 +80,12 @@ def _from_logits(
     temperature: float,
     with_entropy: bool,
 ) -> list[torch.Tensor]:
-    """The same by the model's own logits, which are kept as they are: no copy, none in fp32."""
+    """Score by the model's own logits, which are kept as they are: no copy, none in fp32."""
     inputs = forward_inputs(model, sequences, attention_mask)
     if takes_argument(model, "logits_to_keep"):
         inputs["logits_to_keep"] = answer_length + 1
     logits = model(**inputs, use_cache=False).logits[:, -answer_length - 1 :]
-    # The last position has nothing to foretell: any target will do, it is cut off below.
+    # The last position predicts nothing; its target is ignored.
     targets = sequences[:, -answer_length - 1 :].roll(-1, dims=1)
     columns = _in_blocks(
         lambda x: x,
@@ -112,8 +113,9 @@ def _in_blocks(
         arguments = head, block, wanted, temperature, with_entropy
         if torch.is_grad_enabled():
             # Nothing in a block is drawn at random: dropout is off.
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            parts.append(checkpoint(_block, *arguments, **options))
+            parts.append(
+                checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             parts.append(_block(*arguments))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -150,10 +152,13 @@ def _pass_through(
     inputs: dict,
     score: Callable[[Tensors, torch.Tensor], tuple[torch.Tensor, ...]],
 ) -> tuple[torch.Tensor, ...]:
-    """One call of the model whose head scores in blocks instead of making all logits.
+    """Call the model once, its head scoring in blocks instead of making all logits.
 
-    The model and its head are called as modules, once and in the usual order: ZeRO-3 gathers and
-    releases weights around just these calls, forwards and backwards, on every rank alike.
+    Two `forward`s are replaced for this call: the model's by trunk, then head; the head's by
+    `blocks`, which scores the trunk's states block by block. Calling trunk and head directly would
+    be simpler, but DeepSpeed's ZeRO-3 gathers and releases weights in hooks around the calls of
+    modules, and expects them once and in the usual order, forwards and backwards, on every rank.
+    So the model and its head are called as modules, hooks included, and compute something else.
     """
     one_block = split.head.forward
 
@@ -169,7 +174,7 @@ def _pass_through(
 
 @contextlib.contextmanager
 def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, the module computes something else; its hooks stay."""
+    """Replace what the module computes for the block; its hooks stay."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -184,10 +189,10 @@ _SPLITS: WeakKeyDictionary[nn.Module, _Split | None] = WeakKeyDictionary()
 
 
 def _split_of(model: nn.Module, sequences: torch.Tensor) -> _Split | None:
-    """The model's trunk and head, proven once; None where its logits are more than these two."""
+    """Find the model's trunk and head, proven once; None where its logits are more than these."""
     module = unwrap(model)
     known = _SPLITS.get(module)
-    if module in _SPLITS and (known is None or known.head is module.get_output_embeddings()):
+    if module in _SPLITS and (known is None or known.head is _parts(module)[1]):
         return known
     _SPLITS[module] = split = _proven_split(model, sequences)
     if split is None:
@@ -230,6 +235,7 @@ def _proven_split(model: nn.Module, sequences: torch.Tensor) -> _Split | None:
             hook.remove()
     if not {"trunk", "probe"} <= seen.keys() or not torch.equal(seen["trunk"], seen["states"]):
         return None
+    assert isinstance(module, PreTrainedModel)  # else it has no such parts
     finish, precision = _finish(module.config.get_text_config()), torch.finfo(actual.dtype).eps
     expected = finish(seen["probe"])
     if expected.shape != actual.shape:
@@ -240,15 +246,15 @@ def _proven_split(model: nn.Module, sequences: torch.Tensor) -> _Split | None:
 
 
 def _parts(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """What looks like trunk and output head; the trunk is not the model itself."""
-    if not hasattr(module, "get_decoder") or not hasattr(module, "get_output_embeddings"):
+    """Find what looks like trunk and output head; the trunk is not the model itself."""
+    if not isinstance(module, PreTrainedModel) or not hasattr(module, "get_decoder"):
         return None, None
     trunk = module.get_decoder()
     return (trunk if trunk is not module else None), module.get_output_embeddings()
 
 
 def _finish(config: PretrainedConfig) -> Tensors:
-    """What some families do to the head's output, by their own settings."""
+    """Scaling and capping of the head's output, by a family's own settings."""
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     divisor = getattr(config, "logits_scaling", None)  # Granite
     factor = getattr(config, "logit_scale", None)  # Cohere

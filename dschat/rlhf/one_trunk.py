@@ -1,18 +1,17 @@
-"""Where models come from: each from its folder, or all as trees of modules over one base's weights.
+"""Models of the roles: each loaded from its folder, or all as trees over one base's weights.
 
 With one trunk every role is a tree of its own - layers, adapters, head - whose weights are the same
-parameters. The adapter of its folder stays apart (`fixed_update.py`), and what trains comes on top,
-so that with its own adapters off a tree is its folder's model, as it is when trunks are separate.
+parameters. The adapter of its folder stays unmerged (`fixed_update.py`), and the trainable adapters
+sit on top: disabling them restores the loaded model, as with separate trunks.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
@@ -26,41 +25,41 @@ FLAG = "share_trunk all"
 
 
 class Models(Protocol):
-    """What gives the roles their models."""
+    """Source of the roles' models."""
 
     def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
-        """The causal LM of this name."""
+        """Load the causal LM of this name."""
 
     def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
-        """The reward model of this name; with a `fresh_head` of a language model's trunk."""
+        """Load the reward model of this name; with a `fresh_head` of a language model's trunk."""
 
 
 class SeparateTrunks:
-    """Every model loaded from its folder, weights of its own."""
+    """Loads each model from its folder, with weights of its own."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
         self.tokenizer, self.dtype = tokenizer, dtype
 
     def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
-        """As `create_hf_model`."""
+        """Load by `create_hf_model`."""
         return create_hf_model(name, self.tokenizer, self.dtype, ds_config=ds_config)
 
     def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
-        """As `create_critic_model`."""
+        """Load by `create_critic_model`."""
         return create_critic_model(
             name, self.tokenizer, self.dtype, ds_config=ds_config, init_head=fresh_head
         )
 
 
 class OneTrunk:
-    """Trees of modules over the weights of one base, which is loaded once."""
+    """Makes trees of modules over the weights of one base, which is loaded once."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
         self.tokenizer = tokenizer
         self._base = create_hf_model(resolve_model(name).base, tokenizer, dtype)
 
     def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
-        """A tree that computes what `create_hf_model` loads, its adapters apart."""
+        """Make a tree that computes what `create_hf_model` loads, its adapters unmerged."""
         source, model = resolve_model(name), _tree(self._base)
         _add_adapters(model, source, trunk="")
         if (generation := source.generation_config()) is not None:
@@ -69,14 +68,14 @@ class OneTrunk:
         return model
 
     def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
-        """A tree that computes what `create_critic_model` loads, its adapters apart."""
-        trunk = _tree(self._base.base_model)
+        """Make a tree that computes what `create_critic_model` loads, its adapters unmerged."""
+        trunk = _tree(cast(PreTrainedModel, self._base.base_model))
         _add_adapters(trunk, resolve_model(name), trunk=self._base.base_model_prefix)
         return with_head(trunk, None if fresh_head else read_head(name), name)
 
 
-def _tree(module: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters."""
+def _tree(module: PreTrainedModel) -> PreTrainedModel:
+    """Copy the modules around the same parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
@@ -97,8 +96,8 @@ def check_one_trunk(names: Sequence[str]) -> None:
         if not same_model(source.base, sources[0].base):
             raise UserError(
                 f"{FLAG}: {source.name} is on the base {source.base}, {sources[0].name} on "
-                f"{sources[0].base}; train both as adapters on one base (--lora_save adapter), or "
-                "use --share_trunk auto"
+                f"{sources[0].base}; train both as adapters on one base (lora_save adapter), or "
+                "use share_trunk auto"
             )
     config = load_config(names[0])
     with torch.device("meta"):
@@ -106,7 +105,7 @@ def check_one_trunk(names: Sequence[str]) -> None:
     if type(model.base_model) is not AutoModel._model_mapping[type(config)]:
         raise UserError(
             f"{FLAG}: {type(model).__name__} wraps its trunk in a way that a critic cannot share; "
-            "use --share_trunk auto"
+            "use share_trunk auto"
         )
     for source in sources:
         for adapter in source.read_adapters():

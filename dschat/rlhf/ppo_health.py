@@ -40,20 +40,20 @@ class History:
     recent: Sequence[Mapping[str, float]]
 
     def last(self, name: str, count: int) -> list[float] | None:
-        """The figure in the last `count` iterations; None where there are fewer."""
+        """Figure in the last `count` iterations; None where there are fewer."""
         values = [figures[name] for figures in self.recent[-count:] if name in figures]
         return values if len(values) == count else None
 
     def at_first(self, name: str) -> float | None:
-        """Its mean over the first iterations that have it; None before they are over."""
+        """Mean over the first iterations that have it; None before they are over."""
         values = self.first.get(name, ())
         return fmean(values) if len(values) == FIRST else None
 
 
 def likely_causes(history: History) -> dict[str, str]:
-    """What is wrong with the last iterations, by kind; empty for a healthy run."""
-    found = {name: rule(history) for name, rule in RULES.items()}
-    return {name: text for name, text in found.items() if text is not None}
+    """Diagnose the last iterations: warnings by kind; empty for a healthy run."""
+    warnings = {name: rule(history) for name, rule in RULES.items()}
+    return {name: text for name, text in warnings.items() if text is not None}
 
 
 def _negative_kl(history: History) -> str | None:
@@ -71,7 +71,7 @@ def _over_optimisation(history: History) -> str | None:
     reward, nats = history.last("reward", SHORT), history.last("ref_nats_per_token", SHORT)
     spread, nats_before = history.last("reward_std", SHORT), history.at_first("ref_nats_per_token")
     before = history.at_first("reward")
-    if None in (reward, nats, spread, nats_before, before):
+    if reward is None or nats is None or spread is None or nats_before is None or before is None:
         return None
     rise, nats_rise = fmean(reward) - before, fmean(nats) - nats_before
     if rise <= REWARD_RISE * fmean(spread) or nats_rise <= NATS_RISE:
@@ -161,7 +161,7 @@ RULES: dict[str, Callable[[History], str | None]] = {
 
 
 class HealthMonitor:
-    """Keeps the history of a run and says each thing at most every `REPEATED_AFTER` iterations."""
+    """Keeps the history of a run; repeats a warning every `REPEATED_AFTER` iterations at most."""
 
     per_rank = False  # statistics are those of all ranks
 
@@ -171,22 +171,22 @@ class HealthMonitor:
         self.said: dict[str, int] = {}  # kind of warning -> iteration
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, and what was said when."""
+        """State: the history, and the iteration of each warning."""
         return {"first": self.first, "recent": self.recent, "said": self.said}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the history and the iterations of warnings."""
         self.first = {name: list(values) for name, values in state["first"].items()}
         self.recent = list(state["recent"])
         self.said = dict(state["said"])
 
     def observe(self, iteration: int, statistics: Mapping[str, float]) -> list[str]:
-        """Take in an iteration's statistics; the warnings that are due."""
+        """Take in an iteration's statistics; return the warnings that are due."""
         figures = {name: float(statistics[name]) for name in WATCHED if name in statistics}
         for name, value in figures.items():
-            kept = self.first.setdefault(name, [])
-            if len(kept) < FIRST:
-                kept.append(value)
+            values = self.first.setdefault(name, [])
+            if len(values) < FIRST:
+                values.append(value)
         self.recent = [*self.recent, figures][-LONG:]
         due = []
         for name, text in likely_causes(History(self.first, self.recent)).items():

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.tokenise import truncate
 from dschat.errors import UserError
 from dschat.text.conversations import Turn
-from dschat.text.encoding import encode, encode_answers
+from dschat.text.encoding import decode, encode, encode_answers
 from dschat.text.formats import PromptFormat, choose_format, render
 from dschat.text.tokenizer import tokenizer_fingerprint
 
@@ -25,11 +25,11 @@ WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)
 
 @dataclass(frozen=True)
 class Retokeniser:
-    """Sequences of one tokenizer as another model reads them; make it with `between`.
+    """Encodes sequences of one tokenizer as another model reads them; build with `between`.
 
     Attributes:
-        around: what the reader's chat template, which the prompt is put into, writes in front of an
-            answer and between it and its end; None: prompt and answer are read as they stand.
+        around: text of the reader's chat template, which the prompt is put into, before an answer
+            and between it and its end; None: prompt and answer are read as they stand.
         longest: tokens of prompt and answer that the reader takes; None: any number.
     """
 
@@ -46,7 +46,7 @@ class Retokeniser:
         name: str,
         longest: int | None,
     ) -> Retokeniser | None:
-        """What turns sequences of `source` into those of `reader`; None where they are the same.
+        """Make a retokeniser from `source` to `reader`; None where they are the same.
 
         Args:
             name: the reading model's, for messages.
@@ -75,7 +75,7 @@ class Retokeniser:
     def __call__(
         self, sequences: torch.Tensor, attention_mask: torch.Tensor, answer_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same texts in the reader's tokens.
+        """Encode the same texts in the reader's tokens.
 
         Args:
             sequences: (B, P + A) of the source's ids, the last A columns the answers.
@@ -98,34 +98,31 @@ class Retokeniser:
         return ids.to(sequences.device), mask.to(sequences.device)
 
     def _text(self, prompt: list[int], answer: list[int]) -> tuple[str, str]:
-        """Prompt and answer as text.
+        """Decode prompt and answer.
 
-        What the source's tokenizer puts before every text is not part of it; special tokens inside
-        an answer have no text, the end token among them.
+        Tokens that the source's tokenizer puts before every text are dropped, and special tokens
+        inside an answer, the end token among them.
         """
         form, special = choose_format(self.source), set(self.source.all_special_ids)
         start = encode(self.source, [""])[0] if form.adds_special else []
         if prompt[: len(start)] == start:
             prompt = prompt[len(start) :]
         answer = [i for i in answer if i not in special]
-        opened, whole = self._decode(prompt), self._decode(prompt + answer)
-        # Behind its prompt, since tokenizers drop the space that a text of its own begins with.
-        if whole.startswith(opened):
-            return opened, whole[len(opened) :]
-        return opened, self._decode(answer)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.source.decode(ids, clean_up_tokenization_spaces=False)
+        opened, joint = decode(self.source, prompt), decode(self.source, prompt + answer)
+        # After its prompt, since tokenizers drop the space that a text of its own begins with.
+        if joint.startswith(opened):
+            return opened, joint[len(opened) :]
+        return opened, decode(self.source, answer)
 
     def _encoded(self, texts: list[tuple[str, str]], ended: list[bool]) -> list[list[int]]:
-        """Step 2's ids of prompts and answers; an answer that did not end has no end token."""
+        """Encode as step 2 does; an answer that did not end has no end token."""
         form = choose_format(self.reader)
         prompts, answers = [opened for opened, _ in texts], [answer for _, answer in texts]
         if self.around is not None:
-            before, behind = self.around
+            before, after = self.around
             prompts = [form.prompt(text) for text in prompts]
             answers = [
-                f"{before}{answer.strip()}{behind if has_end else ''}"
+                f"{before}{answer.strip()}{after if has_end else ''}"
                 for answer, has_end in zip(answers, ended, strict=True)
             ]
         heads = encode(self.reader, prompts, form.adds_special)
@@ -134,24 +131,24 @@ class Retokeniser:
         for head, tail, has_end in zip(heads, tails, ended, strict=True):
             tail = tail if has_end else tail[:-1]
             if self.longest is not None and len(head) + len(tail) > self.longest:
-                cut = truncate(head, [tail], self.longest, self.reader.bos_token_id)
-                head, tail = cut.prompt, cut.answers[0]
+                short = truncate(head, [tail], self.longest, self.reader.bos_token_id)
+                head, tail = short.prompt, short.answers[0]
             rows.append(head + tail)
         return rows
 
 
 def _parts(ids: list[int], mask: list[bool], answer_length: int) -> list[list[tuple[int, bool]]]:
-    """Prompt and answer of one row, each id with its mask."""
+    """Split one row into prompt and answer, each id with its mask."""
     pairs = list(zip(ids, mask, strict=True))
     return [pairs[:-answer_length], pairs[-answer_length:]]
 
 
 def _same_template(source: PreTrainedTokenizerBase, reader: PreTrainedTokenizerBase) -> bool:
-    """Whether both write a conversation in the same characters, end tokens included."""
+    """Tell whether both write a conversation in the same characters, end tokens included."""
     if source.eos_token != reader.eos_token:
         return False
     for turns in (CONVERSATION, WITH_SYSTEM):
-        written = []
+        written: list[str | None] = []
         for tokenizer in (source, reader):
             try:
                 written.append(render(tokenizer, turns, True))
@@ -163,7 +160,8 @@ def _same_template(source: PreTrainedTokenizerBase, reader: PreTrainedTokenizerB
 
 
 def _around_answers(form: PromptFormat) -> tuple[str, str]:
-    """What a chat template writes in front of an answer's text, and between it and its end."""
-    asked = CONVERSATION[:1]
-    before, _, behind = form.answer(asked, form.prompt(asked), "Answer").partition("Answer")
-    return before, behind
+    """Text that a chat template writes before an answer, and between it and its end."""
+    question = CONVERSATION[:1]
+    prompt = form.prompt(question)
+    before, _, after = form.answer(question, prompt, "Answer").partition("Answer")
+    return before, after

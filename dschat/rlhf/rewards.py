@@ -22,6 +22,7 @@ from dschat.functional.returns import masked_mean, masked_moments
 from dschat.models.reward_statistics import SCALINGS, RewardStatistics, reward_scaling
 from dschat.rlhf.experience import Experience, filled
 from dschat.settings import Settings, setting
+from dschat.text.encoding import decode
 from dschat.utils.distributed import all_reduce_sum, on_every_rank
 from dschat.utils.user_functions import load_function, source_digest
 
@@ -90,7 +91,7 @@ class RewardFunction:
         place = f"for the prompt {_tail(prompt)} and the answer {_tail(answer)}"
         try:
             value = self.function(prompt, answer)
-        except Exception as error:  # whatever the user's function raises, with its row
+        except Exception as error:  # anything that the user's function raises, with its row
             raise UserError(
                 f"{FLAG} {self.name} fails ({brief(error, with_type=True)}) {place}"
             ) from error
@@ -103,8 +104,7 @@ class RewardFunction:
 
 
 def _tail(text: str) -> str:
-    cut = text if len(text) <= SHOWN_CHARACTERS else f"…{text[1 - SHOWN_CHARACTERS :]}"
-    return repr(cut)
+    return repr(text if len(text) <= SHOWN_CHARACTERS else f"…{text[1 - SHOWN_CHARACTERS :]}")
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,7 @@ def texts_of(e: Experience, row: int, tokenizer: PreTrainedTokenizerBase) -> tup
     answer = e.answers[row][e.answer_mask[row]].tolist()
     if answer and answer[-1] == tokenizer.eos_token_id:
         answer = answer[:-1]
-    plain = {"clean_up_tokenization_spaces": False}
-    return (
-        tokenizer.decode(prompt, **plain),
-        tokenizer.decode(answer, skip_special_tokens=True, **plain),
-    )
+    return decode(tokenizer, prompt), decode(tokenizer, answer, skip_special_tokens=True)
 
 
 def score_statistics(experiences: Sequence[Experience], clip: float) -> dict[str, float]:

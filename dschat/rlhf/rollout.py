@@ -79,8 +79,8 @@ def make_experience(
             batches, generated.answers.split(sizes), groups.split(sizes), strict=True
         )
     ]
-    timing = {"generation_seconds": seconds, "generation_steps": generated.steps}
-    return [replace(experiences[0], **timing), *experiences[1:]]
+    first = replace(experiences[0], generation_seconds=seconds, generation_steps=generated.steps)
+    return [first, *experiences[1:]]
 
 
 def repeated(prompts: PromptBatch, times: int) -> PromptBatch:

@@ -20,7 +20,7 @@ ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may 
 
 
 class RolloutEngine(Protocol):
-    """What samples answers; a faster one than `TransformersRollout` may stand in its place."""
+    """Sampler of answers; a faster one than `TransformersRollout` may take its place."""
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
         """Sample one answer for every prompt, by the policy's present weights.
@@ -37,7 +37,7 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True)
 class TransformersRollout:
-    """Answers by transformers' own `generate`, on the training engine's weights."""
+    """Samples by transformers' own `generate`, on the training engine's weights."""
 
     model: nn.Module  # a causal LM or an engine around one, in eval mode when it generates
     tokenizer: PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class TransformersRollout:
     fuse_adapters: bool = False  # fold adapters into the weights for the time being
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
-        """As `RolloutEngine` says; rows that end early are padded, the longest ends the batch."""
+        """See `RolloutEngine`; rows that end early are padded, the longest ends the batch."""
         with self._weights():
             return generate(
                 self.model,
@@ -59,7 +59,7 @@ class TransformersRollout:
 
     @torch.no_grad()
     def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
-        """As `RolloutEngine` says."""
+        """See `RolloutEngine`."""
         inputs = forward_inputs(self.model, prompts.input_ids, prompts.attention_mask)
         with self._weights():
             return unwrap(self.model)(**inputs, use_cache=False).logits[:, -1]
@@ -76,7 +76,7 @@ def check_parity(
 
     Args:
         tokens: generated for each prompt; ends of answers do not stop them.
-        flag: what asks for the candidate, for messages.
+        flag: the setting that chose the candidate, for messages.
 
     Raises:
         UserError: with the largest difference of logits, or the first token that differs.
@@ -86,11 +86,11 @@ def check_parity(
     gap = (actual.float() - expected.float()).abs().max().item()
     if not gap <= allowed:  # a NaN is no agreement
         raise UserError(
-            f"{flag}: its logits behind a prompt differ from plain generation's by {gap:.2g}, "
+            f"{flag}: its logits after a prompt differ from plain generation's by {gap:.2g}, "
             f"rounding allows {allowed:.2g}; drop the flag"
         )
     sampling = SamplingConfig(tokens, min_answer_seq_len=tokens, greedy=True)
-    expected, actual = (e.generate(prompts, sampling) for e in (plain, candidate))
+    expected, actual = plain.generate(prompts, sampling), candidate.generate(prompts, sampling)
     if torch.equal(actual, expected):
         return
     if actual.shape != expected.shape:
@@ -99,8 +99,8 @@ def check_parity(
             f"{tuple(expected.shape)}; drop the flag"
         )
     row, column = (actual != expected).nonzero()[0].tolist()
-    at = column - prompts.input_ids.shape[1] + 1
+    place = column - prompts.input_ids.shape[1] + 1
     raise UserError(
-        f"{flag}: token {at} of a greedy answer is {actual[row, column].item()}, plain generation "
-        f"has {expected[row, column].item()}; drop the flag"
+        f"{flag}: token {place} of a greedy answer is {actual[row, column].item()}, plain "
+        f"generation has {expected[row, column].item()}; drop the flag"
     )

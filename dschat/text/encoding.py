@@ -25,6 +25,17 @@ def encode(
     return [next(words if fit else others) for fit in fits]
 
 
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False
+) -> str:
+    """Decode ids to their text, spaces as they are."""
+    return str(
+        tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+    )
+
+
 def _encode_complete(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool
 ) -> list[list[int]]:

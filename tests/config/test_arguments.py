@@ -7,7 +7,7 @@ import torch
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
-from dschat.config.unused import unused_flags, warm_up_beyond
+from dschat.config.unused import unused_flags
 from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches
 from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
@@ -166,7 +166,7 @@ def test_a_warm_up_longer_than_the_run_is_said():
     """Seven iterations of two epochs, one window each."""
     for steps, said in ((13, False), (14, True)):
         settings = rlhf("--ppo_epochs", "2", "--num_warmup_steps", str(steps))
-        lines = "".join(warm_up_beyond(settings, iterations=7))
+        lines = "".join(settings.late_warm_up(iterations=7))
         assert ("makes 14 steps in all and never" in lines) == said
 
 

@@ -15,7 +15,7 @@ def test_greedy_answers_are_the_argmax_of_a_scoring_pass(device):
     model = tiny_llama().to(device, torch.bfloat16)
     batch = prompts(6).to(device)  # padded on the left
     engine = TransformersRollout(model, byte_tokenizer())
-    sampling = SamplingConfig(max_new_tokens=LENGTH, min_new_tokens=LENGTH, greedy=True)
+    sampling = SamplingConfig(max_answer_seq_len=LENGTH, min_answer_seq_len=LENGTH, greedy=True)
     sequences = engine.generate(batch, sampling)
     assert sequences.shape == (6, batch.input_ids.shape[1] + LENGTH)
     assert sequences.device.type == device.type

@@ -84,7 +84,7 @@ WRONG_ROLES = {
     "one trunk of two bases": (
         ONE + "--actor_model_name_or_path sft-adapter",
         r"share_trunk all: reward is on the base reward, sft-adapter on .*model; train both as "
-        r"adapters on one base \(--lora_save adapter\), or use --share_trunk auto",
+        r"adapters on one base \(lora_save adapter\), or use share_trunk auto",
     ),
     "one trunk under a DoRA adapter": (
         ONE + "--critic_model_name_or_path dora-adapter",

@@ -236,7 +236,7 @@ def test_prompt_room():
 )
 def test_bad_settings_are_named(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=f"--{name}"):
+    with pytest.raises(UserError, match=f"^{name} is "):
         ChatSettings(path="x", **wrong)
 
 

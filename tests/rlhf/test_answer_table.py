@@ -40,7 +40,7 @@ def test_the_table_by_hand():
         "Human: why?↵   no\\tidea  no\\tidea     1.25   0.25         1    12       9     no",
         "↵Assistant:    no\\tidea  no\\tidea",
         "               no\\tidea  no\\tidea",
-        "               no\\tidea  no\\ti…",
+        "               no\\tidea  no\\tidea…",
     ]
 
 

@@ -45,8 +45,8 @@ def test_a_right_engine_passes():
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ({"logit_error": 1e-3}, r"fast_engine: its logits behind a prompt differ .* by 0.001, "),
-        ({"logit_error": float("nan")}, "fast_engine: its logits behind a prompt .* by nan"),
+        ({"logit_error": 1e-3}, r"fast_engine: its logits after a prompt differ .* by 0.001, "),
+        ({"logit_error": float("nan")}, "fast_engine: its logits after a prompt .* by nan"),
         ({"wrong_token": True}, r"fast_engine: token 5 of a greedy answer is \d+, plain"),
         ({"short": True}, r"fast_engine: it returns \(4, \d+\) ids for a prompt, plain"),
     ],

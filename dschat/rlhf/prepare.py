@@ -1,0 +1,161 @@
+"""Preparation of a PPO run: everything between the data and the training loop.
+
+1. `plan_roles`: check the models of the roles, without their weights
+2. `prepare`: plan the iterations, find the checkpoint, load the roles, build the trainer
+3. `PPORun.start`: open the log, seed this rank, restore the checkpoint
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from dschat.data.datasets import PromptData
+from dschat.data.loaders import Loader
+from dschat.data.stream import StreamLoader
+from dschat.models.reward_model import RewardModel
+from dschat.models.save import save_hf_format
+from dschat.models.save_plan import SavePlan
+from dschat.rlhf.generation import tell_unused_ends
+from dschat.rlhf.ppo_log import PPOLog
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.ptx import PTX
+from dschat.rlhf.retokenise import Retokeniser
+from dschat.rlhf.rewards import Rewards
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.role_settings import RoleNames
+from dschat.rlhf.role_setup import RoleSetup
+from dschat.rlhf.rollout_engine import TransformersRollout
+from dschat.rlhf.run_settings import PPORunSettings
+from dschat.train.checkpointer import Checkpointer, Position
+from dschat.train.metrics import MetricLogger
+from dschat.train.prepare import RunContext
+from dschat.train.resume import RunPlan, StepPlan
+from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
+from dschat.utils.ds_utils import get_train_ds_config
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """Models of the roles, checked before their weights load.
+
+    Attributes:
+        retokenise: for a reward model that reads other tokens than the actor's.
+        saves: of the trained roles.
+    """
+
+    names: RoleNames
+    rewards: Rewards
+    retokenise: Retokeniser | None
+    saves: dict[str, SavePlan]
+
+
+def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
+    """Check the model of each role, how it trains and how it is saved.
+
+    Raises:
+        UserError: a folder that cannot serve in its role, a reward that cannot be computed, or
+            adapters that cannot be trained or saved.
+    """
+    run, names = settings.run, settings.role_names()
+    retokenise = names.check(ctx.tokenizer, run.answer_end)
+    rewards = Rewards.load(settings.rewards, names.reward)
+    names.check_context(settings.max_seq_len, retokenise)
+    actor, critic = run.recipe(settings.actor), run.recipe(settings.critic)
+    saves = {"actor": run.save_plan(names.actor, actor, "actor", "actor_ema")}
+    actor.check(names.actor, AutoModelForCausalLM.from_config)
+    if names.critic is not None:
+        critic.check(names.critic, RewardModel.from_config)
+        saves["critic"] = run.save_plan(names.critic, critic, "critic")
+    return RolePlan(names, rewards, retokenise, saves)
+
+
+@dataclass(frozen=True)
+class PPORun:
+    """A PPO run whose roles are loaded; `steps` are iterations."""
+
+    ctx: RunContext
+    settings: PPORunSettings
+    plan: RolePlan
+    setup: RoleSetup
+    steps: StepPlan
+    trainer: DeepSpeedPPOTrainer
+    checkpointer: Checkpointer
+
+    def start(self) -> tuple[PPOLog, Position]:
+        """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
+        run, ctx, roles = self.settings.run, self.ctx, self.trainer.roles
+        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
+        recipes = {name: role.recipe for name, role in self.setup.trained.items()}
+        log = PPOLog(
+            metrics,
+            self.settings.answers_interval,
+            roles,
+            recipes,
+            ctx.gpus,
+            self.steps.total_steps,
+        )
+        set_random_seed(ctx.seed + ctx.rank)
+        position = self.checkpointer.restore(
+            roles.trained,
+            {"ppo": self.trainer, "ema": roles.ema, "ptx": self.trainer.ptx, "health": log.health},
+            frozen={"reference": roles.reference, "reward": roles.reward},
+        )
+        return log, position
+
+    def save(self, output: Path) -> None:
+        """Write the folder of each trained role, and of the actor's average."""
+        ctx, roles = self.ctx, self.trainer.roles
+        for name, engine in roles.trained.items():
+            plan = self.plan.saves[name]
+            save_hf_format(engine, ctx.tokenizer, output / name, ctx.distributed, plan)
+        if roles.ema is not None:
+            plan = self.plan.saves["actor"]
+            with roles.ema.applied() as averaged:
+                folder = output / "actor_ema"
+                save_hf_format(averaged, ctx.tokenizer, folder, ctx.distributed, plan)
+
+
+def prepare(
+    ctx: RunContext,
+    settings: PPORunSettings,
+    plan: RolePlan,
+    data: PromptData,
+    prompts: Loader | StreamLoader,
+) -> PPORun:
+    """Plan the iterations, find the checkpoint to resume from, load the roles.
+
+    Raises:
+        UserError: a checkpoint of another run, or weights that do not fit.
+    """
+    run, config, tokenizer = settings.run, settings.ppo, ctx.tokenizer
+    cache = settings.data.data_output_path
+    text = settings.ptx.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
+    batches = prompts.batches_in(0)  # those of every epoch
+    iterations = settings.iterations(batches)
+    for line in settings.late_warm_up(iterations):
+        print_rank_0(line)
+    rewards = plan.rewards
+    setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
+    for role in setup.trained.values():
+        get_train_ds_config(role.engine, ctx.world_size)
+    steps = StepPlan.of(run.num_train_epochs * [batches], config.generation_batches, iterations)
+    optimizers = {name: role.recipe.optimizer for name, role in setup.trained.items()}
+    derived = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
+    run_plan = RunPlan(
+        settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps, derived
+    )
+    checkpointer = Checkpointer(run.checkpoint, run.output_dir, run_plan, ctx.distributed)
+    tell_unused_ends(plan.names.actor, tokenizer)
+
+    roles = DeepSpeedRLHFEngine.load(setup, tokenizer, ctx.distributed, settings.ema)
+    fused = settings.fuse_lora_for_generation
+    engine = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fused)
+    ranks = {"rank": ctx.rank, "world_size": ctx.world_size}
+    ptx = PTX(text, settings.ptx.unsup_coef, seed=ctx.seed, **ranks) if text else None
+    trainer = DeepSpeedPPOTrainer(
+        roles, config, ctx.world_size, engine, rewards, ptx, seed=ctx.seed
+    )
+    return PPORun(ctx, settings, plan, setup, steps, trainer, checkpointer)
