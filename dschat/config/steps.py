@@ -53,8 +53,10 @@ class RewardSettings(StepSettings):
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5})
     run: RunConfig = group(RunConfig, log={"tensorboard_path": "step2_tensorboard"})
     margin: float = setting(0.0, "margin by which chosen should beat rejected")
-    centering_coefficient: float = setting(0.0, "weight of (chosen + rejected)^2")
-    eval_iters: int | None = setting(None, "evaluation batches at --eval_interval (default: all)")
+    centering_coefficient: float = setting(0.0, "weight of (chosen + rejected)^2", at_least=0)
+    eval_iters: int | None = setting(
+        None, "evaluation batches at --eval_interval (default: all)", at_least=1
+    )
     num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
 
     def __post_init__(self) -> None:

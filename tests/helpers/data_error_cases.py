@@ -56,7 +56,7 @@ WRONG_DATA = {
 WRONG_FLAGS = {
     "mapping without a prompt": (
         ["--dataset_columns", "chosen=best"],
-        r"--dataset_columns names no prompt: add prompt=COLUMN",
+        r"dataset_columns names no prompt: add prompt=COLUMN",
     ),
     "no such module": (
         ["--dataset_function", "no_such_module:f"],

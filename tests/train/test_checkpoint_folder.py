@@ -1,4 +1,4 @@
-"""Folders of states: which is taken, what is refused, what goes when."""
+"""Folders of checkpoints: choosing, refusing and removing them."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from dschat.train import checkpoint_folder
 from dschat.train.checkpoint_folder import NEWEST, checkpoints_in, choose, read_record
 
 
-def write_state(output: Path, step: int) -> Path:
-    """A finished part of a state, not yet in place."""
+def write_checkpoint(output: Path, step: int) -> Path:
+    """Write a finished checkpoint, not yet published."""
     part = checkpoint_folder.unfinished_path(checkpoint_folder.folder_of(output), step)
     (part / "model").mkdir(parents=True)
     (part / "model" / "weights.pt").write_bytes(b"12345")
@@ -21,7 +21,7 @@ def write_state(output: Path, step: int) -> Path:
 
 
 def save(output: Path, step: int, limit: int = 1) -> None:
-    write_state(output, step)
+    write_checkpoint(output, step)
     checkpoint_folder.publish(checkpoint_folder.folder_of(output), step, limit)
 
 
@@ -36,9 +36,9 @@ def test_the_newest_stay_and_steps_are_numbers(tmp_path):
     assert choose(str(tmp_path), NEWEST, True).name == "step-1000000"
 
 
-def test_an_old_state_goes_only_when_the_new_one_is_in_place(tmp_path, monkeypatch):
+def test_an_old_checkpoint_goes_only_when_the_new_one_is_in_place(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    write_state(tmp_path, 2)
+    write_checkpoint(tmp_path, 2)
     seen = []
     original = Path.rename
 
@@ -64,16 +64,16 @@ def test_a_run_that_went_back_replaces_what_came_after(tmp_path):
     assert present(tmp_path) == ["step-000010", "step-000015"]
 
 
-def test_leftovers_are_no_states_and_are_removed(tmp_path):
+def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
     save(tmp_path, 1)
-    write_state(tmp_path, 2)
+    write_checkpoint(tmp_path, 2)
     (tmp_path / "checkpoints" / ".step-000000.old.tmp").mkdir()
     assert choose(str(tmp_path), NEWEST, True).name == "step-000001"
     checkpoint_folder.repair(tmp_path)
     assert present(tmp_path) == ["step-000001"]
 
 
-def test_states_come_back_from_a_folder_that_was_moved_aside(tmp_path):
+def test_checkpoints_come_back_from_a_folder_that_was_moved_aside(tmp_path):
     """As a process leaves it that dies while a model takes the output folder's place."""
     output = tmp_path / "out[1]"
     save(output, 7)
@@ -91,7 +91,7 @@ def test_states_come_back_from_a_folder_that_was_moved_aside(tmp_path):
         ("nowhere", False, "resume nowhere: no such folder"),
     ],
 )
-def test_what_is_not_begun(tmp_path, monkeypatch, resume, will_save, message):
+def test_a_run_that_does_not_start(tmp_path, monkeypatch, resume, will_save, message):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "out", 1)
     (tmp_path / "elsewhere").mkdir()
@@ -100,7 +100,7 @@ def test_what_is_not_begun(tmp_path, monkeypatch, resume, will_save, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_begun(tmp_path, monkeypatch):
+def test_where_a_run_starts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "out", 1)
     (tmp_path / "elsewhere").mkdir()
@@ -111,7 +111,7 @@ def test_what_is_begun(tmp_path, monkeypatch):
     assert choose("new", NEWEST, True) is None
 
 
-def test_a_state_that_is_whole(tmp_path):
+def test_a_complete_checkpoint(tmp_path):
     save(tmp_path, 3)
     record = read_record(tmp_path / "checkpoints" / "step-000003")
     assert record["step"] == 3
@@ -135,7 +135,7 @@ def test_a_state_that_is_whole(tmp_path):
         ),
     ],
 )
-def test_a_state_that_is_not(tmp_path, damage, message):
+def test_an_incomplete_checkpoint(tmp_path, damage, message):
     save(tmp_path, 3)
     state = tmp_path / "checkpoints" / "step-000003"
     damage(state)

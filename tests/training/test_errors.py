@@ -54,7 +54,7 @@ CASES = {
         [*STEP2, "--max_seq_len", "long"],
         r"argument --max_seq_len: invalid int value: 'long'",
     ),
-    "required flag": Case([SFT, "--data_path", "data"], r"--model_name_or_path is required"),
+    "required flag": Case([SFT, "--data_path", "data"], r"model_name_or_path is required"),
     "no model folder": Case(
         [*STEP1, "--model_name_or_path", "./nowhere"],
         r"'\./nowhere' is not a folder: give a folder that holds tokenizer\.json",
@@ -114,7 +114,7 @@ CASES = {
     ),
     "offload without ZeRO": Case(
         [*STEP2, "--offload"],
-        r"offload needs ZeRO: add a zero_stage of 1, 2 or 3, or drop --offload",
+        r"offload needs ZeRO: give a zero_stage of 1, 2 or 3, or drop offload",
     ),
     "offload without ZeRO in step 3": Case(
         [*STEP3, "--offload", "--actor_zero_stage", "2"],
@@ -122,7 +122,7 @@ CASES = {
     ),
     "scheduler in the DeepSpeed JSON": Case(
         [*STEP1, "--deepspeed_config", "scheduler.json"],
-        r"deepspeed_config scheduler\.json: remove the scheduler block, .*--lr_scheduler_type",
+        r"deepspeed_config scheduler\.json: remove the scheduler block, .*lr_scheduler_type",
     ),
     "critic without a head": Case(
         [*STEP3, "--critic_model_name_or_path", "model"],

@@ -1,8 +1,10 @@
-"""Settings that a resumed run may give otherwise; all others must be what they were."""
+"""Settings of the steps: which a resumed run may give otherwise, and building them from Python."""
 
 import pytest
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.cli import parse
+from dschat.errors import UserError
 from dschat.settings import flags_of
 
 RATES = {
@@ -34,3 +36,18 @@ ROLES = {
 def test_exactly_these_may_change(settings, expected):
     flags = [flag for flag in flags_of(settings) if not flag.rule.retired]
     assert {flag.name for flag in flags if flag.rule.may_change} == expected
+
+
+def test_settings_without_the_command_line():
+    settings = SFTSettings.of(model_name_or_path="m", lora_dim=8, seed=3, output_dir="o")
+    assert (settings.model.lora.lora_dim, settings.run.seed, settings.run.output_dir) == (8, 3, "o")
+    assert settings.run.log.tensorboard_path == "step1_tensorboard"
+    assert settings.model.optimizer.full_rate == 9.65e-6
+    argv = ["--model_name_or_path", "m", "--lora_dim", "8", "--seed", "3", "--output_dir", "o"]
+    assert settings == parse(SFTSettings, argv, "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+def test_numbers_that_no_setting_takes(value):
+    with pytest.raises(UserError, match="centering_coefficient is "):
+        RewardSettings.of(model_name_or_path="m", centering_coefficient=value)
