@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from dschat.errors import UserError
 from dschat.utils.module.lora import HEAD_NAMES, output_head
 from dschat.utils.module.lora_layers import LoRALinear
+from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import full_numel, full_shape
 
 # Dense peaks in TFLOPS as (pattern of the device name, bf16, fp16, fp32), from NVIDIA's data sheets
@@ -141,9 +142,9 @@ class Matrices:
 
     @classmethod
     def of(cls, model: nn.Module, hf_config: Any) -> Matrices | None:
-        """Count a live model's, under ZeRO-3 too; None where others than linear layers multiply.
+        """Count a live model's, under ZeRO-3 too; None where more than linear layers multiply.
 
-        That is the case of mixtures of experts and of convolutions.
+        That is the case with mixtures of experts, convolutions, and no attention heads.
         """
         sizes, trained = {"body": 0, "adapters": 0, "head": 0}, 0
         output_heads = [output_head(m) for m in model.modules()]
@@ -151,17 +152,21 @@ class Matrices:
             own = dict(layer.named_parameters(recurse=False))
             if any(len(full_shape(p)) > 2 for p in own.values()):
                 return None
-            is_linear = isinstance(layer, (nn.Linear, Conv1D, LoRALinear))
-            if is_linear:
+            if isinstance(layer, (nn.Linear, Conv1D, LoRALinear)):
                 is_head = name.split(".")[-1] in HEAD_NAMES or layer in output_heads
-                size = full_numel(own["weight"]) if "weight" in own else layer.weight_numel
+                if isinstance(layer, QuantizedLoRALinear):
+                    size, trains = layer.weight_numel, False
+                else:
+                    size, trains = full_numel(own["weight"]), own["weight"].requires_grad
                 sizes["head" if is_head else "body"] += size
-                trained += size if "weight" in own and own["weight"].requires_grad else 0
+                trained += size if trains else 0
             adapter = [p for leaf, p in own.items() if leaf in ("lora_A", "lora_B")]
             sizes["adapters"] += sum(full_numel(p) for p in adapter)
             trained += sum(full_numel(p) for p in adapter)
         layers, hidden, _ = get_hf_configs(hf_config)
-        heads = _size(hf_config, "num_attention_heads", "n_head", "num_heads")
+        heads = _size(hf_config, "num_attention_heads", "n_head", "num_heads", default=0)
+        if heads == 0:
+            return None
         head_dim = _size(hf_config, "head_dim", default=hidden // heads)
         return cls(**sizes, trained=trained, attention=layers * heads * head_dim)
 

@@ -207,3 +207,8 @@ def test_what_linear_layers_do_not_compute_has_no_exact_count(model_type):
     config = AutoConfig.for_model(model_type, **sizes)
     with torch.device("meta"):
         assert Matrices.of(AutoModelForCausalLM.from_config(config), config) is None
+
+
+def test_a_model_without_attention_heads_has_no_exact_count():
+    config = SimpleNamespace(num_hidden_layers=1, hidden_size=4, vocab_size=16)
+    assert Matrices.of(torch.nn.Linear(4, 4), config) is None

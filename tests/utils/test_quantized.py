@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
+from dschat.utils.flops import Matrices
 from dschat.utils.module.lora import (
     adapters_disabled,
     convert_linear_layer_to_lora,
@@ -129,3 +130,11 @@ def test_only_what_carries_adapters_is_packed():
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     with pytest.raises(UserError, match="quantize_base is 3bit"):
         LoraConfig(4, quantize_base="3bit")
+
+
+def test_packed_weights_are_counted_as_they_multiply():
+    plain = tiny.tiny_llama()
+    expected = Matrices.of(plain, plain.config)
+    packed = Matrices.of(tiny.adapted(plain, quantize_base="4bit"), plain.config)
+    assert (packed.body, packed.attention) == (expected.body, expected.attention)
+    assert packed.trained == packed.adapters
