@@ -46,7 +46,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings):
-    """When checkpoints are written, how many stay, and which one the run resumes from."""
+    """Interval and number of checkpoints, and the one that the run resumes from."""
 
     save_steps: int = setting(
         0,

@@ -142,12 +142,16 @@ class TrainingLog:
         }
 
     def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Show an evaluation, less whose `seconds` the throughput of training since the last is."""
+        """Show an evaluation, and the throughput of training since the last one.
+
+        Args:
+            seconds: of the evaluation itself, which do not count as training.
+        """
         self.bar.clear()
         since = self._since_evaluation
         if since.steps:
-            seconds = since.seconds - seconds
-            print_throughput(since.of(self.work), seconds, self.gpus, self.metrics.rank)
+            training = since.seconds - seconds
+            print_throughput(since.of(self.work), training, self.gpus, self.metrics.rank)
         print_rank_0("eval " + console_line(step, self.total_steps, values))
         self.metrics.log(step, values, kind="eval")
         self._since_evaluation = Interval()

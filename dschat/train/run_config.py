@@ -80,7 +80,12 @@ class RunConfig(StartConfig):
             raise UserError("only_optimize_lora and train_base_model contradict: drop one")
 
     def recipe(self, model: ModelConfig) -> Recipe:
-        """Combine how one model trains; the optimizer of a DeepSpeed JSON must agree."""
+        """Combine the settings that decide how one model trains.
+
+        Raises:
+            UserError: an optimizer in the DeepSpeed JSON that contradicts them, or weights in few
+                bits that could not train.
+        """
         recipe = Recipe(
             optimizer=model.optimizer,
             lora=model.lora,
