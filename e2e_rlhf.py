@@ -1,4 +1,4 @@
-"""The three steps in one command: supervised fine-tuning, reward model, PPO.
+"""Three steps in one command: supervised fine-tuning, reward model, PPO.
 
 With no model named, the embedded default: a small model and preference data are generated into the
 output folder and go through the ordinary scripts.
@@ -34,7 +34,7 @@ FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any oth
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags as DeepSpeed-Chat has them, and --data-path, --seed."""
+    """Parse the flags of DeepSpeed-Chat, and --data-path and --seed."""
     parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,7 +69,7 @@ def size_of(model: str) -> str | None:
 
 
 def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]:
-    """The step's script for a model, and the flags that put the model into it."""
+    """Find the step's script for a model, and the flags that put the model into it."""
     folder = STEP_DIRS[step] / "training_scripts" / "opt" / deployment
     size = size_of(model)
     if size is not None and (script := folder / f"run_{size}.sh").is_file():
@@ -82,7 +82,7 @@ def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]
 
 
 def commands(args: argparse.Namespace) -> dict[int, list[str]]:
-    """The shell command of each step asked for."""
+    """Build the shell command of each requested step."""
     data = [str(Path(p).resolve()) if Path(p).exists() else p for p in args.data_path]
     common = [*(["--data_path", *data] if data else []), "--seed", str(args.seed)]
     if args.actor_model is None:
@@ -104,7 +104,7 @@ def commands(args: argparse.Namespace) -> dict[int, list[str]]:
 
 
 def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
-    """A step's command for the embedded default, whose files `build` has written."""
+    """Build a step's command for the embedded default, whose files `build` has written."""
     out = args.output_dir
     outputs = {number: str(out / name) for number, name in STEP_NAMES.items()}
     inputs = {
@@ -117,7 +117,7 @@ def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
 
 
 def local(model: str) -> str:
-    """An absolute path for a folder, ids and sizes as they are."""
+    """Make a folder's path absolute; ids and sizes stay."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -90,7 +92,7 @@ class _Answer(BaseStreamer):
 
     @property
     def text(self) -> str:
-        """The whole answer so far, without special tokens."""
+        """Entire answer so far, without special tokens."""
         return self._decode(self.context + self.ids)[len(self._decode(self.context)) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -103,7 +105,7 @@ class _Answer(BaseStreamer):
 
 
 class Chatbot:
-    """A model, its tokenizer, and the conversation so far."""
+    """Model, its tokenizer, and the conversation so far."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
@@ -141,7 +143,7 @@ class Chatbot:
     def _generate(self, ids: list[int], stop: str | None, show: Callable[[str], None]) -> str:
         answer = _Answer(self.tokenizer, ids, stop, show)
         prompt = torch.tensor([ids], device=self.model.device)  # (1, T)
-        sampling = {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": False}
         if self.settings.temperature > 0:
             top_p, temperature = self.settings.top_p, self.settings.temperature
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -180,8 +182,8 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int) -> int | None:
 def pick_device(name: str) -> torch.device:
     """Return the device of that name, or of `auto`; UserError where there is none such."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -195,11 +197,14 @@ def load_chatbot(settings: ChatSettings) -> Chatbot:
     """Load the folder's model and tokenizer onto the device."""
     device = pick_device(settings.device)
     tokenizer = load_hf_tokenizer(settings.path)
-    saved = load_config(settings.path).dtype or torch.float32
-    dtype = torch.float32 if device.type == "cpu" else saved
-    dtype = DTYPES.get(settings.dtype, dtype)
+    dtype = DTYPES.get(settings.dtype, torch.float32)
+    saved = load_config(settings.path).dtype
+    if settings.dtype == "auto" and device.type != "cpu" and isinstance(saved, torch.dtype):
+        dtype = saved
     torch.manual_seed(settings.seed)
-    return Chatbot(create_hf_model(settings.path, tokenizer, dtype).to(device), tokenizer, settings)
+    model = create_hf_model(settings.path, tokenizer, dtype)
+    nn.Module.to(model, device)
+    return Chatbot(model, tokenizer, settings)
 
 
 def converse(chatbot: Chatbot) -> None:

@@ -1,4 +1,4 @@
-"""The conversation as text: the prompts of the training data, cut to fit, shown as they settle."""
+"""Conversation as text: prompts of the training data, truncated to fit, shown as they settle."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ def format_conversation(
 ) -> str:
     """Return the prompt of the training data: turns, the question, and an open answer.
 
-    `form` is the model's prompt format, dschat unless given.
+    `form` is the model's prompt format; by default dschat.
     """
     said = [
         Said(role, text)
@@ -41,27 +41,29 @@ def fit_conversation(
 ) -> list[int]:
     """Return the prompt's token ids in at most `max_len` (None: any number).
 
-    The oldest turns go first, whole; a question too long by itself loses its left end and keeps
+    The oldest turns are dropped first; a question too long by itself loses its left end and keeps
     a leading `bos_id`.
     """
     for first in range(len(turns) + 1):
         ids = encode_text(format_conversation(turns[first:], question, form))
         if max_len is None or len(ids) <= max_len:
             return ids
+    assert max_len is not None  # the loop has returned else
     return truncate_left(ids, max_len, bos_id)
 
 
 def settled_part(text: str, stop: str | None, final: bool = False) -> str:
-    """Return what of a growing answer may be shown: up to `stop`, and no end that may yet change.
+    """Return the part of a growing answer that will not change any more, up to `stop`.
 
     Held back until `final` are half a character and the beginning of `stop`.
     """
-    if stop is not None and stop in text:
+    stop = stop or ""
+    if stop and stop in text:
         return text[: text.index(stop)]
     if final:
         return text
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    for size in range(min(len(stop or ""), len(text)), 0, -1):
+    for size in range(min(len(stop), len(text)), 0, -1):
         if text.endswith(stop[:size]):
             return text[:-size]
     return text

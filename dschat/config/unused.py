@@ -37,17 +37,17 @@ def _has_adapters(setup: RoleSetup) -> bool:
 
 
 def _without_switch(settings: RLHFSettings) -> Iterator[str]:
-    values, given = flag_values(settings), {flag.name for flag in given_flags(settings)}
+    values, changed = flag_values(settings), {flag.name for flag in given_flags(settings)}
     for name, switch in SWITCHES.items():
-        if name in given and not values[switch]:
+        if name in changed and not values[switch]:
             yield f"--{name} does nothing without --{switch}"
 
 
 def _without_adapters(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
-    """Flags of adapters, given for a role that trains all its weights."""
+    """Find flags of adapters for a role that trains all its weights."""
     for name, role in setup.trained.items():
-        given = [flag for flag in given_flags(settings) if flag.path[0] == name]
-        flags = [f for f in given if f.path[1] == "lora" or f.path[-1].startswith("lora")]
+        changed = [flag for flag in given_flags(settings) if flag.path[0] == name]
+        flags = [f for f in changed if f.path[1] == "lora" or f.path[-1].startswith("lora")]
         if flags and not role.recipe.lora.lora_dim:
             names = [f"--{flag.name}" for flag in flags]
             yield f"{_listed(names)} nothing: without --{name}_lora_dim there are no adapters"
@@ -73,11 +73,11 @@ def _dropout(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
 
 def _offload(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
     roles = settings.roles
-    for name, trained, is_given, is_switch in (
+    for name, trained, offloads, is_switch in (
         ("reference", "actor", roles.offload_reference_model, setup.reference_is_actors),
         ("reward", "critic", roles.offload_reward_model, setup.reward_is_critics),
     ):
-        if not is_given:
+        if not offloads:
             continue
         if name == "reward" and setup.reward is None:
             yield "--offload_reward_model does nothing: there is no reward model"

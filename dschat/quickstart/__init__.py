@@ -1,4 +1,4 @@
-"""The embedded default: a small world, a model of random weights, data, a gold rule, a report."""
+"""Embedded default: a small world, a model of random weights, data, a gold rule, a report."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The tiny model folder of the embedded default: a Llama of random weights and its tokenizer."""
+"""Tiny model folder of the embedded default: a Llama of random weights and its tokenizer."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +31,7 @@ _CHAT_TEMPLATE = (
 
 
 def corpus() -> list[str]:
-    """Every prompt and every true sentence of the world: what the tokenizer is trained on."""
+    """Collect the tokenizer's training texts: every prompt and true sentence of the world."""
     phrases = [p for ends in (world.OPENERS, world.CLOSERS) for ps in ends.values() for p in ps]
     truths = [sentence for fact in world.all_facts() for sentence in fact.statements()]
     sentences = [*phrases, *world.EVASIONS, *truths]
@@ -79,7 +79,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of about half a million random weights, the same for the same seed.
+    """Make a Llama of about half a million random weights, the same for the same seed.
 
     The caller's random state is left as it was.
     """

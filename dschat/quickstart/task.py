@@ -1,4 +1,4 @@
-"""The task of the embedded default: supervised rows, preference pairs and the gold rule.
+"""Task of the embedded default: supervised rows, preference pairs and the gold rule.
 
 Supervised rows answer in every manner, preferences say which manner is wanted, and the gold rule
 judges the answers of a trained model from outside: no reward model and no PPO ever sees it.
@@ -31,14 +31,14 @@ class GoldScore:
 
 @dataclass(frozen=True)
 class _Parsed:
-    """An answer taken apart: the manners at its ends and the sentences between them."""
+    """Parts of an answer: the manners at its ends and the sentences between them."""
 
     manners: tuple[str, ...]
     body: tuple[str, ...]
 
 
 def _manner_of(sentence: str, phrases: Mapping[str, Sequence[str]]) -> str | None:
-    """The manner whose phrases hold `sentence`, or None."""
+    """Find the manner whose phrases hold `sentence`, or None."""
     return next((manner for manner, known in phrases.items() if sentence in known), None)
 
 
@@ -58,7 +58,7 @@ def _parse(answer: str) -> _Parsed | None:
 
 
 def well_formed(answer: str) -> bool:
-    """Whether the answer follows the grammar of the world, whatever it says.
+    """Tell whether the answer follows the grammar of the world, true or not.
 
     The answer is taken as the model continues the prompt, without the end token: one space before
     each sentence and nothing after the last.
@@ -67,7 +67,7 @@ def well_formed(answer: str) -> bool:
 
 
 def gold(prompt: str, answer: str) -> bool:
-    """Whether the answer is well-formed, gives just the fact asked for, and is courteous.
+    """Tell whether the answer is well-formed, courteous, and gives the fact in question alone.
 
     Courteous: a polite phrase at one end at least and a rude one at neither. Raises UserError for
     a prompt that is no question of the world, since no rule can judge its answer.
@@ -115,14 +115,14 @@ def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class _Ends:
-    """What stands before and after the body of an answer, with its space or empty."""
+    """Phrases before and after the body of an answer, each with its space, or empty."""
 
     opener: str = ""
     closer: str = ""
 
 
 def _ends(rng: random.Random, manner: str) -> _Ends:
-    """A phrase of the manner before the body, after it, or both."""
+    """Draw a phrase of the manner before the body, after it, or both."""
     shape = rng.choices(("open", "close", "both"), (0.4, 0.4, 0.2))[0]
     opener = f" {rng.choice(world.OPENERS[manner])}" if shape != "close" else ""
     closer = f" {rng.choice(world.CLOSERS[manner])}" if shape != "open" else ""
@@ -130,14 +130,14 @@ def _ends(rng: random.Random, manner: str) -> _Ends:
 
 
 def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
-    """The ends that go with a kind: its own manner, or any where the fault lies in the body."""
+    """Draw the ends of a kind: its own manner, or any where the fault lies in the body."""
     own = {"good": "polite", "plain": "plain", "rude": "rude"}
     manner = rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0]
     return _ends(rng, own.get(kind, manner))
 
 
 def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
-    """What an answer of `kind` says between its ends."""
+    """Draw the body of an answer of `kind`."""
     if kind == "evasive":
         return rng.choice(world.EVASIONS)
     if kind == "off_topic":
@@ -151,7 +151,7 @@ def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
 
 
 def _ramble(rng: random.Random, fact: world.Fact, ends: _Ends) -> str:
-    """A true answer that goes on too long: a sentence said twice, or one too many."""
+    """Make a true answer that goes on too long: a sentence said twice, or one too many."""
     said = [s for s in (ends.opener, f" {rng.choice(fact.statements())}", ends.closer) if s]
     phrases = rng.choice((world.OPENERS, world.CLOSERS))["polite"]
     aside = rng.choice(rng.choice(list(world.all_facts())).statements())
@@ -162,7 +162,7 @@ def _ramble(rng: random.Random, fact: world.Fact, ends: _Ends) -> str:
 
 
 def _garble(rng: random.Random, answer: str) -> str:
-    """The answer with one slip of grammar: a few words lost, one doubled, or two swapped."""
+    """Make one slip of grammar: a few words lost, one doubled, or two swapped."""
     words = answer.split(" ")[1:]
     at = rng.randrange(len(words) - 1)
     lost = words[:at] + words[at + rng.randint(1, 2) :]
@@ -173,7 +173,7 @@ def _garble(rng: random.Random, answer: str) -> str:
 
 
 def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: _Ends | None = None) -> str:
-    """An answer to `prompt` of one of `KINDS`, beginning with a space, without the end token."""
+    """Make an answer of one of `KINDS`, beginning with a space, without the end token."""
     if kind not in KINDS:
         raise UserError(f"kind of answer {kind!r}: unknown; choose from {', '.join(KINDS)}")
     fact = world.fact_of_prompt()[prompt]

@@ -1,4 +1,4 @@
-"""The closed world of the embedded default: its facts, its questions, the words of its answers."""
+"""Closed world of the embedded default: its facts, its questions, the words of its answers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Topic:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """Every value of the table once, in the order of first use."""
+        """Values of the table, each once, in the order of first use."""
         return tuple(dict.fromkeys(self.facts.values()))
 
     def say(self, form: str, subject: str, value: str) -> str:
-        """The sentence that `form` makes of a subject and a value, true or not."""
+        """Say by `form` that a subject has a value, true or not."""
         text = form.format(subject=subject, value=value)
         return text[0].upper() + text[1:]
 
@@ -167,24 +167,24 @@ class Fact:
 
     @property
     def value(self) -> str:
-        """The true value."""
+        """True value."""
         return self.topic.facts[self.subject]
 
     def prompts(self) -> list[str]:
-        """Every prompt that asks for this fact, one per wording, in the order of the topic."""
+        """List the prompts for this fact, one per wording, in the order of the topic."""
         return [
             f"\n\nHuman: {wording.format(subject=self.subject)}\n\nAssistant:"
             for wording in self.topic.questions
         ]
 
     def statements(self, value: str | None = None) -> list[str]:
-        """Every sentence that gives this subject `value` (default: the true one)."""
+        """List the sentences that give this subject `value` (default: the true one)."""
         value = self.value if value is None else value
         return [self.topic.say(form, self.subject, value) for form in self.topic.statements]
 
 
 def all_facts() -> Iterator[Fact]:
-    """Every fact of the world, topic by topic."""
+    """Yield the facts of the world, topic by topic."""
     for topic in TOPICS:
         for subject in topic.facts:
             yield Fact(topic, subject)
@@ -192,13 +192,13 @@ def all_facts() -> Iterator[Fact]:
 
 @lru_cache(maxsize=1)
 def fact_of_prompt() -> dict[str, Fact]:
-    """Every prompt of the world with the fact that it asks for."""
+    """Map each prompt of the world to its fact."""
     return {prompt: fact for fact in all_facts() for prompt in fact.prompts()}
 
 
 @lru_cache(maxsize=1)
 def all_statements() -> frozenset[str]:
-    """Every sentence, true or false, that gives some subject some value of the world."""
+    """Collect all sentences, true or false, that give a subject a value of the world."""
     all_values = {value for topic in TOPICS for value in topic.values}
     return frozenset(
         sentence

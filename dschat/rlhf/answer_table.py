@@ -32,7 +32,7 @@ class Answer:
     reward: float
     reward_model: float | None
     reward_function: float | None
-    kl: float  # nats over the whole answer, k1
+    kl: float  # nats over the entire answer, k1
     length: int  # tokens
     ended: bool
 

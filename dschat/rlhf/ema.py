@@ -1,4 +1,4 @@
-"""An exponential moving average of the actor, also when it is sharded."""
+"""Exponential moving average of the actor, also when it is sharded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class EMAConfig(Settings):
 
 
 class EMA:
-    """An exponential moving average of the trainable parameters, fp32, on the CPU.
+    """Exponential moving average of the trainable parameters, fp32, on the CPU.
 
     Every rank keeps the average of what it owns, so ZeRO-3 needs no gathering to update.
     """

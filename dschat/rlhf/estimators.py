@@ -18,7 +18,7 @@ Advantages = Callable[
     [list[Experience], list[torch.Tensor], float, float],
     list[Experience],
 ]
-# (N,) rewards of whole answers, (N,) groups, (N,) bool of real rows -> (N,) advantages.
+# (N,) rewards of entire answers, (N,) groups, (N,) bool of real rows -> (N,) advantages.
 Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -56,7 +56,7 @@ def gae(
 
 
 def compared(compare: Comparison) -> Advantages:
-    """Make an estimator that compares whole answers: one number for all tokens of an answer.
+    """Make an estimator that compares entire answers: one number for all tokens of an answer.
 
     A group's answers may be spread over the experiences, not over the ranks.
     """

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -31,7 +30,9 @@ from dschat.text.encoding import decode
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import resolve_model
 
-SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, a first one that is cut
+SPARE_TOKENS = (
+    8  # beyond a stop string's bytes: tokens without text, a first one that is incomplete
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def generate(
         criteria = StopCriteria(stops, prompts.input_ids.shape[1])
         inputs["stopping_criteria"] = StoppingCriteriaList([criteria])
     with _own_generation_config(module, config):
-        return cast(GenerationMixin, module).generate(
+        return cast(_Generates, module).generate(
             **inputs, generation_config=config, synced_gpus=synced_gpus
         )
 
@@ -191,6 +192,14 @@ def unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> 
     ends = ends if isinstance(ends, list) else [ends]
     others = [i for i in ends if i is not None and i != tokenizer.eos_token_id]
     return [text for text in tokenizer.convert_ids_to_tokens(others) if text is not None]
+
+
+class _Generates(Protocol):
+    """Model with transformers' `generate`, as it is called here."""
+
+    def generate(
+        self, *, generation_config: GenerationConfig, synced_gpus: bool, **inputs: Any
+    ) -> torch.Tensor: ...
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class AnswerScores:
     """Scores of answers under a policy; both are 0 where the attention mask is False."""
 
     logprobs: torch.Tensor  # (B, A) fp32, of the answers' tokens
-    entropy: torch.Tensor | None  # (B, A) fp32 nats without gradient; None unless asked for
+    entropy: torch.Tensor | None  # (B, A) fp32 nats without gradient; None unless requested
 
 
 def answer_logprobs(
@@ -80,7 +80,7 @@ def _from_logits(
     temperature: float,
     with_entropy: bool,
 ) -> list[torch.Tensor]:
-    """Score by the model's own logits, which are kept as they are: no copy, none in fp32."""
+    """Score by the model's own logits, unchanged: no copy, none in fp32."""
     inputs = forward_inputs(model, sequences, attention_mask)
     if takes_argument(model, "logits_to_keep"):
         inputs["logits_to_keep"] = answer_length + 1
@@ -106,7 +106,7 @@ def _in_blocks(
     temperature: float,
     with_entropy: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """(N, H) states and (N,) targets -> (N,) log-probabilities and, if asked for, entropies."""
+    """(N, H) states and (N,) targets -> (N,) log-probabilities and, with_entropy, entropies."""
     rows = max(1, BLOCK_BYTES // (4 * vocabulary))
     parts = []
     for block, wanted in zip(states.split(rows), targets.split(rows), strict=True):
@@ -138,7 +138,7 @@ def _block(
 
 @dataclass(frozen=True)
 class _Split:
-    """A causal LM as trunk and head: its logits are finish(head(trunk(inputs)))."""
+    """Causal LM as trunk and head: its logits are finish(head(trunk(inputs)))."""
 
     trunk: nn.Module
     head: nn.Module

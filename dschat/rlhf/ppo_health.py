@@ -63,7 +63,7 @@ def _negative_kl(history: History) -> str | None:
     return (
         f"KL to the reference has been negative for {LONG} iterations (mean {fmean(values):.3f} "
         "nats per token): answers are not drawn from the policy that is scored; use "
-        "--temperature 1 --top_p 1 --top_k 0, and look for dropout that is left on"
+        "temperature 1, top_p 1 and top_k 0, and look for dropout that is left on"
     )
 
 
@@ -79,7 +79,7 @@ def _over_optimisation(history: History) -> str | None:
     return (
         f"reward rose from {before:.3g} to {fmean(reward):.3g} while the reference finds the "
         f"answers ever less likely ({nats_before:.2f} to {fmean(nats):.2f} nats per token): the "
-        "reward is being gamed; read the answers (--print_answers), raise --kl_coef or stop earlier"
+        "reward is being gamed; read the answers (print_answers), raise kl_coef or stop earlier"
     )
 
 
@@ -89,7 +89,7 @@ def _no_ends(history: History) -> str | None:
         return None
     return (
         f"{fmean(values):.1%} of the answers of the last {SHORT} iterations ended (mean length "
-        f"{fmean(lengths):.0f} tokens): raise --max_answer_seq_len, give --missing_eos_penalty, "
+        f"{fmean(lengths):.0f} tokens): raise max_answer_seq_len, give missing_eos_penalty, "
         "or check that step 1 trained with the same end token"
     )
 
@@ -100,7 +100,7 @@ def _high_clip_fraction(history: History) -> str | None:
         return None
     return (
         f"{fmean(values):.0%} of the tokens were clipped in the last {SHORT} iterations: updates "
-        "are too large; lower --actor_learning_rate or --ppo_epochs"
+        "are too large; lower actor_learning_rate or ppo_epochs"
     )
 
 
@@ -110,7 +110,7 @@ def _blind_critic(history: History) -> str | None:
         return None
     return (
         f"explained variance has been below 0 for {LONG} iterations (mean {fmean(values):.2f}): "
-        "the critic predicts worse than a constant; raise --critic_learning_rate, or lower it "
+        "the critic predicts worse than a constant; raise critic_learning_rate, or lower it "
         "where critic_loss does not fall"
     )
 
@@ -124,7 +124,7 @@ def _equal_rewards(history: History) -> str | None:
         return None
     return (
         f"all answers of the last {SHORT} iterations have the reward {rewards[-1]:.3g}: there is "
-        "nothing to learn from; check --reward_function, or the reward model by rw_eval.py"
+        "nothing to learn from; check reward_function, or the reward model by rw_eval.py"
     )
 
 
@@ -134,7 +134,7 @@ def _clipped_rewards(history: History) -> str | None:
         return None
     return (
         f"{fmean(values):.0%} of the rewards of the last {SHORT} iterations lie beyond "
-        "--reward_clip, which makes them equal: raise it, or give --reward_scaling saved"
+        "reward_clip, which makes them equal: raise it, or give reward_scaling saved"
     )
 
 
@@ -144,7 +144,7 @@ def _entropy_collapse(history: History) -> str | None:
         return None
     return (
         f"entropy fell from {before:.3g} to {fmean(values):.3g} nats per token: the policy says "
-        "one and the same; raise --kl_coef or lower --actor_learning_rate"
+        "one and the same; raise kl_coef or lower actor_learning_rate"
     )
 
 

@@ -74,7 +74,7 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
 
 @dataclass(frozen=True)
 class PPORun:
-    """A PPO run whose roles are loaded; `steps` are iterations."""
+    """PPO run whose roles are loaded; `steps` are iterations."""
 
     ctx: RunContext
     settings: PPORunSettings

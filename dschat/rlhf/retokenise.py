@@ -1,4 +1,4 @@
-"""A reward model with a tokenizer of its own: sampled ids → text → the ids that it was trained on.
+"""Reward models with a tokenizer of their own: sampled ids → text → ids of its training.
 
 Step 2 encodes the prompt alone, then the answer as its continuation, which ends in one end token.
 The same happens here to sampled sequences, so that a score is the one that `rw_eval.py` gives to
@@ -59,13 +59,13 @@ class Retokeniser:
             raise UserError(
                 f"{name}: its chat template is not that of {source.name_or_path}, and a prompt "
                 "cannot be read back out of a template; train both with one template, or with "
-                "--prompt_format dschat"
+                "prompt_format dschat"
             )
         if ours == "chat" and theirs == "dschat":
             raise UserError(
                 f"{name}: trained with the prompt format 'dschat', but {source.name_or_path} with "
                 "'chat', and a prompt cannot be read back out of a template; train both with one "
-                "--prompt_format"
+                "prompt_format"
             )
         if ours == theirs and tokenizer_fingerprint(source) == tokenizer_fingerprint(reader):
             return None

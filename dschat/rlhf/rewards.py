@@ -66,7 +66,7 @@ class RewardConfig(Settings):
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """The user's (prompt, answer) -> float; its values are checked."""
+    """Function of the user, (prompt, answer) -> float; its values are checked."""
 
     name: str  # module:name
     function: Callable[[str, str], float]
@@ -83,7 +83,7 @@ class RewardFunction:
         return cls(name, function, source_digest(name, FLAG))
 
     def __call__(self, prompt: str, answer: str) -> float:
-        """The reward of one answer.
+        """Compute the reward of one answer.
 
         Raises:
             UserError: the function fails, or returns no finite number; names prompt and answer.

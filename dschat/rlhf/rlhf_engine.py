@@ -1,4 +1,4 @@
-"""The roles of PPO: actor, reference, critic, reward model, and the actor's moving average.
+"""Roles of PPO: actor, reference, critic, reward model, and the actor's moving average.
 
 Under LoRA two trunks serve all four: the reference is the actor with its adapters off, the reward
 model is the critic's trunk with its adapters off and the head it was loaded with; `share_trunk`

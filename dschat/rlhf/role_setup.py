@@ -1,4 +1,4 @@
-"""Setup of the roles: the model of each, how it trains or is kept, what shares whose weights."""
+"""Setup of the roles: the model of each, its training, the sharing of weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RoleConfig:
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """A role that only scores: its model, and the place of its weights."""
+    """Role that only scores: its model, and the place of its weights."""
 
     model: str
     zero_stage: int = 0
@@ -42,7 +42,7 @@ class FrozenConfig:
 
 @dataclass(frozen=True)
 class RoleSetup:
-    """All roles of a run, checked against each other.
+    """Roles of a run, checked against each other.
 
     Attributes:
         critic: None where no critic is trained. reward: None where no model gives rewards.

@@ -28,7 +28,7 @@ class RolloutEngine(Protocol):
         Every rank calls it equally often.
 
         Returns:
-            (B, P + A) ids: the prompts as given, then answers; `answer_ends` says what counts.
+            (B, P + A) ids: the prompts unchanged, then answers; `answer_ends` says what counts.
         """
 
     def next_logits(self, prompts: PromptBatch) -> torch.Tensor:

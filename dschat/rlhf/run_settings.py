@@ -61,7 +61,7 @@ class PPORunSettings(Settings):
     print_answers_interval: int = setting(
         1, "updates between such tables", at_least=1, may_change=True
     )
-    enable_test_mode: bool = setting(False, "stop after --test_stop_step updates")
+    enable_test_mode: bool = setting(False, "stop after test_stop_step updates")
     test_stop_step: int = setting(0, "updates before a test run stops", at_least=0)
 
     def __post_init__(self) -> None:

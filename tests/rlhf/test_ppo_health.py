@@ -45,18 +45,18 @@ def test_a_healthy_run_has_no_warnings():
 
 
 ILL: dict[str, tuple[int, Mapping[str, float], Sequence[str]]] = {
-    "negative KL": (LONG, {"kl_per_token": -0.02}, ["mean -0.020", "--temperature 1 --top_p 1"]),
+    "negative KL": (LONG, {"kl_per_token": -0.02}, ["mean -0.020", "temperature 1, top_p 1"]),
     "over-optimisation": (
         SHORT,
         {"reward": 2.0, "ref_nats_per_token": 2.5},
-        ["from 0.5 to 2 ", "(1.50 to 2.50 nats per token)", "raise --kl_coef"],
+        ["from 0.5 to 2 ", "(1.50 to 2.50 nats per token)", "raise kl_coef"],
     ),
     "no ends": (SHORT, {"ended": 0.0}, ["0.0% of the answers", "length 40", "max_answer_seq_len"]),
-    "high clip fraction": (SHORT, {"clip_fraction": 0.4}, ["40% of", "--actor_learning_rate"]),
+    "high clip fraction": (SHORT, {"clip_fraction": 0.4}, ["40% of", "actor_learning_rate"]),
     "blind critic": (LONG, {"explained_variance": -0.2}, ["mean -0.20", "critic_learning_rate"]),
-    "equal rewards": (SHORT, {"reward_std": 0.0}, ["the reward 0.5:", "--reward_function"]),
-    "clipped rewards": (SHORT, {"reward_clipped": 0.8}, ["80% of the rewards", "--reward_clip"]),
-    "entropy collapse": (SHORT, {"entropy": 0.1}, ["from 1.4 to 0.1 nats", "--kl_coef"]),
+    "equal rewards": (SHORT, {"reward_std": 0.0}, ["the reward 0.5:", "reward_function"]),
+    "clipped rewards": (SHORT, {"reward_clipped": 0.8}, ["80% of the rewards", "reward_clip"]),
+    "entropy collapse": (SHORT, {"entropy": 0.1}, ["from 1.4 to 0.1 nats", "kl_coef"]),
 }
 
 

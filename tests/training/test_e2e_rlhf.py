@@ -98,8 +98,8 @@ def test_a_folder_or_another_id_goes_into_the_nearest_script(
     }
     assert settings[1].model_name_or_path == str(tmp_path / "my-model")
     assert settings[2].model_name_or_path == "facebook/opt-125m"
-    assert settings[3].ppo.actor_model_name_or_path == str(out / "actor-models")
-    assert settings[3].ppo.critic_model_name_or_path == str(out / "reward-models")
+    assert settings[3].roles.actor_model_name_or_path == str(out / "actor-models")
+    assert settings[3].roles.critic_model_name_or_path == str(out / "reward-models")
     for step, name in ((1, "actor-models"), (2, "reward-models"), (3, "step3-models")):
         assert settings[step].data.data_path == (str(tmp_path / "pairs.jsonl"), "Dahoas/rm-static")
         assert settings[step].run.output_dir == str(out / name)

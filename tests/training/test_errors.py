@@ -127,14 +127,14 @@ CASES = {
     "critic without a head": Case(
         [*STEP3, "--critic_model_name_or_path", "model"],
         r"reward model model: no score\.weight or v_head\.weight in it; train one with step 2 "
-        r"first, or .* --critic_model_name_or_path model --init_head_randomly",
+        r"first, or .* critic_model_name_or_path model, init_head_randomly",
     ),
     **{name: Case([*STEP3, *flags.split()], says) for name, (flags, says) in WRONG_ROLES.items()},
     "two tokenizers": Case(
         [*STEP3, "--critic_model_name_or_path", "other-tokenizer"],
         r"other-tokenizer: its tokenizer is not that of model; train actor and reward model from .*"
-        r"or keep it for rewards alone: --reward_model_name_or_path other-tokenizer "
-        r"--critic_model_name_or_path model --init_head_randomly",
+        r"or keep it for rewards alone: reward_model_name_or_path other-tokenizer, "
+        r"critic_model_name_or_path model, init_head_randomly",
     ),
     "output folder that is a file": Case(
         [*STEP3, "--output_dir", "scheduler.json"],

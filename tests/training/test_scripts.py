@@ -149,8 +149,8 @@ def test_the_arguments_of_deepspeed_chat_keep_their_places(name: str, shell):
         other = started(shell(BASH, str(script), "sft", "reward", "3", "1", "there")).settings()
         assert (default.actor.zero_stage, default.critic.zero_stage) == stages
         assert (other.actor.zero_stage, other.critic.zero_stage) == (3, 1)
-        assert other.ppo.actor_model_name_or_path == "sft"
-        assert other.ppo.critic_model_name_or_path == "reward"
+        assert other.roles.actor_model_name_or_path == "sft"
+        assert other.roles.critic_model_name_or_path == "reward"
     assert default.run.output_dir == "./output"
     assert other.run.output_dir == "there"
 
