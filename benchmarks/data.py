@@ -65,7 +65,7 @@ def memory(field: str) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of this process and the children that it has waited for."""
+    """Sum the CPU time of this process and of the children that it has waited for."""
     return sum(os.times()[:4])
 
 

@@ -1,4 +1,4 @@
-"""What padding costs in training: the same rows through the same small model, batched in four ways.
+"""Cost of padding in training: the same rows through one small model, batched in four ways.
 
 Part of `benchmarks.data`, which makes the rows. The ways take turns, so that whatever else the
 machine does hits all of them; figures are medians.

@@ -13,7 +13,7 @@ BatchT = TypeVar("BatchT", bound="Batch")
 
 @dataclass(frozen=True)
 class Batch:
-    """What every batch has; a row whose `real` is False is filler and must count nowhere."""
+    """Fields of every batch; a row whose `real` is False is filler and must count nowhere."""
 
     input_ids: torch.Tensor  # int64
     attention_mask: torch.Tensor  # bool, shaped like input_ids; True = not padding
@@ -21,7 +21,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """How many real sequences it holds."""
+        """Count the real sequences."""
         return int(self.real.sum()) * (len(self.input_ids) // len(self.real))
 
     def to(self: BatchT, device: torch.device | str) -> BatchT:
@@ -38,13 +38,13 @@ class SFTBatch(Batch):
 
 @dataclass(frozen=True)
 class PackedBatch(SFTBatch):
-    """Sequences one behind the other in each row: what each may see is its own beginning."""
+    """Several sequences in each row, one after another; each attends to itself alone."""
 
     position_ids: torch.Tensor  # (B, T) int64; 0 where a sequence begins, and on padding
 
     @property
     def sequences(self) -> int:
-        """How many real sequences it holds."""
+        """Count the real sequences."""
         begins = self.attention_mask & (self.position_ids == 0)
         return int(begins[self.real].sum())
 
@@ -146,13 +146,13 @@ def _pad(
 
 
 def _from(starts: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
-    """The part of a right-padded mask that lies at or behind each row's start, (N, T) bool."""
+    """Take the part of a right-padded mask from each row's start on, (N, T) bool."""
     columns = torch.arange(attention_mask.shape[1])
     return attention_mask & (columns >= torch.tensor(starts)[:, None])
 
 
 def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> torch.Tensor:
-    """The part of a right-padded mask inside each row's [start, stop, start, stop, ...], (N, T)."""
+    """Take a right-padded mask inside each row's [start, stop, start, stop, ...], (N, T)."""
     inside = torch.zeros_like(attention_mask)
     for row, bounds in enumerate(spans):
         for start, stop in zip(bounds[::2], bounds[1::2], strict=True):

@@ -1,4 +1,4 @@
-"""Which rows of a source belong to which of the three phases, as a pure function."""
+"""Splits of a source's rows among the three phases, and into train and test, by a seed."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
 
 
 def parse_proportions(text: str) -> tuple[float, ...]:
-    """Read `--data_split`: "2,4,4" (one number a phase) or "10" (every row in every phase).
+    """Read `data_split`: "2,4,4" (one number a phase) or "10" (every row in every phase).
 
     Raises:
         UserError: another count, not a number, negative, or all zero.
@@ -24,13 +24,13 @@ def parse_proportions(text: str) -> tuple[float, ...]:
     try:
         proportions = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"--data_split {text!r} holds what is not a number: {remedy}") from error
+        raise UserError(f"data_split {text!r} holds what is not a number: {remedy}") from error
     if len(proportions) not in (1, len(PHASES)):
-        raise UserError(f"--data_split {text!r} has {len(proportions)} numbers: {remedy}")
+        raise UserError(f"data_split {text!r} has {len(proportions)} numbers: {remedy}")
     if not all(math.isfinite(value) and value >= 0 for value in proportions):
-        raise UserError(f"--data_split {text!r} has a negative or infinite number: {remedy}")
+        raise UserError(f"data_split {text!r} has a negative or infinite number: {remedy}")
     if not any(proportions):
-        raise UserError(f"--data_split {text!r} is all zero: {remedy}")
+        raise UserError(f"data_split {text!r} is all zero: {remedy}")
     return proportions
 
 

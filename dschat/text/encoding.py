@@ -86,10 +86,10 @@ def encode_answers(
     rest = sorted(set(range(len(bare))).difference(apart))
     joined = encode(tokenizer, [prompts[row] + bare[row] for row in rest], special)
     merged = []
-    for row, whole in zip(rest, joined, strict=True):
+    for row, ids in zip(rest, joined, strict=True):
         head = prompt_ids[row]
-        answer_ids[row] = whole[len(head) :]
-        if whole[: len(head)] != head:
+        answer_ids[row] = ids[len(head) :]
+        if ids[: len(head)] != head:
             merged.append(row)
     replacements = _encode_apart(
         tokenizer, [prompt_ids[row] for row in merged], [bare[row] for row in merged]
@@ -154,9 +154,9 @@ def _encode_apart(
     for sentinel in SENTINELS:
         head = encode(tokenizer, [sentinel], special=False)[0]
         texts = [sentinel + answer for answer in answers]
-        for row, whole in enumerate(encode(tokenizer, texts, special=False)):
-            if whole[: len(head)] == head:
-                candidates[row].append(whole[len(head) :])
+        for row, ids in enumerate(encode(tokenizer, texts, special=False)):
+            if ids[: len(head)] == head:
+                candidates[row].append(ids[len(head) :])
     for row, alone in enumerate(encode(tokenizer, answers, special=False)):
         candidates[row].append(alone)
     chosen = []

@@ -100,21 +100,21 @@ class ChatFormat:
         Raises:
             UserError: the template writes an answer otherwise once the conversation goes on.
         """
-        turns, whole = as_turns(prompt), self.prompt(prompt)
+        turns, text = as_turns(prompt), self.prompt(prompt)
         pieces, at, end = [], 0, self.tokenizer.eos_token
         for number, turn in enumerate(turns):
             if turn.role == "assistant" and turn.text.strip():
                 opened = self._render(turns[:number], is_open=True)
                 closed = opened + self.answer(turns[:number], opened, turn.text)
-                if not whole.startswith(closed + end) or at > len(opened):
+                if not text.startswith(closed + end) or at > len(opened):
                     raise UserError(
                         "the chat template writes earlier answers otherwise than the last one, so "
                         "they cannot train as they are generated; use --train_on last_turn or "
                         "--prompt_format dschat"
                     )
-                pieces += [whole[at : len(opened)], whole[len(opened) : len(closed)]]
+                pieces += [text[at : len(opened)], text[len(opened) : len(closed)]]
                 at = len(closed) + len(end)
-        return [*pieces, whole[at:]]
+        return [*pieces, text[at:]]
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
         """Write the text of an answer to `prompt`, whose own text is `opened`.

@@ -48,7 +48,7 @@ def load_hf_tokenizer(
 
 
 def tokenizer_home(model_name_or_path: str) -> str:
-    """Where the tokenizer is: an adapter folder that holds none uses its base's."""
+    """Find the tokenizer's folder: an adapter folder that holds none uses its base's."""
     source = resolve_model(model_name_or_path)
     for adapter in reversed(source.adapters):
         if _has_tokenizer(adapter.folder):

@@ -236,7 +236,7 @@ def test_no_rows_left_is_refused(spec, write_rows, byte_tokenizer):
     [
         ({"max_seq_len": 3}, "max_seq_len is 3: give at least 4"),
         ({"data_path": ()}, "data_path is empty"),
-        ({"data_split": "a"}, "--data_split 'a'"),
+        ({"data_split": "a"}, "data_split 'a'"),
         ({"seed": -1}, "seed is -1: give 0 or more"),
         ({"max_train_samples": 0}, "max_train_samples is 0: give at least 1"),
         ({"preprocessing_num_workers": 0}, "preprocessing_num_workers is 0: give at least 1"),

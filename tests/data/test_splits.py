@@ -63,5 +63,5 @@ def test_parse():
     ],
 )
 def test_bad_proportions_are_refused(text, reason):
-    with pytest.raises(UserError, match=f"--data_split.*{reason}"):
+    with pytest.raises(UserError, match=f"data_split.*{reason}"):
         parse_proportions(text)

@@ -93,7 +93,7 @@ CASES = {
     ),
     "no share of the data": Case(
         [*STEP1, "--data_split", "0,5,5"],
-        r"phase 1 .* gets no rows of data under --data_split '0,5,5': give phase 1 a larger share",
+        r"phase 1 .* gets no rows of data under data_split '0,5,5': give phase 1 a larger share",
     ),
     "no layer for LoRA in step 1": Case(
         [*STEP1, "--lora_dim", "4", "--lora_module_name", "decoder.layers."],
