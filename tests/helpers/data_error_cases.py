@@ -25,7 +25,7 @@ WRONG_DATA = {
     "content that is no text": (
         [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
         [],
-        r" line 1: .*message 1: 'content' is list, needs text; mend or drop the row",
+        r" line 1: .*message 1: 'content' is list, needs text; fix or drop the row",
     ),
     "prompt without answer": (
         [{"messages": [ASK]}] * 3,
@@ -50,7 +50,7 @@ WRONG_DATA = {
     "function that fails": (
         [ROW],
         ["--dataset_function", "json:loads"],
-        r" line 1: --dataset_function json:loads fails \(TypeError: .*\); mend it or the row",
+        r" line 1: dataset_function json:loads fails \(TypeError: .*\); fix it or the row",
     ),
 }
 WRONG_FLAGS = {
@@ -60,7 +60,7 @@ WRONG_FLAGS = {
     ),
     "no such module": (
         ["--dataset_function", "no_such_module:f"],
-        r"--dataset_function no_such_module:f: no_such_module does not import",
+        r"dataset_function no_such_module:f: no_such_module does not import",
     ),
     "unknown prompt format": (
         ["--prompt_format", "alpaca"],

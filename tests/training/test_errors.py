@@ -69,7 +69,7 @@ CASES = {
     ),
     "no data file": Case(
         [*STEP1, "--data_path", "./nothing.jsonl"],
-        r"--data_path \./nothing\.jsonl: no such file or folder; check the path",
+        r"data_path \./nothing\.jsonl: no such file or folder; check the path",
     ),
     "no prompt column": Case(
         [*STEP1, "--data_path", "no-prompt.jsonl"],
@@ -85,7 +85,7 @@ CASES = {
     ),
     "row of a wrong type": Case(
         [*STEP1, "--data_path", "wrong-type.jsonl"],
-        r"wrong-type\.jsonl line 2: column 'chosen' is int, needs text; mend or drop the row",
+        r"wrong-type\.jsonl line 2: column 'chosen' is int, needs text; fix or drop the row",
     ),
     "empty file": Case(
         [*STEP2, "--data_path", "empty.jsonl"],

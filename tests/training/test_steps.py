@@ -229,7 +229,7 @@ def test_every_program_runs_on_two_ranks(two_ranks: Run):
 def test_bad_data_ends_both_ranks_with_one_line(two_ranks: Run, inputs: Path):
     """The worker goes on afterwards: no rank was left waiting."""
     first = two_ranks.results[0]
-    assert first.stderr.startswith("error: --data_path ./nothing.jsonl: no such file")
+    assert first.stderr.startswith("error: data_path ./nothing.jsonl: no such file")
     assert len(first.stderr.splitlines()) == 1
     assert first.read == []
     assert two_ranks.printed.count("ended with 2 ") == 2
