@@ -53,7 +53,7 @@ class ChatSettings(Settings):
     top_p: float = setting(
         0.95, "sample among the likeliest tokens of this total probability", above=0, at_most=1
     )
-    seed: int = setting(1234, "seed of sampling")
+    seed: int = setting(1234, "seed of sampling", at_least=0)
     dtype: str = setting(
         "auto", "auto is the saved one, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
     )

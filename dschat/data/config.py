@@ -87,6 +87,7 @@ class BatchConfig(Settings):
         None,
         "training batches of as many rows as fit, padded, in so many tokens per device, in place "
         "of --per_device_train_batch_size",
+        at_least=1,
     )
 
     @property

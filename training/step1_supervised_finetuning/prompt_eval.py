@@ -62,7 +62,7 @@ class PromptEvaluation(Settings):
     raw: bool = setting(False, "take prompts as they are, without turns")
     add_eot_token: bool = setting(False, "answers end with <|endoftext|>")
     dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
-    seed: int = setting(1234, "seed of sampling")
+    seed: int = setting(1234, "seed of sampling", at_least=0)
 
     def generation_configs(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, GenerationConfig]:
         """Configure each kind of answer."""
