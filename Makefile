@@ -3,7 +3,7 @@
 # make test-slow    lint, and the tests that `make test` leaves out
 # make test-all     lint, and both
 # make test-gpu     tests/gpu, on the first GPU
-# make lint         check format and style
+# make lint         check format, style and types
 # make format       rewrite the sources in the house format
 # make clean        remove builds and caches; the environment stays, `rm -r .venv` removes it
 #
@@ -47,6 +47,7 @@ test-gpu: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff format .
