@@ -141,7 +141,7 @@ def test_without_a_critic_it_resumes_bit_for_bit(ran):
 
 def test_another_layout_does_not_resume(ran):
     _, outcomes = ran
-    assert "saved with --share_trunk all, now auto; give all" in outcomes["other layout"].error
+    assert "saved with share_trunk all, now auto; give all" in outcomes["other layout"].error
 
 
 def test_a_critic_on_a_language_model_can_be_saved_as_an_adapter(ran):
