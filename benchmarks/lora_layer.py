@@ -60,7 +60,7 @@ def turn(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
 
 
 def seconds(work: Callable[[], None], device: str) -> float:
-    """Of one call, with the device's queue empty before and after."""
+    """Seconds of one call, with the device's queue empty before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -89,7 +89,7 @@ def peak_bytes(work: Callable[[], None], device: str) -> int:
 
 
 def kept_bytes(layer: nn.Module, x: torch.Tensor) -> int:
-    """What autograd holds for the backward pass, parameters and the input itself aside."""
+    """Bytes that autograd holds for the backward pass, beside parameters and the input itself."""
     own = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
     kept: dict[int, int] = {}
 

@@ -74,7 +74,7 @@ PAIRS: dict[str, tuple[PretrainedConfig, PretrainedConfig]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """How the roles train and are sharded."""
+    """Precision, sharding and adapters of the roles."""
 
     dtype: str = "bf16"
     zero_stage: int = 0

@@ -102,7 +102,7 @@ def basin_width(grid: Grid, ratio: float) -> tuple[float, bool]:
 
 
 def _reach(losses: Sequence[float | None], limit: float) -> tuple[float, bool]:
-    """How many cells from the first the loss stays below the limit, and whether all do."""
+    """Count the leading cells whose loss stays below the limit; say if all do."""
     for i, (here, there) in enumerate(itertools.pairwise(losses)):
         if there is None:
             return float(i), False
@@ -165,13 +165,13 @@ def _per_ratio(grid: Grid, full_best: Cell | None) -> list[dict[str, Any]]:
 
 
 def _ratio_on_edge(grid: Grid) -> bool:
-    """Whether the best cell has the smallest or the largest lambda that was tried."""
+    """True where the best cell has the smallest or the largest lambda that was tried."""
     best, ratios = best_cell(grid), {b / a for a, b in grid}
     return best is not None and best[1] / best[0] in (min(ratios), max(ratios))
 
 
 def _against(fresh: Fresh, plain: Fresh) -> dict[str, Any]:
-    """What a winner has over that of lambda 1: gain by seed, and steps to the same final loss."""
+    """Gain of a winner over that of lambda 1, by seed, and steps to the same final loss."""
     pairs = zip(plain.losses(), fresh.losses(), strict=True)
     gains = [None if None in pair else pair[0] - pair[1] for pair in pairs]
     target = mean(plain.losses())

@@ -14,7 +14,7 @@ BAND = (0.125, 64.0)  # cells of other lambdas are not run
 
 @dataclass(frozen=True)
 class Preset:
-    """What a task needs to be told: sizes, and where its optima lie (exponents of two)."""
+    """Sizes of a task, and where its optima lie (exponents of two)."""
 
     steps: int
     batch_size: int
@@ -122,7 +122,7 @@ class GridSettings(Settings):
         return cells
 
     def shared(self) -> dict:
-        """What all runs of one results file have in common."""
+        """Settings that all runs of one results file share."""
         names = ("task", "model_name_or_path", "data_path", "rank")
         sizes = {"batch_size": self.preset.batch_size, "max_seq_len": self.preset.max_seq_len}
         return {name: getattr(self, name) for name in names} | sizes

@@ -1,4 +1,4 @@
-"""What the LoRA+ grid trains: a model and the answers it is to learn.
+"""Tasks of the LoRA+ grid: a model and the answers it learns.
 
 `embedded` needs nothing but this repository: the quickstart's model learns its world with all
 weights, once, and is then adapted to the same facts in another language, a cipher of words written
