@@ -178,7 +178,8 @@ def test_other_end_tokens_neither_stop_nor_pass_unnoticed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     names = tokenizer.convert_ids_to_tokens([45, 46])
     assert len(lines) == 2
-    assert all(f"stop_strings '{n}' lets it end" in line for n, line in zip(names, lines, strict=True))
+    for name, line in zip(names, lines, strict=True):
+        assert f"stop_strings '{name}' lets it end" in line
     model = tiny.tiny_llama()
     model.generation_config.eos_token_id = [EOS, 45]
     hook = end_after(model, [2])
