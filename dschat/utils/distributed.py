@@ -80,7 +80,8 @@ def from_local_main(work: Callable[[], str]) -> str:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
-    store, turn = _default_store(), next(_turns)
+    store = dist.distributed_c10d._get_default_store()  # keys and values that all ranks see
+    turn = next(_turns)
     node = dist.get_rank() - int(os.environ["LOCAL_RANK"])  # by its first rank
     names = (node, "problem", "arrived", "informed")
     done, problem, arrived, informed = (f"dschat/{turn}/{name}" for name in names)
@@ -105,11 +106,6 @@ def from_local_main(work: Callable[[], str]) -> str:
 
 
 _turns = itertools.count()  # every rank takes the same ones
-
-
-def _default_store() -> dist.Store:
-    """Return the store behind the process group: keys and values that all ranks see."""
-    return dist.distributed_c10d._get_default_store()
 
 
 def _until(is_true: Callable[[], bool], longest_wait: float = 1.0) -> None:
@@ -172,15 +168,13 @@ def all_reduce_sum(values: Sequence[float], device: torch.device | None = None) 
     """Sum each value over the ranks, in float64, on `device` (default: this rank's)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(v) for v in values]
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device or _default_device())
+    if device is None:
+        from deepspeed.accelerator import get_accelerator
+
+        device = torch.device(get_accelerator().current_device_name())
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
-
-
-def _default_device() -> torch.device:
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())
 
 
 def set_random_seed(seed: int) -> None:
