@@ -13,12 +13,10 @@ import numpy as np
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.cache import written_once
-from dschat.data.config import SHORTEST, DataConfig
+from dschat.data.config import PHASES, SHORTEST, DataConfig, parse_proportions, phase_split
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.data.sources import digest
-from dschat.data.splits import PHASES, parse_proportions, phase_split
-from dschat.data.store import Source, load_source, stream_source
+from dschat.data.store import Source, load_source, stream_source, written_once
 from dschat.data.stream import RowStream, complete, in_turns, rows_of_phase
 from dschat.data.tokenise import FEATURES, Converter, tokenise
 from dschat.errors import UserError

@@ -15,8 +15,8 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.cache import written_once
 from dschat.data.sources import SUFFIXES, TEXT_COLUMN, Finder, Rows, digest
+from dschat.data.store import written_once
 from dschat.errors import UserError
 from dschat.text.encoding import encode
 from dschat.text.tokenizer import tokenizer_fingerprint

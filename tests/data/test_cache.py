@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from dschat.data import tokenise
-from dschat.data.cache import written_once
+from dschat.data.store import written_once
 from dschat.errors import UserError
 from tests.data.spec import Spec
 from tests.helpers.launch import TIME_LIMIT
