@@ -19,6 +19,7 @@ from dschat.train.metrics import format_value, set_aside
 FILE = "answers.jsonl"
 LINES = 4  # of one cell
 PROMPT_SHARE = 0.35  # of the room for texts
+FIGURES = {"reward": "reward", "model": "reward_model", "function": "reward_function", "KL": "kl"}
 NARROWEST = 12  # of a text's column, whatever the terminal
 
 
@@ -76,12 +77,11 @@ def answer_table(answers: Sequence[Answer], width: int | None = None) -> str:
     Prompts show their end, answers their beginning, in at most `LINES` lines each.
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
-    numbers = {"reward": [format_value(a.reward) for a in answers]}
-    for title, name in (("model", "reward_model"), ("function", "reward_function")):
-        parts = [getattr(a, name) for a in answers]
-        if None not in parts:
-            numbers[title] = [format_value(part) for part in parts]
-    numbers["KL"] = [format_value(a.kl) for a in answers]
+    numbers = {}
+    for title, name in FIGURES.items():
+        figures = [getattr(a, name) for a in answers]
+        if None not in figures:
+            numbers[title] = [format_value(figure) for figure in figures]
     numbers["tokens"] = [str(a.length) for a in answers]
     numbers["ended"] = ["yes" if a.ended else "no" for a in answers]
     widths = [max(map(len, (title, *cells))) for title, cells in numbers.items()]

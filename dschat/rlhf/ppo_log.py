@@ -121,9 +121,7 @@ class PPOLog:
             print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
         for warning in self.health.observe(iteration, statistics):
             self._print(f"warning, iteration {iteration}: {warning}")
-        interval = self.answers_interval if self.rank == 0 else 0
-        if interval and iteration % interval == 0:
-            self._show_answers(iteration, experiences)
+        self._show_answers(iteration, experiences)
 
     def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
         """Show an evaluation on held-out prompts."""
@@ -135,8 +133,9 @@ class PPOLog:
         print_rank_0(text, self.rank)
 
     def _show_answers(self, iteration: int, experiences: list[Experience]) -> None:
-        tokenizer = self.roles.tokenizer
-        answers = choose_answers(experiences, ANSWER_ROWS, tokenizer, iteration)
+        if self.rank != 0 or not self.answers_interval or iteration % self.answers_interval:
+            return
+        answers = choose_answers(experiences, ANSWER_ROWS, self.roles.tokenizer, iteration)
         self._print(answer_table(answers))
         if self._answers is not None:
             self._answers.write(answers)
