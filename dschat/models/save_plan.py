@@ -11,7 +11,7 @@ from dschat.models.causal_lm import load_config
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.adapter_write import AdapterOrigin
 from dschat.utils.module.lora_layers import LoraConfig
-from dschat.utils.module.model_source import ModelSource, resolve_model
+from dschat.utils.module.model_source import ModelSource, place_of, resolve_model
 
 ADAPTER_FOLDER = "adapter"  # inside a merged model's folder
 
@@ -62,7 +62,7 @@ def plan_saving(
     obstacle = _no_adapter(source, train_base, folders)
     if obstacle is None:
         vocabulary = load_config(model_name_or_path).get_text_config().vocab_size
-        origin = AdapterOrigin(_lasting_name(source.base), lora, vocabulary)
+        origin = AdapterOrigin(str(place_of(source.base)), lora, vocabulary)
         return SavePlan(merged=mode == "both", adapter=origin)
     reason, remedy = obstacle
     if mode == "adapter":
@@ -90,9 +90,3 @@ def _no_adapter(
                 "give another output_dir, or lora_save merged"
             )
     return None
-
-
-def _lasting_name(base: str) -> str:
-    """Absolute path of a folder; a hub id as it is."""
-    folder = Path(base).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base

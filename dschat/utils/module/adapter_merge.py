@@ -61,23 +61,23 @@ def fitting_updates(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -
 
 
 def _by_name_in(adapter: Adapter, trunk: str) -> tuple[dict[str, Update], dict[str, torch.Tensor]]:
-    """Name updates and full tensors as in the trunk; leave an output head's out."""
-    own = {name: _own_name(name, trunk) for name in (*adapter.updates, *adapter.full_tensors)}
+    """Name updates and full tensors as in the trunk; leave an output head's out.
+
+    Names outside the trunk stay, to be reported.
+    """
+    own = {
+        name: name.removeprefix(_full_name("", trunk))
+        for name in (*adapter.updates, *adapter.full_tensors)
+        if not trunk or name.split(".")[0] not in HEAD_NAMES
+    }
     return (
-        {n: update for name, update in adapter.updates.items() if (n := own[name]) is not None},
-        {n: full for name, full in adapter.full_tensors.items() if (n := own[name]) is not None},
+        {own[name]: update for name, update in adapter.updates.items() if name in own},
+        {own[name]: full for name, full in adapter.full_tensors.items() if name in own},
     )
 
 
 def _full_name(name: str, trunk: str) -> str:
     return f"{trunk}.{name}" if trunk else name
-
-
-def _own_name(name: str, trunk: str) -> str | None:
-    """Name a tensor as in the trunk; None for an output head's; others stay, to be reported."""
-    if not trunk or name.startswith(f"{trunk}."):
-        return name[len(trunk) + 1 :] if trunk else name
-    return None if name.split(".")[0] in HEAD_NAMES else name
 
 
 def _layer(parameter_name: str) -> str:

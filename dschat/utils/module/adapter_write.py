@@ -20,6 +20,11 @@ from dschat.utils.module.lora_layers import LoraConfig, LoRAEmbedding, LoRALayer
 from dschat.utils.zero import full_shape
 
 VALUE_HEAD = "v_head"
+PEFT_NAMES = {  # a layer's own names of its trained tensors: PEFT's, where they differ
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    LoRALayer.MAGNITUDE_NAME: MAGNITUDE_LEAF,
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ def outline_of(
     trained = [name for name in trained if disk_name(name) is not None]
     keys = {}
     for name, layer in layers.items():
-        for own, leaf in _leaves(layer).items():
-            keys[f"{name}.{own}"] = f"{disk_name(name)}.{leaf}"
+        for leaf in layer.adapter:
+            keys[f"{name}.{leaf}"] = f"{disk_name(name)}.{PEFT_NAMES.get(leaf, leaf)}"
     for name in trained:
         keys |= {
             f"{name}.{leaf}": f"{disk_name(name)}.{leaf}"
@@ -76,6 +81,7 @@ def outline_of(
             if not leaf.startswith("lora_"):
                 keys.setdefault(f"{name}.{leaf}", f"{disk_name(name)}{inside}.{leaf}")
     targets = [f"{disk_name(name)}" for name in layers]
+    alpha = float(origin.lora.lora_alpha or origin.lora.lora_dim)
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
     config = {
         "auto_mapping": {
@@ -93,7 +99,7 @@ def outline_of(
         ),
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": _whole_number(origin.lora.lora_alpha or origin.lora.lora_dim),
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": origin.lora.lora_dropout,
         "modules_to_save": [disk_name(name) for name in trained] or None,
         "peft_type": "LORA",
@@ -122,13 +128,6 @@ def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], fo
     save_file(tensors, folder / WEIGHT_FILE, metadata={"format": "pt"})
     text = json.dumps(outline.config, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _leaves(layer: LoRALayer) -> dict[str, str]:
-    """Map a layer's own names of its trained tensors to PEFT's."""
-    linear = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-    names = linear | {LoRALayer.MAGNITUDE_NAME: MAGNITUDE_LEAF}
-    return {leaf: names.get(leaf, leaf) for leaf in layer.adapter}
 
 
 def _fully_trained(
@@ -171,7 +170,3 @@ def _exactly(targets: list[str], others: list[str]) -> list[str] | str:
     if not any(name.endswith(ends) for name in others):
         return sorted(targets)
     return "|".join(re.escape(name) for name in sorted(targets))
-
-
-def _whole_number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value

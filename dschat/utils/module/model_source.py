@@ -82,10 +82,11 @@ def resolve_model(name: str) -> ModelSource:
 
 def same_model(one: str, other: str) -> bool:
     """Tell whether two names mean one folder or hub id."""
-    return _place(one) == _place(other)
+    return place_of(one) == place_of(other)
 
 
-def _place(name: str) -> Path | str:
+def place_of(name: str) -> Path | str:
+    """Absolute path of a folder; a hub id as it is."""
     folder = Path(name).expanduser()
     return folder.resolve() if folder.is_dir() else name
 
