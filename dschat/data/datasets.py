@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -112,15 +113,12 @@ def create_prompt_dataset(
     if config.streaming:
         return _stream(request)
 
-    def prepare() -> str:
-        return str(_prepare(request))
-
+    prepare = partial(_prepare, request)
     folder = Path(prepare() if once is None else once(prepare))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     sources = tuple(SourceReport(**counts) for counts in report)
-    train, evaluation = (_read(folder, split) for split in ("train", "eval"))
-    train = _limit(train, config.max_train_samples, seed)
-    evaluation = _limit(evaluation, config.max_eval_samples, seed)
+    train = _read(folder, "train", config.max_train_samples, seed)
+    evaluation = _read(folder, "eval", config.max_eval_samples, seed)
     counts = DataReport(phase, sources, len(train), len(evaluation))
     return PromptData(train, evaluation, counts, key=folder.name)
 
@@ -162,20 +160,16 @@ def _stream(request: _Request) -> PromptData:
     )
 
 
-def _read(folder: Path, split: str) -> datasets.Dataset:
-    """Map the rows of all its files into memory."""
+def _read(folder: Path, split: str, maximum: int | None, seed: int) -> datasets.Dataset:
+    """Map the rows of a split into memory, at most `maximum`: each source keeps its share."""
     files = sorted(folder.glob(f"{split}-*.arrow"))
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
-
-
-def _limit(rows: datasets.Dataset, maximum: int | None, seed: int) -> datasets.Dataset:
-    """Choose at most `maximum` rows by the seed, so that every source keeps its share."""
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     if maximum is None or maximum >= len(rows):
         return rows
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:maximum]))
 
 
-def _prepare(request: _Request) -> Path:
+def _prepare(request: _Request) -> str:
     """Find the folder of the tokenised set, written first if it is not there yet."""
     config, phase = request.config, request.phase
     root = Path(config.data_output_path).expanduser()
@@ -187,13 +181,7 @@ def _prepare(request: _Request) -> Path:
     lengths = [request.max_seq_len, request.max_prompt_len]
     recipe = [RECIPE_VERSION, phase, request.seed, lengths, contents, config.train_on]
     key = digest(tokenizer_fingerprint(request.tokenizer), json.dumps(recipe))
-
-    def write(folder: Path) -> None:
-        for source, _ in sources:
-            _require_columns(source, phase)
-        _write(folder, sources, request)
-
-    return written_once(root, key, write)
+    return str(written_once(root, key, partial(_write, request, sources)))
 
 
 def _require_columns(source: Source, phase: int) -> None:
@@ -209,10 +197,12 @@ def _require_columns(source: Source, phase: int) -> None:
                 )
 
 
-def _write(folder: Path, sources: list[tuple[Source, str]], request: _Request) -> None:
+def _write(request: _Request, sources: list[tuple[Source, str]], folder: Path) -> None:
     """Tokenise into the new `folder`: train-*.arrow, eval-*.arrow and report.json."""
-    folder.mkdir()
     config, phase = request.config, request.phase
+    for source, _ in sources:
+        _require_columns(source, phase)
+    folder.mkdir()
     reports: list[SourceReport] = []
     for split in ("train", "eval"):
         for number, (source, text) in enumerate(sources):

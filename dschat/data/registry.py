@@ -21,16 +21,12 @@ Reader = Callable[[Mapping[str, Any]], Example]
 class RowFormat:
     """Rows that have at least these columns, and their reader.
 
-    `holds` looks at a first row where common words name the columns.
+    `holds` looks at a first row where common words name the columns; None: they are enough.
     """
 
     columns: frozenset[str]
     read: Reader
-    holds: Callable[[Mapping[str, Any]], bool] = lambda row: True
-
-    def fits(self, row: Mapping[str, Any]) -> bool:
-        """Tell whether a row may be of this format."""
-        return self.columns <= row.keys() and self.holds(row)
+    holds: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 def _format(columns: str, read: Reader, **more: Any) -> RowFormat:
@@ -116,7 +112,7 @@ def format_by_columns(row: Mapping[str, Any]) -> RowFormat | None:
     Raises:
         UserError: several formats fit that mean different things.
     """
-    fitting = [row_format for row_format in FORMATS if row_format.fits(row)]
+    fitting = [f for f in FORMATS if f.columns <= row.keys() and (not f.holds or f.holds(row))]
     fitting = [s for s in fitting if not any(s.columns < other.columns for other in fitting)]
     if len({row_format.read for row_format in fitting}) > 1:
         readings = " or ".join(", ".join(sorted(row_format.columns)) for row_format in fitting)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,7 @@ class Finder:
                     f"give one of {', '.join(self.suffixes)}"
                 )
         label = ", ".join(map(_name, paths))
-        read = lambda: chain.from_iterable(map(_read, paths))  # noqa: E731
-        return Rows(label, partial(digest_files, paths), read)
+        return Rows(label, partial(digest_files, paths), partial(_read, paths))
 
     def _local_json(self) -> Parts:
         """Find data/train.json and data/eval.json, as DeepSpeed-Chat does."""
@@ -216,25 +214,25 @@ def _name(path: Path) -> str:
     return str(Path(*path.parts[-2:]))
 
 
-def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read the rows of a file, each with its place."""
-    name = _name(path)
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    if path.suffix == ".txt":
-        yield name, {TEXT_COLUMN: _decoded(path.read_bytes(), name, 1)}
-        return
-    with path.open("rb") as file:
-        start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if path.suffix == ".json" and start.startswith(b"["):
-            for number, row in enumerate(_parse(file.read(), name, 1), 1):
-                yield f"{name} row {number}", row
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{name} line {number}", _parse(line, name, number)
+def _read(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """Read the rows of files, each with its place."""
+    for path in paths:
+        name = _name(path)
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path)
+        elif path.suffix == ".txt":
+            yield name, {TEXT_COLUMN: _decoded(path.read_bytes(), name, 1)}
+        else:
+            with path.open("rb") as file:
+                start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+                file.seek(0)
+                if path.suffix == ".json" and start.startswith(b"["):
+                    for number, row in enumerate(_parse(file.read(), name, 1), 1):
+                        yield f"{name} row {number}", row
+                    continue
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{name} line {number}", _parse(line, name, number)
 
 
 def _parse(text: bytes, name: str, first_line: int) -> Any:

@@ -179,7 +179,19 @@ def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Datase
     counts = folder / f"{key}.json"
 
     def write(part: Path) -> None:
-        skipped = _write(rows, read, part)
+        skipped: Counter[str] = Counter()
+        examples, count = read.examples(rows, skipped), 0
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            while batch := list(islice(examples, 1000)):
+                writer.write_batch(pa.RecordBatch.from_pydict(columns_of(batch), schema=SCHEMA))
+                count += len(batch)
+        if not count and skipped:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
+            raise UserError(
+                f"{rows.label}: none of its rows is of use ({reasons}); give other data"
+            )
+        if not count:
+            raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
         # First the counts, and both complete: whoever finds the rows finds them too.
         part_counts = part.with_suffix(".counts")
         part_counts.write_text(json.dumps(skipped), encoding="utf-8")
@@ -190,22 +202,7 @@ def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Datase
     return datasets.Dataset.from_file(str(target)), skipped
 
 
-def _write(rows: Rows, read: SourceReader, path: Path) -> Counter[str]:
-    skipped: Counter[str] = Counter()
-    examples, count = read.examples(rows, skipped), 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        while batch := list(islice(examples, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pydict(_columns(batch), schema=SCHEMA))
-            count += len(batch)
-    if not count and skipped:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
-        raise UserError(f"{rows.label}: none of its rows is of use ({reasons}); give other data")
-    if not count:
-        raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
-    return skipped
-
-
-def _columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
     """Columns of `SCHEMA` for examples; `examples_of` reads them back."""
     prompts = [e.prompt for e in examples]
     return {
@@ -243,33 +240,28 @@ def written_once(root: Path, name: str, write: Callable[[Path], None]) -> Path:
         (root / _LOCKS).mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / _LOCKS / name)
         try:
-            lock.acquire(blocking=False)
+            held = lock.acquire(blocking=False)
         except Timeout:
             print(f"{target}: another process writes it, waiting", flush=True)
-            lock.acquire(poll_interval=0.1)
-        try:
-            if not target.exists():
-                _sweep(root, name)
-                _write_or_remove(target, write)
-        finally:
-            lock.release()
+            held = lock.acquire(poll_interval=0.1)
+        with held:
+            if target.exists():
+                return target
+            _sweep(root, name)
+            part = root / f"{name}.{uuid.uuid4().hex}{_PART}"
+            _writing.add(target)
+            try:
+                write(part)
+                part.rename(target)
+            finally:
+                _writing.discard(target)
+                _remove(part)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(
             f"{root} cannot be written ({reason}): free some space or give another data_output_path"
         ) from error
     return target
-
-
-def _write_or_remove(target: Path, write: Callable[[Path], None]) -> None:
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}{_PART}")
-    _writing.add(target)
-    try:
-        write(part)
-        part.rename(target)
-    finally:
-        _writing.discard(target)
-        _remove(part)
 
 
 def _sweep(root: Path, name: str) -> None:
