@@ -20,19 +20,13 @@ from transformers import (
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.functional.returns import answer_mask_from
-from dschat.models.causal_lm import (
-    position_ids_from,
-    takes_argument,
-    unwrap,
-)
+from dschat.models.causal_lm import position_ids_from, takes_argument, unwrap
 from dschat.settings import Settings, setting
 from dschat.text.encoding import decode
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import resolve_model
 
-SPARE_TOKENS = (
-    8  # beyond a stop string's bytes: tokens without text, a first one that is incomplete
-)
+SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, an incomplete first one
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,7 @@ def generate(
         (B, P + A) ids; A is the longest answer's length, rows that ended early are padded.
     """
     module = cast(PreTrainedModel, unwrap(model))
-    drawn = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
         max_new_tokens=sampling.max_answer_seq_len,
         min_new_tokens=sampling.min_answer_seq_len or None,
@@ -174,24 +164,21 @@ def generate(
 
 def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the tokens that end a text by the model folder, but no answer here."""
-    for end in unused_ends(model_name_or_path, tokenizer):
-        print_rank_0(
-            f"{model_name_or_path}: {end} ends a text by its generation_config.json, but answers "
-            f"end with {tokenizer.eos_token} alone; stop_strings '{end}' lets it end them as well"
-        )
-
-
-def unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """List tokens that end a text by the folder's generation_config.json, but no answer here."""
     source = resolve_model(model_name_or_path)
     try:
         config = source.generation_config() or GenerationConfig.from_pretrained(source.base)
     except OSError:
-        return []  # a folder without one has no ends of its own
+        return  # a folder without one has no ends of its own
     ends = config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     others = [i for i in ends if i is not None and i != tokenizer.eos_token_id]
-    return [text for text in tokenizer.convert_ids_to_tokens(others) if text is not None]
+    for end in tokenizer.convert_ids_to_tokens(others):
+        if end is not None:
+            print_rank_0(
+                f"{model_name_or_path}: {end} ends a text by its generation_config.json, but "
+                f"answers end with {tokenizer.eos_token} alone; stop_strings '{end}' lets it end "
+                "them as well"
+            )
 
 
 class _Generates(Protocol):

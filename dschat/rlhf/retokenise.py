@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.tokenise import truncate
@@ -85,16 +86,14 @@ class Retokeniser:
             (B, T) ids padded on the right, and the bool mask of what is not padding.
         """
         texts, ended = [], []
-        for ids, mask in zip(sequences.tolist(), attention_mask.tolist(), strict=True):
-            real = [[i for i, m in part if m] for part in _parts(ids, mask, answer_length)]
-            texts.append(self._text(*real))
-            ended.append(self.source.eos_token_id in real[1])
-        rows = self._encoded(texts, ended)
-        width = max(map(len, rows))
-        padding = self.reader.pad_token_id
-        ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+        for ids, mask in zip(sequences.cpu(), attention_mask.cpu(), strict=True):
+            answer = ids[-answer_length:][mask[-answer_length:]].tolist()
+            texts.append(self._text(ids[:-answer_length][mask[:-answer_length]].tolist(), answer))
+            ended.append(self.source.eos_token_id in answer)
+        rows = [torch.tensor(row, dtype=torch.long) for row in self._encoded(texts, ended)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.reader.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(width) < lengths.unsqueeze(1)
+        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
         return ids.to(sequences.device), mask.to(sequences.device)
 
     def _text(self, prompt: list[int], answer: list[int]) -> tuple[str, str]:
@@ -135,12 +134,6 @@ class Retokeniser:
                 head, tail = short.prompt, short.answers[0]
             rows.append(head + tail)
         return rows
-
-
-def _parts(ids: list[int], mask: list[bool], answer_length: int) -> list[list[tuple[int, bool]]]:
-    """Split one row into prompt and answer, each id with its mask."""
-    pairs = list(zip(ids, mask, strict=True))
-    return [pairs[:-answer_length], pairs[-answer_length:]]
 
 
 def _same_template(source: PreTrainedTokenizerBase, reader: PreTrainedTokenizerBase) -> bool:
