@@ -27,11 +27,6 @@ def folder_of(output_dir: str | Path) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Path of a step's checkpoint."""
-    return folder / f"step-{step:06d}"
-
-
 def unfinished_path(folder: Path, step: int) -> Path:
     """Path of a step's checkpoint while it is being written, the same on all ranks."""
     return folder / f".step-{step:06d}.tmp"
@@ -121,7 +116,7 @@ def publish(folder: Path, step: int, limit: int) -> None:
     These are all but the newest `limit`, and checkpoints of later steps: a run that resumed from an
     earlier one will come to those steps again.
     """
-    part, final = unfinished_path(folder, step), checkpoint_path(folder, step)
+    part, final = unfinished_path(folder, step), folder / f"step-{step:06d}"
     for path in (*_files(part), part):
         _to_disk(path)
     if final.exists():

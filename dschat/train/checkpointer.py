@@ -238,7 +238,10 @@ class Checkpointer:
         if self.distributed.is_main:
             self._check_shared(part)
             shutil.copyfile(Path(self.output_dir) / METRICS, part / METRICS)
-            checkpoint_folder.write_record(part, self._describe(position))
+            groups = {name: list(group_rates(e.optimizer)) for name, e in self.engines.items()}
+            plan = self.plan.record(groups, self.distributed.world_size)
+            record = {**vars(position), **plan, "frozen_weights": self._checksums}
+            checkpoint_folder.write_record(part, record)
             checkpoint_folder.publish(folder, step, self.config.save_total_limit)
 
     def _file(self, name: str, other: Stateful) -> str:
@@ -250,14 +253,6 @@ class Checkpointer:
         present, wanted = len(list(part.glob("random-rank-*.pt"))), self.distributed.world_size
         if present != wanted:
             raise RuntimeError(f"{part}: {present} of {wanted} ranks wrote here; share output_dir")
-
-    def _describe(self, position: Position) -> dict[str, Any]:
-        groups = {name: list(group_rates(e.optimizer)) for name, e in self.engines.items()}
-        return {
-            **vars(position),
-            **self.plan.record(groups, self.distributed.world_size),
-            "frozen_weights": self._checksums,
-        }
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,8 +139,11 @@ class RunPlan:
                 f"resume {place}: saved by {record['processes']} processes, now there are "
                 f"{processes}; start {record['processes']}, each holds a shard of it"
             )
-        for name, saved, now in _differences(record["settings"], self.fixed):
-            raise UserError(f"resume {place}: {self._explain(name, saved, now)}")
+        saved, now = record["settings"], self.fixed
+        for name in sorted({*saved, *now}, key=lambda n: (n in FACTS, n)):
+            if saved.get(name) != now.get(name):
+                difference = self._explain(name, saved.get(name), now.get(name))
+                raise UserError(f"resume {place}: {difference}")
         if not with_new_rates:
             for name, optimizer in self.optimizers.items():
                 _check_same_rates(place, name, record["engines"][name], optimizer)
@@ -171,14 +174,6 @@ def _flattened(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
     return {k: v for key in value for k, v in _flattened(f"{name}.{key}", value[key]).items()}
-
-
-def _differences(
-    saved: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted({*saved, *now}, key=lambda n: (n in FACTS, n)):
-        if saved.get(name) != now.get(name):
-            yield name, saved.get(name), now.get(name)
 
 
 def _shown(value: Any) -> str:

@@ -45,7 +45,9 @@ def init_distributed() -> Distributed:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        with socket.socket() as probe:  # a free port
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
@@ -56,12 +58,6 @@ def init_distributed() -> Distributed:
     deepspeed.init_distributed(verbose=False)
     name = accelerator.device_name(local_rank)
     return Distributed(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(name))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launched_rank() -> int:
