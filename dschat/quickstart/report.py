@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from dschat.data.collators import PromptBatch, PromptCollator
 from dschat.functional.returns import answer_mask_from
@@ -62,16 +61,11 @@ def judge(
     mask = answer_mask_from(ids, tokenizer.eos_token_id)
     attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
     scores = scores_at_end(reward_model(sequences, attention_mask), attention_mask)
-    answers = answer_texts(tokenizer, ids, mask)
+    answers = [
+        decode(tokenizer, row[keep].tolist(), skip_special_tokens=True)
+        for row, keep in zip(ids, mask, strict=True)
+    ]
     return Judged(answers, scores.mean().item(), gold_score(prompts, answers))
-
-
-def answer_texts(
-    tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, mask: torch.Tensor
-) -> list[str]:
-    """(B, A) ids -> texts without the end token; an answer that never ends keeps its text."""
-    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return [decode(tokenizer, row, skip_special_tokens=True) for row in rows]
 
 
 def evaluations(output_dir: Path, step: str) -> list[dict]:

@@ -121,19 +121,17 @@ class _Ends:
     closer: str = ""
 
 
-def _ends(rng: random.Random, manner: str) -> _Ends:
-    """Draw a phrase of the manner before the body, after it, or both."""
+def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
+    """Draw a phrase before the body, after it, or both.
+
+    A kind has its own manner, or any where the fault lies in the body.
+    """
+    own = {"good": "polite", "plain": "plain", "rude": "rude"}
+    manner = own.get(kind, rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0])
     shape = rng.choices(("open", "close", "both"), (0.4, 0.4, 0.2))[0]
     opener = f" {rng.choice(world.OPENERS[manner])}" if shape != "close" else ""
     closer = f" {rng.choice(world.CLOSERS[manner])}" if shape != "open" else ""
     return _Ends(opener, closer)
-
-
-def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
-    """Draw the ends of a kind: its own manner, or any where the fault lies in the body."""
-    own = {"good": "polite", "plain": "plain", "rude": "rude"}
-    manner = rng.choices(("polite", "plain", "rude"), (0.7, 0.15, 0.15))[0]
-    return _ends(rng, own.get(kind, manner))
 
 
 def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
