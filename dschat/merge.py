@@ -25,7 +25,7 @@ from dschat.models.save import check_output_dir, save_hf_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import torch_dtype
 from dschat.utils.distributed import Distributed
-from dschat.utils.module.model_source import ModelSource, resolve_model
+from dschat.utils.module.model_source import resolve_model
 
 
 def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
@@ -43,7 +43,13 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
             f"{adapter}: is no adapter (it has no adapter_config.json); give the folder or hub id "
             "of one"
         )
-    _check_apart(source, output_dir)
+    target = Path(output_dir).resolve()  # it must not replace a folder that the merge reads
+    base = Path(source.base).expanduser().resolve()
+    for folder in (*(part.folder for part in source.adapters), base):
+        if folder.is_relative_to(target):
+            raise UserError(
+                f"output folder {output_dir}: holds {folder}, which the merge reads; give another"
+            )
     own = load_config(adapter).dtype
     saved = own if isinstance(own, torch.dtype) else torch.float32
     tokenizer = load_hf_tokenizer(adapter)
@@ -57,18 +63,6 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
         statistics = read_statistics(adapter)
         model.value_scaling = read_statistics(adapter, VALUE_FILE)
     save_hf_format(model, tokenizer, output_dir, alone, statistics=statistics)
-
-
-def _check_apart(source: ModelSource, output_dir: str) -> None:
-    """Stop at an output folder that would replace one that the merge reads."""
-    target = Path(output_dir).resolve()
-    read = [adapter.folder for adapter in source.adapters]
-    read += [Path(source.base).expanduser().resolve()]
-    for folder in read:
-        if folder.is_relative_to(target):
-            raise UserError(
-                f"output folder {output_dir}: holds {folder}, which the merge reads; give another"
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

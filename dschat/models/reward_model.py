@@ -89,15 +89,11 @@ class RewardModel(nn.Module):
         return self.value_scaling.scaled(values)
 
 
-def last_token_index(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Index the last real token, on either side of padding: (B, T) bool -> (B,)."""
-    positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
-    return (positions * attention_mask).argmax(dim=-1)
-
-
 def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Take the value at each row's last real token: (B, T) values -> (B,) scores."""
-    return values.gather(-1, last_token_index(attention_mask).unsqueeze(-1)).squeeze(-1)
+    positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    last = (positions * attention_mask).argmax(dim=-1, keepdim=True)  # on either side of padding
+    return values.gather(-1, last).squeeze(-1)
 
 
 def create_critic_model(

@@ -100,7 +100,8 @@ def resolve_dtype(name: str) -> str:
     """
     from deepspeed.accelerator import get_accelerator
 
-    device = get_accelerator().device_name()
+    accelerator = get_accelerator()
+    device = accelerator.device_name()
     if device == "cpu":
         # Without AMX, bf16 is emulated: correct, and slower than fp32.
         has_bf16, has_fp16 = bool(torch.cpu.get_capabilities().get("amx_tile")), False
@@ -108,10 +109,7 @@ def resolve_dtype(name: str) -> str:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         has_fp16 = True
     else:
-        has_bf16, has_fp16 = (
-            get_accelerator().is_bf16_supported(),
-            get_accelerator().is_fp16_supported(),
-        )
+        has_bf16, has_fp16 = accelerator.is_bf16_supported(), accelerator.is_fp16_supported()
     if name == "auto":
         return "bf16" if has_bf16 else "fp32"
     if name == "fp16" and not has_fp16:

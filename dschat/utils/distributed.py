@@ -160,14 +160,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(values: Sequence[float], device: torch.device | None = None) -> list[float]:
-    """Sum each value over the ranks, in float64, on `device` (default: this rank's)."""
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Sum each value over the ranks, in float64, on this rank's device."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(v) for v in values]
-    if device is None:
-        from deepspeed.accelerator import get_accelerator
+    from deepspeed.accelerator import get_accelerator
 
-        device = torch.device(get_accelerator().current_device_name())
+    device = get_accelerator().current_device_name()
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()

@@ -160,9 +160,9 @@ class Matrices:
                     size, trains = full_numel(own["weight"]), own["weight"].requires_grad
                 sizes["head" if is_head else "body"] += size
                 trained += size if trains else 0
-            adapter = [p for leaf, p in own.items() if leaf in ("lora_A", "lora_B")]
-            sizes["adapters"] += sum(full_numel(p) for p in adapter)
-            trained += sum(full_numel(p) for p in adapter)
+            adapter = sum(full_numel(own[leaf]) for leaf in ("lora_A", "lora_B") if leaf in own)
+            sizes["adapters"] += adapter
+            trained += adapter
         layers, hidden, _ = get_hf_configs(hf_config)
         heads = _size(hf_config, "num_attention_heads", "n_head", "num_heads", default=0)
         if heads == 0:

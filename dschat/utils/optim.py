@@ -21,7 +21,6 @@ from dschat.utils.zero import full_numel
 GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embedding", "head")
 UNDECAYED = ("no_decay", "lora_magnitude")
 
-
 FIRST_RATIO = 16.0  # lambda that the LoRA+ authors try first
 # Adapters start from two to three times the rate of full fine-tuning: A and B at one rate, or,
 # under a ratio, the geometric mean of their two (docs/lora_plus.md has the measurements).
@@ -120,14 +119,13 @@ def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) 
     Raises:
         UserError: nothing is trainable.
     """
-    members: dict[str, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                name = f"{module_name}.{leaf}" if module_name else leaf
-                members[classify(module_name, module, leaf)][name] = parameter
+                members[classify(module_name, module, leaf)].append(parameter)
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert seen == trainable, "a trainable parameter is in no group"
     if not trainable:
@@ -135,7 +133,7 @@ def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) 
     return [
         {
             "name": group,
-            "params": list(parameters.values()),
+            "params": parameters,
             "lr": config.rate(group),
             "weight_decay": config.weight_decay if group not in UNDECAYED else 0.0,
         }

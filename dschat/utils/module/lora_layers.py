@@ -113,8 +113,8 @@ class LoRALayer(nn.Module):
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
         """Trained parameters by leaf name."""
-        own = {name: p for name, p in self.named_parameters(recurse=False)}
-        return {name: p for name, p in own.items() if name.startswith("lora_")}
+        own = self.named_parameters(recurse=False)
+        return {name: p for name, p in own if name.startswith("lora_")}
 
     @property
     def A(self) -> nn.Parameter:
