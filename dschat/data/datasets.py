@@ -22,8 +22,8 @@ from dschat.data.stream import RowStream, complete, in_turns, rows_of_phase
 from dschat.data.tokenise import FEATURES, Converter, tokenise
 from dschat.errors import UserError
 from dschat.text.conversations import Example
+from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format, template_end
-from dschat.text.tokenizer import tokenizer_fingerprint
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
 RECIPE_VERSION = 3

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.sources import SUFFIXES, TEXT_COLUMN, Finder, Rows, digest
 from dschat.data.store import written_once
 from dschat.errors import UserError
-from dschat.text.encoding import encode
-from dschat.text.tokenizer import tokenizer_fingerprint
+from dschat.text.encoding import encode, tokenizer_fingerprint
 
 # Part of every stored set's key: raise it when the same texts are to become other blocks.
 VERSION = 1

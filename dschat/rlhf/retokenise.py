@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.tokenise import truncate
 from dschat.errors import UserError
 from dschat.text.conversations import Turn
-from dschat.text.encoding import decode, encode, encode_answers
+from dschat.text.encoding import decode, encode, encode_answers, tokenizer_fingerprint
 from dschat.text.formats import PromptFormat, choose_format, render
-from dschat.text.tokenizer import tokenizer_fingerprint
 
 CONVERSATION = (Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?"))
 WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)

@@ -1,8 +1,12 @@
-"""Texts to token ids, with prompt and answer split exactly."""
+"""Texts to token ids, with prompt and answer split exactly; fingerprint what decides ids."""
+
+import hashlib
+import json
 
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
+from dschat.text.formats import choose_format
 from dschat.text.word_cache import word_cache
 
 # An answer that merges with its prompt is tokenised after one of these instead. They are of
@@ -16,13 +20,22 @@ def encode(
 ) -> list[list[int]]:
     """Encode each text, with the tokenizer's own BOS if `special`."""
     cache = word_cache(tokenizer)
-    if cache is None:
-        return _encode_complete(tokenizer, texts, special)
-    fits = [cache.fits(text) for text in texts]
-    words = iter(cache.encode([t for t, fit in zip(texts, fits, strict=True) if fit], special))
+    fits = [cache is not None and cache.fits(text) for text in texts]
+    ids: list[list[int]] = []
+    if cache is not None:
+        ids = cache.encode([t for t, fit in zip(texts, fits, strict=True) if fit], special)
     rest = [t for t, fit in zip(texts, fits, strict=True) if not fit]
-    others = iter(_encode_complete(tokenizer, rest, special))
-    return [next(words if fit else others) for fit in fits]
+    if not rest:
+        return ids
+    others = tokenizer(
+        rest,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # longer than model_max_length is normal here: rows are truncated later
+    )["input_ids"]
+    by_words, complete = iter(ids), iter(others)
+    return [next(by_words if fit else complete) for fit in fits]
 
 
 def decode(
@@ -34,21 +47,6 @@ def decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
     )
-
-
-def _encode_complete(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool
-) -> list[list[int]]:
-    """Encode by the tokenizer itself, in one batched call."""
-    if not texts:
-        return []
-    return tokenizer(
-        texts,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # longer than model_max_length is normal here: rows are truncated later
-    )["input_ids"]
 
 
 def encode_answers(
@@ -91,11 +89,10 @@ def encode_answers(
         answer_ids[row] = ids[len(head) :]
         if ids[: len(head)] != head:
             merged.append(row)
-    replacements = _encode_apart(
-        tokenizer, [prompt_ids[row] for row in merged], [bare[row] for row in merged]
-    )
-    for row, ids in zip(merged, replacements, strict=True):
-        answer_ids[row] = ids
+    if merged:
+        heads, texts = [prompt_ids[row] for row in merged], [bare[row] for row in merged]
+        for row, ids in zip(merged, _encode_apart(tokenizer, heads, texts), strict=True):
+            answer_ids[row] = ids
     end = tokenizer.eos_token_id  # looked up once: transformers takes microseconds for it
     for ids in answer_ids:
         ids.append(end)
@@ -148,8 +145,6 @@ def _encode_apart(
     the answer's own text after the prompt is taken; where the tokenizer normalises text and none
     does, the first candidate.
     """
-    if not answers:
-        return []
     candidates: list[list[list[int]]] = [[] for _ in answers]
     for sentinel in SENTINELS:
         head = encode(tokenizer, [sentinel], special=False)[0]
@@ -165,3 +160,16 @@ def _encode_apart(
         right = (ids for ids in options if tokenizer.decode(head + ids) == expected)
         chosen.append(next(right, options[0]))
     return chosen
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of all that decides ids: backend, special ids, a chat template in use."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What an earlier call asked for, not part of the tokenizer: padding and truncation are
+    # switched on and off in the backend by each call.
+    for transient in ("padding", "truncation"):
+        backend.pop(transient, None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if choose_format(tokenizer).name == "chat":
+        special.append(tokenizer.chat_template)
+    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,5 @@
-"""Load a tokenizer under one end-of-answer convention; compare and fingerprint tokenizers."""
+"""Load a tokenizer under one end-of-answer convention; compare tokenizers."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -115,16 +113,3 @@ def check_same_tokenizer(
             f"{model_name_or_path}: its tokenizer is not that of {tokenizer.name_or_path}; "
             "train actor and reward model from models with one tokenizer"
         )
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of all that decides ids: backend, special ids, a chat template in use."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What an earlier call asked for, not part of the tokenizer: padding and truncation are
-    # switched on and off in the backend by each call.
-    for transient in ("padding", "truncation"):
-        backend.pop(transient, None)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    if choose_format(tokenizer).name == "chat":
-        special.append(tokenizer.chat_template)
-    return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import filterfalse, pairwise
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -89,17 +89,10 @@ class PieceIds:
 
     def numbers_of(self, pieces: list, learn: Callable[[list], None]) -> np.ndarray:
         """Look up the numbers of pieces; `learn` adds those that have none, once each."""
-        numbers = self._numbers(pieces)
-        missing = np.flatnonzero(numbers < 0)
-        if len(missing):
-            some = [pieces[place] for place in missing.tolist()]
-            learn(list(dict.fromkeys(some)))
-            numbers[missing] = self._numbers(some)
-        return numbers
-
-    def _numbers(self, pieces: list) -> np.ndarray:
-        """Look up the numbers of pieces; -1: it has none."""
-        return np.fromiter(map(self.numbers.get, pieces, repeat(-1)), np.int64, len(pieces))
+        missing = dict.fromkeys(filterfalse(self.numbers.__contains__, pieces))
+        if missing:
+            learn(list(missing))
+        return np.fromiter(map(self.numbers.__getitem__, pieces), np.int64, len(pieces))
 
     def add(self, pieces: list, ids: list[int], stops: Iterable[int]) -> None:
         """Add new pieces, whose ids follow one another; `stops` are their ends."""
@@ -212,18 +205,18 @@ def word_cache(tokenizer: PreTrainedTokenizerBase) -> WordCache | None:
     if tokenizer not in CACHES:
         backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
         cache = WordCache(tokenizer) if backend and cuts_before_spaces(backend) else None
-        CACHES[tokenizer] = cache if cache and _is_right(cache, tokenizer) else None
+        texts = list(_PROBES)
+        is_right = (
+            cache is not None
+            and all(map(cache.fits, texts))
+            and all(
+                cache.encode(texts, special)
+                == tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+                for special in (False, True)
+            )
+        )
+        CACHES[tokenizer] = cache if is_right else None
     return CACHES[tokenizer]
-
-
-def _is_right(cache: WordCache, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Compare the cache with the tokenizer on the probe texts."""
-    texts = list(_PROBES)
-    return all(cache.fits(text) for text in texts) and all(
-        cache.encode(texts, special)
-        == tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-        for special in (False, True)
-    )
 
 
 def cuts_before_spaces(backend: dict) -> bool:
@@ -243,7 +236,12 @@ def cuts_before_spaces(backend: dict) -> bool:
         splits = [p for p in before if p["type"] != "Digits"]
         if last["use_regex"]:  # GPT-2's pattern
             return not splits
-        return len(splits) == 1 and _is_known(splits[0])
+        return len(splits) == 1 and (
+            splits[0]["type"] == "Split"
+            and splits[0]["behavior"] == "Isolated"
+            and not splits[0]["invert"]
+            and splits[0]["pattern"].get("Regex") in _PATTERNS
+        )
     by_space = all(n["type"] in ("Prepend", "Replace") for n in normalizers) and all(
         n["pattern"] == {"String": " "} and n["content"] == "▁"
         for n in normalizers
@@ -262,12 +260,3 @@ def _listed(part: dict | None, key: str) -> list[dict]:
     if part is None:
         return []
     return part[key] if part["type"] == "Sequence" else [part]
-
-
-def _is_known(split: dict) -> bool:
-    return (
-        split["type"] == "Split"
-        and split["behavior"] == "Isolated"
-        and not split["invert"]
-        and split["pattern"].get("Regex") in _PATTERNS
-    )

@@ -7,12 +7,9 @@ from transformers import AutoTokenizer
 
 from dschat.errors import UserError
 from dschat.text.conversations import Turn
+from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import CONFIG_KEY, choose_format, describe_format, set_format
-from dschat.text.tokenizer import (
-    check_same_tokenizer,
-    load_hf_tokenizer,
-    tokenizer_fingerprint,
-)
+from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
 from tests.text.templates import FAMILIES, THINKING, Family, with_template
 
 ASKED = (Turn("user", "hi"),)

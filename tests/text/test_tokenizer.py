@@ -4,8 +4,8 @@ from transformers import AutoTokenizer
 
 from dschat.errors import UserError
 from dschat.text import tokenizer as module
-from dschat.text.encoding import encode, encode_answers
-from dschat.text.tokenizer import load_hf_tokenizer, tokenizer_fingerprint
+from dschat.text.encoding import encode, encode_answers, tokenizer_fingerprint
+from dschat.text.tokenizer import load_hf_tokenizer
 
 PROMPTS = ["hi", "hi ", "hi:", "hi\n", "hi.\n\n", "", "  hi", "is it so?  "]
 ANSWERS = ["we", " we", "we and lo", " and", "\nlo", "\n\n we", " ", "a", ":", "hi.", " a\n"]
