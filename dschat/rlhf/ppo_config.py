@@ -9,7 +9,6 @@ from dschat.functional.returns import KL_ESTIMATORS
 from dschat.rlhf.estimators import ESTIMATORS, Estimator
 from dschat.rlhf.generation import SamplingConfig
 from dschat.settings import Settings, given_flags, group, setting
-from dschat.train.engine import num_accumulation_groups
 
 OF_THE_CRITIC = ("gamma", "lam", "cliprange_value", "critic_warmup_iterations")
 
@@ -96,15 +95,6 @@ class PPOConfig(Settings):
         """Answers generated at a time, by default those to one batch of prompts."""
         rows = self.per_device_generation_batch_size * answers_per_prompt
         return self.generation_chunk_size or rows
-
-    def optimizer_steps(self, gradient_accumulation_steps: int) -> int:
-        """Optimizer steps of each role in a complete iteration."""
-        rows = self.per_device_generation_batch_size * self.answers_per_prompt
-        micro_batches = self.generation_batches * num_accumulation_groups(
-            rows, self.per_device_training_batch_size
-        )
-        groups = num_accumulation_groups(micro_batches, gradient_accumulation_steps)
-        return self.ppo_epochs * groups
 
     def _check_kl(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:

@@ -152,7 +152,8 @@ class DeepSpeedPPOTrainer:
             if trains_actor and actor_steps and self.config.update_kl_limit:
                 distances.append(self.distance(group))
                 trains_actor = distances[-1] <= self.config.update_kl_limit
-            scale = self.scale_of(group)
+            (tokens,) = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in group))])
+            scale = mean_scale(tokens, self.world_size)  # from this rank's sums to the global mean
             if trains_actor:
                 self.actor_step(group, scale, actor)
                 actor_steps += 1
@@ -175,11 +176,6 @@ class DeepSpeedPPOTrainer:
         for _ in range(self.config.ppo_epochs):
             shuffled = minibatches(experiences, size, self.generator)
             yield from accumulation_groups(shuffled, self.roles.actor.gradient_accumulation_steps())
-
-    def scale_of(self, group: list[Experience]) -> float:
-        """Factor that makes this rank's sums its part of the mean over the group's tokens."""
-        tokens = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in group))])[0]
-        return mean_scale(tokens, self.world_size)
 
     @torch.no_grad()
     def distance(self, group: list[Experience]) -> float:

@@ -125,7 +125,13 @@ class PPORunSettings(Settings):
     @property
     def updates(self) -> int:
         """Optimizer steps of each role in a complete iteration."""
-        return self.ppo.optimizer_steps(self.run.engine.gradient_accumulation_steps)
+        ppo = self.ppo
+        rows = ppo.per_device_generation_batch_size * ppo.answers_per_prompt
+        micro_batches = ppo.generation_batches * num_accumulation_groups(
+            rows, ppo.per_device_training_batch_size
+        )
+        accumulated = self.run.engine.gradient_accumulation_steps
+        return ppo.ppo_epochs * num_accumulation_groups(micro_batches, accumulated)
 
     def actor_steps(self, iterations: int) -> int:
         """Optimizer steps of the actor in so many iterations, the critic's warm-up left out."""
