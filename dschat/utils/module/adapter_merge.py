@@ -65,8 +65,9 @@ def _by_name_in(adapter: Adapter, trunk: str) -> tuple[dict[str, Update], dict[s
 
     Names outside the trunk stay, to be reported.
     """
+    prefix = f"{trunk}." if trunk else ""
     own = {
-        name: name.removeprefix(_full_name("", trunk))
+        name: name.removeprefix(prefix)
         for name in (*adapter.updates, *adapter.full_tensors)
         if not trunk or name.split(".")[0] not in HEAD_NAMES
     }
