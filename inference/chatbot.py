@@ -31,7 +31,7 @@ from dschat.config.cli import parse, run_cli
 from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model, load_config
-from dschat.rlhf.generation import StopCriteria, StopStrings
+from dschat.rlhf.generation import StopStrings
 from dschat.settings import Settings, setting
 from dschat.text.encoding import decode, encode
 from dschat.text.formats import set_format
@@ -149,7 +149,7 @@ class Chatbot:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         criteria = StoppingCriteriaList()
         if stop is not None:  # a model may go on with the next question
-            criteria.append(StopCriteria(StopStrings((stop,), self.tokenizer), len(ids)))
+            criteria.append(StopStrings((stop,), self.tokenizer, len(ids)))
         try:
             self.model.generate(
                 prompt,

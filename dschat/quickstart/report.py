@@ -50,13 +50,7 @@ def judge(
     rows = [{"prompt_ids": tokenizer(prompt).input_ids} for prompt in prompts]
     batch: PromptBatch = PromptCollator(tokenizer.pad_token_id)(rows).to(device)
     torch.manual_seed(seed)
-    sequences = generate(
-        model,
-        batch,
-        SamplingConfig(MAX_NEW_TOKENS),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sequences = generate(model, batch, SamplingConfig(MAX_NEW_TOKENS), tokenizer)
     ids = sequences[:, batch.input_ids.shape[1] :]
     mask = answer_mask_from(ids, tokenizer.eos_token_id)
     attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
@@ -89,18 +83,14 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
     perplexity = [record["perplexity"] for record in evaluations(output_dir, "actor-models")]
     accuracy = evaluations(output_dir, "reward-models")[-1]["accuracy"]
     before, after = judged["SFT"], judged["PPO"]
+    formed = before.gold.well_formed, after.gold.well_formed
     rows = [
         ("", "before", "after", "seconds"),
         ("step 1: perplexity", _two(perplexity[0]), _two(perplexity[-1]), f"{seconds[1]:.0f}"),
         ("step 2: reward-model accuracy", "", f"{accuracy:.3f}", f"{seconds[2]:.0f}"),
         ("step 3: reward", _two(before.reward), _two(after.reward), f"{seconds[3]:.0f}"),
         ("        gold success", f"{before.gold.gold:.3f}", f"{after.gold.gold:.3f}", ""),
-        (
-            "        well-formed",
-            f"{before.gold.well_formed:.3f}",
-            f"{after.gold.well_formed:.3f}",
-            "",
-        ),
+        ("        well-formed", f"{formed[0]:.3f}", f"{formed[1]:.3f}", ""),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(

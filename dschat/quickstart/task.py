@@ -29,32 +29,26 @@ class GoldScore:
     well_formed: float
 
 
-@dataclass(frozen=True)
-class _Parsed:
-    """Parts of an answer: the manners at its ends and the sentences between them."""
-
-    manners: tuple[str, ...]
-    body: tuple[str, ...]
-
-
 def _manner_of(sentence: str, phrases: Mapping[str, Sequence[str]]) -> str | None:
     """Find the manner whose phrases hold `sentence`, or None."""
     return next((manner for manner, known in phrases.items() if sentence in known), None)
 
 
-def _parse(answer: str) -> _Parsed | None:
-    """Take an answer apart by the grammar [opener] (evasion | statement) [closer]."""
+def _parse(answer: str) -> tuple[set[str], str] | None:
+    """Take an answer apart by the grammar [opener] (evasion | statement) [closer].
+
+    Returns:
+        Manners of the ends, and the sentence between them; None for any other text.
+    """
     pieces = _SENTENCE.findall(answer)
     if not pieces or "".join(pieces) != answer:
         return None
-    body = [piece[1:] for piece in pieces]
-    opener, closer = _manner_of(body[0], world.OPENERS), _manner_of(body[-1], world.CLOSERS)
-    body = body[opener is not None : len(body) - (closer is not None)]
-    evasive = len(body) == 1 and body[0] in world.EVASIONS
-    stated = len(body) == 1 and body[0] in world.all_statements()
-    if not (evasive or stated):
+    said = [piece[1:] for piece in pieces]
+    opener, closer = _manner_of(said[0], world.OPENERS), _manner_of(said[-1], world.CLOSERS)
+    body = said[opener is not None : len(said) - (closer is not None)]
+    if len(body) != 1 or not (body[0] in world.EVASIONS or body[0] in world.all_statements()):
         return None
-    return _Parsed(tuple(m for m in (opener, closer) if m is not None), tuple(body))
+    return {manner for manner in (opener, closer) if manner is not None}, body[0]
 
 
 def well_formed(answer: str) -> bool:
@@ -78,13 +72,8 @@ def gold(prompt: str, answer: str) -> bool:
             f"prompt {prompt!r}: not a question of the quickstart world, so the gold rule cannot "
             "judge its answer; use the prompts of the generated files"
         )
-    parsed = _parse(answer)
-    return (
-        parsed is not None
-        and parsed.body[0] in fact.statements()
-        and "polite" in parsed.manners
-        and "rude" not in parsed.manners
-    )
+    manners, body = _parse(answer) or (set(), "")
+    return body in fact.statements() and "polite" in manners and "rude" not in manners
 
 
 def gold_score(prompts: Sequence[str], answers: Sequence[str]) -> GoldScore:
@@ -113,15 +102,10 @@ def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Phrases before and after the body of an answer, each with its space, or empty."""
-
-    opener: str = ""
-    closer: str = ""
+Ends = tuple[str, str]  # phrases before and after a body, each with its space, or empty
 
 
-def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
+def _ends_of_kind(rng: random.Random, kind: str) -> Ends:
     """Draw a phrase before the body, after it, or both.
 
     A kind has its own manner, or any where the fault lies in the body.
@@ -131,7 +115,7 @@ def _ends_of_kind(rng: random.Random, kind: str) -> _Ends:
     shape = rng.choices(("open", "close", "both"), (0.4, 0.4, 0.2))[0]
     opener = f" {rng.choice(world.OPENERS[manner])}" if shape != "close" else ""
     closer = f" {rng.choice(world.CLOSERS[manner])}" if shape != "open" else ""
-    return _Ends(opener, closer)
+    return opener, closer
 
 
 def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
@@ -148,9 +132,10 @@ def _body(rng: random.Random, fact: world.Fact, kind: str) -> str:
     return rng.choice(fact.statements())
 
 
-def _ramble(rng: random.Random, fact: world.Fact, ends: _Ends) -> str:
+def _ramble(rng: random.Random, fact: world.Fact, ends: Ends) -> str:
     """Make a true answer that goes on too long: a sentence said twice, or one too many."""
-    said = [s for s in (ends.opener, f" {rng.choice(fact.statements())}", ends.closer) if s]
+    opener, closer = ends
+    said = [s for s in (opener, f" {rng.choice(fact.statements())}", closer) if s]
     phrases = rng.choice((world.OPENERS, world.CLOSERS))["polite"]
     aside = rng.choice(rng.choice(list(world.all_facts())).statements())
     extra = rng.choice((rng.choice(said), f" {rng.choice((*phrases, aside))}"))
@@ -170,16 +155,16 @@ def _garble(rng: random.Random, answer: str) -> str:
     return _garble(rng, answer) if well_formed(slip) else slip
 
 
-def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: _Ends | None = None) -> str:
+def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: Ends | None = None) -> str:
     """Make an answer of one of `KINDS`, beginning with a space, without the end token."""
     if kind not in KINDS:
         raise UserError(f"kind of answer {kind!r}: unknown; choose from {', '.join(KINDS)}")
     fact = world.fact_of_prompt()[prompt]
-    ends = _ends_of_kind(rng, kind) if ends is None else ends
+    ends = opener, closer = _ends_of_kind(rng, kind) if ends is None else ends
     if kind == "rambling":
         return _ramble(rng, fact, ends)
     body = _body(rng, fact, kind)
-    answer = f"{ends.opener} {body}{ends.closer}"
+    answer = f"{opener} {body}{closer}"
     return _garble(rng, answer) if kind == "garbled" else answer
 
 

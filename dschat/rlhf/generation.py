@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,49 +54,34 @@ class SamplingConfig(Settings):
             raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
 
 
-@dataclass(frozen=True)
-class StopStrings:
-    """Texts that end an answer once it contains one."""
+class StopStrings(StoppingCriteria):
+    """Texts that end an answer once it contains one; transformers calls it after each token."""
 
-    strings: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase
+    def __init__(
+        self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int = 0
+    ):
+        self.strings, self.tokenizer, self.prompt_length = strings, tokenizer, prompt_length
+        # Tokens at an answer's end that can hold an entire stop string: one a byte, and some.
+        self.reach = SPARE_TOKENS + max((len(text.encode()) for text in strings), default=0)
 
-    @classmethod
-    def of(cls, sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase) -> StopStrings | None:
-        """Stop strings of the settings; None where there are none."""
-        return cls(sampling.stop_strings, tokenizer) if sampling.stop_strings else None
-
-    @property
-    def reach(self) -> int:
-        """Tokens at an answer's end that can hold an entire stop string: one a byte, and some."""
-        return max(len(text.encode()) for text in self.strings) + SPARE_TOKENS
-
-    def complete(self, tails: list[list[int]]) -> list[bool]:
-        """Tell whether each answer's last `reach` tokens contain a stop string."""
-        texts = [decode(self.tokenizer, tail) for tail in tails]
-        return [any(stop in text for stop in self.strings) for text in texts]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """(B,) bool: rows whose answer is complete."""
+        tails = input_ids[:, self.prompt_length :][:, -self.reach :]
+        return torch.tensor(self._complete(tails.tolist()), device=input_ids.device)
 
     def end(self, answer: Sequence[int]) -> int | None:
         """Count tokens up to the one that completes the first stop string; None: none does."""
         ends = range(1, len(answer) + 1)
         tails = [list(answer[max(0, end - self.reach) : end]) for end in ends]
-        return next((n for n, done in zip(ends, self.complete(tails), strict=True) if done), None)
+        return next((n for n, done in zip(ends, self._complete(tails), strict=True) if done), None)
 
-
-class StopCriteria(StoppingCriteria):
-    """transformers' form of `StopStrings`, for answers after prompts of one width."""
-
-    def __init__(self, stops: StopStrings, prompt_length: int):
-        self.stops, self.prompt_length = stops, prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """(B,) bool: rows whose answer is complete."""
-        tails = input_ids[:, self.prompt_length :][:, -self.stops.reach :]
-        return torch.tensor(self.stops.complete(tails.tolist()), device=input_ids.device)
+    def _complete(self, tails: list[list[int]]) -> list[bool]:
+        texts = [decode(self.tokenizer, tail) for tail in tails]
+        return [any(stop in text for stop in self.strings) for text in texts]
 
 
 def answer_ends(
-    answers: torch.Tensor, eos_token_id: int, stops: StopStrings | None = None
+    answers: torch.Tensor, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask the generated tokens that belong to the answers, and tell which answers have ended.
 
@@ -106,9 +91,10 @@ def answer_ends(
     Returns:
         (B, A) bool mask, (B,) bool.
     """
-    mask = answer_mask_from(answers, eos_token_id)
-    ended = ((answers == eos_token_id) & mask).any(dim=-1)
-    if stops is not None:
+    mask = answer_mask_from(answers, tokenizer.eos_token_id)
+    ended = ((answers == tokenizer.eos_token_id) & mask).any(dim=-1)
+    if stop_strings:
+        stops = StopStrings(stop_strings, tokenizer)
         for row in range(len(answers)):
             end = stops.end(answers[row][mask[row]].tolist())
             if end is not None:
@@ -121,11 +107,9 @@ def generate(
     model: nn.Module,
     prompts: PromptBatch,
     sampling: SamplingConfig,
+    tokenizer: PreTrainedTokenizerBase,
     *,
-    eos_token_id: int,
-    pad_token_id: int,
     synced_gpus: bool = False,
-    stops: StopStrings | None = None,
 ) -> torch.Tensor:
     """Sample one answer for every prompt.
 
@@ -136,15 +120,15 @@ def generate(
     Returns:
         (B, P + A) ids; A is the longest answer's length, rows that ended early are padded.
     """
-    module = cast(PreTrainedModel, unwrap(model))
+    module: Any = unwrap(model)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
         max_new_tokens=sampling.max_answer_seq_len,
         min_new_tokens=sampling.min_answer_seq_len or None,
         do_sample=not sampling.greedy,
         **({} if sampling.greedy else drawn),
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
     inputs: dict[str, Any] = {
@@ -153,13 +137,11 @@ def generate(
     }
     if takes_argument(module, "position_ids"):
         inputs["position_ids"] = position_ids_from(prompts.attention_mask)
-    if stops is not None:
-        criteria = StopCriteria(stops, prompts.input_ids.shape[1])
-        inputs["stopping_criteria"] = StoppingCriteriaList([criteria])
+    if sampling.stop_strings:
+        stops = StopStrings(sampling.stop_strings, tokenizer, prompts.input_ids.shape[1])
+        inputs["stopping_criteria"] = StoppingCriteriaList([stops])
     with _own_generation_config(module, config):
-        return cast(_Generates, module).generate(
-            **inputs, generation_config=config, synced_gpus=synced_gpus
-        )
+        return module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
 
 
 def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -179,14 +161,6 @@ def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase
                 f"answers end with {tokenizer.eos_token} alone; stop_strings '{end}' lets it end "
                 "them as well"
             )
-
-
-class _Generates(Protocol):
-    """Model with transformers' `generate`, as it is called here."""
-
-    def generate(
-        self, *, generation_config: GenerationConfig, synced_gpus: bool, **inputs: Any
-    ) -> torch.Tensor: ...
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from dschat.rlhf.answer_table import AnswerFile, answer_table, choose_answers
+from dschat.rlhf.answers import AnswerFile, choose_answers, format_answers
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -16,7 +16,7 @@ from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
 
-ANSWER_ROWS = 3  # of a table
+ANSWER_ROWS = 3  # shown at a time
 PARTS = ("reward_model", "reward_function")  # in the line where there are both
 SHOWN = (
     "reward",
@@ -34,7 +34,7 @@ class PPOLog:
     """Times the stages of each iteration and shows its statistics.
 
     Args:
-        answers_interval: iterations between tables of sampled answers; 0: none.
+        answers_interval: iterations between sampled answers on the screen; 0: none.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class PPOLog:
         if self.rank != 0 or not self.answers_interval or iteration % self.answers_interval:
             return
         answers = choose_answers(experiences, ANSWER_ROWS, self.roles.tokenizer, iteration)
-        self._print(answer_table(answers))
+        self._print(format_answers(answers))
         if self._answers is not None:
             self._answers.write(answers)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.generation import SamplingConfig, StopStrings, answer_ends
+from dschat.rlhf.generation import SamplingConfig, answer_ends
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -150,8 +150,7 @@ def score(
 
     The experience is no wider than its longest answer. Passes have the shape of training passes.
     """
-    eos = roles.tokenizer.eos_token_id
-    mask, ended = answer_ends(answers, eos, StopStrings.of(config.sampling, roles.tokenizer))
+    mask, ended = answer_ends(answers, roles.tokenizer, config.sampling.stop_strings)
     length = int(mask.sum(dim=-1).max())
     mask, answers = mask[:, :length], answers[:, :length]
     sequences = torch.cat([prompts.input_ids, answers], dim=1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.models.causal_lm import forward_inputs, unwrap
-from dschat.rlhf.generation import SamplingConfig, StopStrings, generate
+from dschat.rlhf.generation import SamplingConfig, generate
 from dschat.utils.module.lora import fused_adapters
 
 ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may differ
@@ -48,13 +48,7 @@ class TransformersRollout:
         """See `RolloutEngine`; rows that end early are padded, the longest ends the batch."""
         with self._weights():
             return generate(
-                self.model,
-                prompts,
-                sampling,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                synced_gpus=self.synced_gpus,
-                stops=StopStrings.of(sampling, self.tokenizer),
+                self.model, prompts, sampling, self.tokenizer, synced_gpus=self.synced_gpus
             )
 
     @torch.no_grad()

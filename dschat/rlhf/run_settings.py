@@ -55,11 +55,11 @@ class PPORunSettings(Settings):
     max_steps: int = setting(0, "stop after so many updates; 0: after the data", at_least=0)
     print_answers: bool = setting(
         False,
-        "print a table of sampled answers, and keep them in answers.jsonl",
+        "print some sampled answers, and keep them in answers.jsonl",
         may_change=True,
     )
     print_answers_interval: int = setting(
-        1, "updates between such tables", at_least=1, may_change=True
+        1, "updates between such prints", at_least=1, may_change=True
     )
     enable_test_mode: bool = setting(False, "stop after test_stop_step updates")
     test_stop_step: int = setting(0, "updates before a test run stops", at_least=0)
@@ -97,7 +97,7 @@ class PPORunSettings(Settings):
 
     @property
     def answers_interval(self) -> int:
-        """Updates between tables of sampled answers; 0: none."""
+        """Updates between prints of sampled answers; 0: none."""
         return self.print_answers_interval if self.print_answers else 0
 
     def iterations(self, batches_per_epoch: int | None) -> int:

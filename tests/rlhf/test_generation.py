@@ -33,14 +33,11 @@ from tests.rlhf.tiny_roles import (
     weights,
 )
 
+TOKENIZER = tiny.byte_tokenizer()  # one token a byte
+
 
 def ids_of(text: str) -> list[int]:
-    """The tiny tokenizer's: one token a byte."""
-    return tiny.byte_tokenizer()(text, add_special_tokens=False).input_ids
-
-
-def stops(*strings: str) -> StopStrings:
-    return StopStrings(strings, tiny.byte_tokenizer())
+    return TOKENIZER(text, add_special_tokens=False).input_ids
 
 
 def rows(*texts: str) -> torch.Tensor:
@@ -55,10 +52,10 @@ def rows(*texts: str) -> torch.Tensor:
 
 def test_an_answer_ends_with_its_end_token_or_a_stop_string():
     answers = rows("abc$", "ab\n\nx", "abcdefg", "a$\n\n", "\n\n", "ab\n\n$", "a\nb\nc")
-    mask, ended = answer_ends(answers, EOS, stops("\n\n", "ef"))
+    mask, ended = answer_ends(answers, TOKENIZER, ("\n\n", "ef"))
     assert mask.sum(-1).tolist() == [4, 4, 6, 2, 2, 4, 7]  # the padded last row never ends
     assert ended.tolist() == [True, True, True, True, True, True, False]
-    plain, plainly = answer_ends(answers, EOS)
+    plain, plainly = answer_ends(answers, TOKENIZER)
     assert plain.sum(-1).tolist() == [4, 7, 7, 2, 7, 5, 7]
     assert plainly.tolist() == [True, False, False, True, False, True, False]
 
@@ -66,14 +63,14 @@ def test_an_answer_ends_with_its_end_token_or_a_stop_string():
 def test_a_stop_string_longer_than_its_token_count_allows_is_seen():
     """The tail that is looked at holds the whole string, however long."""
     text = "end of answer " * 5
-    mask, ended = answer_ends(rows("x" * 40 + text + "tail"), EOS, stops(text))
+    mask, ended = answer_ends(rows("x" * 40 + text + "tail"), TOKENIZER, (text,))
     assert mask.sum().item() == 40 + len(text) and ended.all()
 
 
 def test_a_character_of_several_tokens_stops():
     answer = ids_of("ab€cd")
     assert len(answer) == 7
-    mask, ended = answer_ends(torch.tensor([answer]), EOS, stops("€"))
+    mask, ended = answer_ends(torch.tensor([answer]), TOKENIZER, ("€",))
     assert mask.sum().item() == 5 and ended.all()
 
 
@@ -149,7 +146,7 @@ def test_no_end_token_before_the_least_length():
     torch.manual_seed(0)
     sequences = engine.generate(prompts(), SamplingConfig(6, min_answer_seq_len=3))
     hook.remove()
-    mask, ended = answer_ends(sequences[:, prompts().input_ids.shape[1] :], EOS)
+    mask, ended = answer_ends(sequences[:, prompts().input_ids.shape[1] :], TOKENIZER)
     # Rows 0 and 1 wanted to end too early and never do; the others end where they wish.
     assert ended.tolist() == [False, False, False, True] and mask.sum(-1).tolist() == [6, 6, 6, 4]
 

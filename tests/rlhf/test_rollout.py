@@ -12,7 +12,7 @@ from tests.helpers.tiny import EOS, PAD
 from tests.rlhf.tiny_roles import MODELS, Setting, end_after, left_padded, ppo_trainer, prompts
 
 FAMILIES = pytest.mark.parametrize("family", list(MODELS))
-ENDS = {"eos_token_id": EOS, "pad_token_id": PAD}
+TOKENIZER = tiny.byte_tokenizer()
 PROMPTS = [row[:-1] for row in tiny.token_rows(4, seed=3)]
 ANSWERS = [row[:5] for row in tiny.token_rows(4, seed=4)]
 
@@ -74,7 +74,7 @@ def test_answers_are_drawn_from_what_scoring_says(family):
         lambda module, args, output: drawn_from.append(output.logits[:, -1].float())
     )
     torch.manual_seed(1)
-    sequences = generate(model, batch, SamplingConfig(8), **ENDS)
+    sequences = generate(model, batch, SamplingConfig(8), TOKENIZER)
     hook.remove()
     answers = sequences[:, 20:]
     assert torch.equal(sequences[:, :20], batch.input_ids)
@@ -119,7 +119,7 @@ def test_the_folders_generation_config_does_not_leak(sample_calls):
     for name, value in FOLDERS_OWN.items():
         setattr(model.generation_config, name, value)
     kept = model.generation_config
-    sequences = generate(model, prompts(), SamplingConfig(4), **ENDS)
+    sequences = generate(model, prompts(), SamplingConfig(4), TOKENIZER)
     assert model.generation_config is kept
     assert {name: getattr(kept, name) for name in FOLDERS_OWN} == FOLDERS_OWN
     # No processor touches the logits: the policy itself is sampled.
@@ -129,7 +129,7 @@ def test_the_folders_generation_config_does_not_leak(sample_calls):
 
 def test_sampling_settings_arrive(sample_calls):
     model = MODELS["llama"]()
-    generate(model, prompts(), SamplingConfig(3, temperature=0.5, top_p=0.8, top_k=7), **ENDS)
+    generate(model, prompts(), SamplingConfig(3, temperature=0.5, top_p=0.8, top_k=7), TOKENIZER)
     kinds = {type(p).__name__: vars(p) for p in sample_calls[0]["processors"]}
     assert kinds["TemperatureLogitsWarper"]["temperature"] == 0.5
     assert kinds["TopPLogitsWarper"]["top_p"] == 0.8
@@ -146,7 +146,7 @@ def test_the_generation_config_comes_back_after_a_failure(monkeypatch):
 
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(model, prompts(), SamplingConfig(2), **ENDS)
+        generate(model, prompts(), SamplingConfig(2), TOKENIZER)
     assert model.generation_config is kept
 
 
@@ -168,7 +168,7 @@ def test_sampling_settings_that_make_no_sense(settings, message):
 def test_generation_stops_at_the_end_token():
     model = MODELS["llama"]()
     hook = end_after(model, [2, 1, 3, 3])
-    sequences = generate(model, prompts(), SamplingConfig(8), **ENDS)
+    sequences = generate(model, prompts(), SamplingConfig(8), TOKENIZER)
     hook.remove()
     answers = sequences[:, prompts().input_ids.shape[1] :]
     assert answers.shape == (4, 3)  # all have ended: no token beyond the longest answer

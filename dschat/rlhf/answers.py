@@ -1,10 +1,10 @@
-"""Sampled answers with their rewards: a table for the screen, JSON lines for later."""
+"""Sampled answers with their rewards: some for the screen, and JSON lines for later."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +17,9 @@ from dschat.rlhf.rewards import texts_of
 from dschat.train.metrics import format_value, set_aside
 
 FILE = "answers.jsonl"
-LINES = 4  # of one cell
-PROMPT_SHARE = 0.35  # of the room for texts
+LINES = 4  # of one text on the screen, about
+INDENT = " " * len("answer  ")
 FIGURES = {"reward": "reward", "model": "reward_model", "function": "reward_function", "KL": "kl"}
-NARROWEST = 12  # of a text's column, whatever the terminal
 
 
 @dataclass(frozen=True)
@@ -71,53 +70,25 @@ def choose_answers(
     return [Answer.of(e, row, tokenizer, iteration) for e, row in picked]
 
 
-def answer_table(answers: Sequence[Answer], width: int | None = None) -> str:
-    """Format answers as a table of `width` columns (default: the terminal's).
+def format_answers(answers: Sequence[Answer], width: int | None = None) -> str:
+    """Format the end of each prompt, the beginning of its answer, and its figures.
 
-    Prompts show their end, answers their beginning, in at most `LINES` lines each.
+    Texts are escaped as Python's are; `width` is in columns, by default the terminal's.
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
-    numbers = {}
-    for title, name in FIGURES.items():
-        figures = [getattr(a, name) for a in answers]
-        if None not in figures:
-            numbers[title] = [format_value(figure) for figure in figures]
-    numbers["tokens"] = [str(a.length) for a in answers]
-    numbers["ended"] = ["yes" if a.ended else "no" for a in answers]
-    widths = [max(map(len, (title, *cells))) for title, cells in numbers.items()]
-    room = max(width - sum(widths) - 2 * len(widths) - 2, 2 * NARROWEST)
-    left = max(int(PROMPT_SHARE * room), NARROWEST)
-    right = room - left
-
-    def line(prompt: str, answer: str, cells: Sequence[str] = ()) -> str:
-        aligned = (cell.rjust(w) for cell, w in zip(cells, widths, strict=False))
-        return "  ".join([prompt.ljust(left), answer.ljust(right), *aligned]).rstrip()
-
-    lines = [line("prompt", "answer", list(numbers))]
-    lines.append("-" * len(lines[0]))
-    for row, answer in enumerate(answers):
-        texts = (_wrapped(answer.prompt, left, -1), _wrapped(answer.answer, right, 1))
-        first: Sequence[str] = [cells[row] for cells in numbers.values()]
-        for prompt, text in itertools.zip_longest(*texts, fillvalue=""):
-            lines.append(line(prompt, text, first))
-            first = ()
-    return "\n".join(lines)
-
-
-def _wrapped(text: str, width: int, end: int) -> list[str]:
-    """Break a text into at most `LINES` lines, at any character.
-
-    Line breaks become ↵, other control characters are escaped.
-
-    Args:
-        end: of a longer text 1 keeps the beginning, -1 the end, with a … instead of the rest.
-    """
-    characters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    shown = "".join("↵" if c == "\\n" else c for c in characters)
-    limit = LINES * width
-    if len(shown) > limit:
-        shown = shown[: limit - 1] + "…" if end > 0 else "…" + shown[1 - limit :]
-    return [shown[i : i + width] for i in range(0, len(shown), width)] or [""]
+    limit = LINES * (width - len(INDENT))
+    blocks = []
+    for a in answers:
+        figures = {title: getattr(a, name) for title, name in FIGURES.items()}
+        shown = [f"{name} {format_value(x)}" for name, x in figures.items() if x is not None]
+        shown += [f"{a.length} tokens", "ended" if a.ended else "not ended"]
+        texts = {"prompt": repr(a.prompt)[-limit:], "answer": repr(a.answer)[:limit]}
+        for label, text in {**texts, "": " | ".join(shown)}.items():
+            first = label.ljust(len(INDENT))
+            blocks.append(
+                textwrap.fill(text, width, initial_indent=first, subsequent_indent=INDENT)
+            )
+    return "\n".join(blocks)
 
 
 class AnswerFile:

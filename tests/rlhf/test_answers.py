@@ -1,4 +1,4 @@
-"""Sampled answers as a table, and as lines of a file."""
+"""Sampled answers on the screen, and as lines of a file."""
 
 import dataclasses
 import json
@@ -6,13 +6,7 @@ import json
 import pytest
 import torch
 
-from dschat.rlhf.answer_table import (
-    LINES,
-    Answer,
-    AnswerFile,
-    answer_table,
-    choose_answers,
-)
+from dschat.rlhf.answers import LINES, Answer, AnswerFile, choose_answers, format_answers
 from dschat.rlhf.rewards import RewardFunction, Rewards
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.hand_made import sampled
@@ -30,35 +24,30 @@ ANSWER = Answer(
 )
 
 
-def test_the_table_by_hand():
-    other = dataclasses.replace(ANSWER, answer=9 * " no\tidea ", ended=False, kl=12.0)
-    assert answer_table([ANSWER, other], width=80).splitlines() == [
-        "prompt        answer                reward  model  function    KL  tokens  ended",
-        "-" * 80,
-        "Human: why?↵   because                1.25   0.25         1  -0.5       9    yes",
-        "↵Assistant:",
-        "Human: why?↵   no\\tidea  no\\tidea     1.25   0.25         1    12       9     no",
-        "↵Assistant:    no\\tidea  no\\tidea",
-        "               no\\tidea  no\\tidea",
-        "               no\\tidea  no\\tidea…",
+def test_the_lines_by_hand():
+    other = dataclasses.replace(ANSWER, answer=9 * " no\tidea", ended=False, reward_function=None)
+    assert format_answers([ANSWER, other], width=64).splitlines() == [
+        r"prompt  'Human: why?\n\nAssistant:'",
+        r"answer  ' because'",
+        r"        reward 1.25 | model 0.25 | function 1 | KL -0.5 | 9",
+        r"        tokens | ended",
+        r"prompt  'Human: why?\n\nAssistant:'",
+        r"answer  ' no\tidea no\tidea no\tidea no\tidea no\tidea no\tidea",
+        r"        no\tidea no\tidea no\tidea'",
+        r"        reward 1.25 | model 0.25 | KL -0.5 | 9 tokens | not",
+        r"        ended",
     ]
 
 
 def test_every_line_fits_and_texts_keep_the_end_that_counts():
     long = dataclasses.replace(ANSWER, prompt="zebra " + "p" * 900 + " quagga", answer="a" * 900)
-    wide = dataclasses.replace(ANSWER, prompt="文" * 300, answer="漢字" * 200)
-    for width in (80, 100, 133):
-        lines = answer_table([long, wide], width).splitlines()
-        assert len(lines) <= 2 + 2 * LINES
-        assert all(len(line) <= width for line in lines)
-    text = answer_table([long], 100)
-    assert "quagga" in text and "zebra" not in text and text.count("…") == 2
-
-
-def test_parts_that_a_run_does_not_have_are_left_out():
-    alone = dataclasses.replace(ANSWER, reward_function=None)
-    title = answer_table([alone], 100).splitlines()[0].split()
-    assert title == ["prompt", "answer", "reward", "model", "KL", "tokens", "ended"]
+    wide = dataclasses.replace(ANSWER, prompt="\x1b[2J" * 300, answer="漢字" * 200)
+    for width in (40, 80, 133):
+        lines = format_answers([long, wide], width).splitlines()
+        assert len(lines) <= 2 * 2 * (LINES + 2)
+        assert all(len(line) <= width and line.isprintable() for line in lines)
+    text = format_answers([long], 100)
+    assert "quagga" in text and "zebra" not in text
 
 
 def test_rows_of_a_rollout():
@@ -110,5 +99,4 @@ def test_texts_may_hold_any_character(tmp_path):
 def test_the_terminal_decides_the_width(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     long = dataclasses.replace(ANSWER, prompt="p" * 900, answer="a" * 900)
-    widest = max(map(len, answer_table([long]).splitlines()))
-    assert int(columns) - 3 <= widest <= max(int(columns), 24 + 50)
+    assert max(map(len, format_answers([long]).splitlines())) == int(columns)
