@@ -42,7 +42,8 @@ from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.train.engine import Recipe, torch_dtype
+from dschat.train.engine import torch_dtype
+from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_layers import LoraConfig
@@ -79,7 +80,7 @@ def write_folders(args: argparse.Namespace, folder: Path) -> int:
             if name == "actor"
             else create_critic_model(base, tokenizer, dtype, init_head=True)
         )
-        Recipe(OptimizerConfig(1e-5), lora).apply(adapted)
+        ModelConfig(lora=lora).apply(adapted)
         out = folder / name
         plan = plan_saving("adapter", base, lora, train_base=False, output_dirs=[out])
         save_hf_format(adapted, tokenizer, out, alone, plan)
@@ -89,14 +90,14 @@ def write_folders(args: argparse.Namespace, folder: Path) -> int:
 def role_setup(args: argparse.Namespace, folder: Path, layout: str) -> RoleSetup:
     """All roles from the two adapter folders."""
     engine = EngineConfig(zero_stage=0, dtype=args.dtype, micro_batch_size=args.batch)
-    recipe = Recipe(
-        OptimizerConfig(1e-5),
-        LoraConfig(lora_dim=args.lora_dim),
+    config = ModelConfig(
+        optimizer=OptimizerConfig(1e-5),
+        lora=LoraConfig(lora_dim=args.lora_dim),
         gradient_checkpointing=args.gradient_checkpointing,
     )
     schedule = schedule_factory("constant", 0, args.iterations)
     actor, critic = (
-        RoleConfig(str(folder / name), engine, recipe, schedule) for name in ("actor", "reward")
+        RoleConfig(str(folder / name), engine, config, schedule) for name in ("actor", "reward")
     )
     return RoleSetup(actor, critic, FrozenConfig(critic.model, 0, args.dtype), layout)
 

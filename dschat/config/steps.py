@@ -9,7 +9,8 @@ from dschat.data.batching import BatchSampler
 from dschat.data.config import SFTDataConfig
 from dschat.models.packing import check_packing
 from dschat.settings import group, setting
-from dschat.train.run_config import ModelConfig, RunConfig, StepSettings
+from dschat.train.model_config import ModelConfig
+from dschat.train.run_config import RunConfig, StepSettings
 
 
 @dataclass(frozen=True)

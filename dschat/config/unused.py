@@ -33,7 +33,7 @@ def unused_flags(settings: RLHFSettings) -> Iterator[str]:
 
 
 def _has_adapters(setup: RoleSetup) -> bool:
-    return any(role.recipe.lora.lora_dim for role in setup.trained.values())
+    return any(role.config.lora.lora_dim for role in setup.trained.values())
 
 
 def _without_switch(settings: RLHFSettings) -> Iterator[str]:
@@ -48,7 +48,7 @@ def _without_adapters(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]
     for name, role in setup.trained.items():
         changed = [flag for flag in given_flags(settings) if flag.path[0] == name]
         flags = [f for f in changed if f.path[1] == "lora" or f.path[-1].startswith("lora")]
-        if flags and not role.recipe.lora.lora_dim:
+        if flags and not role.config.lora.lora_dim:
             names = [f"--{flag.name}" for flag in flags]
             yield f"{_listed(names)} nothing: without --{name}_lora_dim there are no adapters"
     if settings.run.train_base_model and not _has_adapters(setup):

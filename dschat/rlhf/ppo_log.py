@@ -9,8 +9,8 @@ from dschat.rlhf.answers import AnswerFile, choose_answers, format_answers
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.train.engine import Recipe
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
+from dschat.train.model_config import ModelConfig
 from dschat.train.progress import training_work
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.optim import group_rates
@@ -42,14 +42,14 @@ class PPOLog:
         metrics: MetricLogger,
         answers_interval: int,
         roles: DeepSpeedRLHFEngine,
-        recipes: dict[str, Recipe],
+        configs: dict[str, ModelConfig],
         gpus: Gpus,
         iterations: int,
     ):
         self.metrics, self.roles, self.rank = metrics, roles, metrics.rank
         self.answers_interval = answers_interval
         self.iterations, self.gpus = iterations, gpus
-        self.works = {n: training_work(e, recipes[n]) for n, e in roles.trained.items()}
+        self.works = {n: training_work(e, configs[n]) for n, e in roles.trained.items()}
         self.bar = progress_bar(iterations, "ppo", metrics)
         self.health = HealthMonitor()
         self._answers = None

@@ -35,7 +35,8 @@ from dschat.rlhf.rewards import Rewards, score_statistics
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
-from dschat.train.engine import Engine, accumulation_groups, backward
+from dschat.train.engine import Engine, backward
+from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum
 
 

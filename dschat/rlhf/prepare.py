@@ -32,7 +32,8 @@ from dschat.rlhf.run_settings import PPORunSettings
 from dschat.train.checkpointer import Checkpointer, Position
 from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import RunContext
-from dschat.train.resume import RunPlan, StepPlan
+from dschat.train.resume import RunPlan
+from dschat.train.steps import StepPlan
 from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 
@@ -63,7 +64,7 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
     retokenise = names.check(ctx.tokenizer, run.answer_end)
     rewards = Rewards.load(settings.rewards, names.reward)
     names.check_context(settings.max_seq_len, retokenise)
-    actor, critic = run.recipe(settings.actor), run.recipe(settings.critic)
+    actor, critic = run.complete(settings.actor), run.complete(settings.critic)
     saves = {"actor": run.save_plan(names.actor, actor, "actor", "actor_ema")}
     actor.check(names.actor, AutoModelForCausalLM.from_config)
     if names.critic is not None:
@@ -88,12 +89,12 @@ class PPORun:
         """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
         run, ctx, roles = self.settings.run, self.ctx, self.trainer.roles
         metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
-        recipes = {name: role.recipe for name, role in self.setup.trained.items()}
+        configs = {name: role.config for name, role in self.setup.trained.items()}
         log = PPOLog(
             metrics,
             self.settings.answers_interval,
             roles,
-            recipes,
+            configs,
             ctx.gpus,
             self.steps.total_steps,
         )
@@ -110,12 +111,12 @@ class PPORun:
         ctx, roles = self.ctx, self.trainer.roles
         for name, engine in roles.trained.items():
             plan = self.plan.saves[name]
-            save_hf_format(engine, ctx.tokenizer, output / name, ctx.distributed, plan)
+            save_hf_format(engine, ctx.tokenizer, output / name, ctx, plan)
         if roles.ema is not None:
             plan = self.plan.saves["actor"]
             with roles.ema.applied() as averaged:
                 folder = output / "actor_ema"
-                save_hf_format(averaged, ctx.tokenizer, folder, ctx.distributed, plan)
+                save_hf_format(averaged, ctx.tokenizer, folder, ctx, plan)
 
 
 def prepare(
@@ -142,15 +143,15 @@ def prepare(
     for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
     steps = StepPlan.of(run.num_train_epochs * [batches], config.generation_batches, iterations)
-    optimizers = {name: role.recipe.optimizer for name, role in setup.trained.items()}
+    optimizers = {name: role.config.optimizer for name, role in setup.trained.items()}
     derived = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
     run_plan = RunPlan(
         settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps, derived
     )
-    checkpointer = Checkpointer(run.checkpoint, run.output_dir, run_plan, ctx.distributed)
+    checkpointer = Checkpointer(run.checkpoint, run.output_dir, run_plan, ctx)
     tell_unused_ends(plan.names.actor, tokenizer)
 
-    roles = DeepSpeedRLHFEngine.load(setup, tokenizer, ctx.distributed, settings.ema)
+    roles = DeepSpeedRLHFEngine.load(setup, tokenizer, ctx, settings.ema)
     fused = settings.fuse_lora_for_generation
     engine = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fused)
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size}

@@ -164,9 +164,9 @@ def _critic(setup: RoleSetup, role: RoleConfig, models: Models, distributed: Dis
 
 def _trained(module: nn.Module, role: RoleConfig, title: str, distributed: Distributed) -> Engine:
     engine = build_engine(
-        module, role.engine, role.recipe, role.schedule, distributed.world_size, title
+        module, role.engine, role.config, role.schedule, distributed.world_size, title
     )
-    disable_dropout(engine.module)  # after the recipe: adapters bring dropout of their own
+    disable_dropout(engine.module)  # after that: adapters bring dropout of their own
     return engine
 
 

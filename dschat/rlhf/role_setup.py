@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from dschat.errors import UserError
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf.retokenise import Retokeniser
-from dschat.train.engine import Recipe, Schedule
+from dschat.train.engine import Schedule
+from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.model_source import same_model
 
@@ -19,11 +20,11 @@ PACKED_WEIGHTS = "adapters would sit on packed weights that others read; drop it
 
 @dataclass(frozen=True)
 class RoleConfig:
-    """One trained role: its model, its engine, its recipe."""
+    """One trained role: its model, its engine, how it trains."""
 
     model: str
     engine: EngineConfig
-    recipe: Recipe
+    config: ModelConfig
     schedule: Schedule
     offload_frozen: bool = False  # the actor's frozen copy lives on the CPU between uses
     fresh_head: bool = False  # the critic starts with a random value head
@@ -79,14 +80,14 @@ class RoleSetup:
     @property
     def reference_is_actors(self) -> bool:
         """True where the reference is the actor with its adapters off."""
-        return self.share_trunk != "none" and self.actor.recipe.base_is_frozen
+        return self.share_trunk != "none" and self.actor.config.base_is_frozen
 
     @property
     def reward_is_critics(self) -> bool:
         """True where the reward model is the critic, its adapters off, with its loaded head."""
         if self.critic is None or self.share_trunk == "none":
             return False
-        return self._starts_as_reward_model(self.critic) and self.critic.recipe.base_is_frozen
+        return self._starts_as_reward_model(self.critic) and self.critic.config.base_is_frozen
 
     @property
     def value_scaling(self) -> RewardStatistics | None:
@@ -108,14 +109,14 @@ class RoleSetup:
             UserError: naming the setting, with its role in front.
         """
         for name, role in self.trained.items():
-            lora = role.recipe.lora
+            lora = role.config.lora
             for is_obstacle, setting, reason in (
                 (lora.lora_dim == 0, f"{name}_lora_dim 0", BASE_CHANGES),
                 (role.engine.zero_stage == 3, f"{name}_zero_stage 3", TWO_ENGINES),
                 (lora.use_dora, f"{name}_use_dora", MEASURES_WEIGHTS),
                 (bool(lora.modules_to_save), f"{name}_modules_to_save", BASE_CHANGES),
                 (lora.quantize_base is not None, f"{name}_quantize_base", PACKED_WEIGHTS),
-                (role.recipe.train_base, "train_base_model", BASE_CHANGES),
+                (role.config.train_base, "train_base_model", BASE_CHANGES),
             ):
                 if is_obstacle:
                     raise UserError(f"share_trunk all: {setting}: {reason}")

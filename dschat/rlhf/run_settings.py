@@ -17,8 +17,9 @@ from dschat.rlhf.rewards import RewardConfig
 from dschat.rlhf.role_settings import RoleNames, RoleSettings
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.settings import Settings, group, setting
-from dschat.train.engine import num_accumulation_groups
-from dschat.train.run_config import ModelConfig, RunConfig
+from dschat.train.model_config import ModelConfig
+from dschat.train.run_config import RunConfig
+from dschat.train.steps import num_accumulation_groups
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class PPORunSettings(Settings):
         actor = RoleConfig(
             model=names.actor,
             engine=run.engine_config(self.actor, dtype, micro_batch),
-            recipe=run.recipe(self.actor),
+            config=run.complete(self.actor),
             schedule=run.schedule(self.actor_steps(iterations)),
             offload_frozen=self.roles.offload_reference_model,
         )
@@ -173,7 +174,7 @@ class PPORunSettings(Settings):
             critic = RoleConfig(
                 model=names.critic,
                 engine=run.engine_config(self.critic, dtype, micro_batch),
-                recipe=run.recipe(self.critic),
+                config=run.complete(self.critic),
                 schedule=run.schedule(iterations * self.updates),
                 fresh_head=names.fresh_head,
                 value_scaling=scaling and read_value_scaling(names.critic),

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import load_config
 from dschat.train.advice import lora_advice
+from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_utils import (
     EngineConfig,
     get_eval_ds_config,
     get_train_ds_config,
     read_user_config,
-)
-from dschat.utils.module.lora import (
-    LoraConfig,
-    convert_linear_layer_to_lora,
-    make_model_gradient_checkpointing_compatible,
-    match_layers,
-    only_optimize_lora_parameters,
 )
 from dschat.utils.optim import (
     OptimizerConfig,
@@ -39,57 +27,24 @@ from dschat.utils.optim import (
     group_table,
 )
 
-Batch = TypeVar("Batch")
 Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
-class Engine(nn.Module, ABC):
-    """DeepSpeed's training engine, as much of it as is used here; for type checkers alone.
+class Engine(nn.Module):
+    """DeepSpeed's training engine, as much of it as is used here; for type checkers alone."""
 
-    Attributes:
-        module: the model inside.
-    """
-
-    module: nn.Module
+    module: nn.Module  # the model inside
     device: torch.device
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
-
-    @abstractmethod
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say whether the next backward pass ends an accumulation group."""
-
-    @abstractmethod
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of one optimizer step."""
-
-    @abstractmethod
-    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
-        """Add a loss's gradients; at a boundary, reduce them over the ranks."""
-
-    @abstractmethod
-    def step(self) -> None:
-        """Clip, step the optimizer unless gradients overflowed, step the schedule."""
-
-    @abstractmethod
-    def was_step_applied(self) -> bool:
-        """Tell whether the last step changed the weights (fp16 skips overflows)."""
-
-    @abstractmethod
-    def get_global_grad_norm(self) -> float | None:
-        """Gradient norm of the last step, before clipping; None before the first."""
-
-    @abstractmethod
-    def save_checkpoint(
-        self, save_dir: str, tag: str, *, save_latest: bool, exclude_frozen_parameters: bool
-    ) -> bool:
-        """Write weights, optimizer and schedule to SAVE_DIR/TAG; every rank calls it."""
-
-    @abstractmethod
-    def load_checkpoint(
-        self, load_dir: str, tag: str, *, custom_load_fn: Callable[..., None]
-    ) -> tuple[str | None, dict[str, object]]:
-        """Load them; the path is None where there was nothing to load."""
+    gradient_accumulation_steps: Callable[[], int]
+    set_gradient_accumulation_boundary: Callable[[bool], None]
+    backward: Callable[..., None]
+    step: Callable[[], None]
+    was_step_applied: Callable[[], bool]  # False where fp16 skipped an overflow
+    get_global_grad_norm: Callable[[], float | None]  # before clipping; None before the first step
+    save_checkpoint: Callable[..., bool]
+    load_checkpoint: Callable[..., tuple[str | None, dict[str, object]]]
 
 
 def resolve_dtype(name: str) -> str:
@@ -124,52 +79,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Training of one model: adapters, rates, frozen weights, gradient checkpointing."""
-
-    optimizer: OptimizerConfig
-    lora: LoraConfig = LoraConfig()
-    train_base: bool = False  # with adapters: train what they wrap as well
-    gradient_checkpointing: bool = False
-
-    @property
-    def base_is_frozen(self) -> bool:
-        """Tell whether switching the adapters off restores the model that training started from."""
-        return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
-
-    def check(
-        self, model_name_or_path: str, build: Callable[[PretrainedConfig], nn.Module]
-    ) -> None:
-        """Stop when no layer would get an adapter; builds the model on `meta`, without weights."""
-        config = load_config(model_name_or_path)
-        with torch.device("meta"):
-            module = build(config)
-        if self.lora.lora_dim:
-            match_layers(module, self.lora)
-
-    def apply(self, module: nn.Module) -> nn.Module:
-        """Add adapters, freeze the base, switch gradient checkpointing on, all in place."""
-        if self.lora.lora_dim:
-            convert_linear_layer_to_lora(module, self.lora)
-            if self.train_base:
-                module.requires_grad_(True)
-            else:
-                only_optimize_lora_parameters(module, self.lora.modules_to_save)
-        if self.gradient_checkpointing:
-            make_model_gradient_checkpointing_compatible(module)
-        return module
-
-
 def build_engine(
     module: nn.Module,
     config: EngineConfig,
-    recipe: Recipe,
+    model: ModelConfig,
     schedule: Schedule,
     world_size: int,
     title: str,
 ) -> Engine:
-    """Apply the recipe and initialise DeepSpeed; print the table of what trains.
+    """Add adapters, freeze, and initialise DeepSpeed; print the table of what trains.
 
     An optimizer block in the user's JSON applies to the same parameter groups; otherwise AdamW.
 
@@ -178,10 +96,10 @@ def build_engine(
     """
     import deepspeed
 
-    recipe.apply(module)
-    optimizer_config = recipe.optimizer
+    model.apply(module)
+    optimizer_config = model.optimizer
     groups = get_optimizer_grouped_parameters(module, optimizer_config)
-    advice = lora_advice(recipe.lora, optimizer_config, config, world_size)
+    advice = lora_advice(model.lora, optimizer_config, config, world_size)
     print_rank_0("\n".join([group_table(groups, module, title), *advice]))
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
@@ -263,15 +181,3 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
     """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss, scale_wrt_gas=False)
-
-
-def accumulation_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each optimizer step; an epoch's last group may be shorter."""
-    iterator = iter(loader)
-    while micro_batches := list(islice(iterator, size)):
-        yield micro_batches
-
-
-def num_accumulation_groups(num_batches: int, size: int) -> int:
-    """Optimizer steps that `num_batches` micro-batches make."""
-    return -(-num_batches // size)

@@ -6,19 +6,22 @@ Evaluation covers the set once on any number of ranks, weighted by tokens or pai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dschat.data.collators import PackedBatch, PairBatch, SFTBatch
+from dschat.data.collators import Batch, PackedBatch, PairBatch, SFTBatch
 from dschat.functional.losses import sft_loss
 from dschat.models.causal_lm import forward_inputs
 from dschat.models.packing import packed_inputs
 from dschat.models.reward_model import scores_at_end
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
+
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
@@ -41,16 +44,13 @@ def evaluate_answers(
     engine: nn.Module, loader: Iterable[SFTBatch], device: torch.device
 ) -> dict[str, float]:
     """Loss (nats per answer token) and perplexity over the evaluation set, all ranks."""
-    was_training = engine.training
-    engine.eval()
-    total = tokens = 0.0
-    for batch in loader:
-        batch = batch.to(device)
-        total += answer_loss(engine, batch).item()
-        tokens += trained_tokens(batch).item()
-    engine.train(was_training)
-    total, tokens = all_reduce_sum([total, tokens])
-    loss = total / max(tokens, 1.0)
+
+    def sums(batch: SFTBatch) -> dict[str, float]:
+        tokens = trained_tokens(batch).item()
+        return {"loss": answer_loss(engine, batch).item(), "tokens": tokens}
+
+    totals = _totals(engine, loader, device, sums)
+    loss = totals["loss"] / max(totals["tokens"], 1.0)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -75,20 +75,33 @@ def evaluate_pairs(
     Confidence is the mean of sigmoid(margin), the probability that the model gives to the
     preference: a calibrated model's equals its accuracy. Ties count as half right.
     """
-    was_training = engine.training
-    engine.eval()
-    totals: dict[str, float] = {}
-    for batch in loader:
-        batch = batch.to(device)
+
+    def sums(batch: PairBatch) -> dict[str, float]:
         chosen, rejected = pair_scores(engine, batch)
-        for name, total in _pair_sums(chosen[batch.real], rejected[batch.real]).items():
-            totals[name] = totals.get(name, 0.0) + total
-    engine.train(was_training)
-    totals = dict(zip(totals, all_reduce_sum([*totals.values()]), strict=True))
+        return _pair_sums(chosen[batch.real], rejected[batch.real])
+
+    totals = _totals(engine, loader, device, sums)
     pairs = max(totals.pop("pairs"), 1.0)
     figures = {name: total / pairs for name, total in totals.items()}
     variance = figures.pop("mean_square") - figures["mean_score"] ** 2
     return figures | {"score_std": math.sqrt(max(variance, 0.0))}
+
+
+def _totals(
+    engine: nn.Module,
+    loader: Iterable[BatchT],
+    device: torch.device,
+    sums: Callable[[BatchT], dict[str, float]],
+) -> dict[str, float]:
+    """Add up the sums of every batch, in eval mode, over all ranks."""
+    was_training = engine.training
+    engine.eval()
+    totals: dict[str, float] = {}
+    for batch in loader:
+        for name, total in sums(batch.to(device)).items():
+            totals[name] = totals.get(name, 0.0) + total
+    engine.train(was_training)
+    return dict(zip(totals, all_reduce_sum([*totals.values()]), strict=True))
 
 
 def _pair_sums(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import torch
@@ -28,11 +28,13 @@ from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.checkpointer import Checkpointer, Position
-from dschat.train.engine import Engine, Recipe, build_engine, resolve_dtype, torch_dtype
+from dschat.train.engine import Engine, build_engine, resolve_dtype, torch_dtype
 from dschat.train.metrics import MetricLogger
+from dschat.train.model_config import ModelConfig
 from dschat.train.progress import TrainingLog
-from dschat.train.resume import RunPlan, StepPlan
+from dschat.train.resume import RunPlan
 from dschat.train.run_config import StartConfig, StepSettings
+from dschat.train.steps import StepPlan
 from dschat.utils.distributed import (
     Distributed,
     from_local_main,
@@ -45,14 +47,13 @@ from dschat.utils.perf import Gpus
 
 
 @dataclass(frozen=True)
-class RunContext:
-    """A process that is ready to load data and models.
+class RunContext(Distributed):
+    """A process of the run that is ready to load data and models.
 
     Attributes:
         dtype_name: the resolved dtype that models are loaded and computed in.
     """
 
-    distributed: Distributed
     dtype_name: str
     tokenizer: PreTrainedTokenizerBase
     seed: int
@@ -61,21 +62,6 @@ class RunContext:
     def dtype(self) -> torch.dtype:
         """The dtype as torch's."""
         return torch_dtype(self.dtype_name)
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's device."""
-        return self.distributed.device
-
-    @property
-    def rank(self) -> int:
-        """Number of this process among `world_size`."""
-        return self.distributed.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes that train together."""
-        return self.distributed.world_size
 
     @property
     def gpus(self) -> Gpus:
@@ -145,10 +131,10 @@ def setup_run(
     form = set_format(
         tokenizer, prompt_format, teaches=teaches_format, end_is_given=end is not None
     )
-    distributed = init_distributed()
-    print_rank_0(describe_format(form, tokenizer, stored), distributed.rank)
+    process = init_distributed()
+    print_rank_0(describe_format(form, tokenizer, stored), process.rank)
     set_random_seed(config.seed)
-    return RunContext(distributed, dtype, tokenizer, config.seed)
+    return RunContext(**vars(process), dtype_name=dtype, tokenizer=tokenizer, seed=config.seed)
 
 
 @dataclass(frozen=True)
@@ -156,7 +142,7 @@ class ModelPlan:
     """One model to train, checked before its weights load."""
 
     name: str
-    recipe: Recipe
+    config: ModelConfig
     engine: EngineConfig
     save: SavePlan
 
@@ -176,25 +162,10 @@ def plan_model(
     rows = settings.batch.per_device_train_batch_size
     engine = run.engine_config(settings.model, ctx.dtype_name, rows)
     get_train_ds_config(engine, ctx.world_size)
-    recipe = run.recipe(settings.model)
-    recipe.check(name, build)
+    config = run.complete(settings.model)
+    config.check(name, build)
     settings.check_model()
-    return ModelPlan(name, recipe, engine, run.save_plan(name, recipe))
-
-
-class CreateModel(Protocol):
-    """A function that loads a model's weights, such as `create_hf_model`."""
-
-    def __call__(
-        self,
-        model_name_or_path: str,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: torch.dtype,
-        *,
-        ds_config: dict | None,
-        dropout: float | None,
-    ) -> nn.Module:
-        """Load the model; partitioned where the DeepSpeed config asks for ZeRO-3."""
+    return ModelPlan(name, config, engine, run.save_plan(name, config))
 
 
 @dataclass(frozen=True)
@@ -212,7 +183,7 @@ class Run:
         """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
         run, ctx = self.settings.run, self.ctx
         metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
-        log = TrainingLog(metrics, self.engine, self.model.recipe, ctx.gpus, self.steps.total_steps)
+        log = TrainingLog(metrics, self.engine, self.model.config, ctx.gpus, self.steps.total_steps)
         set_random_seed(ctx.seed + ctx.rank)
         return log, self.checkpointer.restore({"model": self.engine}, {"log": log})
 
@@ -223,9 +194,12 @@ def prepare(
     model: ModelPlan,
     data: PromptData,
     train_loader: Loader | StreamLoader,
-    create: CreateModel,
+    create: Callable[..., nn.Module],
 ) -> Run:
     """Plan the steps, find the checkpoint to resume from, load the model and build its engine.
+
+    Args:
+        create: loads the model's weights, as `create_hf_model` does.
 
     Raises:
         UserError: a checkpoint of another run, or weights that do not fit.
@@ -233,9 +207,9 @@ def prepare(
     run = settings.run
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
     steps = StepPlan.of(batches, run.engine.gradient_accumulation_steps, settings.max_steps)
-    optimizers = {"model": model.recipe.optimizer}
+    optimizers = {"model": model.config.optimizer}
     plan = RunPlan(settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps)
-    checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx.distributed)
+    checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx)
     module = create(
         model.name,
         ctx.tokenizer,
@@ -245,6 +219,6 @@ def prepare(
     )
     schedule = run.schedule(steps.total_steps)
     engine = build_engine(
-        module, model.engine, model.recipe, schedule, ctx.world_size, settings.KIND
+        module, model.engine, model.config, schedule, ctx.world_size, settings.KIND
     )
     return Run(ctx, settings, model, steps, engine, checkpointer)

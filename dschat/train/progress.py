@@ -10,8 +10,9 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from dschat.data.collators import Batch
-from dschat.train.engine import Engine, Recipe
+from dschat.train.engine import Engine
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
+from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.flops import Matrices
 from dschat.utils.optim import group_rates
@@ -22,15 +23,15 @@ Result = TypeVar("Result")
 BatchT = TypeVar("BatchT", bound=Batch)
 
 
-def training_work(engine: Engine, recipe: Recipe) -> TrainingWork:
+def training_work(engine: Engine, config: ModelConfig) -> TrainingWork:
     """Describe an engine's model for throughput, before any tokens are counted."""
     model = engine.module
     return TrainingWork(
         config=model.config,
         matrices=Matrices.of(model, model.config),
-        lora_dim=recipe.lora.lora_dim,
-        trains_base=recipe.train_base,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        lora_dim=config.lora.lora_dim,
+        trains_base=config.train_base,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
@@ -101,10 +102,15 @@ class TrainingLog:
     per_rank = True  # its state: each rank sums the loss by itself
 
     def __init__(
-        self, metrics: MetricLogger, engine: Engine, recipe: Recipe, gpus: Gpus, total_steps: int
+        self,
+        metrics: MetricLogger,
+        engine: Engine,
+        config: ModelConfig,
+        gpus: Gpus,
+        total_steps: int,
     ):
         self.metrics, self.engine, self.gpus = metrics, engine, gpus
-        self.work, self.total_steps = training_work(engine, recipe), total_steps
+        self.work, self.total_steps = training_work(engine, config), total_steps
         self.bar = progress_bar(total_steps, "train", metrics)
         self._rates = group_rates(engine.optimizer)
         self._since_log = Interval()

@@ -14,7 +14,7 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, flags_of
-from dschat.train.engine import num_accumulation_groups
+from dschat.train.steps import StepPlan
 from dschat.utils.ds_utils import read_user_config
 from dschat.utils.optim import OptimizerConfig, check_rates, group_rates
 from dschat.utils.zero import full_shape, gathered
@@ -22,45 +22,6 @@ from dschat.utils.zero import full_shape, gathered
 OVERRIDE = "resume_with_new_rates"
 # Facts beside the settings; a difference in a setting, which may be their cause, is reported first.
 FACTS = ("rows", "total_steps", "epoch_steps")
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Optimizer steps of a run; in step 3 iterations.
-
-    Attributes:
-        epoch_steps: of each epoch; they differ where lengths decide the batches. Empty where the
-            rows are not counted.
-        batches_per_step: micro-batches; in step 3 batches of prompts.
-    """
-
-    total_steps: int
-    epoch_steps: tuple[int, ...]
-    batches_per_step: int
-
-    @classmethod
-    def of(
-        cls, batches: Sequence[int | None], batches_per_step: int, max_steps: int = 0
-    ) -> StepPlan:
-        """Plan the steps over a loader's batches of each epoch; 0 `max_steps` is no limit.
-
-        Batches that are not counted (None) make epochs until `max_steps`.
-        """
-        counts = [count for count in batches if count is not None]
-        if len(counts) < len(batches):
-            return cls(max_steps, (), batches_per_step)
-        steps = tuple(num_accumulation_groups(count, batches_per_step) for count in counts)
-        total = sum(steps)
-        return cls(min(total, max_steps) if max_steps else total, steps, batches_per_step)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs at most; the run ends after `total_steps` anyway."""
-        return len(self.epoch_steps) or self.total_steps
-
-    def batches_of(self, step: int, epoch: int) -> int:
-        """Batches of this epoch that are used up after a step in it."""
-        return (step - sum(self.epoch_steps[:epoch])) * self.batches_per_step
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,22 +12,11 @@ from dschat.models.causal_lm import check_context
 from dschat.models.save_plan import SavePlan, plan_saving
 from dschat.settings import Settings, group, setting
 from dschat.train.checkpointer import CheckpointConfig
-from dschat.train.engine import Recipe, Schedule, check_optimizer_block
+from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
-from dschat.utils.ds_utils import DTYPES, ZERO_STAGES, EngineConfig, EngineSettings
-from dschat.utils.module.lora_layers import LoraConfig
-from dschat.utils.optim import SCHEDULES, OptimizerConfig, schedule_factory
-
-
-@dataclass(frozen=True)
-class ModelConfig(Settings):
-    """Settings of loading, sharding and training one model."""
-
-    zero_stage: int = setting(0, "ZeRO stage", choices=ZERO_STAGES)
-    gradient_checkpointing: bool = setting(False, "recompute activations in backward")
-    dropout: float | None = setting(None, "override every dropout probability", at_least=0, below=1)
-    optimizer: OptimizerConfig = group(OptimizerConfig)
-    lora: LoraConfig = group(LoraConfig)
+from dschat.train.model_config import ModelConfig
+from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
+from dschat.utils.optim import SCHEDULES, schedule_factory
 
 
 @dataclass(frozen=True)
@@ -79,24 +68,18 @@ class RunConfig(StartConfig):
         if self.only_optimize_lora and self.train_base_model:
             raise UserError("only_optimize_lora and train_base_model contradict: drop one")
 
-    def recipe(self, model: ModelConfig) -> Recipe:
-        """Combine the settings that decide how one model trains.
+    def complete(self, model: ModelConfig) -> ModelConfig:
+        """Add to a model's settings what the run decides for all of its models.
 
         Raises:
             UserError: an optimizer in the DeepSpeed JSON that contradicts them, or weights in few
                 bits that could not train.
         """
-        recipe = Recipe(
-            optimizer=model.optimizer,
-            lora=model.lora,
-            train_base=self.train_base_model,
-            gradient_checkpointing=model.gradient_checkpointing,
-        )
         if model.lora.quantize_base is not None:
             self._check_quantized(model)
         if self.engine.deepspeed_config is not None:
-            check_optimizer_block(self.engine.deepspeed_config, recipe.optimizer)
-        return recipe
+            check_optimizer_block(self.engine.deepspeed_config, model.optimizer)
+        return replace(model, train_base=self.train_base_model)
 
     def _check_quantized(self, model: ModelConfig) -> None:
         """Stop where frozen weights in few bits cannot serve."""
@@ -112,7 +95,7 @@ class RunConfig(StartConfig):
             )
         require_package("bitsandbytes", "quantize_base")
 
-    def save_plan(self, model_name: str, recipe: Recipe, *inside: str) -> SavePlan:
+    def save_plan(self, model_name: str, config: ModelConfig, *inside: str) -> SavePlan:
         """Plan the folder of one model: output_dir, or each of these folders inside it."""
         folders = (
             [Path(self.output_dir, name) for name in inside or ("",)] if self.output_dir else []
@@ -120,8 +103,8 @@ class RunConfig(StartConfig):
         return plan_saving(
             self.lora_save,
             model_name,
-            recipe.lora,
-            train_base=recipe.train_base,
+            config.lora,
+            train_base=config.train_base,
             output_dirs=folders,
         )
 

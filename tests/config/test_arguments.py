@@ -52,12 +52,12 @@ def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
     assert actor.engine.zero_stage == 2 and critic.engine.zero_stage == 3
     assert actor.engine.offload and critic.engine.offload
     assert actor.engine.micro_batch_size == 2 and actor.engine.gradient_accumulation_steps == 2
-    assert actor.recipe.lora.lora_dim == 128 and critic.recipe.lora.lora_dim == 0
-    assert actor.recipe.lora.lora_module_name == ("decoder.layers.",)
-    assert actor.recipe.optimizer.rate("lora_A") == 5e-4
-    assert actor.recipe.optimizer.rate("lora_B") == 16 * 5e-4
-    assert critic.recipe.optimizer.rate("decay") == 5e-6
-    assert actor.recipe.gradient_checkpointing and critic.recipe.gradient_checkpointing
+    assert actor.config.lora.lora_dim == 128 and critic.config.lora.lora_dim == 0
+    assert actor.config.lora.lora_module_name == ("decoder.layers.",)
+    assert actor.config.optimizer.rate("lora_A") == 5e-4
+    assert actor.config.optimizer.rate("lora_B") == 16 * 5e-4
+    assert critic.config.optimizer.rate("decay") == 5e-6
+    assert actor.config.gradient_checkpointing and critic.config.gradient_checkpointing
 
 
 def test_one_seed_in_all_steps():
@@ -340,10 +340,10 @@ def test_offload_reaches_the_frozen_copies():
 
 
 def test_what_trains():
-    assert sft("--lora_dim", "4").run.recipe(sft("--lora_dim", "4").model).base_is_frozen
+    assert sft("--lora_dim", "4").run.complete(sft("--lora_dim", "4").model).base_is_frozen
     both = sft("--lora_dim", "4", "--train_base_model")
-    assert not both.run.recipe(both.model).base_is_frozen
-    assert not sft().run.recipe(sft().model).base_is_frozen
+    assert not both.run.complete(both.model).base_is_frozen
+    assert not sft().run.complete(sft().model).base_is_frozen
 
 
 RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
@@ -436,20 +436,20 @@ def test_every_option_of_adapters_reaches_its_model():
         "--{0}lora_learning_rate 2e-4 --{0}loraplus_lr_ratio 8 "
         "--{0}lora_embedding_learning_rate 3e-6"
     )
-    for recipe in (
-        (one := sft(*options.format("").split())).run.recipe(one.model),
-        (two := reward(*options.format("").split())).run.recipe(two.model),
-        (three := rlhf(*options.format("actor_").split())).run.recipe(three.actor),
-        (four := rlhf(*options.format("critic_").split())).run.recipe(four.critic),
+    for config in (
+        (one := sft(*options.format("").split())).run.complete(one.model),
+        (two := reward(*options.format("").split())).run.complete(two.model),
+        (three := rlhf(*options.format("actor_").split())).run.complete(three.actor),
+        (four := rlhf(*options.format("critic_").split())).run.complete(four.critic),
     ):
-        lora, rates = recipe.lora, recipe.optimizer
+        lora, rates = config.lora, config.optimizer
         assert (lora.lora_dim, lora.scaling, lora.lora_init) == (8, pytest.approx(4 / 8**0.5), "B")
         assert lora.use_dora and lora.lora_module_name == ("all-linear", "embed_tokens")
         assert lora.modules_to_save == ("norm", "lm_head")
         assert rates.rate("lora_A") == rates.rate("lora_magnitude") == 2e-4
         assert rates.rate("lora_B") == pytest.approx(16e-4)
         assert rates.rate("lora_embedding") == 3e-6
-        assert not recipe.base_is_frozen  # what trains whole changes with adapters off as well
+        assert not config.base_is_frozen  # what trains whole changes with adapters off as well
     assert four.actor.lora == three.critic.lora == LoraConfig()
 
 
@@ -464,15 +464,15 @@ def test_every_option_of_adapters_reaches_its_model():
 def test_quantised_base_where_it_cannot_serve(argv: str, words: str):
     settings = sft("--quantize_base", "4bit", *argv.split())
     with pytest.raises(UserError, match=f"quantize_base 4bit: .*{words}"):
-        settings.run.recipe(settings.model)
+        settings.run.complete(settings.model)
 
 
 def test_quantised_base_needs_its_package(monkeypatch):
     settings = sft("--quantize_base", "8bit", "--lora_dim", "8")
-    assert settings.run.recipe(settings.model).lora.quantize_base == "8bit"
+    assert settings.run.complete(settings.model).lora.quantize_base == "8bit"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; run `pip install"):
-        settings.run.recipe(settings.model)
+        settings.run.complete(settings.model)
 
 
 @pytest.mark.parametrize(

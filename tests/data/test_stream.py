@@ -8,7 +8,7 @@ from dschat.data import stream
 from dschat.data.collators import PairCollator, PromptCollator, SFTCollator
 from dschat.data.loaders import build_loader
 from dschat.errors import UserError
-from dschat.train.resume import StepPlan
+from dschat.train.steps import StepPlan
 from tests.data.spec import Spec
 from tests.helpers.tiny import byte_tokenizer
 

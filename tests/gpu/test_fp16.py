@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from dschat.train.engine import Engine, Recipe, backward, build_engine
+from dschat.train.engine import Engine, backward, build_engine
+from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, check_rates, group_rates, schedule_factory
@@ -25,10 +26,10 @@ def train_step(engine: Engine, device: torch.device, factor: float) -> bool:
 
 def test_an_overflow_skips_the_step_and_halves_the_scale(device, distributed):
     config = EngineConfig(zero_stage=0, dtype="fp16", micro_batch_size=2)
-    recipe = Recipe(RATES, LoraConfig(lora_dim=4))
+    model = ModelConfig(optimizer=RATES, lora=LoraConfig(lora_dim=4))
     schedule = schedule_factory("constant", 0, 10)
     module = tiny_llama().half()
-    engine = build_engine(module, config, recipe, schedule, distributed.world_size, "fp16")
+    engine = build_engine(module, config, model, schedule, distributed.world_size, "fp16")
     adapters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     rates = group_rates(engine.optimizer)
     assert rates == {"lora_A": 1e-3, "lora_B": 16e-3}

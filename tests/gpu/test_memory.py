@@ -4,7 +4,8 @@ import gc
 
 import torch
 
-from dschat.train.engine import Recipe, backward, build_engine
+from dschat.train.engine import backward, build_engine
+from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
@@ -21,9 +22,9 @@ def peak_of_two_steps(device: torch.device, lora: LoraConfig) -> tuple[int, int]
     start = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     config = EngineConfig(zero_stage=0, dtype="fp32", micro_batch_size=1)
-    recipe = Recipe(OptimizerConfig(learning_rate=1e-4), lora)
+    model = ModelConfig(optimizer=OptimizerConfig(learning_rate=1e-4), lora=lora)
     schedule = schedule_factory("constant", 0, 10)
-    engine = build_engine(tiny_llama(**SHAPE), config, recipe, schedule, 1, "memory")
+    engine = build_engine(tiny_llama(**SHAPE), config, model, schedule, 1, "memory")
     ids = torch.arange(3, 35, device=device)[None]
     for _ in range(2):
         loss = engine(input_ids=ids, use_cache=False).logits.float().square().mean()

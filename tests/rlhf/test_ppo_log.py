@@ -24,10 +24,10 @@ def test_throughput_counts_the_steps_that_the_actor_made(load_roles, monkeypatch
     setting = Setting(lora=LORA)
     roles = load_roles(setting)
     trainer = ppo_trainer(roles, setting, ppo_epochs=2, **changes)
-    recipes = {name: setting.role(name).recipe for name in roles.trained}
+    configs = {name: setting.role(name).config for name in roles.trained}
     gpus = Gpus(1, torch.float32)
     metrics = MetricLogger(LogConfig(), None, rank=0)
-    log = PPOLog(metrics, 0, roles, recipes, gpus, iterations=1)
+    log = PPOLog(metrics, 0, roles, configs, gpus, iterations=1)
     log.begin()
     torch.manual_seed(0)
     experiences = trainer.rollout([prompts()])

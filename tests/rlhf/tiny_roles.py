@@ -20,7 +20,7 @@ from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
-from dschat.train.engine import Recipe
+from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora import LoraConfig
@@ -105,8 +105,8 @@ class Setting:
                 gradient_accumulation_steps=self.accumulation,
                 gradient_clipping=self.clipping,
             ),
-            recipe=Recipe(
-                OptimizerConfig(self.learning_rate, eps=self.eps),
+            config=ModelConfig(
+                optimizer=OptimizerConfig(self.learning_rate, eps=self.eps),
                 lora=self.lora,
                 train_base=self.train_base,
                 gradient_checkpointing=self.gradient_checkpointing,

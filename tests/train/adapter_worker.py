@@ -17,7 +17,8 @@ from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import plan_saving
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.train.engine import Recipe, build_engine
+from dschat.train.engine import build_engine
+from dschat.train.model_config import ModelConfig
 from dschat.utils import zero
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
@@ -46,9 +47,9 @@ def load(folder: str, peers: Distributed) -> nn.Module:
 
 def engine_of(module: nn.Module, peers: Distributed):
     """With fresh adapters of `LORA`."""
-    recipe = Recipe(OptimizerConfig(learning_rate=1e-3), LORA)
+    model = ModelConfig(optimizer=OptimizerConfig(learning_rate=1e-3), lora=LORA)
     schedule = schedule_factory("constant", 0, 1)
-    return build_engine(module, CONFIG, recipe, schedule, peers.world_size, "adapters")
+    return build_engine(module, CONFIG, model, schedule, peers.world_size, "adapters")
 
 
 def main() -> None:

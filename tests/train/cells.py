@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dschat.models.reward_model import RewardModel
-from dschat.train.engine import Recipe
+from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig
@@ -57,7 +57,7 @@ class Cell:
             deepspeed_config=f"{folder}/adam.json" if self.user_json else None,
         )
 
-    def recipe(self) -> Recipe:
+    def config(self) -> ModelConfig:
         """Adapters at ratio 16, or all weights."""
         rates = OptimizerConfig(
             learning_rate=BASE_RATE,
@@ -68,7 +68,9 @@ class Cell:
             betas=BETAS,
             eps=1e-10 if self.first_steps else EPS,
         )
-        return Recipe(rates, self.lora(), gradient_checkpointing=self.checkpointing)
+        return ModelConfig(
+            optimizer=rates, lora=self.lora(), gradient_checkpointing=self.checkpointing
+        )
 
     def lora(self) -> LoraConfig:
         """The adapters."""

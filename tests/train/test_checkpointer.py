@@ -19,13 +19,13 @@ from dschat.train.checkpointer import Position
 from dschat.train.metrics import Continued, LogConfig, MetricLogger
 from dschat.train.resume import (
     RunPlan,
-    StepPlan,
     check_restored_rates,
     check_same_frozen,
     check_same_groups,
     frozen_checksum,
     set_peak_rates,
 )
+from dschat.train.steps import StepPlan
 from dschat.utils.distributed import RandomState, set_random_seed
 from dschat.utils.optim import (
     SCHEDULES,

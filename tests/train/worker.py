@@ -16,7 +16,8 @@ from torch import nn
 from dschat.functional.losses import mean_scale, pairwise_loss, sft_loss
 from dschat.models.causal_lm import create_hf_model, forward_inputs
 from dschat.models.reward_model import create_critic_model, scores_at_end
-from dschat.train.engine import accumulation_groups, backward, build_engine, torch_dtype
+from dschat.train.engine import backward, build_engine, torch_dtype
+from dschat.train.steps import accumulation_groups
 from dschat.utils import zero
 from dschat.utils.distributed import Distributed, all_reduce_sum, init_distributed
 from dschat.utils.ds_utils import get_train_ds_config
@@ -78,7 +79,7 @@ def train(cell: cells.Cell, peers: Distributed, folder: str) -> tuple[dict, dict
     name = "constant" if cell.first_steps else "linear"
     schedule = schedule_factory(name, cells.WARM_UP, cells.TOTAL_STEPS)
     torch.manual_seed(cells.ADAPTER_SEED)
-    engine = build_engine(module, config, cell.recipe(), schedule, peers.world_size, cell.name)
+    engine = build_engine(module, config, cell.config(), schedule, peers.world_size, cell.name)
     assert all(module.training for module in engine.module.modules())
     story = {
         "fused": engine.basic_optimizer.defaults["fused"],

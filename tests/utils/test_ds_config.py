@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dschat.errors import UserError
-from dschat.train.engine import Recipe, build_engine
+from dschat.train.engine import build_engine
+from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
 from dschat.utils.module.lora import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
@@ -173,7 +174,7 @@ def test_optimizer_block_with_other_rates_is_refused(tmp_path: Path, block: dict
     """The groups carry their own rates: the block's would be passed over in silence."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"optimizer": block}))
-    recipe = Recipe(OptimizerConfig(1e-3), LoraConfig(lora_dim=4))
+    model = ModelConfig(optimizer=OptimizerConfig(1e-3), lora=LoraConfig(lora_dim=4))
     config = engine_config(dtype="fp32", deepspeed_config=str(path))
     with pytest.raises(UserError, match=words):
-        build_engine(tiny.tiny_llama(), config, recipe, schedule_factory("cosine", 0, 1), 1, "")
+        build_engine(tiny.tiny_llama(), config, model, schedule_factory("cosine", 0, 1), 1, "")

@@ -19,10 +19,11 @@ from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.packing import prove_packing
 from dschat.models.save import save_hf_format
-from dschat.train.engine import accumulation_groups, backward
+from dschat.train.engine import backward
 from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
 from dschat.train.prepare import plan_model, prepare, setup_run
 from dschat.train.progress import batch_counts, timed
+from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 
@@ -86,7 +87,7 @@ def main() -> None:
 
     # 4. a model folder that transformers loads
     if output_dir is not None:
-        save_hf_format(engine, ctx.tokenizer, output_dir, ctx.distributed, model.save)
+        save_hf_format(engine, ctx.tokenizer, output_dir, ctx, model.save)
     log.close()
 
 

@@ -18,10 +18,11 @@ from dschat.data.collators import PairCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
-from dschat.train.engine import accumulation_groups, backward
+from dschat.train.engine import backward
 from dschat.train.evaluation import evaluate_pairs, pair_count, pair_scores, scores_summary
 from dschat.train.prepare import plan_model, prepare, setup_run
 from dschat.train.progress import batch_counts, timed
+from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum
 
 
@@ -90,7 +91,7 @@ def main() -> None:
     # 4. a model folder that transformers loads, with the statistics that step 3 scales scores by
     if output_dir is not None:
         statistics = scores_summary(figures, len(data.eval), data.key)
-        save_hf_format(engine, ctx.tokenizer, output_dir, ctx.distributed, model.save, statistics)
+        save_hf_format(engine, ctx.tokenizer, output_dir, ctx, model.save, statistics)
     log.close()
 
 

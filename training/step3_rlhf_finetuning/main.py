@@ -20,8 +20,8 @@ from dschat.config.cli import parse, run_cli
 from dschat.config.unused import unused_flags
 from dschat.data.collators import PromptCollator
 from dschat.rlhf.prepare import plan_roles, prepare
-from dschat.train.engine import accumulation_groups
 from dschat.train.prepare import setup_run
+from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import launched_rank, print_rank_0
 
 
