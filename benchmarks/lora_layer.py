@@ -23,7 +23,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from dschat.utils.module.lora import convert_linear_layer_to_lora
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIONS = {"plain": {}, "dropout": {"lora_dropout": 0.05}, "DoRA": {"use_dora": True}}

@@ -46,7 +46,7 @@ from dschat.train.engine import torch_dtype
 from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 
 LAYOUTS = {"none": "four trunks", "auto": "two trunks", "all": "one trunk"}

@@ -20,7 +20,7 @@ from transformers import (
 
 from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 
 GIB = 2**30
 LAYOUTS = ("full", "none", "auto", "all")

@@ -13,11 +13,8 @@ from transformers import PreTrainedModel
 
 from dschat.data.collators import SFTBatch, SFTCollator
 from dschat.functional.losses import mean_scale, sft_loss
-from dschat.utils.module.lora import (
-    LoraConfig,
-    convert_linear_layer_to_lora,
-    only_optimize_lora_parameters,
-)
+from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import (
     OptimizerConfig,
     build_optimizer,

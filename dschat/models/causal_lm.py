@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from dschat.errors import UserError, brief
 from dschat.utils import zero
-from dschat.utils.module.adapter import REWARD
+from dschat.utils.module.adapter_config import REWARD
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
 

@@ -20,7 +20,7 @@ from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
 from dschat.utils.distributed import Distributed, barrier
-from dschat.utils.module.adapter import CAUSAL_LM, CONFIG_FILE, REWARD
+from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
     AdapterOrigin,
     AdapterOutline,

@@ -10,7 +10,7 @@ from dschat.errors import UserError
 from dschat.models.causal_lm import load_config
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.adapter_write import AdapterOrigin
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.model_source import ModelSource, place_of, resolve_model
 
 ADAPTER_FOLDER = "adapter"  # inside a merged model's folder

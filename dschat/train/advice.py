@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import FIRST_RATIO, OptimizerConfig, first_lora_rate
 
 RATIO_RANGE = (8.0, 32.0)  # where the LoRA+ authors found the best ratios (arXiv:2402.12354)

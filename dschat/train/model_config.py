@@ -13,12 +13,12 @@ from dschat.models.causal_lm import load_config
 from dschat.settings import Settings, group, setting
 from dschat.utils.ds_utils import ZERO_STAGES
 from dschat.utils.module.lora import (
-    LoraConfig,
     convert_linear_layer_to_lora,
     make_model_gradient_checkpointing_compatible,
-    match_layers,
     only_optimize_lora_parameters,
 )
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.targets import match_layers
 from dschat.utils.optim import OptimizerConfig
 
 

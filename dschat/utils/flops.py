@@ -19,9 +19,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
-from dschat.utils.module.lora import HEAD_NAMES, output_head
 from dschat.utils.module.lora_layers import LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
+from dschat.utils.module.targets import HEAD_NAMES, output_head
 from dschat.utils.zero import full_numel, full_shape
 
 # Dense peaks in TFLOPS as (pattern of the device name, bf16, fp16, fp32), from NVIDIA's data sheets

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.ppo_states import LLAMA_3, PAIRS, Options, count, states, table
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import init_distributed
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.tiny import tiny_llama, tiny_opt
 from tests.rlhf.one_base import save_one_base
 from tests.rlhf.tiny_roles import Setting, ppo_trainer, rollout

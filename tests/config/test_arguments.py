@@ -13,7 +13,7 @@ from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.rlhf.estimators import ESTIMATORS
 from dschat.rlhf.role_settings import RoleNames, RoleSettings
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 
 
 def sft(*argv: str) -> SFTSettings:

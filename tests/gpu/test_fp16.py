@@ -7,7 +7,7 @@ import torch
 from dschat.train.engine import Engine, backward, build_engine
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, check_rates, group_rates, schedule_factory
 from tests.helpers.tiny import padded, tiny_llama, token_rows
 

@@ -7,7 +7,7 @@ import torch
 from dschat.train.engine import backward, build_engine
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers.tiny import tiny_llama
 

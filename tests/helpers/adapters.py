@@ -11,7 +11,7 @@ from dschat.models.reward_model import RewardModel, scores_at_end
 from dschat.models.save_plan import SavePlan, plan_saving
 from dschat.utils.distributed import Distributed
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.helpers.rounding import LOGITS
 

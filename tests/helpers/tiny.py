@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import (
-    LoraConfig,
     convert_linear_layer_to_lora,
     lora_layers,
     only_optimize_lora_parameters,
 )
+from dschat.utils.module.lora_config import LoraConfig
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 264  # 3 special tokens and 256 bytes, up to a multiple of 8

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dschat.config.cli import run_cli
 from dschat.errors import UserError
 from dschat.models.save import save_hf_format
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from inference.chatbot import (
     Chatbot,
     ChatSettings,

@@ -19,7 +19,7 @@ from dschat.models.reward_statistics import (
 )
 from dschat.models.save import save_hf_format
 from dschat.train.evaluation import scores_summary
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 from tests.helpers.tiny import byte_tokenizer
 

@@ -25,7 +25,7 @@ from dschat.models.reward_model import RewardModel, create_critic_model, scores_
 from dschat.models.save import check_output_dir, save_hf_format
 from dschat.utils.distributed import Distributed
 from dschat.utils.module.lora import lora_layers
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 

@@ -20,7 +20,7 @@ from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import generate_sorted
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.utils.module.lora import lora_layers
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.helpers.tiny import EOS, PAD
 from tests.rlhf.tiny_roles import (

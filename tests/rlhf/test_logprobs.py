@@ -18,7 +18,7 @@ from dschat.utils.module.lora import (
     convert_linear_layer_to_lora,
     make_model_gradient_checkpointing_compatible,
 )
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.rlhf.tiny_roles import left_padded
 

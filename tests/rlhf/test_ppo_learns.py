@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.rlhf.tiny_roles import Setting, ppo_trainer, prompts
 
 FULL = Setting(learning_rate=2e-2, eps=1e-8, micro_batch=64)

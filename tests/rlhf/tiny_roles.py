@@ -23,7 +23,7 @@ from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE

@@ -23,7 +23,7 @@ from dschat.utils import zero
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.module.lora import lora_layers
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers.tiny import byte_tokenizer
 

@@ -11,7 +11,7 @@ from torch import nn
 from dschat.models.reward_model import RewardModel
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig
 from tests.helpers.tiny import padded, tiny_gpt2, tiny_llama, token_rows
 

@@ -14,7 +14,7 @@ from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.adapters import (
     ALONE,
     assert_equal,

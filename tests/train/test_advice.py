@@ -10,7 +10,7 @@ from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.train.advice import lora_advice
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, first_lora_rate
 
 FULL = 1e-5

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.resume_runs import (
     PPO_COMMON,

@@ -19,7 +19,7 @@ from dschat.models.save import save_hf_format
 from dschat.models.save_plan import MERGED, plan_saving
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.module import model_source as source
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.model_source import resolve_model
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, save_base, with_adapter

@@ -25,7 +25,7 @@ from dschat.models.save import save_hf_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.module.adapter_write import _exactly
 from dschat.utils.module.lora import lora_layers
-from dschat.utils.module.lora_layers import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.adapters import (
     ALONE,
     ARCHITECTURES,

@@ -11,7 +11,7 @@ from dschat.errors import UserError
 from dschat.train.engine import build_engine
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
-from dschat.utils.module.lora import LoraConfig
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers import tiny
 

@@ -22,11 +22,8 @@ from dschat.utils.flops import (
     lora_overhead_factor,
     training_flops,
 )
-from dschat.utils.module.lora import (
-    LoraConfig,
-    convert_linear_layer_to_lora,
-    only_optimize_lora_parameters,
-)
+from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 
 BATCH, LENGTH = 2, 7

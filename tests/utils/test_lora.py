@@ -13,18 +13,17 @@ from transformers.pytorch_utils import Conv1D
 from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import (
-    LoraConfig,
     LoRALinear,
     adapters_disabled,
     convert_linear_layer_to_lora,
     convert_lora_to_linear_layer,
-    fully_trained_modules,
     lora_layers,
     make_model_gradient_checkpointing_compatible,
-    match_layers,
     merged_state_dict,
     only_optimize_lora_parameters,
 )
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.targets import fully_trained_modules, match_layers
 from tests.helpers import tiny
 
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}

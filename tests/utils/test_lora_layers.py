@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
 from dschat.utils.module.lora import convert_linear_layer_to_lora, convert_lora_to_linear_layer
-from dschat.utils.module.lora_layers import LoraConfig, LoRAEmbedding, LoRALinear
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALinear
 
 KINDS = {
     "plain": {},

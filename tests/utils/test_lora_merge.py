@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dschat.utils.module.lora import (
-    LoraConfig,
     LoRALinear,
     adapters_disabled,
     convert_linear_layer_to_lora,
@@ -18,6 +17,7 @@ from dschat.utils.module.lora import (
     lora_layers,
     merged_state_dict,
 )
+from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 
 MODELS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "opt": tiny.tiny_opt}

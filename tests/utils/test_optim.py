@@ -12,11 +12,8 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel
-from dschat.utils.module.lora import (
-    LoraConfig,
-    convert_linear_layer_to_lora,
-    only_optimize_lora_parameters,
-)
+from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
+from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import (
     SCHEDULES,
     OptimizerConfig,

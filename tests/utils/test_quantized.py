@@ -19,7 +19,8 @@ from dschat.utils.module.lora import (
     lora_layers,
     merged_state_dict,
 )
-from dschat.utils.module.lora_layers import LoraConfig, LoRALinear
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.lora_layers import LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.optim import OptimizerConfig, get_optimizer_grouped_parameters, group_table
 from tests.helpers import tiny

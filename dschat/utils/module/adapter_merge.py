@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.utils.module.adapter import Adapter, Update, stop_at
-from dschat.utils.module.lora import HEAD_NAMES
-from dschat.utils.module.lora_layers import merged_weight
+from dschat.utils.module.low_rank import merged_weight
+from dschat.utils.module.targets import HEAD_NAMES
 from dschat.utils.zero import full_shape, gathered
 
 

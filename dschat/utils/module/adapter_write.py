@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from dschat.utils.module.adapter import CONFIG_FILE, MAGNITUDE_LEAF, PREFIX, REWARD, WEIGHT_FILE
-from dschat.utils.module.lora import fully_trained_modules, lora_layers
-from dschat.utils.module.lora_layers import LoraConfig, LoRAEmbedding, LoRALayer
+from dschat.utils.module.adapter import MAGNITUDE_LEAF, PREFIX
+from dschat.utils.module.adapter_config import CONFIG_FILE, REWARD, WEIGHT_FILE
+from dschat.utils.module.lora import lora_layers
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer
+from dschat.utils.module.targets import fully_trained_modules
 from dschat.utils.zero import full_shape
 
 VALUE_HEAD = "v_head"
@@ -66,23 +69,9 @@ def outline_of(
     layers = lora_layers(module)
     trained, tied = _fully_trained(module, origin.lora.modules_to_save, task)
     trained = [name for name in trained if disk_name(name) is not None]
-    keys = {}
-    for name, layer in layers.items():
-        for leaf in layer.adapter:
-            keys[f"{name}.{leaf}"] = f"{disk_name(name)}.{PEFT_NAMES.get(leaf, leaf)}"
-    for name in trained:
-        keys |= {
-            f"{name}.{leaf}": f"{disk_name(name)}.{leaf}"
-            for leaf in module.get_submodule(name).state_dict()
-        }
-    for name in _grown_tables(module, origin.vocabulary):
-        inside = ".base_layer" if name in layers else ""
-        for leaf, _ in module.get_submodule(name).named_parameters(recurse=False):
-            if not leaf.startswith("lora_"):
-                keys.setdefault(f"{name}.{leaf}", f"{disk_name(name)}{inside}.{leaf}")
-    targets = [f"{disk_name(name)}" for name in layers]
-    alpha = float(origin.lora.lora_alpha or origin.lora.lora_dim)
+    targets = [str(disk_name(name)) for name in layers]
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
+    alpha = float(origin.lora.lora_alpha or origin.lora.lora_dim)
     config = {
         "auto_mapping": {
             "base_model_class": saved_as.__name__,
@@ -109,7 +98,32 @@ def outline_of(
         "use_dora": origin.lora.use_dora,
         "use_rslora": origin.lora.use_rslora,
     }
-    return AdapterOutline(keys, config)
+    grown = _grown_tables(module, origin.vocabulary)
+    return AdapterOutline(_keys(module, layers, trained, grown, disk_name), config)
+
+
+def _keys(
+    module: nn.Module,
+    layers: Mapping[str, LoRALayer],
+    trained: list[str],
+    grown: list[str],
+    disk_name: Callable[[str], str | None],
+) -> dict[str, str]:
+    """Map the tensors of adapters, of fully trained modules and of grown tables to PEFT's keys."""
+    keys = {
+        f"{name}.{leaf}": f"{disk_name(name)}.{PEFT_NAMES.get(leaf, leaf)}"
+        for name, layer in layers.items()
+        for leaf in layer.adapter
+    }
+    for name in trained:
+        for leaf in module.get_submodule(name).state_dict():
+            keys[f"{name}.{leaf}"] = f"{disk_name(name)}.{leaf}"
+    for name in grown:
+        inside = ".base_layer" if name in layers else ""
+        for leaf, _ in module.get_submodule(name).named_parameters(recurse=False):
+            if not leaf.startswith("lora_"):
+                keys.setdefault(f"{name}.{leaf}", f"{disk_name(name)}{inside}.{leaf}")
+    return keys
 
 
 def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
 from dschat.utils.module.adapter import REWARD_HEAD, Adapter, Update
-from dschat.utils.module.lora_layers import LoRALayer, merged_weight
+from dschat.utils.module.lora_layers import LoRALayer
+from dschat.utils.module.low_rank import merged_weight
 
 CHILD = "fixed_update"  # its name in the layer
 

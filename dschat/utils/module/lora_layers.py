@@ -11,61 +11,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from dschat.settings import Settings, setting
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.low_rank import LoRAMatmul, affine, merged_weight
 from dschat.utils.zero import full_shape, gathered
 
-ALL_LINEAR = "all-linear"
 ROWS_AT_ONCE = 1024  # of a weight in fp32, where DoRA measures its rows
-
-
-@dataclass(frozen=True)
-class LoraConfig(Settings):
-    """The adapters of one model: rank, scaling, start, and the layers that carry them.
-
-    A `lora_dim` of 0 is a model without adapters, which trains all its weights.
-    """
-
-    lora_dim: int = setting(0, "rank of the adapters; 0 trains all weights", at_least=0)
-    lora_alpha: float | None = setting(None, "scaling is alpha / dim (default: dim)", above=0)
-    lora_dropout: float = setting(0.0, "dropout on the adapters' input", at_least=0, below=1)
-    lora_init: str = setting(
-        "A", "the matrix that starts random, the other is zero", choices=("A", "B")
-    )
-    use_rslora: bool = setting(False, "scale by alpha / sqrt(dim)")
-    use_dora: bool = setting(False, "DoRA: train the lengths of the weights' rows too")
-    lora_module_name: tuple[str, ...] = setting(
-        (ALL_LINEAR,),
-        "substrings of layer names that get adapters, or all-linear; embeddings by their name",
-    )
-    modules_to_save: tuple[str, ...] = setting(
-        (), "names of modules that train in full, beside the adapters"
-    )
-    quantize_base: str | None = setting(
-        None,
-        "keep the wrapped weights in so many bits (needs bitsandbytes; ZeRO 0 to 2)",
-        choices=("4bit", "8bit"),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("lora_module_name", "modules_to_save"):  # commas or spaces between names
-            parts = ",".join(getattr(self, name)).split(",")
-            object.__setattr__(self, name, tuple(part for part in parts if part))
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732)."""
-        alpha = self.lora_dim if self.lora_alpha is None else self.lora_alpha
-        return alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
 
 
 class LoRALayer(nn.Module):
@@ -192,70 +149,6 @@ class LoRALayer(nn.Module):
         dora = ", DoRA" if self.lora_magnitude is not None else ""
         shape = f"in={self.in_features}, out={self.out_features}"
         return f"{shape}, r={self.rank}, s={self.scaling:g}{dora}"
-
-
-def merged_weight(
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    *,
-    scaling: float,
-    magnitude: torch.Tensor | None,
-    transposed: bool,
-) -> torch.Tensor:
-    """Return W + s B A in fp32, with DoRA's (out,) magnitude rescaled row by row, cast once.
-
-    Args:
-        weight: (out, in), or (in, out) when `transposed`; the result has its layout and dtype.
-    """
-    rows = (weight.t() if transposed else weight).float()
-    rows = rows + (lora_B.float() @ lora_A.float()) * scaling
-    if magnitude is not None:
-        lengths = torch.linalg.vector_norm(rows, dim=1).to(magnitude.dtype)
-        rows *= (magnitude / lengths).float().unsqueeze(1)
-    return (rows.t() if transposed else rows).to(weight.dtype).contiguous()
-
-
-def affine(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
-) -> torch.Tensor:
-    """Map (N, in) to (N, out) by a weight stored as (out, in), or (in, out) when `transposed`."""
-    if not transposed:
-        return F.linear(x, weight, bias)
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-
-
-class LoRAMatmul(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T with W and b frozen; keeps x and the (N, r) product, no more.
-
-    The update is added inside the matrix product (no second (N, out) tensor), in the backward pass
-    likewise for the gradient of x.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, transposed, lora_A, lora_B, scaling):
-        """(N, in) -> (N, out)."""
-        down = torch.mm(x, lora_A.t()).mul_(scaling)  # (N, r)
-        ctx.transposed, ctx.scaling = transposed, scaling
-        # Parameters, not views of them: a view would keep what ZeRO-3 has gathered alive.
-        ctx.save_for_backward(x, weight, lora_A, lora_B, down)
-        return affine(x, weight, bias, transposed).addmm_(down, lora_B.t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        """(N, out) -> gradients of x, A and B."""
-        x, weight, lora_A, lora_B, down = ctx.saved_tensors
-        grad_down = torch.mm(grad, lora_B).mul_(ctx.scaling)  # (N, r)
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight.t() if ctx.transposed else weight)
-            grad_x.addmm_(grad_down, lora_A)
-        if ctx.needs_input_grad[4]:
-            grad_A = torch.mm(grad_down.t(), x)
-        if ctx.needs_input_grad[5]:
-            grad_B = torch.mm(grad.t(), down)
-        return grad_x, None, None, None, grad_A, grad_B, None
 
 
 class LoRALinear(LoRALayer):

@@ -12,13 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import GenerationConfig
 
 from dschat.errors import UserError
-from dschat.utils.module.adapter import (
-    CONFIG_FILE,
-    Adapter,
-    AdapterConfig,
-    read_adapter,
-    read_config,
-)
+from dschat.utils.module.adapter import Adapter, read_adapter
+from dschat.utils.module.adapter_config import CONFIG_FILE, AdapterConfig, read_config
 
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 HUB_FILES = ("*.json", "adapter_model.*", "*.jinja", "*.model", "*.txt")  # tokenizers included

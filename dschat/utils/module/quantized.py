@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from dschat.utils.module.lora_layers import LoraConfig, LoRALinear
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.lora_layers import LoRALinear
 
 
 class _FrozenMatmul(torch.autograd.Function):
