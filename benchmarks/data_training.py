@@ -14,9 +14,14 @@ import datasets
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dschat.data.batching import BatchSampler, PackedBatches, RowBatches, TokenBudgetBatches
+from dschat.data.batching import (
+    BatchSampler,
+    PackedBatches,
+    RowBatches,
+    TokenBudgetBatches,
+    build_loader,
+)
 from dschat.data.collators import PackedCollator, SFTBatch, SFTCollator
-from dschat.data.loaders import build_loader
 from dschat.train.evaluation import answer_loss
 
 SEED, TURNS = 1234, 3

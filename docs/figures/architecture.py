@@ -80,7 +80,7 @@ WAYS = (
     (
         "step 3",
         (
-            ("data", "prompts", "data/loaders.py"),
+            ("data", "prompts", "data/batching.py"),
             ("rlhf", "rollout", "rlhf/generation.py"),
             ("rlhf", "Experience", "rlhf/rollout.py"),
             ("rlhf", "advantages", "rlhf/advantages.py"),

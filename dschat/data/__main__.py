@@ -22,14 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from dschat.config.cli import parse, run_cli
 from dschat.data.config import SHORTEST, SFTDataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
-from dschat.data.report import (
-    PHASE_NAMES,
-    Marks,
-    histogram,
-    padding_lines,
-    render,
-    sequence_lengths,
-)
+from dschat.data.inspection import Marks, histogram, padding_lines, render, sequence_lengths
+from dschat.data.report import PHASE_NAMES
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
 from dschat.text.formats import set_format

@@ -1,11 +1,13 @@
-"""Readers of the sets that DeepSpeed-Chat names and that have columns of their own."""
+"""Readers of named sets that have columns of their own: DeepSpeed-Chat's, UltraFeedback."""
 
 import re
+from collections.abc import Mapping
 
-from dschat.data.readers import Row, pick, pick_number, pick_text
+from dschat.data.columns import Row, pick, pick_number, pick_text
 from dschat.errors import UserError
 from dschat.text.conversations import ASSISTANT, Example, Skip, Turn, merge, question
 
+SCORE_KEYS = ("fine-grained_score", "overall_score", "score")
 _CITATION = re.compile(r" ?\[\d+(?:, ?\d+)*\]")
 _VICUNA_SPEAKER = re.compile(r"(?:\A|\s|</s>)(USER|ASSISTANT):")
 
@@ -124,3 +126,22 @@ def refuse_mkqa(row: Row) -> Example:
         "a row of MKQA, which holds many languages; name its folder mkqa-Chinese or mkqa-Japanese, "
         "or map columns, as in --dataset_columns prompt=queries.en chosen=answers.en.0.text"
     )
+
+
+def read_completions(row: Row) -> Example:
+    """Column completions, scored answers to instruction (or prompt): the best and the worst."""
+    prompt = pick_text(row, "instruction" if "instruction" in row else "prompt")
+    answers = row.get("completions")
+    if not isinstance(answers, list | tuple) or not all(isinstance(a, Mapping) for a in answers):
+        raise UserError("column 'completions' needs a list of objects; fix or drop the row")
+    scored = []
+    for answer in answers:
+        key = next((key for key in SCORE_KEYS if answer.get(key) is not None), None)
+        if key is not None:
+            scored.append((pick_number(answer, key), pick_text(answer, "response")))
+    if len(scored) < 2:
+        raise Skip("fewer than two scored completions")
+    worst, best = (bound(scored, key=lambda pair: pair[0]) for bound in (min, max))
+    if worst[0] == best[0]:
+        raise Skip("tie")
+    return Example(question(prompt), best[1], worst[1])

@@ -1,9 +1,15 @@
-"""Readers of rows known by their columns: pairs, transcripts, messages, instructions, prompts."""
+"""Readers of rows: those known by their columns, the tables of all, and the choice for a source."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from os.path import commonprefix
+from pathlib import PurePath
 from typing import Any
 
+from dschat.data import named_readers as named
+from dschat.data.columns import Row, pick, pick_text
+from dschat.data.user_reader import ReadOptions, user_reader
 from dschat.errors import UserError
 from dschat.text.conversations import (
     ASSISTANT,
@@ -12,67 +18,18 @@ from dschat.text.conversations import (
     Skip,
     Turn,
     as_turns,
+    has_markers,
     parse_messages,
     question,
     read_messages,
     split_answer,
 )
 
-Row = Mapping[str, Any]
+Reader = Callable[[Row], Example]
+
+LOCAL_JSON = "local/jsonfile"
 ANSWER_COLUMNS = ("chosen", "response", "completion")
-SCORE_KEYS = ("fine-grained_score", "overall_score", "score")
 SPLIT_EARLIER = "the two sides differ before the last answer"
-
-
-def pick(row: Row, path: str) -> Any:
-    """Take the value of a column, or of a field inside one: `question.full_text`, `answers.0.text`.
-
-    A list that is too short, or nothing where a field should be, gives None.
-
-    Raises:
-        UserError: there is no such column or field.
-    """
-    if path in row:
-        return row[path]
-    value: Any = row
-    for part in path.split("."):
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, Sequence) and not isinstance(value, str) and part.isdecimal():
-            value = value[int(part)] if int(part) < len(value) else None
-        elif value is None:
-            return None
-        else:
-            columns = ", ".join(map(str, row)) or "none"
-            raise UserError(
-                f"no column {path!r} (columns: {columns}); name another with --dataset_columns"
-            )
-    return value
-
-
-def pick_text(row: Row, path: str) -> str:
-    """Take the text at a path.
-
-    Raises:
-        Skip: nothing is there. UserError: something else than text is.
-    """
-    value = pick(row, path)
-    if value is None or value == "":
-        raise Skip(f"no {path}")
-    if not isinstance(value, str):
-        raise UserError(
-            f"column {path!r} is {type(value).__name__}, needs text; fix or drop the row"
-        )
-    return value
-
-
-def pick_number(row: Row, path: str) -> float:
-    """Take the number at a path, also where it is written as text; else a UserError."""
-    value = pick(row, path)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"column {path!r} is {value!r}, needs a number; fix the row") from error
 
 
 def read_standard(row: Row) -> Example:
@@ -92,9 +49,9 @@ def read_standard(row: Row) -> Example:
             raise UserError("column 'prompt' does not end with the user's turn; fix the row")
         return Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
     if isinstance(chosen, list | tuple):
-        if rejected is not None and _begins_with_user(chosen):
-            return _message_pair(chosen, rejected)
-        if _begins_with_user(chosen):
+        if parse_messages(chosen, "chosen")[0].role != "assistant":
+            if rejected is not None:
+                return _message_pair(chosen, rejected)
             return split_answer(read_messages(chosen, "chosen"))
         turns = as_turns(prompt) if isinstance(prompt, str) else ()
         return Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
@@ -105,10 +62,6 @@ def _refuse_tie(row: Row) -> None:
     scores = row.get("score_chosen"), row.get("score_rejected")
     if None not in scores and scores[0] == scores[1]:
         raise Skip("tie")
-
-
-def _begins_with_user(messages: Sequence[Any]) -> bool:
-    return parse_messages(messages, "chosen")[0].role != "assistant"
 
 
 def _side(value: Any, column: str, prompt: tuple[Turn, ...]) -> Any:
@@ -171,13 +124,10 @@ def read_chat(row: Row) -> Example:
 def read_sharegpt(row: Row) -> Example:
     """Column conversations: a list of from and value, or of role and content."""
     turns = row.get("conversations")
-    has_roles = isinstance(turns, list | tuple) and turns and "role" in _keys(turns[0])
+    first = turns[0] if isinstance(turns, list | tuple) and turns else None
+    has_roles = isinstance(first, Mapping) and "role" in first
     keys = ("role", "content") if has_roles else ("from", "value")
     return split_answer(read_messages(turns, "conversations", *keys))
-
-
-def _keys(message: Any) -> tuple[str, ...]:
-    return tuple(message) if isinstance(message, Mapping) else ()
 
 
 def read_alpaca(row: Row) -> Example:
@@ -190,20 +140,133 @@ def read_alpaca(row: Row) -> Example:
     return Example(question(prompt), pick_text(row, "output"))
 
 
-def read_completions(row: Row) -> Example:
-    """Column completions, scored answers to instruction (or prompt): the best and the worst."""
-    prompt = pick_text(row, "instruction" if "instruction" in row else "prompt")
-    answers = row.get("completions")
-    if not isinstance(answers, list | tuple) or not all(isinstance(a, Mapping) for a in answers):
-        raise UserError("column 'completions' needs a list of objects; fix or drop the row")
-    scored = []
-    for answer in answers:
-        key = next((key for key in SCORE_KEYS if answer.get(key) is not None), None)
-        if key is not None:
-            scored.append((pick_number(answer, key), pick_text(answer, "response")))
-    if len(scored) < 2:
-        raise Skip("fewer than two scored completions")
-    worst, best = (bound(scored, key=lambda pair: pair[0]) for bound in (min, max))
-    if worst[0] == best[0]:
-        raise Skip("tie")
-    return Example(question(prompt), best[1], worst[1])
+@dataclass(frozen=True)
+class RowFormat:
+    """Rows that have at least these columns, and their reader.
+
+    `holds` looks at a first row where common words name the columns; None: they are enough.
+    """
+
+    columns: frozenset[str]
+    read: Reader
+    holds: Callable[[Row], bool] | None = None
+
+
+def _format(columns: str, read: Reader, **more: Any) -> RowFormat:
+    return RowFormat(frozenset(columns.split()), read, **more)
+
+
+_STANDARD = _format("prompt", read_standard)
+_MKQA = "queries answers"
+_MIRACL = _format("query positive_passages negative_passages", named.read_miracl)
+
+NAMED = {
+    "Dahoas/rm-static": _STANDARD,
+    "Dahoas/full-hh-rlhf": _STANDARD,
+    "Dahoas/synthetic-instruct-gptj-pairwise": _format(
+        "prompt chosen rejected", named.read_synthetic_instruct
+    ),
+    "yitingxie/rlhf-reward-datasets": _format("prompt chosen rejected", named.read_rlhf_reward),
+    "openai/webgpt_comparisons": _format(
+        "question answer_0 answer_1 score_0 score_1", named.read_webgpt
+    ),
+    "stanfordnlp/SHP": _format("history human_ref_A human_ref_B labels", named.read_shp),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": _format(
+        "prompt label", named.read_vicuna, holds=named.is_vicuna
+    ),
+    "wangrui6/Zhihu-KOL": _format("INSTRUCTION RESPONSE", named.read_zhihu),
+    "Cohere/miracl-zh-queries-22-12": _MIRACL,
+    "Hello-SimpleAI/HC3-Chinese": _format("question human_answers chatgpt_answers", named.read_hc3),
+    "mkqa-Chinese": _format(_MKQA, named.read_mkqa_chinese),
+    "mkqa-Japanese": _format(_MKQA, named.read_mkqa_japanese),
+    "Cohere/miracl-ja-queries-22-12": _MIRACL,
+    "lmqg/qg_jaquad": _format("question sentence paragraph", named.read_jaquad),
+    "lmqg/qag_jaquad": _format("questions paragraph", named.read_jaquad_paragraph),
+    LOCAL_JSON: _STANDARD,
+}
+# Known by columns. Of several that fit, one with more of the columns counts; else it is unclear.
+FORMATS = (
+    _STANDARD,
+    *(
+        _format(f"prompt {more}", read_standard)
+        for more in ("chosen", "response", "completion", "chosen rejected", "rejected")
+    ),
+    _format("prompt chosen rejected messages", read_standard),  # UltraFeedback, binarized
+    _format("chosen rejected", read_pair),
+    _format("messages", read_chat),
+    _format("prompt messages", read_chat),  # UltraChat: its prompt is the first message
+    _format("conversations", read_sharegpt),
+    _format("instruction output", read_alpaca),
+    _format("instruction completions", named.read_completions),
+    _format("prompt completions", named.read_completions),
+    *(
+        NAMED[name]
+        for name in (
+            "openai/webgpt_comparisons",
+            "stanfordnlp/SHP",
+            "pvduy/sharegpt_alpaca_oa_vicuna_format",
+            "wangrui6/Zhihu-KOL",
+            "Cohere/miracl-zh-queries-22-12",
+            "Hello-SimpleAI/HC3-Chinese",
+            "lmqg/qg_jaquad",
+            "lmqg/qag_jaquad",
+        )
+    ),
+    _format(_MKQA, named.refuse_mkqa),
+)
+
+
+def format_by_name(name: str) -> RowFormat | None:
+    """Find the format of a Hub name, or of a path that ends in one or passes through its cache."""
+    parts = PurePath(name).parts
+    if PurePath(name).suffix in (".json", ".jsonl", ".parquet"):
+        parts = parts[:-1]
+    for known, row_format in NAMED.items():
+        ends = {known.rpartition("/")[2], known.replace("/", "___")} - {"jsonfile"}
+        cached = f"datasets--{known.replace('/', '--')}"
+        if name == known or (parts and (parts[-1] in ends or cached in parts)):
+            return row_format
+    return None
+
+
+def format_by_columns(row: Row) -> RowFormat | None:
+    """Find the format of rows like this one; None where no format fits.
+
+    Raises:
+        UserError: several formats fit that mean different things.
+    """
+    fitting = [f for f in FORMATS if f.columns <= row.keys() and (not f.holds or f.holds(row))]
+    fitting = [s for s in fitting if not any(s.columns < other.columns for other in fitting)]
+    if len({row_format.read for row_format in fitting}) > 1:
+        readings = " or ".join(", ".join(sorted(row_format.columns)) for row_format in fitting)
+        raise UserError(
+            f"the columns ({', '.join(row)}) can be read in several ways ({readings}); choose "
+            "with --dataset_columns prompt=... chosen=... or a --dataset_function"
+        )
+    return fitting[0] if fitting else None
+
+
+def choose_reader(options: ReadOptions, name: str, first: Row) -> Reader:
+    """Choose the reader of the source `name`, of which `first` is a row.
+
+    Raises:
+        UserError: the columns can be read in several ways.
+    """
+    if options.dataset_function:
+        return user_reader(options.dataset_function)
+    if options.dataset_columns:
+        return partial(_read_mapped, options.dataset_columns)
+    row_format = format_by_name(name)
+    if row_format is None or not row_format.columns <= first.keys():
+        row_format = format_by_columns(first) or _STANDARD
+    return row_format.read
+
+
+def _read_mapped(columns: tuple[str, ...], row: Row) -> Example:
+    """Read a row by the user's own columns, each as in `prompt=question.text`."""
+    paths = (text.partition("=") for text in columns)
+    example = read_standard({target: pick(row, path) for target, _, path in paths})
+    if isinstance(example.prompt, str) and not has_markers(example.prompt):
+        # Only a column that is called prompt is trusted to be in the format already.
+        return Example(question(example.prompt), example.chosen, example.rejected)
+    return example

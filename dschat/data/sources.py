@@ -1,11 +1,12 @@
-"""Sources of rows, found by name: files, folders and Hub sets; each row comes with its place."""
+"""Sources, found by name: files, folders and Hub sets; their rows, and the examples of these."""
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,17 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dschat.errors import UserError, brief
+from dschat.data import hub
+from dschat.data.readers import LOCAL_JSON, Reader, choose_reader
+from dschat.data.user_reader import ReadOptions
+from dschat.errors import UserError
+from dschat.text.conversations import Example, Skip
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_COLUMN = "text"  # of the one row that a .txt file is
-LOCAL_JSON = "local/jsonfile"
 # The first name that is present counts; the later ones are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
 TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
-# Sets that the Hub keeps under another name, or whose configuration must be named.
-ON_THE_HUB = {
-    "mkqa-Chinese": ("apple/mkqa",),
-    "mkqa-Japanese": ("apple/mkqa",),
-    "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
-}
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,8 @@ class Rows:
     """Rows not yet read: their label, how to digest their content and how to read them."""
 
     label: str
-    digest_of: Callable[[], str]
+    digest: Callable[[], str]  # reads all of the content
     read: Callable[[], Iterator[tuple[str, Any]]]  # yields (place, row)
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the content; the first time, all of it is read."""
-        return self.digest_of()
 
 
 Parts = tuple[Rows, Rows | None]  # train rows, and test rows if there are any
@@ -75,7 +68,8 @@ class Finder:
             return self._local_json()
         is_path = name.startswith((".", os.sep, "~")) or path.suffix in self.suffixes
         if not path.exists() and not is_path and not (os.sep in name and path.parent.is_dir()):
-            return self._on_the_hub(name)
+            loaded = hub.fetch(name, self.setting, self.config, self.streaming)
+            return self._splits(name, loaded)
         if self.config is not None:
             raise UserError(
                 f"{self.setting} {name}: is a file or folder, which has no configuration "
@@ -108,8 +102,9 @@ class Finder:
         raise UserError(f"{LOCAL_JSON} needs train.json and eval.json; none in {places}")
 
     def _folder(self, path: Path) -> Parts:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return self._saved(path)
+        if hub.is_saved(path):
+            loaded = hub.open_saved(path, self.setting)
+            return self._splits(path.name, loaded, path)
         files = sorted(f for f in path.iterdir() if f.suffix in self.suffixes and f.is_file())
         train, test = (self._named(files, names, path) for names in (TRAIN_NAMES, TEST_NAMES))
         if not train and files and (self.any_file or (len(files) == 1 and not test)):
@@ -135,49 +130,19 @@ class Finder:
             raise UserError(f"{self.setting} {folder} holds {listed}: keep files of one kind")
         return files
 
-    def _saved(self, path: Path) -> Parts:
-        """Open a folder written by `save_to_disk`; its digest is that of its data files."""
-        try:
-            loaded = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise UserError(
-                f"{self.setting} {path}: not a complete `datasets` folder "
-                f"({type(error).__name__}); save it again"
-            ) from error
-        folders = {"train": path}
-        if isinstance(loaded, datasets.DatasetDict):
-            folders = {split: path / split for split in loaded}
-        else:
-            loaded = datasets.DatasetDict(train=loaded)
-        digests = {
-            split: partial(digest_files, sorted(folder.glob("data-*.arrow")))
-            for split, folder in folders.items()
-        }
-        return self._splits(path.name, loaded, digests)
+    def _splits(self, label: str, loaded: datasets.DatasetDict, saved: Path | None = None) -> Parts:
+        """Take the train and test split; the digest of a saved one is that of its data files."""
 
-    def _on_the_hub(self, name: str) -> Parts:
-        options = {"streaming": True} if self.streaming else {}
-        arguments = (name, self.config) if self.config else ON_THE_HUB.get(name, (name,))
-        try:
-            loaded = datasets.load_dataset(*arguments, **options)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(
-                f"{self.setting} {name}: not a file or folder here, and the Hub did not give it "
-                f"({brief(error)}); check the name and the connection, or download it and give "
-                "its folder"
-            ) from error
-        digests = {split: partial(getattr, rows, "_fingerprint") for split, rows in loaded.items()}
-        return self._splits(name, loaded, digests)
-
-    def _splits(
-        self, label: str, loaded: datasets.DatasetDict, digests: Mapping[str, Callable[[], str]]
-    ) -> Parts:
         def rows(split: str) -> Rows:
             def read() -> Iterator[tuple[str, Any]]:
                 for number, row in enumerate(loaded[split], 1):
                     yield f"{label} {split} row {number}", row
 
-            return Rows(f"{label} {split}", digests[split], read)
+            digest_of: Callable[[], str] = partial(getattr, loaded[split], "_fingerprint")
+            if saved is not None:
+                folder = saved / split if (saved / split).is_dir() else saved
+                digest_of = partial(digest_files, sorted(folder.glob("data-*.arrow")))
+            return Rows(f"{label} {split}", digest_of, read)
 
         train, test = (
             next((split for split in names if split in loaded), None)
@@ -263,3 +228,49 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{name} row {number}", row
     except pa.ArrowException as error:
         raise UserError(f"{name}: not a readable parquet file; write it again") from error
+
+
+def read_examples(
+    rows: Rows, name: str, options: ReadOptions, skipped: Counter[str]
+) -> Iterator[Example]:
+    """Yield the checked examples of the source `name`; rows without use are counted in `skipped`.
+
+    Raises:
+        UserError: a malformed row, named by file and line.
+    """
+    read: Reader | None = None
+    for place, row in rows.read():
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{place}: is {type(row).__name__}, needs an object with the key 'prompt'"
+            )
+        try:
+            read = read or choose_reader(options, name, row)
+            example = replace(read(row), place=place)
+            _check_text(example)
+        except Skip as reason:
+            skipped[str(reason)] += 1
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        else:
+            yield example
+
+
+def _check_text(example: Example) -> None:
+    """Stop at what is not text, naming the column."""
+    prompt = example.prompt
+    columns = {"chosen": [example.chosen], "rejected": [example.rejected]}
+    columns["prompt"] = [turn.text for turn in prompt] if isinstance(prompt, tuple) else [prompt]
+    for column in ("prompt", "chosen", "rejected"):
+        for value in columns[column]:
+            if value is None and column != "prompt":
+                continue
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                raise UserError(f"column {column!r} is {kind}, needs text; fix or drop the row")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"column {column!r} holds half a surrogate pair; fix or drop the row"
+                ) from error

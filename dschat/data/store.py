@@ -1,4 +1,4 @@
-"""Checked examples of a source, kept as memory-mapped Arrow under their content's key, or streamed.
+"""Checked examples of a source, kept as memory-mapped Arrow under their content's key, and split.
 
 `written_once` writes what is kept completely or not at all, by the first process. A name is a
 digest of what its content is made of, so what stands under a name is never stale. The lock is the
@@ -9,27 +9,32 @@ operating system's: it ends with the process that holds it, however that ends.
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from dschat.data.config import holdout_split
-from dschat.data.registry import Reader, ReadOptions
-from dschat.data.sources import Finder, Rows, digest
+from dschat.data.readers import format_by_name
+from dschat.data.sources import Finder, Rows, digest, read_examples
+from dschat.data.user_reader import READER, ReadOptions
 from dschat.errors import UserError
-from dschat.text.conversations import Example, Skip, Turn
+from dschat.text.conversations import Example, Turn
+from dschat.utils.user_functions import source_digest
+
+PHASES = (1, 2, 3)
 
 # Part of every stored file's key: raise it when the same bytes are to be read differently.
 READER_VERSION = 2
@@ -48,12 +53,13 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Distinct streams of the one seed, so that a held-out test set and a split are independent draws.
+_SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
+
 _LOCKS, _PART = ".locks", ".tmp"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 _writing: set[Path] = set()  # what this process is writing
-
-ExampleReader = Callable[[], Iterator[Example]]
 
 
 @dataclass(frozen=True)
@@ -84,103 +90,49 @@ def load_source(
     Raises:
         UserError: nothing there, no rows, or a malformed row, named by file and line.
     """
-    train_rows, test_rows = Finder().find(name)
+    options = options or ReadOptions()
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
-    read = SourceReader(name, options or ReadOptions())
-    train, skipped = store(train_rows, read, folder)
-    counts = {"train": skipped}
-    if test_rows is not None:
-        test, counts["test"] = store(test_rows, read, folder)
-        digests = [train_rows.digest, test_rows.digest]
-    else:
-        if len(train) < 2:
-            raise UserError(
-                f"{train_rows.label} has 1 row and no test set beside it: give at least 2 rows"
-            )
-        kept, held_out = holdout_split(len(train), seed)
-        train, test = train.select(kept), train.select(held_out)
-        digests = [train_rows.digest, f"holdout {seed}"]
-    fingerprint = digest(*digests, read.options.key(name), str(READER_VERSION))
+    parts, counts, contents = [], {}, []
+    for split, rows in zip(("train", "test"), Finder().find(name), strict=True):
+        if rows is not None:
+            contents.append(rows.digest())
+            part, counts[split] = _store(rows, contents[-1], name, options, folder)
+            parts.append(part)
+    if len(parts) == 1:
+        (rows,) = parts
+        if len(rows) < 2:
+            raise UserError(f"{name} has 1 row and no test set beside it: give at least 2 rows")
+        parts = [rows.select(part) for part in holdout_split(len(rows), seed)]
+        contents.append(f"holdout {seed}")
+    fingerprint = digest(*contents, _way_to_read(name, options), str(READER_VERSION))
+    train, test = parts
     return Source(name, train, test, fingerprint, counts)
 
 
-def stream_source(
-    name: str, options: ReadOptions, skipped: Counter[str]
-) -> tuple[ExampleReader, ExampleReader | None]:
-    """Find the examples of a source, train and test, to be read again and again and never kept.
-
-    Rows that the source has no use for are counted by reason in `skipped`, at every reading.
-
-    Raises:
-        UserError: nothing there; from reading, a malformed row, named by file and line.
-    """
-    reader = SourceReader(name, options)
-    train, test = Finder(streaming=True).find(name)
-
-    def read(rows: Rows) -> ExampleReader:
-        return lambda: reader.examples(rows, skipped)
-
-    return read(train), None if test is None else read(test)
+def _way_to_read(name: str, options: ReadOptions) -> str:
+    """Digest what the examples of a source depend on, beside its bytes."""
+    row_format = format_by_name(name)
+    reader = row_format.read.__qualname__ if row_format else ""
+    parts = [*options.dataset_columns, options.dataset_function or "", reader]
+    if options.dataset_function:
+        parts.append(source_digest(options.dataset_function, READER))
+    return digest(*parts)
 
 
-@dataclass(frozen=True)
-class SourceReader:
-    """Reads the rows of one source."""
-
-    name: str
-    options: ReadOptions
-
-    def examples(self, rows: Rows, skipped: Counter[str]) -> Iterator[Example]:
-        """Yield checked examples with their places; rows without use are counted in `skipped`."""
-        reader: Reader | None = None
-        for place, row in rows.read():
-            if not isinstance(row, Mapping):
-                kind = type(row).__name__
-                raise UserError(f"{place}: is {kind}, needs an object with the key 'prompt'")
-            try:
-                reader = reader or self.options.reader(self.name, row)
-                example = replace(reader(row), place=place)
-            except Skip as reason:
-                skipped[str(reason)] += 1
-                continue
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from error
-            _check_text(example)
-            yield example
-
-
-def _check_text(example: Example) -> None:
-    """Stop at what is not text, naming the place and the column."""
-    prompt, place = example.prompt, example.place
-    texts = [turn.text for turn in prompt] if isinstance(prompt, tuple) else [prompt]
-    columns = [("prompt", text) for text in texts]
-    sides = (("chosen", example.chosen), ("rejected", example.rejected))
-    for column, value in (*columns, *(side for side in sides if side[1] is not None)):
-        if not isinstance(value, str):
-            raise UserError(
-                f"{place}: column {column!r} is {type(value).__name__}, needs text; "
-                "fix or drop the row"
-            )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{place}: column {column!r} holds half a surrogate pair; fix or drop the row"
-            ) from error
-
-
-def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
+def _store(
+    rows: Rows, content: str, name: str, options: ReadOptions, folder: Path
+) -> tuple[datasets.Dataset, dict[str, int]]:
     """Keep checked rows as memory-mapped Arrow, written once per content and options.
 
     Returns:
         The rows, and the counts of skipped ones by reason.
     """
-    key = digest(rows.digest, rows.label, read.options.key(read.name), str(READER_VERSION))
+    key = digest(content, rows.label, _way_to_read(name, options), str(READER_VERSION))
     counts = folder / f"{key}.json"
 
     def write(part: Path) -> None:
         skipped: Counter[str] = Counter()
-        examples, count = read.examples(rows, skipped), 0
+        examples, count = read_examples(rows, name, options, skipped), 0
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             while batch := list(islice(examples, 1000)):
                 writer.write_batch(pa.RecordBatch.from_pydict(columns_of(batch), schema=SCHEMA))
@@ -200,6 +152,51 @@ def store(rows: Rows, read: SourceReader, folder: Path) -> tuple[datasets.Datase
     target = written_once(folder, f"{key}.arrow", write)
     skipped = json.loads(counts.read_text(encoding="utf-8"))
     return datasets.Dataset.from_file(str(target)), skipped
+
+
+def parse_proportions(text: str) -> tuple[float, ...]:
+    """Read `data_split`: "2,4,4" (one number a phase) or "10" (every row in every phase).
+
+    Raises:
+        UserError: another count, not a number, negative, or all zero.
+    """
+    remedy = 'give three numbers such as "2,4,4", or one for all rows in every phase'
+    try:
+        proportions = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"data_split {text!r} holds what is not a number: {remedy}") from error
+    if len(proportions) not in (1, len(PHASES)):
+        raise UserError(f"data_split {text!r} has {len(proportions)} numbers: {remedy}")
+    if not all(math.isfinite(value) and value >= 0 for value in proportions):
+        raise UserError(f"data_split {text!r} has a negative or infinite number: {remedy}")
+    if not any(proportions):
+        raise UserError(f"data_split {text!r} is all zero: {remedy}")
+    return proportions
+
+
+def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
+    """Rows of `phase` (1, 2 or 3) among `size`, as int64 indices in a seeded order.
+
+    Phases do not overlap and together hold every row; each size is within one row of its
+    proportion (cumulative rounding). A single proportion gives all rows to every phase.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase} is none of {PHASES}")
+    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(size)
+    if len(proportions) == 1:
+        return order
+    totals = [0.0, *accumulate(proportions)]
+    start, end = (
+        math.floor(size * totals[bound] / totals[-1] + 0.5) for bound in (phase - 1, phase)
+    )
+    return order[start:end]
+
+
+def holdout_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Train and test rows of a source without a test set: a tenth, at least one row, is test."""
+    order = np.random.default_rng([seed, _HOLDOUT_STREAM]).permutation(size)
+    cut = size - max(1, size // 10)
+    return order[:cut], order[cut:]
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -11,13 +11,20 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
+import datasets
 import numpy as np
 
-from dschat.data.collators import Row
+from dschat.data.report import SourceReport
+from dschat.data.sources import Finder, read_examples
+from dschat.data.store import parse_proportions
+from dschat.data.tokenise import FEATURES, NEEDED, Converter
+from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example
 
 BATCHES_PER_BLOCK = 50
+# For evaluation, unless max_eval_samples says otherwise: they are in memory.
+_STREAMED_EVAL_ROWS = 1_000
 _SPLIT_STREAM = 3  # of the seed, apart from those of `splits`
 _ROWS_PER_DRAW = 4096
 
@@ -30,16 +37,62 @@ _FILLER = {
     **{"prompt_ids": [0], "prompt_len": 1, "length": 2, "real": False},
 }
 
-Convert = Callable[[list[Example], Counter[str]], dict[str, list[Any]]]
-
 
 @dataclass(frozen=True)
 class RowStream:
     """Examples that can be read again and again, and the converter of a batch of them."""
 
     read: Callable[[], Iterator[Example]]
-    convert: Convert  # counts rows truncated and dropped
+    convert: Converter  # counts rows truncated and dropped
     skipped: Counter[str] = field(default_factory=Counter)  # rows of no use, of all readings
+
+
+def stream_sources(
+    sources: Sequence[tuple[str, str]],
+    options: ReadOptions,
+    convert: Converter,
+    seed: int,
+    eval_rows: int | None,
+) -> tuple[RowStream, datasets.Dataset, SourceReport]:
+    """Open the train rows of a phase as a stream, and tokenise the first test rows.
+
+    Args:
+        sources: their names, each with the proportions of its split.
+        eval_rows: how many test rows at most; None: 1,000.
+
+    Raises:
+        UserError: a source without test rows, or no rows in any.
+    """
+    phase, trained, tested = convert.phase, [], []
+    skipped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for name, split in sources:
+        train, test = Finder(streaming=True).find(name)
+        if test is None:
+            raise UserError(
+                f"streaming: {name} has no test rows, and none can be held out of a stream; "
+                "put a test file beside the train file, or drop streaming"
+            )
+        trained.append((train, name, parse_proportions(split)))
+        tested.append(read_examples(test, name, options, skipped))
+
+    def read() -> Iterator[Example]:
+        parts = [
+            rows_of_phase(read_examples(rows, name, options, skipped), seed, share, phase)
+            for rows, name, share in trained
+        ]
+        return complete(in_turns(parts), phase)
+
+    limit = eval_rows or _STREAMED_EVAL_ROWS
+    rows = list(complete(islice(in_turns(tested), limit), phase))
+    if not rows:
+        raise UserError("streaming: the test files hold no rows; give at least one")
+    evaluation = datasets.Dataset.from_dict(convert(rows, counts), FEATURES[phase])
+    names = ", ".join(name for name, _ in sources)
+    report = SourceReport(
+        names, "eval", len(rows), len(evaluation), skipped=dict(skipped), **counts
+    )
+    return RowStream(read, convert, skipped), evaluation, report
 
 
 def in_turns(sources: Sequence[Iterator[Example]]) -> Iterator[Example]:
@@ -54,10 +107,10 @@ def in_turns(sources: Sequence[Iterator[Example]]) -> Iterator[Example]:
                 yield row
 
 
-def complete(rows: Iterator[Example], needed: Sequence[str], phase: int) -> Iterator[Example]:
+def complete(rows: Iterator[Example], phase: int) -> Iterator[Example]:
     """Pass rows on; UserError at the first that lacks a column."""
     for row in rows:
-        for column in needed:
+        for column in NEEDED[phase]:
             if getattr(row, column) is None:
                 raise UserError(
                     f"{row.place} has no {column!r}, which phase {phase} needs; "
@@ -91,7 +144,7 @@ class StreamLoader:
     """Batches of one rank, as many on every rank; how many there are shows when they end."""
 
     stream: RowStream
-    collator: Callable[[Sequence[Row]], Any]
+    collator: Callable[[Sequence[dict[str, Any]]], Any]
     batch_size: int
     rank: int
     world_size: int
@@ -132,7 +185,7 @@ class StreamLoader:
         for part in (parts[at] for at in rng.permutation(batches)):
             yield self.collator([{**rows[at], "real": True} for at in part] or [_FILLER])
 
-    def _tokens(self, block: list[Example]) -> list[Row]:
+    def _tokens(self, block: list[Example]) -> list[dict[str, Any]]:
         if not block:
             return []
         before = self.counts.copy()

@@ -59,7 +59,7 @@ def create_text_blocks(
 
     def prepare() -> str:
         rows, _ = Finder(SETTING, KINDS, config, any_file=True).find(name)
-        key = digest(tokenizer_fingerprint(tokenizer), rows.digest, f"{length} {VERSION}")
+        key = digest(tokenizer_fingerprint(tokenizer), rows.digest(), f"{length} {VERSION}")
         write = partial(_write, rows, tokenizer, length)
         return str(written_once(Path(cache).expanduser(), f"{key}.blocks.arrow", write))
 

@@ -36,6 +36,8 @@ FEATURES = {
     ),
     3: datasets.Features({"prompt_ids": _IDS, "length": _COUNT}),
 }
+# Columns of an example that a phase cannot do without.
+NEEDED = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,44 @@
-"""The user's own reader: a function from a row to an Example, its result checked."""
+"""The user's own way to read rows: columns by name, or a function whose result is checked."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dschat.errors import UserError, brief
+from dschat.settings import Settings, setting
 from dschat.text.conversations import Example, Skip, Turn, check_order, read_messages
 from dschat.utils.user_functions import load_function
 
 TARGETS = ("prompt", "chosen", "rejected")
 READER = "dataset_function"  # the setting that names it
+
+
+@dataclass(frozen=True)
+class ReadOptions(Settings):
+    """The user's choice of how rows are read, in place of the formats known here."""
+
+    dataset_columns: tuple[str, ...] = setting(
+        (),
+        "which columns hold what: prompt=question.text chosen=best rejected=worst "
+        "(default: recognised)",
+    )
+    dataset_function: str | None = setting(
+        None, "module:name of your function from a row to prompt, chosen, rejected"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset_columns and self.dataset_function:
+            raise UserError("dataset_columns and dataset_function contradict: drop one")
+        targets = [text.partition("=")[0] for text in self.dataset_columns]
+        for text, target in zip(self.dataset_columns, targets, strict=True):
+            if target not in TARGETS or not text.partition("=")[2] or targets.count(target) > 1:
+                raise UserError(
+                    f"dataset_columns {text!r}: give prompt=COLUMN, and chosen=COLUMN and "
+                    "rejected=COLUMN as far as there are such, each once"
+                )
+        if self.dataset_columns and "prompt" not in targets:
+            raise UserError("dataset_columns names no prompt: add prompt=COLUMN")
 
 
 def user_reader(name: str) -> Callable[[Mapping[str, Any]], Example]:

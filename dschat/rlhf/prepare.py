@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
+from dschat.data.batching import Loader
 from dschat.data.datasets import PromptData
-from dschat.data.loaders import Loader
 from dschat.data.stream import StreamLoader
 from dschat.models.reward_model import RewardModel
 from dschat.models.save import save_hf_format

@@ -18,10 +18,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dschat.data.batching import BatchSampler
+from dschat.data.batching import BatchSampler, Loader, build_loader
 from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
-from dschat.data.loaders import Loader, build_loader
 from dschat.data.stream import RowStream, StreamLoader
 from dschat.models.save import check_output_dir
 from dschat.models.save_plan import SavePlan

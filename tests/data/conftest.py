@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dschat.data.registry import ReadOptions
 from dschat.data.store import load_source
+from dschat.data.user_reader import ReadOptions
 
 
 @pytest.fixture

@@ -6,9 +6,13 @@ import datasets
 import numpy as np
 import pytest
 
-from dschat.data.batching import PackedBatches, TokenBudgetBatches, best_fit_decreasing
+from dschat.data.batching import (
+    PackedBatches,
+    TokenBudgetBatches,
+    best_fit_decreasing,
+    build_loader,
+)
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
-from dschat.data.loaders import build_loader
 from dschat.train.evaluation import answer_loss, trained_tokens
 from tests.helpers.tiny import tiny_llama
 

@@ -2,12 +2,12 @@ import datasets
 import pytest
 import torch
 
+from dschat.data.batching import build_loader
 from dschat.data.collators import (
     PairCollator,
     PromptCollator,
     SFTCollator,
 )
-from dschat.data.loaders import build_loader
 from dschat.models.causal_lm import position_ids_from
 
 PAD = EOS = 2

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from dschat.data.__main__ import main
-from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches
+from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches, build_loader
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
-from dschat.data.loaders import build_loader
-from dschat.data.report import Marks, histogram, real_share, render, sequence_lengths
+from dschat.data.inspection import Marks, histogram, real_share, render, sequence_lengths
 from dschat.errors import UserError
 from tests.helpers.tiny import byte_tokenizer
 

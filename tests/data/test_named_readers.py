@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from dschat.data import sources as raw_datasets
-from dschat.data.registry import NAMED, format_by_name
+from dschat.data.readers import NAMED, format_by_name
 from dschat.data.store import load_source
 from dschat.errors import UserError
 from dschat.text.conversations import Turn

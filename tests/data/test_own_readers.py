@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dschat.data.registry import ReadOptions
+from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from tests.data.meanings import meaning
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dschat.data.config import holdout_split, parse_proportions, phase_split
+from dschat.data.store import holdout_split, parse_proportions, phase_split
 from dschat.errors import UserError
 
 

@@ -5,8 +5,8 @@ import pytest
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data import stream
+from dschat.data.batching import build_loader
 from dschat.data.collators import PairCollator, PromptCollator, SFTCollator
-from dschat.data.loaders import build_loader
 from dschat.errors import UserError
 from dschat.train.steps import StepPlan
 from tests.data.spec import Spec

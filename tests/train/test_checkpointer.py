@@ -12,8 +12,8 @@ import torch
 
 from dschat.config import RLHFSettings, SFTSettings
 from dschat.config.cli import parse
+from dschat.data.batching import build_loader
 from dschat.data.collators import PromptCollator
-from dschat.data.loaders import build_loader
 from dschat.errors import UserError
 from dschat.train.checkpointer import Position
 from dschat.train.metrics import Continued, LogConfig, MetricLogger

@@ -11,10 +11,10 @@ from dataclasses import MISSING, dataclass
 import torch
 
 from dschat.config.cli import parse, run_cli
+from dschat.data.batching import build_loader
 from dschat.data.collators import PairCollator
 from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.datasets import create_prompt_dataset
-from dschat.data.loaders import build_loader
 from dschat.models.reward_model import check_reward_head, create_critic_model
 from dschat.settings import group, setting
 from dschat.train.evaluation import evaluate_pairs, pair_scores
