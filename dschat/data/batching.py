@@ -5,11 +5,10 @@ micro-batch or a pack, and holds the same rows however many ranks there are: eac
 once an epoch, in a new order each epoch, on any number of ranks.
 """
 
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import datasets
 import numpy as np
@@ -18,9 +17,7 @@ from dschat.data.stream import RowStream, StreamLoader
 
 # Rows of like length are sought within this many batches: enough to save most padding, few enough
 # that which rows meet in a batch still differs from epoch to epoch.
-_BATCHES_PER_CHUNK = 50
-# Rows that are packed together: enough to fill all but the last packs of a chunk.
-_ROWS_PER_CHUNK = 8192
+BATCHES_PER_CHUNK = 50
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,13 @@ class Epoch:
 
 
 class BatchSampler(Protocol):
-    """Turns the rows of an epoch into global batches."""
+    """Turns the rows of an epoch into global batches.
+
+    Attributes:
+        packs: an item is several rows that the collator joins into one.
+    """
+
+    packs: ClassVar[bool]
 
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
         """Draw one epoch over rows of these lengths."""
@@ -59,15 +62,17 @@ class RowBatches:
 
     size: int
 
+    packs: ClassVar[bool] = False
+
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
         """Shuffle the batches; the last one holds the remaining rows."""
         size = self.size * world_size
         order = rng.permutation(len(lengths))
         # The rows of the short last batch leave before the sorting, lest they be the longest.
         full, rest = np.split(order, [len(order) // size * size])
-        for start in range(0, len(full), size * _BATCHES_PER_CHUNK):
-            chunk = full[start : start + size * _BATCHES_PER_CHUNK]
-            chunk[:] = _by_length(chunk, lengths)
+        for start in range(0, len(full), size * BATCHES_PER_CHUNK):
+            chunk = full[start : start + size * BATCHES_PER_CHUNK]
+            chunk[:] = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches = full.reshape(-1, size)
         rows = np.concatenate([batches[rng.permutation(len(batches))].ravel(), rest])
         return Epoch(rows, np.arange(len(rows) + 1), size)
@@ -83,125 +88,8 @@ class SortedBatches(RowBatches):
 
     def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
         """Sort all rows by length; nothing is drawn."""
-        rows = _by_length(np.arange(len(lengths)), lengths)
+        rows = np.argsort(lengths, kind="stable")
         return Epoch(rows, np.arange(len(rows) + 1), self.size * world_size)
-
-
-@dataclass(frozen=True)
-class TokenBudgetBatches:
-    """As many rows as fit, padded to the longest, in `limit` tokens; an item is a micro-batch.
-
-    `sequences` is how many sequences a row becomes (two for a pair).
-    """
-
-    limit: int
-    sequences: int = 1
-
-    def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
-        """Deal one micro-batch to each rank; the last batch may have fewer than ranks."""
-        order = rng.permutation(len(lengths))
-        mean = max(1.0, float(lengths.mean()) * self.sequences)
-        chunks = _chunks(order, int(max(1, self.limit // mean)) * _BATCHES_PER_CHUNK)
-        items = (item for chunk in chunks for item in self._fill(chunk, lengths))
-        return _shuffled(items, world_size, rng)
-
-    def count(self, num_rows: int, world_size: int) -> None:
-        """Lengths decide."""
-        return None
-
-    def _fill(self, chunk: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-        items: list[list[int]] = [[]]
-        for row in _by_length(chunk, lengths).tolist():
-            # Sorted: the newcomer is the longest, all are padded to it.
-            if (len(items[-1]) + 1) * self.sequences * int(lengths[row]) > self.limit:
-                items.append([])
-            items[-1].append(row)
-        return [item for item in items if item]
-
-
-@dataclass(frozen=True)
-class PackedBatches:
-    """`size` packs a rank and batch; an item is a pack: rows of up to `capacity` tokens in all."""
-
-    size: int
-    capacity: int
-
-    def epoch(self, lengths: np.ndarray, world_size: int, rng: np.random.Generator) -> Epoch:
-        """Shuffle the packs; the last batch holds the remaining ones."""
-        order = rng.permutation(len(lengths))
-        items = (
-            chunk[pack].tolist()
-            for chunk in _chunks(order, _ROWS_PER_CHUNK)
-            for pack in best_fit_decreasing(lengths[chunk].tolist(), self.capacity)
-        )
-        return _shuffled(items, self.size * world_size, rng)
-
-    def count(self, num_rows: int, world_size: int) -> None:
-        """Lengths decide."""
-        return None
-
-
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divide rows into packs of at most `capacity` tokens each.
-
-    Rows go from the longest to the shortest, each into the pack that it leaves the least room in
-    (Johnson 1973); those of one length in their given order. Packs are looked up by their room, so
-    finding one takes at most `capacity` steps, however many there are.
-
-    Raises:
-        ValueError: a row longer than a pack.
-    """
-    packs: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # numbers of packs, by room
-    # Bit r of this integer is set where some pack has room r. Shifted right by a row's length, its
-    # lowest set bit is the least room that the row fits into: one operation on machine words.
-    rooms = 0
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[row]
-        if length > capacity:
-            raise ValueError(f"row of {length} tokens does not fit into {capacity}")
-        fitting = rooms >> length
-        if fitting:
-            lowest_bit = fitting & -fitting
-            room = length + lowest_bit.bit_length() - 1
-            pack = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, pack = capacity, len(packs)
-            packs.append([])
-        packs[pack].append(row)
-        with_room[room - length].append(pack)
-        rooms |= 1 << (room - length)
-    return packs
-
-
-def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    return rows[np.argsort(lengths[rows], kind="stable")]
-
-
-def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Divide rows into parts of like size, none larger than `size`."""
-    return np.array_split(order, -(-len(order) // size))
-
-
-def _shuffled(items: Iterable[list[int]], size: int, rng: np.random.Generator) -> Epoch:
-    """Put items into a new order, flat: millions of small lists would take far more memory."""
-    rows, sizes = array("q"), array("q")
-    for item in items:
-        rows.extend(item)
-        sizes.append(len(item))
-    order = rng.permutation(len(sizes))
-    old_starts, new_sizes = _starts(np.array(sizes)), np.array(sizes)[order]
-    new_starts = _starts(new_sizes)
-    # The row at place p of the new order, in item i, stood at old_starts[order[i]] + (p -
-    # new_starts[i]); the second line is that for all places at once.
-    shifts = np.repeat(old_starts[order] - new_starts[:-1], new_sizes)
-    return Epoch(np.array(rows)[np.arange(len(rows)) + shifts], new_starts, size)
-
-
-def _starts(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 class Loader:
@@ -247,18 +135,18 @@ class Loader:
         for number in range(self._skip, len(epoch)):
             items = epoch.batch(number)
             mine = items[self._rank :: self._world_size]
-            yield self._batch(mine, True) if mine else self._batch([items[0][:1]], False)
-
-    def _batch(self, items: Sequence[Sequence[int]], real: bool) -> Any:
-        columns = self._dataset[list(chain.from_iterable(items))]  # read in one go
-        rows = [
-            {**dict(zip(columns, values, strict=True)), "real": real}
-            for values in zip(*columns.values(), strict=True)
-        ]
-        if not isinstance(self._sampler, PackedBatches):
-            return self._collator(rows)
-        of_packs = iter(rows)
-        return self._collator([[next(of_packs) for _ in item] for item in items])
+            is_real = bool(mine)
+            if not is_real:
+                mine = [items[0][:1]]
+            columns = self._dataset[list(chain.from_iterable(mine))]  # read in one go
+            rows: Iterator[Any] = (
+                {**dict(zip(columns, values, strict=True)), "real": is_real}
+                for values in zip(*columns.values(), strict=True)
+            )
+            if self._sampler.packs:
+                yield self._collator([[next(rows) for _ in pack] for pack in mine])
+            else:
+                yield self._collator(list(rows))
 
     def _draw(self, number: int) -> Epoch:
         if self._last_draw is None or self._last_draw[0] != number:

@@ -113,8 +113,9 @@ class PairCollator:
         sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
         input_ids, attention_mask = _pad(sequences, self.pad_token_id)
         real = _real(rows)
-        starts = 2 * [row["prompt_len"] for row in rows]
-        answer_mask = _from(starts, attention_mask) & real.repeat(2)[:, None]
+        starts = torch.tensor(2 * [row["prompt_len"] for row in rows])
+        is_answer = torch.arange(attention_mask.shape[1]) >= starts[:, None]
+        answer_mask = attention_mask & is_answer & real.repeat(2)[:, None]
         return PairBatch(input_ids, attention_mask, real, answer_mask)
 
 
@@ -143,12 +144,6 @@ def _pad(
     columns = torch.arange(width)
     mask = columns >= width - lengths[:, None] if left else columns < lengths[:, None]
     return input_ids, mask
-
-
-def _from(starts: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
-    """Take the part of a right-padded mask from each row's start on, (N, T) bool."""
-    columns = torch.arange(attention_mask.shape[1])
-    return attention_mask & (columns >= torch.tensor(starts)[:, None])
 
 
 def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> torch.Tensor:

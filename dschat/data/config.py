@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dschat.data.batching import BatchSampler, PackedBatches, RowBatches, TokenBudgetBatches
+from dschat.data.batching import BatchSampler, RowBatches
 from dschat.data.store import parse_proportions
+from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting

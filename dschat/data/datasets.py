@@ -1,11 +1,13 @@
 """Tokenised sets for the three phases: truncated, counted, cached as memory-mapped Arrow."""
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_le
 from dschat.data.sources import digest
 from dschat.data.store import (
     PHASES,
+    SPLIT_STREAM,
     Source,
     load_source,
     parse_proportions,
-    phase_split,
     written_once,
 )
 from dschat.data.stream import RowStream, stream_sources
@@ -184,6 +186,24 @@ def _write(
     (folder / "report.json").write_text(
         json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8"
     )
+
+
+def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
+    """Rows of `phase` (1, 2 or 3) among `size`, as int64 indices in a seeded order.
+
+    Phases do not overlap and together hold every row; each size is within one row of its
+    proportion (cumulative rounding). A single proportion gives all rows to every phase.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase} is none of {PHASES}")
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(size)
+    if len(proportions) == 1:
+        return order
+    totals = [0.0, *accumulate(proportions)]
+    start, end = (
+        math.floor(size * totals[bound] / totals[-1] + 0.5) for bound in (phase - 1, phase)
+    )
+    return order[start:end]
 
 
 def choose_workers(workers: int | None, rows: int) -> int:

@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.batching import BatchSampler, PackedBatches, RowBatches, TokenBudgetBatches
+from dschat.data.batching import BatchSampler, RowBatches
+from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 
 _BINS, _BAR = 12, 40
 _GREEN, _PLAIN = "\033[1;32m", "\033[0m"

@@ -18,7 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Distinct streams of the one seed, so that a held-out test set and a split are independent draws.
-_SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
+# Streams of the one seed: a held-out test set and a split among phases are independent draws.
+SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
 
 _LOCKS, _PART = ".locks", ".tmp"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -172,24 +172,6 @@ def parse_proportions(text: str) -> tuple[float, ...]:
     if not any(proportions):
         raise UserError(f"data_split {text!r} is all zero: {remedy}")
     return proportions
-
-
-def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
-    """Rows of `phase` (1, 2 or 3) among `size`, as int64 indices in a seeded order.
-
-    Phases do not overlap and together hold every row; each size is within one row of its
-    proportion (cumulative rounding). A single proportion gives all rows to every phase.
-    """
-    if phase not in PHASES:
-        raise ValueError(f"phase {phase} is none of {PHASES}")
-    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(size)
-    if len(proportions) == 1:
-        return order
-    totals = [0.0, *accumulate(proportions)]
-    start, end = (
-        math.floor(size * totals[bound] / totals[-1] + 0.5) for bound in (phase - 1, phase)
-    )
-    return order[start:end]
 
 
 def holdout_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -100,11 +100,6 @@ class Converter:
             if collects:
                 gc.enable()
 
-    def _opened(self, examples: list[Example]) -> tuple[list[str], list[list[int]]]:
-        """Write each prompt up to an open answer; texts and ids."""
-        texts = [_at(e, self.form.prompt, e.prompt) for e in examples]
-        return texts, encode(self.tokenizer, texts, self.form.adds_special)
-
     def _sft_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
         turns = []
         for e in examples:
@@ -137,7 +132,8 @@ class Converter:
         return columns
 
     def _pair_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
-        opened, ids = self._opened(examples)
+        opened = [_at(e, self.form.prompt, e.prompt) for e in examples]
+        ids = encode(self.tokenizer, opened, self.form.adds_special)
         sides = []
         for side in ("chosen", "rejected"):
             texts = [
@@ -165,7 +161,9 @@ class Converter:
     def _prompt_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
         columns: Columns = {name: [] for name in FEATURES[3]}
         bos_id = self.tokenizer.bos_token_id
-        for e, ids in zip(examples, self._opened(examples)[1], strict=True):
+        texts = [_at(e, self.form.prompt, e.prompt) for e in examples]
+        encoded = encode(self.tokenizer, texts, self.form.adds_special)
+        for e, ids in zip(examples, encoded, strict=True):
             if not ids:
                 raise UserError(
                     f"{e.place}: the prompt gives no tokens to generate from; drop the row"

@@ -78,7 +78,7 @@ def encode_answers(
             if answer.startswith(" ") and prompt and not prompt[-1].isspace()
             if cache.fits(prompt + answer)
         ]
-        words = cache.encode_after([bare[row] for row in apart])
+        words = cache.encode([bare[row] for row in apart], None)
         for row, ids in zip(apart, words, strict=True):
             answer_ids[row] = ids
     rest = sorted(set(range(len(bare))).difference(apart))

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import filterfalse, pairwise
+from array import array
+from itertools import count, filterfalse, pairwise
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 _MAX_WORDS = 1_000_000  # about 200 MB; a set with more begins anew
@@ -41,84 +40,40 @@ _PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class Words:
-    """The words of some texts, without the spaces in front of them.
-
-    A text is cut at each space that follows no white space. Arrow cuts, and numbers the words:
-    far fewer than there are in the texts are left for Python.
-    """
+class Words(NamedTuple):
+    """The words of some texts, without the spaces in front of them."""
 
     names: list[str]  # each word once
     of_text: np.ndarray  # (words of all texts,) int; places in `names`
     first: np.ndarray  # (texts,) int; where each text begins in `of_text`
 
-    @classmethod
-    def of(cls, texts: list[str]) -> Words:
-        """Cut texts, at least one."""
-        rows = pc.split_pattern(pa.array(texts, pa.large_string()), " ")
-        begins = rows.offsets.to_numpy()[:-1]
-        parts = rows.flatten().dictionary_encode()
-        names, codes = parts.dictionary.to_pylist(), parts.indices.to_numpy()
-        # After white space a space is no cut: such a part and the next are one word.
-        ends = pc.utf8_slice_codeunits(parts.dictionary, -1).dictionary_encode()
-        spaces = [not end or end.isspace() for end in ends.dictionary.to_pylist()]
-        binds = np.array(spaces)[ends.indices.to_numpy()]
-        starts = np.ones(len(codes), bool)
-        starts[1:] = ~binds[codes[:-1]]
-        starts[begins] = True
-        bounds = np.append(np.flatnonzero(starts), len(codes))
-        of_text = codes[bounds[:-1]].astype(np.int64)
-        long = np.flatnonzero(np.diff(bounds) > 1)
-        numbers: dict[tuple[int, ...], int] = {}
-        spans = zip(long.tolist(), bounds[long].tolist(), bounds[long + 1].tolist(), strict=True)
-        for word, start, stop in spans:
-            some = tuple(codes[start:stop].tolist())
-            of_text[word] = numbers.setdefault(some, len(binds) + len(numbers))
-        names += [" ".join([names[code] for code in some]) for some in numbers]
-        return cls(names, of_text, np.searchsorted(bounds, begins))
 
+def cut_words(texts: list[str]) -> Words:
+    """Cut texts, at least one, at each space that follows no white space.
 
-class PieceIds:
-    """Ids of numbered pieces of text, one after the other in one array."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str | tuple[str, bool], int] = {}
-        self._ids = np.empty(1 << 16, np.int32)
-        self._bounds = np.zeros(1 << 14, np.int64)  # of piece n: entries n and n + 1
-
-    def numbers_of(self, pieces: list, learn: Callable[[list], None]) -> np.ndarray:
-        """Look up the numbers of pieces; `learn` adds those that have none, once each."""
-        missing = dict.fromkeys(filterfalse(self.numbers.__contains__, pieces))
-        if missing:
-            learn(list(missing))
-        return np.fromiter(map(self.numbers.__getitem__, pieces), np.int64, len(pieces))
-
-    def add(self, pieces: list, ids: list[int], stops: Iterable[int]) -> None:
-        """Add new pieces, whose ids follow one another; `stops` are their ends."""
-        count = len(self.numbers)
-        begin, end = int(self._bounds[count]), count + len(pieces)
-        self._ids = _at_least(self._ids, begin + len(ids))
-        self._bounds = _at_least(self._bounds, end + 1)
-        self._ids[begin : begin + len(ids)] = ids
-        self._bounds[count + 1 : end + 1] = begin + np.asarray(stops)
-        self.numbers.update(zip(pieces, range(count, end), strict=True))
-
-    def joined(self, pieces: np.ndarray, first: np.ndarray) -> list[list[int]]:
-        """Concatenate the ids of each text's pieces; text i starts at `pieces[first[i]]`."""
-        begins = self._bounds[pieces]
-        sizes = self._bounds[pieces + 1] - begins
-        stops = np.cumsum(sizes)
-        # Place of each id: as far after its piece's first id there as here.
-        places = np.arange(stops[-1]) + np.repeat(begins - (stops - sizes), sizes)
-        ids = self._ids[places].tolist()
-        cuts = [*(stops - sizes)[first].tolist(), len(ids)]
-        return [ids[start:stop] for start, stop in pairwise(cuts)]
-
-
-def _at_least(array: np.ndarray, size: int) -> np.ndarray:
-    """Give the array, or a longer one that begins with it."""
-    return array if size <= len(array) else np.resize(array, max(size, 2 * len(array)))
+    Arrow cuts, and numbers the words: far fewer than there are in the texts are left for Python.
+    """
+    rows = pc.split_pattern(pa.array(texts, pa.large_string()), " ")
+    begins = rows.offsets.to_numpy()[:-1]
+    parts = rows.flatten().dictionary_encode()
+    names, codes = parts.dictionary.to_pylist(), parts.indices.to_numpy()
+    # After white space a space is no cut: such a part and the next are one word.
+    ends = pc.utf8_slice_codeunits(parts.dictionary, -1).dictionary_encode()
+    spaces = [not end or end.isspace() for end in ends.dictionary.to_pylist()]
+    binds = np.array(spaces)[ends.indices.to_numpy()]
+    starts = np.ones(len(codes), bool)
+    starts[1:] = ~binds[codes[:-1]]
+    starts[begins] = True
+    bounds = np.append(np.flatnonzero(starts), len(codes))
+    of_text = codes[bounds[:-1]].astype(np.int64)
+    long = np.flatnonzero(np.diff(bounds) > 1)
+    numbers: dict[tuple[int, ...], int] = {}
+    spans = zip(long.tolist(), bounds[long].tolist(), bounds[long + 1].tolist(), strict=True)
+    for word, start, stop in spans:
+        some = tuple(codes[start:stop].tolist())
+        of_text[word] = numbers.setdefault(some, len(binds) + len(numbers))
+    names += [" ".join([names[code] for code in some]) for some in numbers]
+    return Words(names, of_text, np.searchsorted(bounds, begins))
 
 
 class WordCache:
@@ -130,71 +85,84 @@ class WordCache:
         # Metaspace tokenizers write a space as ▁; one in the text could not be told from it.
         self._special = re.compile("|".join([*added, "▁"])).search
         self._first_chars = {token[0] for token in tokenizer.get_added_vocab()} | {"▁"}
+        self._sentinel = len(self.backend.encode(_SENTINEL, add_special_tokens=False).ids)
+        self._forget()
+
+    def _forget(self) -> None:
         # A word follows a space, which is part of it. At the beginning of a text there is no
         # cut, and some tokenizers put a space of their own there: (word, special) is one there.
-        self._known = PieceIds()
-        self._sentinel = len(self._encode([_SENTINEL])[0].ids)
+        self._numbers: dict[str | tuple[str, bool], int] = {}
+        self._ids, self._bounds = array("i"), array("q", [0])  # of word n: bounds n and n + 1
 
     def fits(self, text: str) -> bool:
         """Tell whether the ids of `text` are those of its words: no special token is in it."""
         return not (any(c in text for c in self._first_chars) and self._special(text))
 
-    def encode(self, texts: list[str], special: bool) -> list[list[int]]:
-        """Encode texts that `fits` holds for."""
+    def encode(self, texts: list[str], special: bool | None) -> list[list[int]]:
+        """Encode texts that `fits` holds for.
+
+        Args:
+            special: with the tokenizer's own BOS, or without. None: the texts begin with a space
+                and follow a text that does not end in one.
+        """
         if not texts:
             return []
-        words = Words.of(texts)
-        heads = [(words.names[word], special) for word in words.of_text[words.first].tolist()]
-        return self._ids_of(words, heads)
-
-    def encode_after(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts that begin with a space and follow a text that does not end in one."""
-        return self._ids_of(Words.of([text[1:] for text in texts])) if texts else []
-
-    def _ids_of(self, words: Words, heads: list[tuple[str, bool]] | None = None) -> list[list[int]]:
-        """Encode each text; `heads` are the first words where texts begin with them."""
-        if len(self._known.numbers) > _MAX_WORDS:
-            self._known = PieceIds()
-        after = np.ones(len(words.of_text), bool)
-        after[words.first] = heads is None
+        if len(self._numbers) > _MAX_WORDS:
+            self._forget()
+        words = cut_words(texts if special is not None else [text[1:] for text in texts])
+        after = np.ones(len(words.of_text), bool)  # words that follow a space
+        after[words.first] = special is None
         used = np.zeros(len(words.names), bool)
         used[words.of_text[after]] = True
-        names = [words.names[word] for word in np.flatnonzero(used).tolist()]
         number = np.zeros(len(words.names), np.int64)
-        number[used] = self._known.numbers_of(names, self._learn)
+        number[used] = self._look_up([words.names[word] for word in np.flatnonzero(used).tolist()])
         pieces = number[words.of_text]
-        if heads is not None:
-            pieces[words.first] = self._known.numbers_of(heads, self._learn_heads)
-        return self._known.joined(pieces, words.first)
+        if special is not None:
+            heads = words.of_text[words.first].tolist()
+            pieces[words.first] = self._look_up([(words.names[word], special) for word in heads])
+        bounds = np.asarray(self._bounds)
+        begins = bounds[pieces]
+        sizes = bounds[pieces + 1] - begins
+        stops = np.cumsum(sizes)
+        # Place of each id: as far after its word's first id there as here.
+        places = np.arange(stops[-1]) + np.repeat(begins - (stops - sizes), sizes)
+        ids = np.asarray(self._ids)[places].tolist()
+        cuts = [*(stops - sizes)[words.first].tolist(), len(ids)]
+        return [ids[start:stop] for start, stop in pairwise(cuts)]
 
-    def _learn_heads(self, heads: list[tuple[str, bool]]) -> None:
-        for special in (False, True):
-            group = [head for head in heads if head[1] is special]
-            texts = [word for word, _ in group]
-            for head, encoded in zip(group, self._encode(texts, special), strict=True):
-                self._known.add([head], encoded.ids, [len(encoded.ids)])
+    def _look_up(self, words: list) -> np.ndarray:
+        """Give the numbers of words, which are learnt first where they are new."""
+        if new := list(dict.fromkeys(filterfalse(self._numbers.__contains__, words))):
+            self._learn(new)
+        return np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
 
-    def _learn(self, words: list[str]) -> None:
+    def _learn(self, words: list) -> None:
         """Encode new words, many after one another in each text, and tell them apart again."""
-        # After white space a space is no cut.
-        last = [word for word in words if not word or word[-1].isspace()]
-        inner = [word for word in words if word and not word[-1].isspace()]
-        groups = [inner[i : i + _WORDS_PER_CALL] for i in range(0, len(inner), _WORDS_PER_CALL)]
-        groups += [[word] for word in last]
-        texts = [" ".join([_SENTINEL, *group]) for group in groups]
-        for group, encoded in zip(groups, self._encode(texts), strict=True):
-            stops = len(_SENTINEL) + np.cumsum([1 + len(word) for word in group])
-            ends = np.maximum.accumulate([stop for _, stop in encoded.offsets])
-            # A word has all ids up to the first that ends after it, the last word has the rest.
-            cuts = np.searchsorted(ends, stops[:-1], side="right")
-            bounds = np.append(cuts, len(ends)) - self._sentinel
-            self._known.add(group, encoded.ids[self._sentinel :], bounds)
-
-    def _encode(self, texts: list[str], special: bool = False) -> list[Encoding]:
+        is_head = isinstance(words[0], tuple)
+        if is_head:
+            groups, texts = [[head] for head in words], [word for word, _ in words]
+        else:
+            # After white space a space is no cut.
+            last = [word for word in words if not word or word[-1].isspace()]
+            inner = [word for word in words if word and not word[-1].isspace()]
+            groups = [inner[i : i + _WORDS_PER_CALL] for i in range(0, len(inner), _WORDS_PER_CALL)]
+            groups += [[word] for word in last]
+            texts = [" ".join([_SENTINEL, *group]) for group in groups]
         # An earlier call may have left truncation and padding switched on.
         self.backend.no_truncation()
         self.backend.no_padding()
-        return self.backend.encode_batch(texts, add_special_tokens=special)
+        encoded = self.backend.encode_batch(texts, add_special_tokens=is_head and words[0][1])
+        for group, encoding in zip(groups, encoded, strict=True):
+            ids, bounds = encoding.ids, np.array([len(encoding.ids)])
+            if not is_head:
+                stops = len(_SENTINEL) + np.cumsum([1 + len(word) for word in group])
+                ends = np.maximum.accumulate([stop for _, stop in encoding.offsets])
+                # A word has all ids up to the first that ends after it, the last word has the rest.
+                cuts = np.searchsorted(ends, stops[:-1], side="right")
+                ids, bounds = ids[self._sentinel :], np.append(cuts, len(ends)) - self._sentinel
+            self._bounds.extend((len(self._ids) + bounds).tolist())
+            self._ids.extend(ids)
+            self._numbers.update(zip(group, count(len(self._numbers)), strict=False))
 
 
 CACHES: WeakKeyDictionary[PreTrainedTokenizerBase, WordCache | None] = WeakKeyDictionary()

@@ -8,7 +8,8 @@ import torch
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.unused import unused_flags
-from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches
+from dschat.data.batching import RowBatches
+from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.rlhf.estimators import ESTIMATORS

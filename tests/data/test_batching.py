@@ -6,13 +6,9 @@ import datasets
 import numpy as np
 import pytest
 
-from dschat.data.batching import (
-    PackedBatches,
-    TokenBudgetBatches,
-    best_fit_decreasing,
-    build_loader,
-)
+from dschat.data.batching import build_loader
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
+from dschat.data.token_batches import PackedBatches, TokenBudgetBatches, best_fit_decreasing
 from dschat.train.evaluation import answer_loss, trained_tokens
 from tests.helpers.tiny import tiny_llama
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from dschat.data.__main__ import main
-from dschat.data.batching import PackedBatches, RowBatches, TokenBudgetBatches, build_loader
+from dschat.data.batching import RowBatches, build_loader
 from dschat.data.collators import PackedCollator, PairCollator, SFTCollator
 from dschat.data.inspection import Marks, histogram, real_share, render, sequence_lengths
+from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.errors import UserError
 from tests.helpers.tiny import byte_tokenizer
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from dschat.data.store import holdout_split, parse_proportions, phase_split
+from dschat.data.datasets import phase_split
+from dschat.data.store import holdout_split, parse_proportions
 from dschat.errors import UserError
 
 
