@@ -28,7 +28,8 @@ import torch
 from dschat.data.collators import PromptCollator
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import create_hf_model
-from dschat.quickstart.report import decode, held_out_prompts
+from dschat.quickstart.report import held_out_prompts
+from dschat.text.encoding import decode
 from dschat.text.tokenizer import load_hf_tokenizer
 
 HAPPY = frozenset(
@@ -107,7 +108,10 @@ def judge(folder: Path, reference: Path, data: Path, draws: int, seed: int) -> t
         )  # fmt: skip
         answers = sequences[:, ids.shape[1] :]
         answer_mask = answer_mask_from(answers, tokenizer.eos_token_id)
-        moods += [mood(text) for text in decode(tokenizer, answers, answer_mask)]
+        moods += [
+            mood(decode(tokenizer, row[keep].tolist(), skip_special_tokens=True))
+            for row, keep in zip(answers, answer_mask, strict=True)
+        ]
         seen = torch.cat([mask, answer_mask], dim=1).long()
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         logits = first(input_ids=sequences, attention_mask=seen, position_ids=positions).logits

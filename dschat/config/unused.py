@@ -28,6 +28,11 @@ def unused_flags(settings: RLHFSettings) -> Iterator[str]:
     yield from _offload(settings, setup)
     if setup.critic is None:
         yield from _of_the_critic(settings, setup)
+    if setup.reward is None and "reward_clip" in {flag.name for flag in given_flags(settings)}:
+        yield (
+            "--reward_clip does nothing: it clips a reward model's scores, and there is none; a "
+            "reward function's values are taken as they are"
+        )
     if setup.share_trunk == "none" and not _has_adapters(setup):
         yield "--share_trunk none does nothing: without LoRA no trunk is shared"
 

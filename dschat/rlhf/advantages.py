@@ -55,9 +55,8 @@ def with_advantages(
 
 
 def token_rewards(e: Experience, config: PPOConfig, kl_coef: float) -> torch.Tensor:
-    """(B, A): the clipped score less what a missing end costs, and the KL penalty of each token."""
-    scores = filled(e.rewards).clamp(-config.reward_clip, config.reward_clip)
-    scores = scores - config.missing_eos_penalty * ~e.ended
+    """(B, A): the reward less what a missing end costs, and the KL penalty of each token."""
+    scores = filled(e.rewards) - config.missing_eos_penalty * ~e.ended
     return shaped_rewards(
         scores,
         e.logprobs,

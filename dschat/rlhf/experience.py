@@ -71,10 +71,32 @@ def filled(column: torch.Tensor | None) -> torch.Tensor:
 
 
 def minibatches(
-    experiences: list[Experience], size: int, generator: torch.Generator
+    experiences: list[Experience], size: int, accumulated: int, generator: torch.Generator
 ) -> Iterator[Experience]:
-    """Yield every row once, in shuffled mini-batches of `size` rows of one rollout each."""
-    for experience in experiences:
-        order = torch.randperm(len(experience), generator=generator)
+    """Yield every row once, in shuffled mini-batches of `size` rows of one rollout each.
+
+    Filler rows are kept together, and real ones are spread evenly over the accumulation groups (of
+    `accumulated` mini-batches) that they need: no optimizer step is made of a few rows left over.
+    Mini-batches have the same sizes on every rank, whatever its share of real rows.
+    """
+    # A rollout that is short of real rows begins a group, which the next rollout then fills up.
+    for e in sorted(experiences, key=lambda e: int(e.real.sum())):
+        order = torch.randperm(len(e), generator=generator)
+        is_real = e.real.cpu()[order]
+        if not is_real.all():
+            order = _spread(
+                torch.cat([order[is_real], order[~is_real]]), is_real, size * accumulated
+            )
         for chunk in order.split(size):
-            yield experience.rows(chunk.to(experience.real.device))
+            yield e.rows(chunk.to(e.real.device))
+
+
+def _spread(order: torch.Tensor, is_real: torch.Tensor, group_rows: int) -> torch.Tensor:
+    """Deal rows to groups of `group_rows` places, one to each in turn; real rows come first."""
+    place = torch.arange(len(order))
+    group, turn = place // group_rows, place % group_rows
+    needed = -(-int(is_real.sum()) // group_rows)  # groups; those behind them get filler rows alone
+    turn = torch.where(group < needed, turn * needed + group, len(order) + place)
+    spread = torch.empty_like(order)
+    spread[turn.argsort()] = order
+    return spread

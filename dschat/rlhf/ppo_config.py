@@ -60,9 +60,8 @@ class PPOConfig(Settings):
         "to mean 0 and variance 1 over the tokens of an iteration; auto: with gae alone",
         choices=("auto", "always", "never"),
     )
-    reward_clip: float = setting(5.0, "scores are clipped to this magnitude", above=0)
     missing_eos_penalty: float = setting(
-        0.0, "taken from the score of an answer without end", at_least=0
+        0.0, "taken from the reward of an answer without end", at_least=0
     )
     critic_warmup_iterations: int = setting(
         0, "first iterations in which the critic alone trains", at_least=0

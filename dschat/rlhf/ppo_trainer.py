@@ -31,7 +31,7 @@ from dschat.rlhf.ppo_statistics import (
     value_statistics,
 )
 from dschat.rlhf.ptx import PTX
-from dschat.rlhf.rewards import Rewards, score_statistics
+from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
@@ -106,8 +106,7 @@ class DeepSpeedPPOTrainer:
 
     def earned(self, experiences: list[Experience]) -> dict[str, float]:
         """Statistics of rollouts and their rewards."""
-        scores = score_statistics(experiences, self.config.reward_clip)
-        return rollout_statistics(experiences) | scores
+        return rollout_statistics(experiences) | self.rewards.statistics(experiences)
 
     def train_rlhf(self, experiences: list[Experience]) -> dict[str, float]:
         """Stages 2 to 5: update actor and critic; returns this iteration's statistics."""
@@ -144,42 +143,53 @@ class DeepSpeedPPOTrainer:
         """Stage 4: the steps of all epochs; returns means over them.
 
         The actor rests in the critic's warm-up, and from the first accumulation group on at which
-        the policy has gone beyond `update_kl_limit`; the critic takes all its steps.
+        the policy has gone beyond `update_kl_limit`; the critic takes all its steps. A group that
+        holds filler rows alone, on all ranks, makes no step.
         """
         self.roles.train()
         actor, critic = StepMeans("actor"), StepMeans("critic")
         trains_actor, steps, actor_steps, distances = not self.warming_up, 0, 0, []
         for group in self.groups(experiences):
-            if trains_actor and actor_steps and self.config.update_kl_limit:
-                distances.append(self.distance(group))
-                trains_actor = distances[-1] <= self.config.update_kl_limit
             (tokens,) = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in group))])
+            if not tokens:
+                self.pass_over(None if self.warming_up else self.roles.actor, self.roles.critic)
+                continue
+            if trains_actor and actor_steps and self.config.update_kl_limit:
+                distances.append(self.distance(group, tokens))
+                trains_actor = distances[-1] <= self.config.update_kl_limit
             scale = mean_scale(tokens, self.world_size)  # from this rank's sums to the global mean
             if trains_actor:
                 self.actor_step(group, scale, actor)
                 actor_steps += 1
             elif not self.warming_up:
-                # A schedule over the run's steps: those left out pass as well.
-                self.roles.actor.lr_scheduler.step()
+                self.pass_over(self.roles.actor)
             if self.roles.critic is not None:
                 self.critic_step(self.roles.critic, group, scale, critic)
             steps += 1
-        shares = {"actor_updates": actor_steps / steps}
+        shares = {"actor_updates": actor_steps / max(steps, 1)}
         if distances:
             shares["update_kl"] = distances[-1]
         if self.ptx is not None:
             shares |= self.ptx.statistics()
         return actor.means() | critic.means() | shares
 
+    @staticmethod
+    def pass_over(*engines: Engine | None) -> None:
+        """Leave out a step of these engines: their schedules span the run's steps and go on."""
+        for engine in engines:
+            if engine is not None:
+                engine.lr_scheduler.step()
+
     def groups(self, experiences: list[Experience]) -> Iterator[list[Experience]]:
         """Yield the mini-batches of each optimizer step, shuffled anew in every epoch."""
         size = self.config.per_device_training_batch_size
+        accumulated = self.roles.actor.gradient_accumulation_steps()
         for _ in range(self.config.ppo_epochs):
-            shuffled = minibatches(experiences, size, self.generator)
-            yield from accumulation_groups(shuffled, self.roles.actor.gradient_accumulation_steps())
+            shuffled = minibatches(experiences, size, accumulated, self.generator)
+            yield from accumulation_groups(shuffled, accumulated)
 
     @torch.no_grad()
-    def distance(self, group: list[Experience]) -> float:
+    def distance(self, group: list[Experience], tokens: float) -> float:
         """KL(sampling policy, present one): k3, mean over the group's tokens on all ranks.
 
         Measured by passes of its own: gradients of a group that then makes no step would have to
@@ -189,9 +199,8 @@ class DeepSpeedPPOTrainer:
         for e in group:
             now = self.policy_scores(e).logprobs
             moved += kl_k3(e.logprobs, now).where(e.answer_mask, 0.0).sum().item()
-        tokens = float(sum(e.answer_mask.sum().item() for e in group))
-        moved, tokens = all_reduce_sum([moved, tokens])
-        return moved / max(tokens, 1.0)
+        (moved,) = all_reduce_sum([moved])
+        return moved / tokens
 
     def actor_step(self, group: list[Experience], scale: float, means: StepMeans) -> None:
         """Make one step of the policy over an accumulation group."""

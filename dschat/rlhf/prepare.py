@@ -136,13 +136,14 @@ def prepare(
     text = settings.ptx.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
-    for line in settings.late_warm_up(iterations):
+    for line in (*settings.accumulation_remarks(), *settings.late_warm_up(iterations)):
         print_rank_0(line)
     rewards = plan.rewards
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
     for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
-    steps = StepPlan.of(run.num_train_epochs * [batches], config.generation_batches, iterations)
+    per_iteration = settings.batches_per_iteration
+    steps = StepPlan.of(run.num_train_epochs * [batches], per_iteration, iterations)
     optimizers = {name: role.config.optimizer for name, role in setup.trained.items()}
     derived = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
     run_plan = RunPlan(

@@ -1,10 +1,11 @@
 """Reward of an answer: by a reward model, by the user's own function, or by both, weighted.
 
-    reward = model weight * scaled score of the model + function weight * value of the function
+    reward = model weight * clipped, scaled score of the model + function weight * function's value
 
-The function is called with two texts. `prompt` is the prompt as the policy reads it, the markers of
-its format and of a chat template included, without a beginning-of-text token in front. `answer` is
-the sampled text without end token and other special tokens; nothing else is stripped.
+The clip keeps a reward model's outliers from deciding an update; the function's values are taken as
+they are. The function is called with two texts. `prompt` is the prompt as the policy reads it, the
+markers of its format and of a chat template included, without a beginning-of-text token in front.
+`answer` is the sampled text without end token and other special tokens; nothing else is stripped.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class RewardConfig(Settings):
         "saved: the reward model's scores less their mean, over their spread, as step 2 saved "
         "them; auto: so where it did; none: as they are",
         choices=tuple(SCALINGS),
+    )
+    reward_clip: float = setting(
+        5.0, "the reward model's scaled scores are clipped to this magnitude", above=0
     )
 
     def __post_init__(self) -> None:
@@ -149,15 +153,40 @@ class Rewards:
         """
         rewards, function_scores = e.logprobs.new_zeros(len(e)), None
         if e.model_scores is not None:
-            scores = e.model_scores
-            scaled = scores if self.scaling is None else self.scaling.scaled(scores)
-            rewards = rewards + self.config.reward_model_weight * scaled
+            clip = self.config.reward_clip
+            clipped = self._scaled(e.model_scores).clamp(-clip, clip)
+            rewards = rewards + self.config.reward_model_weight * clipped
         function = self.function
         if function is not None:
             values = on_every_rank(lambda: _values(function, e, tokenizer))
             function_scores = torch.tensor(values, dtype=rewards.dtype, device=rewards.device)
             rewards = rewards + self.config.reward_function_weight * function_scores
         return replace(e, rewards=rewards, function_scores=function_scores)
+
+    def _scaled(self, model_scores: torch.Tensor) -> torch.Tensor:
+        return model_scores if self.scaling is None else self.scaling.scaled(model_scores)
+
+    def statistics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+        """Spread of the rewards over all ranks, mean of each part, share of clipped scores.
+
+        `reward_model` is the model's own unscaled score, comparable with step 2's figures.
+        """
+        rows = torch.cat([e.real for e in experiences])
+        rewards = torch.cat([filled(e.rewards) for e in experiences])
+        _, variance = masked_moments(rewards, rows, all_reduce_sum)
+        figures = {"reward_std": math.sqrt(variance)}
+        for name, part in (
+            ("reward_model", "model_scores"),
+            ("reward_function", "function_scores"),
+        ):
+            columns = [getattr(e, part) for e in experiences]
+            if all(column is not None for column in columns):
+                figures[name] = masked_mean(torch.cat(columns), rows, all_reduce_sum)
+        if "reward_model" in figures and self.config.reward_model_weight:
+            scores = self._scaled(torch.cat([filled(e.model_scores) for e in experiences]))
+            beyond = (scores.abs() >= self.config.reward_clip).float()
+            figures["reward_clipped"] = masked_mean(beyond, rows, all_reduce_sum)
+        return figures
 
     def record(self) -> dict[str, object]:
         """Facts that a resumed run must find again, by the names that messages use."""
@@ -185,22 +214,3 @@ def texts_of(e: Experience, row: int, tokenizer: PreTrainedTokenizerBase) -> tup
     if answer and answer[-1] == tokenizer.eos_token_id:
         answer = answer[:-1]
     return decode(tokenizer, prompt), decode(tokenizer, answer, skip_special_tokens=True)
-
-
-def score_statistics(experiences: Sequence[Experience], clip: float) -> dict[str, float]:
-    """Spread of the rewards over all ranks, share of them beyond the clip, mean of each part.
-
-    `reward_model` is the model's own unscaled score, comparable with step 2's figures.
-    """
-    rows = torch.cat([e.real for e in experiences])
-    rewards = torch.cat([filled(e.rewards) for e in experiences])
-    _, variance = masked_moments(rewards, rows, all_reduce_sum)
-    figures = {
-        "reward_std": math.sqrt(variance),
-        "reward_clipped": masked_mean((rewards.abs() >= clip).float(), rows, all_reduce_sum),
-    }
-    for name, part in (("reward_model", "model_scores"), ("reward_function", "function_scores")):
-        scores = [getattr(e, part) for e in experiences]
-        if all(column is not None for column in scores):
-            figures[name] = masked_mean(torch.cat(scores), rows, all_reduce_sum)
-    return figures

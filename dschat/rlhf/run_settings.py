@@ -109,7 +109,7 @@ class PPORunSettings(Settings):
         """
         limits = []
         if batches_per_epoch is not None:
-            per_epoch = num_accumulation_groups(batches_per_epoch, self.ppo.generation_batches)
+            per_epoch = num_accumulation_groups(batches_per_epoch, self.batches_per_iteration)
             limits.append(self.run.num_train_epochs * per_epoch)
         if self.max_steps:
             limits.append(self.max_steps)
@@ -124,15 +124,47 @@ class PPORunSettings(Settings):
         return iterations
 
     @property
+    def batches_per_iteration(self) -> int:
+        """Batches of prompts of an iteration: as many as fill one accumulation group at least.
+
+        Optimizer steps are made inside an iteration. Where its `generation_batches` have fewer
+        micro-batches than `gradient_accumulation_steps` adds up, the next batches of prompts join
+        it: no weights change between their rollouts in any case.
+        """
+        needed = num_accumulation_groups(self._accumulated, self._micro_batches)
+        return max(self.ppo.generation_batches, needed)
+
+    @property
     def updates(self) -> int:
         """Optimizer steps of each role in a complete iteration."""
-        ppo = self.ppo
-        rows = ppo.per_device_generation_batch_size * ppo.answers_per_prompt
-        micro_batches = ppo.generation_batches * num_accumulation_groups(
-            rows, ppo.per_device_training_batch_size
-        )
-        accumulated = self.run.engine.gradient_accumulation_steps
-        return ppo.ppo_epochs * num_accumulation_groups(micro_batches, accumulated)
+        micro_batches = self.batches_per_iteration * self._micro_batches
+        return self.ppo.ppo_epochs * num_accumulation_groups(micro_batches, self._accumulated)
+
+    @property
+    def _micro_batches(self) -> int:
+        """Micro-batches that the answers to one batch of prompts make."""
+        rows = self.ppo.per_device_generation_batch_size * self.ppo.answers_per_prompt
+        return num_accumulation_groups(rows, self.ppo.per_device_training_batch_size)
+
+    @property
+    def _accumulated(self) -> int:
+        return self.run.engine.gradient_accumulation_steps
+
+    def accumulation_remarks(self) -> Iterator[str]:
+        """Yield lines about accumulation groups that are not cut as the settings read."""
+        accumulated, asked = self._accumulated, self.ppo.generation_batches
+        batches, each = self.batches_per_iteration, self._micro_batches
+        if batches > asked:
+            yield (
+                f"gradient_accumulation_steps {accumulated}: generation_batches {asked} makes "
+                f"{asked * each} micro-batches, so each iteration takes {batches} batches of "
+                f"prompts; generation_batches {batches} says the same"
+            )
+        if left := batches * each % accumulated:
+            yield (
+                f"gradient_accumulation_steps {accumulated}: of the {batches * each} micro-batches "
+                f"of an iteration, its last optimizer step adds up {left}"
+            )
 
     def actor_steps(self, iterations: int) -> int:
         """Optimizer steps of the actor in so many iterations, the critic's warm-up left out."""

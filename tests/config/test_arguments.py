@@ -1,5 +1,6 @@
 """What the flags of the steps mean, refuse and contradict."""
 
+import math
 import shlex
 
 import pytest
@@ -98,7 +99,7 @@ def test_ppo_flags_reach_the_loop():
         )
     ).ppo
     assert (config.kl_coef, config.cliprange, config.cliprange_value) == (0.3, 0.1, 0.4)
-    assert (config.gamma, config.lam, config.reward_clip) == (0.99, 0.9, 3.0)
+    assert (config.gamma, config.lam) == (0.99, 0.9)
     assert (config.missing_eos_penalty, config.ppo_epochs) == (1.5, 2)
     sampling = config.sampling
     assert (sampling.max_answer_seq_len, sampling.temperature) == (17, 0.7)
@@ -161,6 +162,32 @@ def test_a_warm_up_that_leaves_nothing_to_the_actor():
 )
 def test_iterations_over_seven_batches(argv, iterations):
     assert rlhf(*argv).iterations(7) == iterations
+
+
+@pytest.mark.parametrize(
+    "argv, batches, updates, said",
+    [
+        ("", 1, 1, ""),
+        ("--gradient_accumulation_steps 8", 8, 1, "each iteration takes 8 batches of prompts"),
+        ("--gradient_accumulation_steps 2 --generation_batches 2", 2, 1, ""),
+        ("--gradient_accumulation_steps 2 --answers_per_prompt 2", 1, 1, ""),
+        ("--gradient_accumulation_steps 2 --per_device_training_batch_size 4", 1, 2, ""),
+        ("--gradient_accumulation_steps 6 --per_device_training_batch_size 4", 2, 2, "adds up 2"),
+        (
+            "--gradient_accumulation_steps 2 --generation_batches 3 --ppo_epochs 2",
+            3,
+            4,
+            "adds up 1",
+        ),
+    ],
+)
+def test_an_iteration_fills_an_accumulation_group(argv, batches, updates, said):
+    """16 prompts and 16 rows a micro-batch unless given."""
+    settings = rlhf(*argv.split())
+    assert (settings.batches_per_iteration, settings.updates) == (batches, updates)
+    assert settings.iterations(16) == math.ceil(16 / batches)
+    lines = " ".join(settings.accumulation_remarks())
+    assert said in lines and bool(said) == bool(lines)
 
 
 def test_a_warm_up_longer_than_the_run_is_said():
@@ -355,6 +382,11 @@ RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
     [
         ([], []),
         (["--actor_dropout", "0.0"], []),
+        (["--reward_clip", "2"], []),
+        (
+            ["--init_head_randomly", "--reward_function", "m:f", "--reward_clip", "2"],
+            ["--reward_clip does nothing: it clips a reward model's scores, and there is none"],
+        ),
         (["--actor_dropout", "0.1"], ["--actor_dropout does nothing"]),
         (
             ["--critic_lora_dim", "4", "--critic_lora_dropout", "0.1"],

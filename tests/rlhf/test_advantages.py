@@ -76,18 +76,18 @@ def compared(
     `ended` replaces which answers of the first rollout ended.
     """
     rollouts = [
-        synthetic(rewards=[2.0, 9.0], logprobs=[[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]),
+        synthetic(rewards=[2.0, 5.0], logprobs=[[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]),
         synthetic(rewards=[1.0, -3.0], logprobs=[[0.0, -1.0, 0.0], [-2.0, 0.0, 0.0]]),
     ]
     if ended is not None:
         rollouts[0] = dataclasses.replace(rollouts[0], ended=ended)
     settings = {"advantage_estimator": estimator, "answers_per_prompt": 2, **changes}
     gae_only = {"gamma": 1.0, "lam": 0.95}
-    return learned(rollouts, kl=0.5, reward_clip=5.0, **gae_only, **settings)
+    return learned(rollouts, kl=0.5, **gae_only, **settings)
 
 
 def test_rloo_by_hand():
-    # Score, clipped to 5, less half the sum of log p - log q (q = 1 here): the first prompt's
+    # Score less half the sum of log p - log q (q = 1 here): the first prompt's
     # answers come to 2 + 3 and 1 + 1/2, the second's to 5 + 2 and -3 + 1.
     rollouts = compared("rloo")
     assert rollouts[0].advantages.tolist() == [[3.5, 3.5, 3.5], [9.0, 0.0, 0.0]]

@@ -39,12 +39,12 @@ def reward_alone(
 def test_a_record_is_all_that_a_new_estimator_needs(monkeypatch):
     record = Estimator("reinforce", reward_alone, kl_in_loss=True, min_answers=1)
     monkeypatch.setitem(estimators.ESTIMATORS, "gae", record)
-    config = PPOConfig(reward_clip=2.0)
+    config = PPOConfig()
     assert not config.whitens
     e = replace(sampled(), rewards=torch.tensor([3.0, -1.0, 50.0]))
     e = replace(e, logprobs=e.logprobs + 1.0)  # the KL is in the loss: no part of the reward
     (learned,) = with_advantages([e], config, kl_coef=0.5)
-    assert filled(learned.advantages).tolist() == [[2.0] * 4, [-1.0] * 4, [0.0] * 4]
+    assert filled(learned.advantages).tolist() == [[3.0] * 4, [-1.0] * 4, [0.0] * 4]
     with pytest.raises(UserError, match=r"lam is 0\.9, but advantage_estimator gae has no critic"):
         PPOConfig(lam=0.9)
 

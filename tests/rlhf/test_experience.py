@@ -1,9 +1,10 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from dschat.rlhf.experience import Experience, minibatches
+from dschat.train.engine import accumulation_groups
 
 
 def experience(rows: int, first: int = 0, prompt: int = 3, answer: int = 4) -> Experience:
@@ -54,7 +55,7 @@ def test_rows_leave_missing_returns_missing():
 @pytest.mark.parametrize("size, sizes", [(1, [1] * 9), (2, [2, 2, 1, 2, 2]), (8, [5, 4])])
 def test_minibatches_hold_every_row_once(size, sizes):
     rollouts = [experience(5), experience(4, first=100, prompt=6, answer=2)]
-    batches = list(minibatches(rollouts, size, torch.Generator().manual_seed(0)))
+    batches = list(minibatches(rollouts, size, 1, torch.Generator().manual_seed(0)))
     assert [len(b) for b in batches] == sizes
     seen = sorted(row for b in batches for row in b.model_scores.tolist())
     assert seen == [0, 1, 2, 3, 4, 100, 101, 102, 103]
@@ -71,19 +72,59 @@ def test_minibatches_are_drawn_anew_each_time():
     orders = [
         [
             row
-            for b in minibatches([experience(20)], 4, generator)
+            for b in minibatches([experience(20)], 4, 1, generator)
             for row in b.model_scores.tolist()
         ]
         for _ in range(2)
     ]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
-    again = minibatches([experience(20)], 4, torch.Generator().manual_seed(0))
+    again = minibatches([experience(20)], 4, 1, torch.Generator().manual_seed(0))
     assert [row for b in again for row in b.model_scores.tolist()] == orders[0]
 
 
-def test_the_rows_of_a_window_do_not_depend_on_the_micro_batch():
-    def window(size: int) -> set[float]:
-        batches = list(minibatches([experience(8)], size, torch.Generator().manual_seed(3)))
-        return {row for b in batches[: 4 // size] for row in b.model_scores.tolist()}
+def groups_of(rollouts: list[Experience], size: int, accumulated: int) -> list[list[Experience]]:
+    batches = minibatches(rollouts, size, accumulated, torch.Generator().manual_seed(3))
+    return list(accumulation_groups(batches, accumulated))
 
-    assert window(1) == window(2) == window(4)
+
+def short(rows: int, real: int) -> Experience:
+    return replace(experience(rows), real=torch.arange(rows) < real)
+
+
+def test_the_rows_of_a_group_do_not_depend_on_the_micro_batch():
+    def group(size: int) -> set[float]:
+        first, *_ = groups_of([experience(8)], size, 4 // size)
+        return {row for b in first for row in b.model_scores.tolist()}
+
+    assert group(1) == group(2) == group(4)
+
+
+@pytest.mark.parametrize(
+    "rows, real, size, accumulated, expected",
+    [
+        (16, 2, 2, 1, [2, 0, 0, 0, 0, 0, 0, 0]),
+        (32, 17, 16, 1, [9, 8]),
+        (32, 17, 4, 4, [9, 8]),
+        (32, 17, 1, 16, [9, 8]),
+        (48, 33, 16, 2, [17, 16]),  # the second group has 16 places
+        (48, 17, 16, 1, [9, 8, 0]),
+        (12, 11, 5, 1, [5, 4, 2]),  # places are 5, 5, 2
+        (12, 6, 5, 1, [3, 3, 0]),
+        (8, 0, 4, 1, [0, 0]),
+        (8, 8, 4, 1, [4, 4]),
+    ],
+)
+def test_real_rows_fill_as_few_groups_as_possible_evenly(rows, real, size, accumulated, expected):
+    full = [len(b) for b in minibatches([short(rows, rows)], size, accumulated, torch.Generator())]
+    groups = groups_of([short(rows, real)], size, accumulated)
+    assert [len(b) for group in groups for b in group] == full  # as on a rank without fillers
+    assert [sum(int(b.real.sum()) for b in group) for group in groups] == expected
+    seen = sorted(row for group in groups for b in group for row in b.model_scores.tolist())
+    assert seen == list(range(rows))
+
+
+def test_a_short_rollout_is_filled_up_by_the_next():
+    """Three rollouts of one mini-batch each, groups of two: not 8 rows and then 1."""
+    rollouts = [short(4, 4), short(4, 4), short(4, 1)]
+    groups = groups_of(rollouts, 4, 2)
+    assert [sum(int(b.real.sum()) for b in group) for group in groups] == [5, 4]

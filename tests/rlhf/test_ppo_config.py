@@ -16,7 +16,6 @@ def config(**settings: object) -> PPOConfig:
     [
         ({"cliprange": 0.0}, "cliprange is 0.0"),
         ({"cliprange_value": -1.0}, "cliprange_value is -1.0"),
-        ({"reward_clip": 0.0}, "reward_clip is 0.0"),
         ({"kl_coef": -0.1}, "kl_coef is -0.1"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0"),
         ({"gamma": 1.1}, "gamma is 1.1"),

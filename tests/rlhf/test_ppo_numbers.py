@@ -45,10 +45,10 @@ def learned(rollouts: list[Experience], kl: float = 0.0, **changes: object) -> l
     return with_advantages(rollouts, config, kl)
 
 
-def test_scores_are_clipped_before_the_penalty():
+def test_a_missing_end_costs_its_penalty():
     # gamma = lambda = 1, values 0: every return of a row is its score.
-    e = synthetic(rewards=[9.0, -9.0])
-    raw = learned([e], reward_clip=5.0, missing_eos_penalty=2.0)
+    e = synthetic(rewards=[5.0, -5.0])
+    raw = learned([e], missing_eos_penalty=2.0)
     assert raw[0].returns.tolist() == [[3.0, 3.0, 3.0], [-5.0, 0.0, 0.0]]
     assert torch.equal(raw[0].advantages, raw[0].returns)
     # Whitened over 3, 3, 3, -5: mean 1, variance (3 * 4 + 36) / 4 = 12.

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
 from tests.rlhf.tiny_roles import (
     Setting,
@@ -67,6 +68,27 @@ def test_answers_of_a_lone_end_token_and_batches_of_filler(load_roles):
     e = dataclasses.replace(e, real=none, answer_mask=e.answer_mask & none[:, None])
     assert all(math.isfinite(v) for v in trainer.train_rlhf([e]).values())
     assert largest_change(before, weights(roles.actor.module)) == 0.0
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_groups_of_fillers_make_no_step(load_roles, warmup):
+    """Four groups of one row, of which one is real: one step, and schedules pass over three."""
+    setting, results = Setting(micro_batch=1, ema=EMAConfig(True, 0.5)), []
+    for rows in (4, 1):
+        roles = load_roles(setting)
+        trainer = ppo_trainer(roles, setting, ppo_epochs=2, critic_warmup_iterations=warmup)
+        e, real = rollout(trainer), torch.arange(4) == 0
+        e = dataclasses.replace(e, real=real, answer_mask=e.answer_mask & real[:, None])
+        statistics = trainer.train_rlhf([e.rows(torch.arange(rows))])
+        assert roles.critic.global_steps == 2 and roles.critic.lr_scheduler.last_epoch == 2 * rows
+        assert roles.actor.global_steps == (0 if warmup else 2)
+        assert roles.actor.lr_scheduler.last_epoch == (0 if warmup else 2 * rows)
+        assert statistics["actor_updates"] == (0.0 if warmup else 1.0)
+        trained = [weights(engine.module) for engine in roles.trained.values()]
+        results.append(([*trained, dict(roles.ema.shadow)], statistics))
+    for filled, alone in zip(results[0][0], results[1][0], strict=True):
+        assert_same(filled, alone, 1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
 
 
 def test_what_lies_behind_the_answers_shows_nowhere(load_roles):

@@ -90,7 +90,7 @@ def test_updates_equal_those_of_plain_pytorch(load_roles, folders, case):
     before = weights(roles.actor.module)
     for seed in range(2):
         e = dataclasses.replace(rollout(trainer, seed), group=torch.tensor(GROUPS))
-        assert (e.rewards.abs() > 0.4).any() and not e.ended.all()
+        assert (e.model_scores.abs() > 0.4).any() and not e.ended.all()
         assert trainer.kl.coefficient == pytest.approx(reference.beta, abs=1e-6)
         statistics = trainer.train_rlhf([e])
         assert statistics["kl_coefficient"] == pytest.approx(reference.beta, abs=1e-6)

@@ -11,7 +11,7 @@ import torch
 from dschat.errors import UserError
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf import rewards
-from dschat.rlhf.rewards import RewardConfig, RewardFunction, Rewards, score_statistics, texts_of
+from dschat.rlhf.rewards import RewardConfig, RewardFunction, Rewards, texts_of
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.hand_made import sampled
 from tests.rlhf.tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
@@ -75,19 +75,35 @@ def test_parts_and_sum_by_hand():
     assert e.function_scores.tolist() == [1.0, 0.5, 0.0]
     # 0.5 * (3 - 1) / 2 + 10 * 1 and 0.5 * (-1 - 1) / 2 + 10 * 0.5
     assert e.rewards[:2].tolist() == [10.5, 4.5]
-    figures = score_statistics([e, e], clip=5.0)
-    assert figures == {
+    assert rewards.statistics([e, e]) == {
         "reward_std": 3.0,
-        "reward_clipped": 0.5,
+        "reward_clipped": 0.0,
         "reward_model": 1.0,
         "reward_function": 0.75,
     }
 
 
+def test_the_clip_is_for_the_models_scaled_score_alone():
+    rewards = Rewards(
+        RewardConfig("m:f", reward_model_weight=10.0, reward_clip=0.75),
+        RewardFunction("m:f", lambda prompt, answer: 70.0, "digest"),
+        RewardStatistics(mean=2.0, std=2.0, count=2, data="rows"),
+    )
+    e = rewards.applied(sampled(), byte_tokenizer())
+    # (3 - 2) / 2 is within, (-1 - 2) / 2 is not.
+    assert e.rewards[:2].tolist() == [10 * 0.5 + 70, 10 * -0.75 + 70]
+    assert rewards.statistics([e])["reward_clipped"] == 0.5
+    watched = replace(rewards, config=replace(rewards.config, reward_model_weight=0.0))
+    assert "reward_clipped" not in watched.statistics([watched.applied(e, byte_tokenizer())])
+    alone = Rewards(function=rewards.function)
+    e = alone.applied(replace(sampled(), model_scores=None), byte_tokenizer())
+    assert e.rewards[:2].tolist() == [70.0, 70.0] and "reward_clipped" not in alone.statistics([e])
+
+
 def test_without_function_and_scaling_nothing_changes():
-    e = Rewards().applied(sampled(), byte_tokenizer())
+    e = Rewards(RewardConfig(reward_clip=51.0)).applied(sampled(), byte_tokenizer())
     assert torch.equal(e.rewards, sampled().model_scores)
-    assert "reward_function" not in score_statistics([e], clip=5.0)
+    assert "reward_function" not in Rewards().statistics([e])
 
 
 def test_without_a_model_the_function_is_all():

@@ -18,6 +18,7 @@ from dschat.rlhf.experience import Experience
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
+from dschat.rlhf.rewards import RewardConfig, Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.train.model_config import ModelConfig
@@ -148,12 +149,13 @@ def ppo_trainer(
     roles: DeepSpeedRLHFEngine, setting: Setting, world_size: int = 1, **changes: object
 ) -> DeepSpeedPPOTrainer:
     """A trainer whose batches fit the setting."""
+    rewards = Rewards(RewardConfig(reward_clip=changes.pop("reward_clip", 5.0)))
     config = PPOConfig(
         SamplingConfig(changes.pop("answer", 6)),
         per_device_training_batch_size=setting.micro_batch,
         **{"per_device_generation_batch_size": 4, **changes},
     )
-    return DeepSpeedPPOTrainer(roles, config, world_size, seed=5)
+    return DeepSpeedPPOTrainer(roles, config, world_size, rewards=rewards, seed=5)
 
 
 def left_padded(rows: list[list[int]], width: int | None = None) -> PromptBatch:

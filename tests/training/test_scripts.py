@@ -164,6 +164,14 @@ def test_step_1_on_one_gpu_keeps_accumulation_and_rank(shell):
     assert settings.model.lora.lora_dim == 128
 
 
+def test_step_3_on_one_gpu_updates_on_32_rows(shell):
+    script = TRAINING / STEP3 / "single_gpu" / "run_1.3b.sh"
+    settings = started(shell(BASH, str(script), "sft", "reward")).settings()
+    rows = settings.batches_per_iteration * settings.ppo.per_device_generation_batch_size
+    assert rows / settings.updates == 32
+    assert list(settings.accumulation_remarks()) == []
+
+
 @pytest.mark.parametrize("script", [s for s in RECIPES if "opt" in s.parts], ids=name_of)
 def test_adapters_of_shipped_scripts_follow_the_advice(script: Path, shell):
     """The quickstart is left out: its rates are tuned to its own small model."""

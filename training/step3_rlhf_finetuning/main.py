@@ -59,7 +59,7 @@ def main() -> None:
         log.evaluation(iteration, trainer.evaluate(held_out))
     for epoch in range(position.epoch, run.steps.epochs):
         prompts.set_epoch(epoch, skip=position.batches(epoch))
-        for batches in accumulation_groups(prompts, config.generation_batches):
+        for batches in accumulation_groups(prompts, run.steps.batches_per_step):
             if iteration == iterations:
                 break
             log.begin()

@@ -21,6 +21,7 @@ deepspeed --num_gpus 1 "$STEP_DIR/main.py" \
   --num_padding_at_beginning 1 \
   --actor_zero_stage "$ACTOR_ZERO_STAGE" \
   --critic_zero_stage "$CRITIC_ZERO_STAGE" \
+  --generation_batches 2 \
   --gradient_accumulation_steps 2 \
   --actor_lora_dim 128 \
   --actor_learning_rate 7.2e-6 \
