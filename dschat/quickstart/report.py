@@ -50,7 +50,7 @@ def judge(
     rows = [{"prompt_ids": tokenizer(prompt).input_ids} for prompt in prompts]
     batch: PromptBatch = PromptCollator(tokenizer.pad_token_id)(rows).to(device)
     torch.manual_seed(seed)
-    sequences = generate(model, batch, SamplingConfig(MAX_NEW_TOKENS), tokenizer)
+    sequences = generate(model, batch, SamplingConfig(MAX_NEW_TOKENS), tokenizer).sequences
     ids = sequences[:, batch.input_ids.shape[1] :]
     mask = answer_mask_from(ids, tokenizer.eos_token_id)
     attention_mask = torch.cat([batch.attention_mask, mask], dim=1)

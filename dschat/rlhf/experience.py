@@ -23,6 +23,7 @@ class Experience:
     values: torch.Tensor | None  # (B, A) fp32, of the state before each token; None: no critic
     model_scores: torch.Tensor | None  # (B,) fp32, the reward model's; None: there is none
     group: torch.Tensor  # (B,) int64: answers to one prompt share a number, on this rank alone
+    sampler_logprobs: torch.Tensor | None = None  # (B, A) fp32, of the engine that drew the answers
     rewards: torch.Tensor | None = None  # (B,) fp32, the weighted sum of the scores (rewards.py)
     function_scores: torch.Tensor | None = None  # (B,) fp32, the reward function's
     advantages: torch.Tensor | None = None  # (B, A)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -52,6 +54,14 @@ class SamplingConfig(Settings):
             )
         if "" in self.stop_strings:
             raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Prompts with the answers that were sampled for them."""
+
+    sequences: torch.Tensor  # (B, P + A) ids: the prompts unchanged, then answers
+    logprobs: torch.Tensor | None = None  # (B, A) fp32, by the sampler; None: it does not tell
 
 
 class StopStrings(StoppingCriteria):
@@ -102,6 +112,33 @@ def answer_ends(
     return mask, ended
 
 
+class SamplerLogprobs(LogitsProcessor):
+    """Notes the log-probability of each sampled token while the cache decodes it; changes nothing.
+
+    transformers could return the scores of all steps; this keeps those of one step.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self._taken: list[torch.Tensor] = []  # (B,) each
+        self._logprobs: torch.Tensor | None = None  # (B, V) of the token that comes next
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take the last token from the step before, keep this step's distribution."""
+        self._take(input_ids[:, -1])
+        self._logprobs = (scores / self.temperature).log_softmax(dim=-1)
+        return scores
+
+    def _take(self, tokens: torch.Tensor) -> None:
+        if self._logprobs is not None:
+            self._taken.append(self._logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
+
+    def of(self, answers: torch.Tensor) -> torch.Tensor:
+        """(B, A) ids as generated -> (B, A) fp32; anything behind an answer's end."""
+        self._take(answers[:, -1])
+        return torch.stack(self._taken[: answers.shape[1]], dim=1)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -110,7 +147,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     synced_gpus: bool = False,
-) -> torch.Tensor:
+) -> Sampled:
     """Sample one answer for every prompt.
 
     Args:
@@ -118,7 +155,7 @@ def generate(
         synced_gpus: ranks go on together until all have ended (needed under ZeRO-3).
 
     Returns:
-        (B, P + A) ids; A is the longest answer's length, rows that ended early are padded.
+        A is the longest answer's length; rows that ended early are padded.
     """
     module: Any = unwrap(model)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -140,8 +177,11 @@ def generate(
     if sampling.stop_strings:
         stops = StopStrings(sampling.stop_strings, tokenizer, prompts.input_ids.shape[1])
         inputs["stopping_criteria"] = StoppingCriteriaList([stops])
+    noted = SamplerLogprobs(1.0 if sampling.greedy else sampling.temperature)
+    inputs["logits_processor"] = LogitsProcessorList([noted])
     with _own_generation_config(module, config):
-        return module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
+        ids = module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
+    return Sampled(ids, noted.of(ids[:, prompts.input_ids.shape[1] :]))
 
 
 def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:

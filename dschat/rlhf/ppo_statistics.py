@@ -8,7 +8,7 @@ import torch
 
 from dschat.functional.returns import kl_k1, kl_k3, masked_mean, masked_moments
 from dschat.rlhf.experience import Experience, filled
-from dschat.utils.distributed import all_reduce_sum
+from dschat.utils.distributed import all_reduce_max, all_reduce_sum
 
 
 def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
@@ -22,8 +22,13 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
     def per_token(values: list[torch.Tensor]) -> float:
         return masked_mean(torch.cat([v.flatten() for v in values]), mask, all_reduce_sum)
 
+    gaps = [
+        (e.sampler_logprobs - e.logprobs).abs().where(e.answer_mask, 0.0)
+        for e in experiences
+        if e.sampler_logprobs is not None
+    ]
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
-    return {
+    figures = {
         "reward": per_row([filled(e.rewards) for e in experiences]),
         "kl": per_row([(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]),
         "kl_per_token": per_token(k1),
@@ -32,6 +37,25 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
         "ended": per_row([e.ended for e in experiences]),
         "ref_nats_per_token": -per_token([e.ref_logprobs for e in experiences]),
     }
+    if len(gaps) == len(experiences):
+        (largest,) = all_reduce_max([max(gap.max().item() for gap in gaps)])
+        figures |= {"decode_gap": per_token(gaps), "decode_gap_max": largest}
+    return figures
+
+
+def zero_spread(experiences: list[Experience], missing_eos_penalty: float) -> float:
+    """Share of the prompts whose answers all have one reward: these teach nothing."""
+    real = torch.cat([e.real for e in experiences])
+    rewards = torch.cat([filled(e.rewards) - missing_eos_penalty * ~e.ended for e in experiences])
+    names, group = torch.cat([e.group for e in experiences])[real].unique(return_inverse=True)
+    low, high = (
+        rewards.new_zeros(len(names)).scatter_reduce(
+            0, group, rewards[real], how, include_self=False
+        )
+        for how in ("amin", "amax")
+    )
+    equal, prompts = all_reduce_sum([(low == high).sum().item(), float(len(names))])
+    return equal / prompts
 
 
 def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from dschat.rlhf.ppo_statistics import (
     answer_count,
     rollout_statistics,
     value_statistics,
+    zero_spread,
 )
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rewards import Rewards
@@ -122,6 +123,9 @@ class DeepSpeedPPOTrainer:
         statistics = self.earned(experiences) | {"kl_coefficient": self.kl.coefficient}
         learned = with_advantages(experiences, self.config, self.kl.coefficient)
         statistics |= advantage_statistics(learned)
+        if self.config.estimator.min_answers > 1:
+            share = zero_spread(experiences, self.config.missing_eos_penalty)
+            statistics["frac_reward_zero_std"] = share
         if self.roles.critic is not None:
             statistics |= value_statistics(learned)
         if self.config.whitens:

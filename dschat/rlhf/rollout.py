@@ -12,7 +12,7 @@ from torch import nn
 
 from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.generation import SamplingConfig, answer_ends
+from dschat.rlhf.generation import Sampled, SamplingConfig, answer_ends
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -73,12 +73,10 @@ def make_experience(
     seconds = time.perf_counter() - start
     sizes = [len(batch.real) for batch in batches]
     groups = torch.arange(sum(sizes), device=roles.device) // answers_per_prompt
-    experiences = [
-        score(roles, batch, answers, group, config)
-        for batch, answers, group in zip(
-            batches, generated.answers.split(sizes), groups.split(sizes), strict=True
-        )
-    ]
+    answers, told = generated.answers.split(sizes), [None] * len(sizes)
+    logprobs = told if generated.logprobs is None else generated.logprobs.split(sizes)
+    columns = zip(batches, answers, logprobs, groups.split(sizes), strict=True)
+    experiences = [score(roles, *column, config) for column in columns]
     first = replace(experiences[0], generation_seconds=seconds, generation_steps=generated.steps)
     return [first, *experiences[1:]]
 
@@ -105,9 +103,10 @@ def joined(batches: list[PromptBatch]) -> PromptBatch:
 
 @dataclass(frozen=True)
 class Generated:
-    """Answers to many prompts."""
+    """Answers to many prompts, rows in the prompts' order."""
 
-    answers: torch.Tensor  # (R, A) ids, rows as their prompts; padded after their ends
+    answers: torch.Tensor  # (R, A) ids, padded after their ends
+    logprobs: torch.Tensor | None  # (R, A) fp32, by the sampler; None: it does not tell
     steps: int  # decoding steps, in sequence
 
 
@@ -126,23 +125,33 @@ def generate_sorted(
     order = torch.arange(len(lengths), device=lengths.device)
     if len(lengths) > chunk_rows:
         order = lengths.argsort(stable=True)
-    parts = []
+    parts: list[Sampled] = []
     for index in order.split(chunk_rows):
         width = int(lengths[index].max())
         ids, mask = prompts.input_ids[index, -width:], prompts.attention_mask[index, -width:]
         # A model may look at the ids under padding: they are those of its own padding.
         ids = ids.masked_fill(~mask, pad_token_id)
-        sequences = engine.generate(PromptBatch(ids, mask, prompts.real[index]), sampling)
-        parts.append(sequences[:, width:])
-    steps = [part.shape[1] for part in parts]
-    answers = [F.pad(part, (0, max(steps) - part.shape[1]), value=pad_token_id) for part in parts]
-    return Generated(torch.cat(answers)[order.argsort()], sum(steps))
+        sampled = engine.generate(PromptBatch(ids, mask, prompts.real[index]), sampling)
+        parts.append(Sampled(sampled.sequences[:, width:], sampled.logprobs))
+    steps = [part.sequences.shape[1] for part in parts]
+
+    def rows(columns: list[torch.Tensor], fill: int) -> torch.Tensor:
+        wide = [F.pad(c, (0, max(steps) - c.shape[1]), value=fill) for c in columns]
+        return torch.cat(wide)[order.argsort()]
+
+    told = [part.logprobs for part in parts if part.logprobs is not None]
+    return Generated(
+        rows([part.sequences for part in parts], pad_token_id),
+        rows(told, 0) if len(told) == len(parts) else None,
+        sum(steps),
+    )
 
 
 def score(
     roles: DeepSpeedRLHFEngine,
     prompts: PromptBatch,
     answers: torch.Tensor,
+    sampler_logprobs: torch.Tensor | None,
     group: torch.Tensor,
     config: PPOConfig,
 ) -> Experience:
@@ -181,4 +190,5 @@ def score(
         values=joint["values"] * mask if "values" in joint else None,
         model_scores=joint.get("model_scores"),
         group=group,
+        sampler_logprobs=None if sampler_logprobs is None else sampler_logprobs[:, :length],
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.models.causal_lm import forward_inputs, unwrap
-from dschat.rlhf.generation import SamplingConfig, generate
+from dschat.rlhf.generation import Sampled, SamplingConfig, generate
 from dschat.utils.module.lora import fused_adapters
 
 ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may differ
@@ -22,13 +22,11 @@ ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may 
 class RolloutEngine(Protocol):
     """Sampler of answers; a faster one than `TransformersRollout` may take its place."""
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         """Sample one answer for every prompt, by the policy's present weights.
 
-        Every rank calls it equally often.
-
-        Returns:
-            (B, P + A) ids: the prompts unchanged, then answers; `answer_ends` says what counts.
+        Every rank calls it equally often. `answer_ends` says what counts of an answer. The gap
+        between the sampler's log-probabilities, where it tells them, and the policy's is logged.
         """
 
     def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
@@ -44,7 +42,7 @@ class TransformersRollout:
     synced_gpus: bool = False  # ranks go on together until all have ended (needed under ZeRO-3)
     fuse_adapters: bool = False  # fold adapters into the weights for the time being
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         """See `RolloutEngine`; rows that end early are padded, the longest ends the batch."""
         with self._weights():
             return generate(
@@ -84,7 +82,7 @@ def check_parity(
             f"rounding allows {allowed:.2g}; drop the flag"
         )
     sampling = SamplingConfig(tokens, min_answer_seq_len=tokens, greedy=True)
-    expected, actual = plain.generate(prompts, sampling), candidate.generate(prompts, sampling)
+    expected, actual = (e.generate(prompts, sampling).sequences for e in (plain, candidate))
     if torch.equal(actual, expected):
         return
     if actual.shape != expected.shape:

@@ -162,13 +162,22 @@ def barrier() -> None:
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Sum each value over the ranks, in float64, on this rank's device."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values: Sequence[float]) -> list[float]:
+    """Largest of each value over the ranks, likewise."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(v) for v in values]
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator().current_device_name()
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, operation)
     return tensor.tolist()
 
 

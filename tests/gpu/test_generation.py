@@ -16,7 +16,7 @@ def test_greedy_answers_are_the_argmax_of_a_scoring_pass(device):
     batch = prompts(6).to(device)  # padded on the left
     engine = TransformersRollout(model, byte_tokenizer())
     sampling = SamplingConfig(max_answer_seq_len=LENGTH, min_answer_seq_len=LENGTH, greedy=True)
-    sequences = engine.generate(batch, sampling)
+    sequences = engine.generate(batch, sampling).sequences
     assert sequences.shape == (6, batch.input_ids.shape[1] + LENGTH)
     assert sequences.device.type == device.type
 

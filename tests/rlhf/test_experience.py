@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dschat.rlhf.experience import Experience, minibatches
-from dschat.train.engine import accumulation_groups
+from dschat.train.steps import accumulation_groups
 
 
 def experience(rows: int, first: int = 0, prompt: int = 3, answer: int = 4) -> Experience:

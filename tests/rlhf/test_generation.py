@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.generation import (
+    Sampled,
     SamplingConfig,
     StopStrings,
     answer_ends,
@@ -111,7 +112,7 @@ def test_generation_stops_at_a_stop_string():
     model = tiny.tiny_llama()
     engine = TransformersRollout(model, tiny.byte_tokenizer())
     stop = say(model, "ab\n\ncd", "a$", "\n\n", "abc")
-    sequences = engine.generate(prompts(), SamplingConfig(8, stop_strings=("\n\n", "cz")))
+    sequences = engine.generate(prompts(), SamplingConfig(8, stop_strings=("\n\n", "cz"))).sequences
     stop()
     answers = sequences[:, prompts().input_ids.shape[1] :]
     assert torch.equal(answers, rows("ab\n\n", "a$", "\n\n", "abcz"))  # the longest ends it all
@@ -121,7 +122,9 @@ def test_prompts_that_hold_a_stop_string_do_not_end_their_answers():
     model, (text, *_) = tiny.tiny_llama(), [ids_of("x\n\n")]
     engine = TransformersRollout(model, tiny.byte_tokenizer())
     stop = say(model, "abc")
-    sequences = engine.generate(left_padded([text]), SamplingConfig(4, stop_strings=("\n\n",)))
+    sequences = engine.generate(
+        left_padded([text]), SamplingConfig(4, stop_strings=("\n\n",))
+    ).sequences
     stop()
     assert torch.equal(sequences[:, 3:], rows("abcz"))
 
@@ -144,11 +147,42 @@ def test_no_end_token_before_the_least_length():
     engine = TransformersRollout(model, tiny.byte_tokenizer())
     hook = end_after(model, [1, 2, 3, 4])
     torch.manual_seed(0)
-    sequences = engine.generate(prompts(), SamplingConfig(6, min_answer_seq_len=3))
+    sequences = engine.generate(prompts(), SamplingConfig(6, min_answer_seq_len=3)).sequences
     hook.remove()
     mask, ended = answer_ends(sequences[:, prompts().input_ids.shape[1] :], TOKENIZER)
     # Rows 0 and 1 wanted to end too early and never do; the others end where they wish.
     assert ended.tolist() == [False, False, False, True] and mask.sum(-1).tolist() == [6, 6, 6, 4]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_engine_tells_the_log_probabilities_that_it_sampled_by(load_roles, temperature):
+    """With a cache, padding and early ends: those of a scoring pass, to rounding."""
+    roles = load_roles(Setting(dtype="fp32"))
+    trainer = ppo_trainer(roles, Setting())
+    sampling = SamplingConfig(6, temperature=temperature)
+    trainer.config = replace(trainer.config, sampling=sampling)
+    hook = end_after(roles.actor.module, [2, 6, 1, None])
+    (e,) = trainer.rollout([prompts()])
+    hook.remove()
+    assert e.sampler_logprobs.shape == e.logprobs.shape == e.answer_mask.shape
+    (plain,) = trainer.rollout([prompts(seed=1)])  # nobody pushes its ends
+    gap = (plain.sampler_logprobs - plain.logprobs).abs()[plain.answer_mask]
+    assert gap.max() < 1e-5
+    assert trainer.earned([plain])["decode_gap_max"] == gap.max().item()
+    other = replace(sampling, temperature=2.0)  # drawn by one, scored by another
+    engine = TransformersRollout(roles.actor, roles.tokenizer)
+    trainer.engine = Fixed(engine.generate(prompts(), other))
+    assert trainer.earned(trainer.rollout([prompts()]))["decode_gap"] > 0.05
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An engine that says the same every time."""
+
+    sampled: Sampled
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
+        return self.sampled
 
 
 @pytest.mark.parametrize(
@@ -183,7 +217,7 @@ def test_other_end_tokens_neither_stop_nor_pass_unnoticed(tmp_path, capsys):
     hook.remove()
     stop = say(model, tokenizer.decode([45]) * 2 + "$")
     engine = TransformersRollout(model, tokenizer)
-    sequences = engine.generate(left_padded([[5, 6]]), SamplingConfig(5))
+    sequences = engine.generate(left_padded([[5, 6]]), SamplingConfig(5)).sequences
     stop()
     assert sequences[0, 2:].tolist() == [45, 45, EOS]
     GenerationConfig(eos_token_id=EOS).save_pretrained(folder)
@@ -197,9 +231,11 @@ def test_greedy_takes_the_likeliest_token():
     model = tiny.tiny_llama()
     engine = TransformersRollout(model, tiny.byte_tokenizer())
     first = engine.next_logits(prompts()).argmax(-1)
-    sequences = engine.generate(prompts(), SamplingConfig(3, greedy=True))
+    sequences = engine.generate(prompts(), SamplingConfig(3, greedy=True)).sequences
     assert torch.equal(sequences[:, prompts().input_ids.shape[1]], first)
-    assert torch.equal(engine.generate(prompts(), SamplingConfig(3, greedy=True)), sequences)
+    assert torch.equal(
+        engine.generate(prompts(), SamplingConfig(3, greedy=True)).sequences, sequences
+    )
 
 
 # --- chunks and several answers --------------------------------------------------------------
@@ -215,14 +251,14 @@ class Echo:
     seen: list[PromptBatch] = field(default_factory=list)
     counts: dict = field(default_factory=dict)
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         self.seen.append(prompts)
         answers = []
         for ids, mask in zip(prompts.input_ids, prompts.attention_mask, strict=True):
             prompt = tuple(ids[mask].tolist())
             k = self.counts[prompt] = self.counts.get(prompt, 0) + 1
             answers.append([*prompt[4:], 200 + k, EOS])
-        return torch.cat([prompts.input_ids, tiny.padded(answers)[0]], dim=1)
+        return Sampled(torch.cat([prompts.input_ids, tiny.padded(answers)[0]], dim=1))
 
 
 PROMPTS = [row[:-1] for row in tiny.token_rows(8, seed=11)]

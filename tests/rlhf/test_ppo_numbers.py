@@ -15,6 +15,7 @@ from dschat.rlhf.ppo_statistics import (
     advantage_statistics,
     rollout_statistics,
     value_statistics,
+    zero_spread,
 )
 from tests.helpers.tiny import PAD
 
@@ -86,6 +87,22 @@ def test_rollout_statistics_by_hand():
         "ref_nats_per_token": (1.5 + 2.0 + 4.0 + 3.0) / 4,
     }
     assert statistics == pytest.approx(expected, abs=1e-6)
+    # By the sampler the three tokens of the first answer were 0, 0.2 and 0.4 likelier.
+    told = e.logprobs + torch.tensor([[0.0, 0.2, -0.4], [0.0, 9.0, 9.0]])
+    statistics = rollout_statistics([dataclasses.replace(e, sampler_logprobs=told)])
+    gaps = {"decode_gap": 0.6 / 4, "decode_gap_max": 0.4}
+    assert statistics == pytest.approx(expected | gaps, abs=1e-6)
+
+
+@pytest.mark.parametrize(("penalty", "share"), [(0.0, 2 / 3), (2.0, 1 / 3)])
+def test_the_share_of_prompts_whose_answers_are_worth_the_same(penalty, share):
+    """Prompt 0: 2 and 2; prompt 1: 1 and -3; prompt 2: 5 alone, which its filler twin is not."""
+    rollouts = [synthetic(rewards=[2.0, 1.0]), synthetic(rewards=[-3.0, 2.0])]
+    rollouts[1] = dataclasses.replace(rollouts[1], group=torch.tensor([1, 0]))
+    third = synthetic(rewards=[5.0, 6.0])
+    third = dataclasses.replace(third, group=torch.tensor([2, 2]), real=torch.tensor([True, False]))
+    # Of the first prompt's answers the second alone has its end.
+    assert zero_spread([*rollouts, third], penalty) == pytest.approx(share)
 
 
 def test_explained_variance_by_hand():

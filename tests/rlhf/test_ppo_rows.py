@@ -130,7 +130,7 @@ def wider(e: Experience, left: int, right: int) -> Experience:
         return wide
 
     texts = {n: padded(getattr(e, n), left) for n in ("sequences", "attention_mask")}
-    names = ("answer_mask", "logprobs", "ref_logprobs", "values")
+    names = ("answer_mask", "logprobs", "ref_logprobs", "values", "sampler_logprobs")
     answers = {n: padded(getattr(e, n), 0) for n in names if getattr(e, n) is not None}
     return dataclasses.replace(e, **texts, **answers)
 

@@ -32,7 +32,7 @@ VALUES = {"critic_loss", "value_clip_fraction", "explained_variance", "returns"}
 ROLLOUTS = {
     *("reward", "kl", "kl_per_token", "kl_k3", "answer_length", "ended", "ref_nats_per_token"),
     *("advantage_mean", "advantage_std", "kl_coefficient", "actor_updates"),
-    *("reward_std", "reward_clipped", "reward_model"),
+    *("reward_std", "reward_clipped", "reward_model", "decode_gap", "decode_gap_max"),
 }
 
 
@@ -155,7 +155,7 @@ def test_without_a_critic_there_are_no_values(load_roles, estimator):
     assert e.values is None
     e = dataclasses.replace(e, group=torch.tensor([0, 1, 0, 1]))
     before = weights(roles.actor.module)
-    assert trainer.train_rlhf([e]).keys() == ROLLOUTS | POLICY
+    assert trainer.train_rlhf([e]).keys() == ROLLOUTS | POLICY | {"frac_reward_zero_std"}
     assert largest_change(before, weights(roles.actor.module)) > 1e-4
 
 

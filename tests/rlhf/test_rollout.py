@@ -4,7 +4,7 @@ from transformers import LlamaForCausalLM
 
 from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel, scores_at_end
-from dschat.rlhf.generation import SamplingConfig, generate
+from dschat.rlhf.generation import SamplerLogprobs, SamplingConfig, generate
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import answer_values, pad_rows
 from tests.helpers import tiny
@@ -74,7 +74,7 @@ def test_answers_are_drawn_from_what_scoring_says(family):
         lambda module, args, output: drawn_from.append(output.logits[:, -1].float())
     )
     torch.manual_seed(1)
-    sequences = generate(model, batch, SamplingConfig(8), TOKENIZER)
+    sequences = generate(model, batch, SamplingConfig(8), TOKENIZER).sequences
     hook.remove()
     answers = sequences[:, 20:]
     assert torch.equal(sequences[:, :20], batch.input_ids)
@@ -119,11 +119,12 @@ def test_the_folders_generation_config_does_not_leak(sample_calls):
     for name, value in FOLDERS_OWN.items():
         setattr(model.generation_config, name, value)
     kept = model.generation_config
-    sequences = generate(model, prompts(), SamplingConfig(4), TOKENIZER)
+    sequences = generate(model, prompts(), SamplingConfig(4), TOKENIZER).sequences
     assert model.generation_config is kept
     assert {name: getattr(kept, name) for name in FOLDERS_OWN} == FOLDERS_OWN
-    # No processor touches the logits: the policy itself is sampled.
-    assert sample_calls[0]["processors"] == [] and sample_calls[0]["config"].do_sample
+    # No processor but the one that notes: the policy itself is sampled.
+    assert [type(p) for p in sample_calls[0]["processors"]] == [SamplerLogprobs]
+    assert sample_calls[0]["config"].do_sample
     assert sequences.shape == (4, prompts().input_ids.shape[1] + 4)
 
 
@@ -134,7 +135,7 @@ def test_sampling_settings_arrive(sample_calls):
     assert kinds["TemperatureLogitsWarper"]["temperature"] == 0.5
     assert kinds["TopPLogitsWarper"]["top_p"] == 0.8
     assert kinds["TopKLogitsWarper"]["top_k"] == 7
-    assert len(kinds) == 3
+    assert len(kinds) == 4  # and the one that notes
 
 
 def test_the_generation_config_comes_back_after_a_failure(monkeypatch):
@@ -168,7 +169,7 @@ def test_sampling_settings_that_make_no_sense(settings, message):
 def test_generation_stops_at_the_end_token():
     model = MODELS["llama"]()
     hook = end_after(model, [2, 1, 3, 3])
-    sequences = generate(model, prompts(), SamplingConfig(8), TOKENIZER)
+    sequences = generate(model, prompts(), SamplingConfig(8), TOKENIZER).sequences
     hook.remove()
     answers = sequences[:, prompts().input_ids.shape[1] :]
     assert answers.shape == (4, 3)  # all have ended: no token beyond the longest answer

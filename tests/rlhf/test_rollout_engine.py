@@ -7,7 +7,7 @@ import torch
 
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
-from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.generation import Sampled, SamplingConfig
 from dschat.rlhf.rollout_engine import TransformersRollout, check_parity
 from tests.helpers import tiny
 from tests.rlhf.tiny_roles import prompts
@@ -26,11 +26,11 @@ class Wrong:
     wrong_token: bool = False
     short: bool = False
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> torch.Tensor:
-        sequences = self.inner.generate(prompts, sampling)
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
+        sequences = self.inner.generate(prompts, sampling).sequences
         if self.wrong_token:
             sequences[1, -2] += 1
-        return sequences[:, :-1] if self.short else sequences
+        return Sampled(sequences[:, :-1] if self.short else sequences)
 
     def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
         logits = self.inner.next_logits(prompts)
