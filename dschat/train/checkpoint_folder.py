@@ -7,19 +7,22 @@ name that begins with a dot, so a folder under its plain name is complete, whene
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
 
 RECORD = "state.json"
-FORMAT = 2  # of the folder; raise it when older checkpoints cannot be resumed any more
+FORMAT = 3  # of the folder; raise it when older checkpoints cannot be resumed any more
 NEWEST = "newest"  # the value of --resume without one
 _NAME = re.compile(r"step-(\d{6,})")
+_REMEDY = "remove the folder, or resume from another"
 
 
 def folder_of(output_dir: str | Path) -> Path:
@@ -52,8 +55,10 @@ def repair(output_dir: str | Path) -> None:
         shutil.rmtree(leftover)
 
 
-def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
-    """Choose the checkpoint to resume from; None where the run starts from the beginning.
+def choose(output_dir: str, resume: str | None, will_save: bool) -> list[Path]:
+    """Checkpoints to resume from, the best first; none where the run starts from the beginning.
+
+    Only without a value has `resume` more than one: older ones stand in for a damaged newest.
 
     Raises:
         UserError: there is no such folder, or new checkpoints would mix with those of another run.
@@ -61,7 +66,7 @@ def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
     folder = folder_of(output_dir)
     present = checkpoints_in(folder)
     if resume == NEWEST:
-        return present[max(present)] if present else None
+        return list(reversed(present.values()))
     if resume is not None and not Path(resume).is_dir():
         raise UserError(f"resume {resume}: no such folder; give a step-... folder, or no value")
     is_ours = resume is not None and Path(resume).resolve().parent == folder.resolve()
@@ -70,44 +75,73 @@ def choose(output_dir: str, resume: str | None, will_save: bool) -> Path | None:
             f"output_dir {output_dir}: holds checkpoints of an earlier run "
             f"({present[max(present)].name}); give resume to continue it, or remove {folder}"
         )
-    return None if resume is None else Path(resume)
+    return [] if resume is None else [Path(resume)]
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record, with the size of every file beside it."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
-    text = json.dumps({"format": FORMAT, **record, "files": files}, indent=1, ensure_ascii=False)
+def digests_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of each of these files, as a hexadecimal text."""
+    digests = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def names_in(folder: Path) -> list[str]:
+    """Paths of all files of a checkpoint but its record, relative to it and sorted."""
+    return sorted(str(p.relative_to(folder)) for p in _files(folder) if p != folder / RECORD)
+
+
+def write_record(folder: Path, record: dict[str, Any], digests: Mapping[str, str]) -> None:
+    """Write the record with the digest of every file beside it, and its own."""
+    record = {"format": FORMAT, **record, "files": dict(digests)}
+    record["digest"] = _digest_of(record)
+    text = json.dumps(record, indent=1, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what `write_record` wrote; check that every file is there and as long as it was.
+    """Read what `write_record` wrote; the record is as it was, and every file is there.
 
     Raises:
         UserError: this is no checkpoint, or not all of it.
     """
-    remedy = "remove the folder, or resume from another"
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        version, files = record["format"], record["files"].items()
+        version = record["format"]
     except FileNotFoundError as error:
         raise UserError(
             f"resume {folder}: has no {RECORD}, so it is no checkpoint; give a step-... folder"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"resume {folder}: {RECORD} cannot be read; {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"resume {folder}: {RECORD} cannot be read; {_REMEDY}") from error
     if version != FORMAT:
         raise UserError(f"resume {folder}: of format {version}, this code reads format {FORMAT}")
-    for name, size in files:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"resume {folder}: {name} is missing; {remedy}")
-        present = path.stat().st_size
-        if present != size:
-            raise UserError(
-                f"resume {folder}: {name} has {present} bytes, saved were {size}; {remedy}"
-            )
+    if record.pop("digest", None) != _digest_of(record):
+        raise UserError(f"resume {folder}: {RECORD} is not as it was written; {_REMEDY}")
+    for name in record["files"]:
+        if not (folder / name).is_file():
+            raise UserError(f"resume {folder}: {name} is missing; {_REMEDY}")
     return record
+
+
+def check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Stop unless each of these files holds the bytes that were saved.
+
+    Raises:
+        UserError: naming the first that does not.
+    """
+    for name, digest in digests.items():
+        try:
+            same = digests_of(folder, [name])[name] == digest
+        except OSError as error:
+            raise UserError(f"resume {folder}: {name}: {error.strerror}; {_REMEDY}") from error
+        if not same:
+            raise UserError(f"resume {folder}: {name} is damaged; {_REMEDY}")
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def publish(folder: Path, step: int, limit: int) -> None:

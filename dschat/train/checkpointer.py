@@ -9,6 +9,7 @@ resume.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ from dschat.train.resume import (
     frozen_checksum,
     set_peak_rates,
 )
+from dschat.train.safe_load import load_file, make_loading_safe
 from dschat.utils.distributed import (
     Distributed,
     RandomState,
+    all_gather,
     barrier,
     from_main,
+    on_every_rank,
     print_rank_0,
 )
 from dschat.utils.optim import group_rates
@@ -143,20 +147,37 @@ class Checkpointer:
         if config.in_use:
             if output_dir is None:
                 raise ValueError("checkpoints lie in the output folder: output_dir is needed")
-            self._source = from_main(self._find_source)
+            self._source = self._find_source()
         if self._source is None and config.resume is not None:
             folder = checkpoint_folder.folder_of(self.output_dir)
             print_rank_0(f"resume: no checkpoint in {folder}, starting from the beginning")
 
     def _find_source(self) -> Checkpoint | None:
+        """Find the checkpoint to resume from; a damaged newest gives way to the one before it."""
+        config, processes = self.config, self.distributed.world_size
+        folders = from_main(self._candidates)
+        for number, folder in enumerate(folders, start=1):
+            try:
+                record = from_main(functools.partial(checkpoint_folder.read_record, folder))
+                on_every_rank(functools.partial(self._check_files, folder, record["files"]))
+            except UserError as error:
+                if number == len(folders):
+                    raise
+                print_rank_0(f"{error}; trying {folders[number].name}")
+                continue
+            self.plan.check_continues(str(folder), record, processes, config.resume_with_new_rates)
+            return Checkpoint(folder, record)
+        return None
+
+    def _candidates(self) -> list[Path]:
         config = self.config
         checkpoint_folder.repair(self.output_dir)
-        folder = checkpoint_folder.choose(self.output_dir, config.resume, config.save_steps > 0)
-        if folder is None:
-            return None
-        record, processes = checkpoint_folder.read_record(folder), self.distributed.world_size
-        self.plan.check_continues(str(folder), record, processes, config.resume_with_new_rates)
-        return Checkpoint(folder, record)
+        return checkpoint_folder.choose(self.output_dir, config.resume, config.save_steps > 0)
+
+    def _check_files(self, folder: Path, digests: Mapping[str, str]) -> None:
+        """Check this rank's share of the files."""
+        mine = sorted(digests)[self.distributed.rank :: self.distributed.world_size]
+        checkpoint_folder.check_files(folder, {name: digests[name] for name in mine})
 
     @property
     def continued(self) -> Continued | None:
@@ -199,13 +220,14 @@ class Checkpointer:
             self._restore_engine(str(folder), name, engine)
         for name, other in self.others.items():
             file = folder / self._file(name, other)
-            other.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            other.load_state_dict(load_file(str(file)))
         position = self._source.position
         print_rank_0(f"resumed from {folder} at step {position.step}")
         return position
 
     def _restore_engine(self, place: str, name: str, engine: Engine) -> None:
         optimizer = self.plan.optimizers[name]
+        make_loading_safe(engine)
         path, _ = engine.load_checkpoint(place, tag=name, custom_load_fn=_load_trained)
         if path is None:  # DeepSpeed says no more than that
             raise RuntimeError(f"{place}: DeepSpeed found nothing to load for the {name}")
@@ -235,14 +257,22 @@ class Checkpointer:
             if other.per_rank or self.distributed.is_main:
                 torch.save(other.state_dict(), part / self._file(name, other))
         barrier()
+        names = from_main(functools.partial(self._complete, part))
+        mine = names[self.distributed.rank :: self.distributed.world_size]
+        digests = all_gather(checkpoint_folder.digests_of(part, mine))
         if self.distributed.is_main:
-            self._check_shared(part)
-            shutil.copyfile(Path(self.output_dir) / METRICS, part / METRICS)
             groups = {name: list(group_rates(e.optimizer)) for name, e in self.engines.items()}
             plan = self.plan.record(groups, self.distributed.world_size)
             record = {**vars(position), **plan, "frozen_weights": self._checksums}
-            checkpoint_folder.write_record(part, record)
+            together = {name: d for part_of in digests for name, d in part_of.items()}
+            checkpoint_folder.write_record(part, record, dict(sorted(together.items())))
             checkpoint_folder.publish(folder, step, self.config.save_total_limit)
+
+    def _complete(self, part: Path) -> list[str]:
+        """Add the metrics, and list the files that all ranks have written."""
+        self._check_shared(part)
+        shutil.copyfile(Path(self.output_dir) / METRICS, part / METRICS)
+        return checkpoint_folder.names_in(part)
 
     def _file(self, name: str, other: Stateful) -> str:
         rank = f"-rank-{self.distributed.rank:04d}" if other.per_rank else ""

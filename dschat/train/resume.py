@@ -189,28 +189,55 @@ def check_same_frozen(place: str, saved: Mapping[str, str], present: Mapping[str
 
 
 def frozen_checksum(module: nn.Module) -> str:
-    """SHA-256 over names and shapes of all parameters, and the contents of the frozen ones.
+    """SHA-256 over the configuration, names and shapes of all parameters, and frozen contents.
 
     Integer buffers count as frozen: weights packed in few bits are such. A content enters as the
-    exact sum of its bit patterns, which neither the device nor the order of summation changes.
-    Under ZeRO-3 a collective call.
+    exact sum of its bit patterns, each times an odd number of its own: one changed element changes
+    it, and so does another order of elements. It is the same on every device. Under ZeRO-3 a
+    collective call.
     """
-    total = hashlib.sha256()
+    total = hashlib.sha256(_configuration(module).encode())
     for name, parameter in module.named_parameters():
         content = 0
         if not parameter.requires_grad:
             with gathered([parameter]):
-                content = _sum_of_bits(parameter.detach())
+                content = _weighted_bits(parameter.detach())
         total.update(repr((name, [*full_shape(parameter)], content)).encode())
     for name, buffer in module.named_buffers():
         if not buffer.is_floating_point():
-            total.update(repr((name, [*buffer.shape], _sum_of_bits(buffer))).encode())
+            total.update(repr((name, [*buffer.shape], _weighted_bits(buffer))).encode())
     return total.hexdigest()
 
 
-def _sum_of_bits(tensor: torch.Tensor) -> int:
+def _configuration(module: nn.Module) -> str:
+    """The model's configuration without paths and versions, as JSON."""
+    config = getattr(module, "config", None)
+    content = {} if config is None else _without_origin(config.to_dict())
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def _without_origin(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    own = {k: v for k, v in value.items() if not str(k).startswith("_")}
+    return {str(k): _without_origin(v) for k, v in own.items() if k != "transformers_version"}
+
+
+_CHUNK = 2**22  # elements that are widened to 64 bits at once
+
+
+def _weighted_bits(tensor: torch.Tensor) -> int:
+    """Sum of bit patterns times odd numbers that are spread over 64 bits, modulo 2**64."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(tensor.view(integer[tensor.element_size()]).sum(dtype=torch.int64).item())
+    bits = tensor.reshape(-1).view(integer[tensor.element_size()])
+    total = 0
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        places = torch.arange(start, start + chunk.numel(), device=bits.device)
+        # The golden ratio's multiples modulo 2**64: no two near places have like weights.
+        weights = (places * -7046029254386353131).bitwise_or_(1)
+        total += int((chunk * weights).sum().item())
+    return total % 2**64
 
 
 def set_peak_rates(

@@ -146,12 +146,19 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
         results.append(work())
     except UserError as error:
         message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for message in messages:
-        if message is not None:
-            raise UserError(message)
+    for problem in all_gather(message):
+        if problem is not None:
+            raise UserError(problem)
     return results[0]
+
+
+def all_gather(value: Result) -> list[Result]:
+    """Collect a picklable value of every rank, in the order of ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

@@ -1,14 +1,22 @@
 """Folders of checkpoints: choosing, refusing and removing them."""
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dschat.errors import UserError
 from dschat.train import checkpoint_folder
-from dschat.train.checkpoint_folder import NEWEST, checkpoints_in, choose, read_record
+from dschat.train.checkpoint_folder import (
+    NEWEST,
+    check_files,
+    checkpoints_in,
+    choose,
+    read_record,
+)
 
 
 def write_checkpoint(output: Path, step: int) -> Path:
@@ -16,7 +24,8 @@ def write_checkpoint(output: Path, step: int) -> Path:
     part = checkpoint_folder.unfinished_path(checkpoint_folder.folder_of(output), step)
     (part / "model").mkdir(parents=True)
     (part / "model" / "weights.pt").write_bytes(b"12345")
-    checkpoint_folder.write_record(part, {"step": step})
+    digests = checkpoint_folder.digests_of(part, checkpoint_folder.names_in(part))
+    checkpoint_folder.write_record(part, {"step": step}, digests)
     return part
 
 
@@ -33,7 +42,8 @@ def test_the_newest_stay_and_steps_are_numbers(tmp_path):
     for step in (5, 999_999, 1_000_000):
         save(tmp_path, step, limit=2)
     assert list(checkpoints_in(tmp_path / "checkpoints")) == [999_999, 1_000_000]
-    assert choose(str(tmp_path), NEWEST, True).name == "step-1000000"
+    chosen = choose(str(tmp_path), NEWEST, True)
+    assert [path.name for path in chosen] == ["step-1000000", "step-999999"]
 
 
 def test_an_old_checkpoint_goes_only_when_the_new_one_is_in_place(tmp_path, monkeypatch):
@@ -68,7 +78,7 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
     save(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     (tmp_path / "checkpoints" / ".step-000000.old.tmp").mkdir()
-    assert choose(str(tmp_path), NEWEST, True).name == "step-000001"
+    assert [path.name for path in choose(str(tmp_path), NEWEST, True)] == ["step-000001"]
     checkpoint_folder.repair(tmp_path)
     assert present(tmp_path) == ["step-000001"]
 
@@ -105,17 +115,29 @@ def test_where_a_run_starts(tmp_path, monkeypatch):
     save(tmp_path / "out", 1)
     (tmp_path / "elsewhere").mkdir()
     state = "out/checkpoints/step-000001"
-    assert choose("out", state, True) == Path(state)
-    assert choose("out", None, False) is None  # without new states nothing mixes
-    assert choose("new", "elsewhere", True) == Path("elsewhere")
-    assert choose("new", NEWEST, True) is None
+    assert choose("out", state, True) == [Path(state)]
+    assert choose("out", None, False) == []  # without new states nothing mixes
+    assert choose("new", "elsewhere", True) == [Path("elsewhere")]
+    assert choose("new", NEWEST, True) == []
 
 
 def test_a_complete_checkpoint(tmp_path):
     save(tmp_path, 3)
     record = read_record(tmp_path / "checkpoints" / "step-000003")
     assert record["step"] == 3
-    assert record["files"] == {"model/weights.pt": 5}
+    digest = hashlib.sha256(b"12345").hexdigest()
+    assert record["files"] == {"model/weights.pt": digest}
+    check_files(tmp_path / "checkpoints" / "step-000003", record["files"])
+
+
+def edited(text: str, other: str) -> Callable[[Path], None]:
+    """Replace a text in the record."""
+
+    def edit(state: Path) -> None:
+        record = state / "state.json"
+        record.write_text(record.read_text().replace(text, other))
+
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -124,15 +146,15 @@ def test_a_complete_checkpoint(tmp_path):
         (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no checkpoint"),
         (lambda s: (s / "state.json").write_text("{"), "state.json cannot be read; remove"),
         (lambda s: (s / "state.json").write_text("[]"), "state.json cannot be read; remove"),
+        (lambda s: (s / "state.json").write_text("[" * 9999), "state.json cannot be read; remove"),
         (
             lambda s: (s / "state.json").write_text(json.dumps({"format": 9, "files": {}})),
-            "of format 9, this code reads format 2",
+            "of format 9, this code reads format 3",
         ),
+        (edited('"step": 3', '"step": 8'), "state.json is not as it was written; remove"),
+        (edited('"files"', '"other"'), "state.json is not as it was written; remove"),
+        (edited('"digest"', '"other"'), "state.json is not as it was written; remove"),
         (lambda s: (s / "model/weights.pt").unlink(), "model/weights.pt is missing; remove"),
-        (
-            lambda s: (s / "model/weights.pt").write_bytes(b"1234"),
-            "model/weights.pt has 4 bytes, saved were 5; remove",
-        ),
     ],
 )
 def test_an_incomplete_checkpoint(tmp_path, damage, message):
@@ -143,3 +165,13 @@ def test_an_incomplete_checkpoint(tmp_path, damage, message):
         read_record(state)
     assert str(error.value).startswith(f"resume {state}: {message}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"1234", b"", b"12347", b"123450", b"54321"])
+def test_damaged_bytes(tmp_path, content):
+    save(tmp_path, 3)
+    state = tmp_path / "checkpoints" / "step-000003"
+    (state / "model/weights.pt").write_bytes(content)
+    record = read_record(state)
+    with pytest.raises(UserError, match=r"step-000003: model/weights.pt is damaged; remove"):
+        check_files(state, record["files"])

@@ -198,6 +198,28 @@ def test_the_checksum_is_of_what_is_frozen(dtype):
     assert frozen_checksum(module) != first
 
 
+@pytest.mark.parametrize("change", ["rows in reverse", "two swapped", "configuration"])
+def test_the_checksum_sees_what_a_sum_would_not(change):
+    module = tiny.adapted(tiny.tiny_llama())
+    first = frozen_checksum(module)
+    weight = dict(module.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
+    with torch.no_grad():
+        if change == "rows in reverse":
+            weight.copy_(weight.flip(0))
+        elif change == "two swapped":
+            weight[0, :2] = weight[0, :2].flip(0).clone()
+        else:
+            module.config.rms_norm_eps = 1e-2
+    assert frozen_checksum(module) != first
+
+
+def test_the_checksum_does_not_see_where_a_model_lies():
+    module = tiny.adapted(tiny.tiny_llama())
+    first = frozen_checksum(module)
+    module.config._name_or_path = "elsewhere"
+    assert frozen_checksum(module) == first
+
+
 def test_the_checksum_sees_packed_weights():
     module = torch.nn.Linear(2, 2)
     module.register_buffer("packed", torch.tensor([3, 200], dtype=torch.uint8), persistent=False)
