@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ class Engine(nn.Module):
     get_global_grad_norm: Callable[[], float | None]  # before clipping; None before the first step
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., tuple[str | None, dict[str, object]]]
+    checkpoint_engine: Any  # reads and writes the files of a checkpoint
 
 
 def resolve_dtype(name: str) -> str:

@@ -1,10 +1,12 @@
 """Killed and resumed runs of the three steps end as runs that never stopped, bit for bit."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import tests.helpers
 from tests.helpers.resume_runs import (
     LORA,
     MODEL,
@@ -28,7 +30,11 @@ RESUMED = [*SFT_LORA, *SAVING, "--resume"]
 LAST = "sft-killed/checkpoints/step-000012"
 FROM_LAST = ["--resume", LAST, "--output_dir", "other"]
 NEW_RATES = ["--learning_rate", "5e-4", "--loraplus_lr_ratio", "8"]
+FROM_BROKEN = [*SFT_LORA, "--resume", "broken", "--output_dir", "never"]
 COPY = f"cp -r {LAST} broken"
+AGAIN = f"rm -r broken && {COPY}"
+DAMAGE = f"{sys.executable} {Path(tests.helpers.__file__).parent / 'damage.py'}"
+WEIGHTS = "model/mp_rank_00_model_states.pt"
 
 # 13 prompts, 2 x 2 an iteration: 4 iterations, the last of one row, with an evaluation (which
 # samples) amid them.
@@ -57,13 +63,17 @@ STEP_1 = {
         [*SFT_LORA, *FROM_LAST], shell="cp -r data saved && sed -i 's/ now/ then/' data/train.jsonl"
     ),
     "two processes": Run(
-        [*SFT_LORA, "--resume", "broken", "--output_dir", "other"],
-        shell="rm -r data && mv saved data && "
-        f"""{COPY} && sed -i 's/"processes": 1/"processes": 2/' broken/state.json""",
+        FROM_BROKEN, shell=f"rm -r data && mv saved data && {COPY} && {DAMAGE} broken processes 2"
     ),
-    "truncated file": Run(
-        [*SFT_LORA, "--resume", "broken", "--output_dir", "other"],
-        shell=f"rm -r broken && {COPY} && truncate -s -1 broken/random-rank-0000.pt",
+    "damaged file": Run(FROM_BROKEN, shell=f"{AGAIN} && {DAMAGE} broken flip random-rank-0000.pt"),
+    "foreign code": Run(
+        FROM_BROKEN, shell=f"{AGAIN} && {DAMAGE} broken payload {WEIGHTS} $PWD/code-ran"
+    ),
+    "older checkpoint": Run(
+        [*SFT_LORA, "--resume", "--output_dir", "two"],
+        shell=f"mkdir -p two/checkpoints && cp -r {LAST} two/checkpoints/step-000012 && "
+        f"cp -r {LAST} two/checkpoints/step-000013 && "
+        f"{DAMAGE} two/checkpoints/step-000013 flip {WEIGHTS}",
     ),
     "fresh start": Run([*SFT_LORA, *SAVING]),
 }
@@ -213,13 +223,32 @@ def test_new_rates_go_into_optimizer_and_schedule(step_1):
         ("other step", "a checkpoint of step 1 (SFT), this is step 2 (reward model)"),
         ("other rows", "the rows of data_path data have changed (digest "),
         ("two processes", "saved by 2 processes, now there are 1; start 2, each holds"),
-        ("truncated file", "random-rank-0000.pt has "),
+        ("damaged file", "random-rank-0000.pt is damaged; remove the folder"),
         ("fresh start", "holds checkpoints of an earlier run (step-000012); give resume"),
     ],
 )
 def test_what_step_1_refuses_before_weights_are_read(step_1, name, message):
     _, outcomes = step_1
     assert message in outcomes[name].error
+
+
+@pytest.mark.slow
+def test_code_in_a_checkpoint_does_not_run(step_1):
+    folder, outcomes = step_1
+    assert outcomes["foreign code"].code == 2
+    line = f"error: broken/{WEIGHTS}: refused, it holds more than tensors and numbers"
+    assert line in outcomes["foreign code"].stderr
+    assert not (folder / "code-ran").exists()
+
+
+@pytest.mark.slow
+def test_an_older_checkpoint_stands_in_for_a_damaged_one(step_1):
+    _, outcomes = step_1
+    outcome = outcomes["older checkpoint"]
+    assert outcome.code == 0, outcome.stderr[-3000:]
+    assert f"step-000013: {WEIGHTS} is damaged" in outcome.stdout
+    assert "trying step-000012" in outcome.stdout
+    assert "resumed from two/checkpoints/step-000012 at step 12" in outcome.stdout
 
 
 @pytest.mark.slow
