@@ -136,7 +136,8 @@ def prepare(
     text = settings.ptx.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
-    for line in (*settings.accumulation_remarks(), *settings.late_warm_up(iterations)):
+    length = settings.length(iterations, batches)
+    for line in (*settings.accumulation_remarks(), *length.advice()):
         print_rank_0(line)
     rewards = plan.rewards
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)

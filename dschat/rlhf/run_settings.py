@@ -19,6 +19,7 @@ from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.settings import Settings, group, setting
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig
+from dschat.train.run_length import RunLength
 from dschat.train.steps import num_accumulation_groups
 
 
@@ -170,14 +171,25 @@ class PPORunSettings(Settings):
         """Optimizer steps of the actor in so many iterations, the critic's warm-up left out."""
         return max(iterations - self.ppo.critic_warmup_iterations, 1) * self.updates
 
-    def late_warm_up(self, iterations: int) -> Iterator[str]:
-        """Yield a line where the actor's learning rate would rise to the end of the run."""
-        rising, steps = self.run.num_warmup_steps, self.actor_steps(iterations)
-        if rising >= steps:
-            yield (
-                f"num_warmup_steps {rising}: the actor makes {steps} steps in all and never "
-                "reaches its learning rate; give fewer"
-            )
+    def length(self, iterations: int, batches_per_epoch: int | None) -> RunLength:
+        """Length of the actor's run in so many iterations."""
+        batches, each, passes = batches_per_epoch, self._micro_batches, self.ppo.ppo_epochs
+
+        def steps(accumulation: int) -> int:
+            size = max(self.ppo.generation_batches, num_accumulation_groups(accumulation, each))
+            updates = passes * num_accumulation_groups(size * each, accumulation)
+            return num_accumulation_groups(batches or 0, size) * updates
+
+        return RunLength(
+            epochs=self.run.num_train_epochs,
+            micro_batches=None if batches is None else batches * each,
+            accumulation=self._accumulated,
+            warm_up=self.run.warm_up,
+            steps_of_epoch=steps,
+            max_steps=iterations,
+            unit=self.updates,
+            waiting=self.ppo.critic_warmup_iterations * self.updates,
+        )
 
     def role_names(self) -> RoleNames:
         """Folder of each role."""

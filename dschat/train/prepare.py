@@ -209,6 +209,8 @@ def prepare(
     optimizers = {"model": model.config.optimizer}
     plan = RunPlan(settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps)
     checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx)
+    for line in settings.length(batches).advice():
+        print_rank_0(line)
     module = create(
         model.name,
         ctx.tokenizer,

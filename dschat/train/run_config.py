@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +16,7 @@ from dschat.train.checkpointer import CheckpointConfig
 from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
+from dschat.train.run_length import RunLength
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory
 
@@ -108,6 +110,11 @@ class RunConfig(StartConfig):
             output_dirs=folders,
         )
 
+    @property
+    def warm_up(self) -> int:
+        """Optimizer steps in which the learning rate rises."""
+        return 0 if self.lr_scheduler_type == "constant" else self.num_warmup_steps
+
     def schedule(self, total_steps: int) -> Schedule:
         """Learning-rate schedule over so many optimizer steps."""
         return schedule_factory(self.lr_scheduler_type, self.num_warmup_steps, total_steps)
@@ -142,6 +149,17 @@ class StepSettings(Settings):
     data: DataConfig = group(DataConfig)
     model: ModelConfig = group(ModelConfig)
     run: RunConfig = group(RunConfig)
+
+    def length(self, batches: Sequence[int | None]) -> RunLength:
+        """Length of the run over so many micro-batches of each epoch (None: not counted)."""
+        counts = [count for count in batches if count is not None]
+        return RunLength(
+            epochs=len(batches),
+            micro_batches=min(counts) if counts else None,
+            accumulation=self.run.engine.gradient_accumulation_steps,
+            warm_up=self.run.warm_up,
+            max_steps=self.max_steps,
+        )
 
     def check_model(self) -> None:
         """Stop where the model cannot be trained by these settings; read its config alone."""

@@ -190,12 +190,18 @@ def test_an_iteration_fills_an_accumulation_group(argv, batches, updates, said):
     assert said in lines and bool(said) == bool(lines)
 
 
-def test_a_warm_up_longer_than_the_run_is_said():
-    """Seven iterations of two epochs, one window each."""
-    for steps, said in ((13, False), (14, True)):
+def test_a_short_run_of_ppo_is_said():
+    """Seven iterations of two epochs, one window each, of an epoch's ten."""
+    short = "optimizer steps in all: 14, too few to learn much from; give max_steps 10"
+    for steps, said in ((4, 1), (5, 2)):
         settings = rlhf("--ppo_epochs", "2", "--num_warmup_steps", str(steps))
-        lines = "".join(settings.late_warm_up(iterations=7))
-        assert ("makes 14 steps in all and never" in lines) == said
+        lines = settings.length(iterations=7, batches_per_epoch=10).advice()
+        assert lines[0] == f"advice: {short}" and len(lines) == said
+    assert lines[1].startswith("advice: num_warmup_steps 5: more than a third of the run's 14 ")
+    settings = rlhf("--ppo_epochs", "2", "--num_warmup_steps", "0")
+    assert settings.length(iterations=10, batches_per_epoch=10).advice() == []
+    waiting = rlhf("--critic_warmup_iterations", "3", "--num_warmup_steps", "0")
+    assert waiting.length(iterations=30, batches_per_epoch=30).steps == 27
 
 
 def test_how_training_rows_become_batches():

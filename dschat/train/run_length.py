@@ -1,0 +1,100 @@
+"""Length of a run in optimizer steps, and what to say at the start of one that is too short."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+FEW_STEPS = 20  # by then Adam's averages and the schedule have hardly begun
+LONGEST_WARM_UP, USUAL_WARM_UP = 1 / 3, 1 / 10  # of a run
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What decides how many optimizer steps a model makes.
+
+    Attributes:
+        epochs: passes over the data.
+        micro_batches: of an epoch; None where the rows are not counted.
+        accumulation: micro-batches of an optimizer step. warm_up: optimizer steps.
+        max_steps: the setting, 0 where the data decide; `unit` optimizer steps each.
+        waiting: optimizer steps at the start that the model sits out.
+        steps_of_epoch: optimizer steps by the accumulation, where they are no plain quotient.
+    """
+
+    epochs: int
+    micro_batches: int | None
+    accumulation: int
+    warm_up: int
+    max_steps: int = 0
+    unit: int = 1
+    waiting: int = 0
+    steps_of_epoch: Callable[[int], int] | None = None
+
+    @property
+    def steps_of_data(self) -> float:
+        """Optimizer steps that the data would make."""
+        if self.micro_batches is None:
+            return math.inf
+        if self.steps_of_epoch is not None:
+            return self.epochs * self.steps_of_epoch(self.accumulation)
+        return self.epochs * math.ceil(self.micro_batches / self.accumulation)
+
+    @property
+    def is_limited(self) -> bool:
+        """Tell whether max_steps ends the run before the data."""
+        return 0 < self.max_steps * self.unit < self.steps_of_data
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the entire run."""
+        steps = self.max_steps * self.unit if self.is_limited else self.steps_of_data
+        return max(int(steps) - self.waiting, 1)
+
+    @property
+    def has_long_warm_up(self) -> bool:
+        """Tell whether too little of the run is left after the warm-up."""
+        return self.warm_up > LONGEST_WARM_UP * self.steps
+
+    def fitting(self) -> RunLength:
+        """Lower the accumulation until there are `FEW_STEPS`, and a long warm-up to a tenth."""
+        fitting = self
+        if self.micro_batches is not None and not self.is_limited:
+            most = min(self.accumulation, self.micro_batches)
+            lowered = [replace(self, accumulation=n) for n in range(most, 0, -1)]
+            fitting = next((run for run in lowered if run.steps >= FEW_STEPS), lowered[-1])
+        if fitting.has_long_warm_up:
+            fitting = replace(fitting, warm_up=int(USUAL_WARM_UP * fitting.steps))
+        return fitting
+
+    def advice(self) -> list[str]:
+        """Write a line for each thing that is out of proportion, with the value that would do."""
+        lines, fitting = [], self.fitting()
+        if self.micro_batches is not None and self.accumulation > self.micro_batches:
+            lines.append(
+                f"gradient_accumulation_steps {self.accumulation}: an epoch has "
+                f"{self.micro_batches} micro-batches; give {fitting.accumulation}"
+            )
+        if self.steps < FEW_STEPS:
+            lines.append(
+                f"optimizer steps in all: {self.steps}, too few to learn much from; "
+                f"give {self._longer(fitting)}"
+            )
+        if self.has_long_warm_up:
+            lines.append(
+                f"num_warmup_steps {self.warm_up}: more than a third of the run's {self.steps} "
+                f"optimizer steps, so it is hardly at its learning rate; give {fitting.warm_up}"
+            )
+        return [f"advice: {line}" for line in lines]
+
+    def _longer(self, fitting: RunLength) -> str:
+        """Settings that make `FEW_STEPS`."""
+        if self.is_limited:
+            return f"max_steps {math.ceil(FEW_STEPS / self.unit)}"
+        parts = []
+        if fitting.accumulation < self.accumulation:
+            parts.append(f"gradient_accumulation_steps {fitting.accumulation}")
+        if fitting.steps < FEW_STEPS:
+            parts.append(f"num_train_epochs {math.ceil(FEW_STEPS * self.epochs / fitting.steps)}")
+        return " and ".join(parts)

@@ -1,0 +1,73 @@
+"""When the start of a run says that it is short, and the values that it names."""
+
+import pytest
+
+from dschat.config import RewardSettings, SFTSettings
+from dschat.train.run_length import RunLength
+
+
+def advice(*argv: str, batches: list[int | None]) -> list[str]:
+    flags = dict(zip(argv[::2], argv[1::2], strict=True))
+    numbers = {name: int(text) if text.isdigit() else text for name, text in flags.items()}
+    settings = SFTSettings.of(model_name_or_path="m", **numbers)
+    return settings.length(batches).advice()
+
+
+def test_a_run_of_enough_steps_is_quiet():
+    assert advice(batches=[20]) == []
+    assert advice("num_warmup_steps", "6", batches=[20]) == []
+    assert advice("gradient_accumulation_steps", "8", batches=[160]) == []
+    assert advice("max_steps", "20", batches=[None]) == []
+
+
+def test_accumulation_that_holds_the_entire_data():
+    """54 rows of one's own by 16 and 8, as the shipped script has it: four micro-batches."""
+    lines = advice("gradient_accumulation_steps", "8", batches=[4])
+    assert lines == [
+        "advice: gradient_accumulation_steps 8: an epoch has 4 micro-batches; give 1",
+        "advice: optimizer steps in all: 1, too few to learn much from; give "
+        "gradient_accumulation_steps 1 and num_train_epochs 5",
+    ]
+    assert (
+        SFTSettings.of(model_name_or_path="m", gradient_accumulation_steps=1, num_train_epochs=5)
+        .length([4] * 5)
+        .steps
+        == 20
+    )
+
+
+def test_the_least_change_that_makes_enough_steps():
+    lines = advice("gradient_accumulation_steps", "8", batches=[50])  # 7 steps; by 2 there are 25
+    assert lines == [
+        "advice: optimizer steps in all: 7, too few to learn much from; give "
+        "gradient_accumulation_steps 2"
+    ]
+    assert advice(batches=[19])[0].endswith("give num_train_epochs 2")
+    assert advice("max_steps", "7", batches=[100])[0].endswith("give max_steps 20")
+    assert advice("max_steps", "7", batches=[None])[0].endswith("give max_steps 20")
+
+
+@pytest.mark.parametrize("warm_up, said", [(10, False), (11, True), (1000, True)])
+def test_a_warm_up_beyond_a_third(warm_up: int, said: bool):
+    lines = advice("num_warmup_steps", str(warm_up), batches=[30])
+    assert len(lines) == said
+    if said:
+        assert lines[0] == (
+            f"advice: num_warmup_steps {warm_up}: more than a third of the run's 30 optimizer "
+            "steps, so it is hardly at its learning rate; give 3"
+        )
+    flat = ["num_warmup_steps", str(warm_up), "lr_scheduler_type", "constant"]
+    assert advice(*flat, batches=[30]) == []  # a constant rate never warms up
+
+
+def test_both_at_once_name_values_that_go_together():
+    length = RunLength(epochs=1, micro_batches=80, accumulation=8, warm_up=9)  # 10 steps
+    fitting = length.fitting()
+    assert (fitting.accumulation, fitting.steps, fitting.warm_up) == (4, 20, 2)
+    assert length.advice()[-1].endswith("give 2")
+    assert fitting.advice() == []
+
+
+def test_the_reward_model_too():
+    settings = RewardSettings.of(model_name_or_path="m", num_warmup_steps=5)
+    assert len(settings.length([2, 2, 2]).advice()) == 2
