@@ -21,7 +21,9 @@ class SFTSettings(StepSettings):
 
     data: SFTDataConfig = group(SFTDataConfig)
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 9.65e-6})
-    run: RunConfig = group(RunConfig, log={"tensorboard_path": "step1_tensorboard"})
+    run: RunConfig = group(
+        RunConfig, output_dir="./output/sft", log={"tensorboard_path": "step1_tensorboard"}
+    )
     train_on_prompt: bool = setting(False, "train on prompt tokens as well")
     packing: bool = setting(
         False, "train on rows packed to --max_seq_len, kept apart by mask and positions"
@@ -52,7 +54,9 @@ class RewardSettings(StepSettings):
     KIND, PHASE = "step 2 (reward model)", 2
 
     model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5})
-    run: RunConfig = group(RunConfig, log={"tensorboard_path": "step2_tensorboard"})
+    run: RunConfig = group(
+        RunConfig, output_dir="./output/reward", log={"tensorboard_path": "step2_tensorboard"}
+    )
     margin: float = setting(0.0, "margin by which chosen should beat rejected")
     centering_coefficient: float = setting(0.0, "weight of (chosen + rejected)^2", at_least=0)
     eval_iters: int | None = setting(

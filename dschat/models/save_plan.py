@@ -9,6 +9,7 @@ from pathlib import Path
 from dschat.errors import UserError
 from dschat.models.causal_lm import load_config
 from dschat.utils.distributed import print_rank_0
+from dschat.utils.module.adapter import CONFIG_FILE
 from dschat.utils.module.adapter_write import AdapterOrigin
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.model_source import ModelSource, place_of, resolve_model
@@ -25,6 +26,11 @@ class SavePlan:
 
 
 MERGED = SavePlan()
+
+
+def holds_model(folder: Path) -> bool:
+    """Tell whether a folder holds a finished model or adapter."""
+    return any((folder / name).is_file() for name in ("config.json", CONFIG_FILE))
 
 
 def plan_saving(

@@ -30,6 +30,7 @@ from dschat.rlhf.role_setup import RoleSetup
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.train.checkpointer import Checkpointer, Position
+from dschat.train.disk import ModelSize, Written
 from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import RunContext
 from dschat.train.resume import RunPlan
@@ -44,13 +45,14 @@ class RolePlan:
 
     Attributes:
         retokenise: for a reward model that reads other tokens than the actor's.
-        saves: of the trained roles.
+        saves, sizes: of the trained roles.
     """
 
     names: RoleNames
     rewards: Rewards
     retokenise: Retokeniser | None
     saves: dict[str, SavePlan]
+    sizes: dict[str, ModelSize]
 
 
 def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
@@ -61,16 +63,17 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
             adapters that cannot be trained or saved.
     """
     run, names = settings.run, settings.role_names()
+    run.check_output("actor", "critic", "actor_ema")
     retokenise = names.check(ctx.tokenizer, run.answer_end)
     rewards = Rewards.load(settings.rewards, names.reward)
     names.check_context(settings.max_seq_len, retokenise)
     actor, critic = run.complete(settings.actor), run.complete(settings.critic)
     saves = {"actor": run.save_plan(names.actor, actor, "actor", "actor_ema")}
-    actor.check(names.actor, AutoModelForCausalLM.from_config)
+    sizes = {"actor": actor.check(names.actor, AutoModelForCausalLM.from_config)}
     if names.critic is not None:
-        critic.check(names.critic, RewardModel.from_config)
+        sizes["critic"] = critic.check(names.critic, RewardModel.from_config)
         saves["critic"] = run.save_plan(names.critic, critic, "critic")
-    return RolePlan(names, rewards, retokenise, saves)
+    return RolePlan(names, rewards, retokenise, saves, sizes)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,12 @@ def prepare(
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
     for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
+    averaged = {"actor": settings.ema.enable_ema}
+    written = [
+        Written.of(plan.sizes[name], role.engine, plan.saves[name], averaged.get(name, False))
+        for name, role in setup.trained.items()
+    ]
+    run.check_disk(written, iterations)
     per_iteration = settings.batches_per_iteration
     steps = StepPlan.of(run.num_train_epochs * [batches], per_iteration, iterations)
     optimizers = {name: role.config.optimizer for name, role in setup.trained.items()}

@@ -44,6 +44,7 @@ class PPORunSettings(Settings):
     critic: ModelConfig = group(ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6})
     run: RunConfig = group(
         RunConfig,
+        output_dir="./output/ppo",
         num_warmup_steps=100,
         log={"tensorboard_path": "step3_tensorboard", "log_every": 1},
     )

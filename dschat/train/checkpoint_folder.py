@@ -55,6 +55,14 @@ def repair(output_dir: str | Path) -> None:
         shutil.rmtree(leftover)
 
 
+def continues(output_dir: str | Path, resume: str | None) -> bool:
+    """Tell whether a run resumes from a checkpoint of this very output folder."""
+    folder = folder_of(output_dir)
+    if resume == NEWEST:
+        return bool(checkpoints_in(folder))
+    return resume is not None and Path(resume).resolve().parent == folder.resolve()
+
+
 def choose(output_dir: str, resume: str | None, will_save: bool) -> list[Path]:
     """Checkpoints to resume from, the best first; none where the run starts from the beginning.
 
@@ -69,8 +77,7 @@ def choose(output_dir: str, resume: str | None, will_save: bool) -> list[Path]:
         return list(reversed(present.values()))
     if resume is not None and not Path(resume).is_dir():
         raise UserError(f"resume {resume}: no such folder; give a step-... folder, or no value")
-    is_ours = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    if present and will_save and not is_ours:
+    if present and will_save and not continues(output_dir, resume):
         raise UserError(
             f"output_dir {output_dir}: holds checkpoints of an earlier run "
             f"({present[max(present)].name}); give resume to continue it, or remove {folder}"

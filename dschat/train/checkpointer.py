@@ -134,19 +134,17 @@ class Checkpointer:
     def __init__(
         self,
         config: CheckpointConfig,
-        output_dir: str | None,
+        output_dir: str,
         plan: RunPlan,
         distributed: Distributed,
     ):
         self.config, self.plan, self.distributed = config, plan, distributed
-        self.output_dir = output_dir or ""  # needed only where checkpoints are in use
+        self.output_dir = output_dir
         self.engines: Mapping[str, Engine] = {}
         self.others: Mapping[str, Stateful] = {}
         self._checksums: dict[str, str] = {}
         self._source: Checkpoint | None = None
         if config.in_use:
-            if output_dir is None:
-                raise ValueError("checkpoints lie in the output folder: output_dir is needed")
             self._source = self._find_source()
         if self._source is None and config.resume is not None:
             folder = checkpoint_folder.folder_of(self.output_dir)
@@ -171,7 +169,6 @@ class Checkpointer:
 
     def _candidates(self) -> list[Path]:
         config = self.config
-        checkpoint_folder.repair(self.output_dir)
         return checkpoint_folder.choose(self.output_dir, config.resume, config.save_steps > 0)
 
     def _check_files(self, folder: Path, digests: Mapping[str, str]) -> None:

@@ -57,6 +57,18 @@ class LogConfig(Settings):
         if self.wandb_project is not None:
             require_package("wandb", "wandb_project")
 
+    def check_writable(self) -> None:
+        """Stop where the events of TensorBoard could not be written."""
+        if not self.enable_tensorboard:
+            return
+        place = f"tensorboard_path {self.tensorboard_path}"
+        try:
+            Path(self.tensorboard_path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{place}: {error.strerror}; give a writable folder") from error
+        if not os.access(self.tensorboard_path, os.W_OK):
+            raise UserError(f"{place}: nothing can be written there; give a writable folder")
+
 
 @dataclass(frozen=True)
 class Continued:

@@ -1,7 +1,7 @@
 """Preparation of a run: everything before the training loop.
 
-1. `setup_run`: dtype, output folder, tokenizer, process group, seed       (every program)
-2. `plan_model`: check a model and how it trains, without its weights      (steps 1 and 2)
+1. `setup_run`: dtype, tokenizer, process group, seed                      (every program)
+2. `plan_model`: check output folder, model, training, without weights     (steps 1 and 2)
 3. `RunContext.load_data` and `.loader`: tokenised rows, this rank's batches
 4. `prepare`: plan the steps, find the checkpoint, load the model, build the engine
 5. `Run.start`: open the log, seed this rank, restore the checkpoint
@@ -22,11 +22,11 @@ from dschat.data.batching import BatchSampler, Loader, build_loader
 from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream, StreamLoader
-from dschat.models.save import check_output_dir
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.checkpointer import Checkpointer, Position
+from dschat.train.disk import Written
 from dschat.train.engine import Engine, build_engine, resolve_dtype, torch_dtype
 from dschat.train.metrics import MetricLogger
 from dschat.train.model_config import ModelConfig
@@ -109,7 +109,6 @@ def setup_run(
     model_name_or_path: str,
     config: StartConfig,
     *,
-    output_dir: str | None = None,
     prompt_format: str | None = None,
     teaches_format: bool = False,
 ) -> RunContext:
@@ -120,11 +119,10 @@ def setup_run(
         teaches_format: the model may learn another format than the stored one.
 
     Raises:
-        UserError: a dtype that the device lacks, no tokenizer, an output folder that cannot be
-            written, a prompt format that the model cannot have.
+        UserError: a dtype that the device lacks, no tokenizer, a prompt format that the model
+            cannot have.
     """
     dtype, end = resolve_dtype(config.dtype), config.answer_end
-    check_output_dir(output_dir)
     tokenizer = load_hf_tokenizer(model_name_or_path, end is not None, end or "<|endoftext|>")
     stored = tokenizer.init_kwargs.get(CONFIG_KEY)
     form = set_format(
@@ -144,6 +142,7 @@ class ModelPlan:
     config: ModelConfig
     engine: EngineConfig
     save: SavePlan
+    written: Written
 
 
 def plan_model(
@@ -159,12 +158,14 @@ def plan_model(
     """
     run, name = settings.run, settings.model_name_or_path
     rows = settings.batch.per_device_train_batch_size
+    run.check_output()
     engine = run.engine_config(settings.model, ctx.dtype_name, rows)
     get_train_ds_config(engine, ctx.world_size)
     config = run.complete(settings.model)
-    config.check(name, build)
+    size = config.check(name, build)
     settings.check_model()
-    return ModelPlan(name, config, engine, run.save_plan(name, config))
+    save = run.save_plan(name, config)
+    return ModelPlan(name, config, engine, save, Written.of(size, engine, save))
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def prepare(
     optimizers = {"model": model.config.optimizer}
     plan = RunPlan(settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps)
     checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx)
+    run.check_disk([model.written], steps.total_steps)
     for line in settings.length(batches).advice():
         print_rank_0(line)
     module = create(

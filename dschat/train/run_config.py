@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from dschat.data.config import BatchConfig, DataConfig
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context
-from dschat.models.save_plan import SavePlan, plan_saving
+from dschat.models.save import check_output_dir
+from dschat.models.save_plan import SavePlan, holds_model, plan_saving
 from dschat.settings import Settings, group, setting
+from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of, repair
 from dschat.train.checkpointer import CheckpointConfig
+from dschat.train.disk import Written, check_disk
 from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
+from dschat.utils.distributed import from_main
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory
 
@@ -42,7 +47,10 @@ class StartConfig(Settings):
 class RunConfig(StartConfig):
     """Settings that every training program has."""
 
-    output_dir: str | None = setting(None, "where the trained model is written", may_change=True)
+    output_dir: str = setting("./output", "where the trained model is written", may_change=True)
+    overwrite_output_dir: bool = setting(
+        False, "replace a finished model in the output folder", may_change=True
+    )
     num_train_epochs: int = setting(1, "passes over the training data", at_least=1)
     lr_scheduler_type: str = setting("cosine", "shape of the schedule", choices=tuple(SCHEDULES))
     num_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", at_least=0)
@@ -64,9 +72,6 @@ class RunConfig(StartConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output_dir is None and self.checkpoint.in_use:
-            name = "save_steps" if self.checkpoint.save_steps else "resume"
-            raise UserError(f"{name}: checkpoints lie in the output folder; add output_dir")
         if self.only_optimize_lora and self.train_base_model:
             raise UserError("only_optimize_lora and train_base_model contradict: drop one")
 
@@ -99,16 +104,51 @@ class RunConfig(StartConfig):
 
     def save_plan(self, model_name: str, config: ModelConfig, *inside: str) -> SavePlan:
         """Plan the folder of one model: output_dir, or each of these folders inside it."""
-        folders = (
-            [Path(self.output_dir, name) for name in inside or ("",)] if self.output_dir else []
-        )
         return plan_saving(
             self.lora_save,
             model_name,
             config.lora,
             train_base=config.train_base,
-            output_dirs=folders,
+            output_dirs=self._folders(inside),
         )
+
+    def _folders(self, inside: Sequence[str]) -> list[Path]:
+        return [Path(self.output_dir, name) for name in inside or ("",)]
+
+    def check_output(self, *inside: str) -> None:
+        """Stop, on every rank, where the models of this run could not be written.
+
+        Args:
+            inside: folders in the output folder that will hold them; none: it holds one itself.
+
+        Raises:
+            UserError: a folder that cannot be written, or one that holds a finished model which
+                this run neither continues nor may replace.
+        """
+        from_main(partial(self._check_output, inside))
+
+    def _check_output(self, inside: Sequence[str]) -> None:
+        check_output_dir(self.output_dir)
+        self.log.check_writable()
+        if self.checkpoint.in_use:
+            repair(self.output_dir)
+        if self.overwrite_output_dir or continues(self.output_dir, self.checkpoint.resume):
+            return
+        for folder in self._folders(inside):
+            if holds_model(folder):
+                raise UserError(
+                    f"output_dir {self.output_dir}: {folder} holds a finished model; give another "
+                    "output_dir, or overwrite_output_dir to replace it"
+                )
+
+    def check_disk(self, models: Iterable[Written], total_steps: int) -> None:
+        """Stop where the disk is too small for these models and the checkpoints of the run."""
+        checkpoint, present = self.checkpoint, checkpoints_in(folder_of(self.output_dir))
+        count = 0
+        if checkpoint.save_steps:
+            made = total_steps // checkpoint.save_steps
+            count = max(min(made, checkpoint.save_total_limit + 1) - len(present), 0)
+        check_disk(self.output_dir, models, count)
 
     @property
     def warm_up(self) -> int:

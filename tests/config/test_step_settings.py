@@ -12,7 +12,14 @@ RATES = {
     *("lora_embedding_learning_rate", "loraplus_lr_ratio"),
 }
 COMMON = {
-    *("output_dir", "save_steps", "save_total_limit", "resume", "resume_with_new_rates"),
+    *(
+        "output_dir",
+        "overwrite_output_dir",
+        "save_steps",
+        "save_total_limit",
+        "resume",
+        "resume_with_new_rates",
+    ),
     *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers"),

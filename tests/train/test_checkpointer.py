@@ -299,8 +299,6 @@ def test_metrics_of_another_run_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--save_steps", "5"], "save_steps: checkpoints lie in the output folder; add"),
-        (["--resume"], "resume: checkpoints lie in the output folder; add output_dir"),
         (["--save_steps", "-1", "--output_dir", "o"], "save_steps is -1: give 0 or more"),
         (["--save_total_limit", "0"], "save_total_limit is 0: give at least 1"),
         (["--resume_with_new_rates"], "resume_with_new_rates: nothing is resumed; add resume"),

@@ -56,7 +56,9 @@ STEP_1 = {
     # The finished model has taken the place of the output folder, checkpoints and all.
     "sft killed at the end": Run(RESUMED, ("os.rename", "*/.sft-killed.*.old")),
     "sft resumed": Run(RESUMED),
-    "new rates": Run([*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates"]),
+    "new rates": Run(
+        [*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates", "--output_dir", "new-rates"]
+    ),
     "setting": Run([*SFT_LORA, *FROM_LAST, "--gradient_clipping", "0.5"]),
     "other step": Run([REWARD, *MODEL, *LORA, "--dtype", "fp32", *FROM_LAST]),
     "other rows": Run(
@@ -75,7 +77,7 @@ STEP_1 = {
         f"cp -r {LAST} two/checkpoints/step-000013 && "
         f"{DAMAGE} two/checkpoints/step-000013 flip {WEIGHTS}",
     ),
-    "fresh start": Run([*SFT_LORA, *SAVING]),
+    "fresh start": Run([*SFT_LORA, *SAVING, "--overwrite_output_dir"]),
 }
 STEPS_2_AND_3 = {
     **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
@@ -207,7 +209,7 @@ def test_new_rates_go_into_optimizer_and_schedule(step_1):
     """At the same point of the schedule: A at half of its rate, B at eight times that."""
     folder, outcomes = step_1
     assert outcomes["new rates"].code == 0, outcomes["new rates"].stderr[-3000:]
-    before, after = (figures(folder / name) for name in ("sft-complete", "other"))
+    before, after = (figures(folder / name) for name in ("sft-complete", "new-rates"))
     assert [(r["kind"], r["step"]) for r in before] == [(r["kind"], r["step"]) for r in after]
     assert before[:-2] == after[:-2]  # lines 14 are new: one of training, one of evaluation
     assert after[-2]["lr/lora_A"] == pytest.approx(before[-2]["lr/lora_A"] / 2, rel=1e-12)

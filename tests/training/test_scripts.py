@@ -78,7 +78,7 @@ def test_a_script_is_sound_bash_in_the_house_form(script: Path):
     assert commands[0] == "set -euo pipefail"
     last = commands[-1].strip()
     if "training_scripts" in script.parts:  # the screen and the log both get the output
-        assert last == '"$@" 2>&1 | tee "$OUTPUT/training.log"'
+        assert last == '"$@" 2>&1 | tee -a "$OUTPUT/training.log"'
     else:
         assert last == '"$@"'
 

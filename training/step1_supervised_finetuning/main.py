@@ -30,13 +30,12 @@ from dschat.utils.distributed import all_reduce_sum, print_rank_0
 def main() -> None:
     """Check, load, train, save."""
     settings = parse(SFTSettings, None, __doc__)
-    output_dir, batch_config = settings.run.output_dir, settings.batch
+    batch_config = settings.batch
 
     # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(
         settings.model_name_or_path,
         settings.run,
-        output_dir=output_dir,
         prompt_format=settings.data.prompt_format,
         teaches_format=True,
     )
@@ -86,8 +85,7 @@ def main() -> None:
             break
 
     # 4. a model folder that transformers loads
-    if output_dir is not None:
-        save_hf_format(engine, ctx.tokenizer, output_dir, ctx, model.save)
+    save_hf_format(engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save)
     log.close()
 
 

@@ -29,13 +29,12 @@ from dschat.utils.distributed import all_reduce_sum
 def main() -> None:
     """Check, load, train, save."""
     settings = parse(RewardSettings, None, __doc__)
-    output_dir, batch_config = settings.run.output_dir, settings.batch
+    batch_config = settings.batch
 
     # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(
         settings.model_name_or_path,
         settings.run,
-        output_dir=output_dir,
         prompt_format=settings.data.prompt_format,
     )
     model = plan_model(ctx, settings, RewardModel.from_config)
@@ -89,9 +88,8 @@ def main() -> None:
             break
 
     # 4. a model folder that transformers loads, with the statistics that step 3 scales scores by
-    if output_dir is not None:
-        statistics = scores_summary(figures, len(data.eval), data.key)
-        save_hf_format(engine, ctx.tokenizer, output_dir, ctx, model.save, statistics)
+    statistics = scores_summary(figures, len(data.eval), data.key)
+    save_hf_format(engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save, statistics)
     log.close()
 
 

@@ -28,7 +28,7 @@ from dschat.utils.distributed import launched_rank, print_rank_0
 def main() -> None:
     """Check, load, train, save."""
     settings = parse(RLHFSettings, None, __doc__)
-    output_dir, config = settings.run.output_dir, settings.ppo
+    config = settings.ppo
     for line in unused_flags(settings):
         print_rank_0(line, launched_rank())
 
@@ -36,7 +36,6 @@ def main() -> None:
     ctx = setup_run(
         settings.roles.actor_model_name_or_path,
         settings.run,
-        output_dir=output_dir,
         prompt_format=settings.data.prompt_format,
     )
     plan = plan_roles(ctx, settings)
@@ -81,8 +80,7 @@ def main() -> None:
             break
 
     # 4. model folders that transformers loads
-    if output_dir is not None:
-        run.save(Path(output_dir))
+    run.save(Path(settings.run.output_dir))
     log.close()
 
 

@@ -39,4 +39,4 @@ python "$STEP_DIR/main.py" \
   --num_warmup_steps 0 \
   --dtype fp32 \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT/training.log"
+  "$@" 2>&1 | tee -a "$OUTPUT/training.log"

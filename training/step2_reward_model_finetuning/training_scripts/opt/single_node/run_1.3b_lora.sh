@@ -40,4 +40,4 @@ deepspeed "$STEP_DIR/main.py" \
   --only_optimize_lora \
   --deepspeed \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT/training.log"
+  "$@" 2>&1 | tee -a "$OUTPUT/training.log"

@@ -32,4 +32,4 @@ deepspeed "$STEP_DIR/main.py" \
   --zero_stage "$ZERO_STAGE" \
   --deepspeed \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT/training.log"
+  "$@" 2>&1 | tee -a "$OUTPUT/training.log"

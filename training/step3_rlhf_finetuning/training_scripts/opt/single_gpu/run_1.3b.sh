@@ -30,4 +30,4 @@ deepspeed --num_gpus 1 "$STEP_DIR/main.py" \
   --actor_dropout 0.0 \
   --deepspeed \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT/training.log"
+  "$@" 2>&1 | tee -a "$OUTPUT/training.log"

@@ -39,4 +39,4 @@ deepspeed --master_port 12346 "$STEP_DIR/main.py" \
   --tensorboard_path "$OUTPUT" \
   --deepspeed \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT/training.log"
+  "$@" 2>&1 | tee -a "$OUTPUT/training.log"

@@ -42,4 +42,4 @@ deepspeed --master_port 12346 "$STEP_DIR/main.py" \
   --actor_loraplus_lr_ratio 16 \
   --deepspeed \
   --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee "$OUTPUT/training.log"
+  "$@" 2>&1 | tee -a "$OUTPUT/training.log"
