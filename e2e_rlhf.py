@@ -6,17 +6,25 @@ output folder and go through the ordinary scripts.
     python e2e_rlhf.py
     python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m
     python e2e_rlhf.py --actor-model ./my-model --reward-model ./my-model --data-path ./pairs.jsonl
+    python e2e_rlhf.py --actor-model ./my-model --data-path ./pairs.jsonl --dry-run
 
-Leaves out: it does not train; it runs the steps' shell scripts, prints each command, and stops at
-the first that fails.
+1. `commands`: the steps' shell scripts and their arguments
+2. `check_ahead`: settings, models, rows, folders and disk of every step; where the rows are few,
+   accumulation and warm-up that suit them
+3. `run_step`: one after the other, up to the first that fails
+
+Leaves out: it does not train; the scripts do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +39,12 @@ STEP_DIRS = {
 }
 STEP_NAMES = {1: "actor-models", 2: "reward-models", 3: "step3-models"}
 FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any other model
+# Flags of main.py in every step, where given.
+PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps")
+# What a script calls, in `arguments_of`: nothing is made, printed or started.
+STAND_INS = {"mkdir": ":", "tee": "cat > /dev/null"} | dict.fromkeys(
+    ("deepspeed", "python"), 'printf "%s\\0" "$@" > "$WORDS"'
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,9 +69,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--data-path", nargs="+", default=[], help="data of all steps instead of the scripts' own")
     add("--seed", type=int, default=1234, help="seed of all steps")
+    add("--num-train-epochs", type=int, help="of all steps (default: the scripts')")
+    add("--gradient-accumulation-steps", type=int, help="of all steps (default: by the rows)")
+    add("--num-warmup-steps", type=int, help="of all steps (default: by the rows)")
+    add("--overwrite-output-dir", action="store_true", help="replace models that are there")
+    add("--dry-run", action="store_true", help="check all steps and stop")
     args = parser.parse_args(argv)
-    if args.actor_model is None and args.reward_model is not None:
-        raise UserError("--reward-model needs --actor-model: name both, or none for the default")
+    if args.actor_model is None:
+        for name in ("reward_model", "data_path"):
+            if getattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} needs --actor-model: the embedded default has models and data of "
+                    "its own; name a model, or drop the flag"
+                )
     return args
 
 
@@ -84,7 +109,7 @@ def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]
 def commands(args: argparse.Namespace) -> dict[int, list[str]]:
     """Build the shell command of each requested step."""
     data = [str(Path(p).resolve()) if Path(p).exists() else p for p in args.data_path]
-    common = [*(["--data_path", *data] if data else []), "--seed", str(args.seed)]
+    common = [*(["--data_path", *data] if data else []), *common_flags(args)]
     if args.actor_model is None:
         return {step: quickstart_command(step, args) for step in sorted(set(args.step))}
     actor, reward = local(args.actor_model), local(args.reward_model or "350m")
@@ -113,12 +138,83 @@ def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
         3: [outputs[1], outputs[2], str(out / "data")],
     }
     script = STEP_DIRS[step] / "training_scripts" / "quickstart" / "run.sh"
-    return ["bash", str(script), *inputs[step], outputs[step], "--seed", str(args.seed)]
+    return ["bash", str(script), *inputs[step], outputs[step], *common_flags(args)]
+
+
+def common_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of main.py that every step gets."""
+    flags = ["--seed", str(args.seed)]
+    for name in PASSED:
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    return flags + ["--overwrite_output_dir"] * args.overwrite_output_dir
+
+
+def arguments_of(command: list[str]) -> list[str]:
+    """Words that a script hands to main.py; it runs with launchers that only write them down."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = Path(folder, "words")
+        for name, body in STAND_INS.items():
+            program = Path(folder, name)
+            program.write_text(f"#!/bin/sh\n{body}\n")
+            program.chmod(0o755)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        env = os.environ | {"PATH": path, "WORDS": str(words)}
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+        arguments = words.read_text(encoding="utf-8").split("\0")[:-1]
+    start = next(i for i, word in enumerate(arguments) if word.endswith("main.py"))
+    return arguments[start + 1 :]
+
+
+def check_ahead(args: argparse.Namespace, plan: dict[int, list[str]]) -> dict[int, list[str]]:
+    """Check every step, print a summary, and return the commands with the flags that suit it."""
+    import torch
+
+    from dschat.config.preflight import look_ahead
+    from dschat.train.disk import check_disk, free_bytes, in_words
+    from dschat.utils.distributed import Distributed
+
+    count = 1 if args.deployment_type == "single_gpu" else max(torch.cuda.device_count(), 1)
+    process = Distributed(0, count, 0, torch.device("cpu"))
+    fixed = [name for name in PASSED if getattr(args, name) is not None]
+    stand_ins: dict[str, str] = {}
+    written, result = [], {}
+    print("checking all steps", flush=True)
+    for step, command in plan.items():
+        argv = arguments_of(command)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                ahead = look_ahead(step, argv, stand_ins, process, fixed)
+        except UserError as error:
+            raise UserError(f"step {step}: {error}") from error
+        flags = [word for name, value in ahead.flags.items() for word in (f"--{name}", str(value))]
+        result[step] = [*command, *flags]
+        written += ahead.written
+        if step < 3:
+            stand_ins[str(args.output_dir / STEP_NAMES[step])] = ahead.model
+        steps = ahead.length.steps
+        print(f"step {step}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps")
+        if flags:
+            print(f"  chosen by rows and model: {' '.join(flags)}")
+        for line in ahead.length.advice():
+            print(f"  {line}")
+    check_disk(str(args.output_dir), written, checkpoints=0)
+    size, free = in_words(sum(w.folders for w in written)), in_words(free_bytes(args.output_dir))
+    print(f"model folders: {size}, of {free} free in {args.output_dir}", flush=True)
+    return result
 
 
 def local(model: str) -> str:
     """Make a folder's path absolute; ids and sizes stay."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def make_output_dir(path: Path) -> None:
+    """Make the output folder; stop where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {path}: {error.strerror}; give a folder") from error
 
 
 def run_step(step: int, command: list[str]) -> float:
@@ -136,13 +232,17 @@ def run_step(step: int, command: list[str]) -> float:
 
 
 def main() -> None:
-    """Build what the default needs, run the steps, print the closing table."""
+    """Build what the default needs, check, run the steps, print the closing table."""
     args = parse_args()
+    make_output_dir(args.output_dir)
     if args.actor_model is None:
         from dschat.quickstart import build
 
         build(args.output_dir, args.seed)
-    seconds = {step: run_step(step, command) for step, command in commands(args).items()}
+    plan = check_ahead(args, commands(args))
+    if args.dry_run:
+        return
+    seconds = {step: run_step(step, command) for step, command in plan.items()}
     if args.actor_model is None and set(args.step) == {1, 2, 3}:
         from dschat.quickstart.report import print_report
 

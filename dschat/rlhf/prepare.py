@@ -30,13 +30,23 @@ from dschat.rlhf.role_setup import RoleSetup
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.train.checkpointer import Checkpointer, Position
-from dschat.train.disk import ModelSize, Written
+from dschat.train.disk import Written
 from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import RunContext
 from dschat.train.resume import RunPlan
 from dschat.train.steps import StepPlan
 from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
+
+ROLE_FOLDERS = ("actor", "critic", "actor_ema")  # in the output folder
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is saved of each trained role, and the bytes that this takes."""
+
+    saves: dict[str, SavePlan]
+    written: list[Written]
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,12 @@ class RolePlan:
 
     Attributes:
         retokenise: for a reward model that reads other tokens than the actor's.
-        saves, sizes: of the trained roles.
     """
 
     names: RoleNames
     rewards: Rewards
     retokenise: Retokeniser | None
-    saves: dict[str, SavePlan]
-    sizes: dict[str, ModelSize]
+    training: TrainingPlan
 
 
 def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
@@ -63,17 +71,33 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
             adapters that cannot be trained or saved.
     """
     run, names = settings.run, settings.role_names()
-    run.check_output("actor", "critic", "actor_ema")
+    run.check_output(*ROLE_FOLDERS)
     retokenise = names.check(ctx.tokenizer, run.answer_end)
     rewards = Rewards.load(settings.rewards, names.reward)
     names.check_context(settings.max_seq_len, retokenise)
-    actor, critic = run.complete(settings.actor), run.complete(settings.critic)
-    saves = {"actor": run.save_plan(names.actor, actor, "actor", "actor_ema")}
-    sizes = {"actor": actor.check(names.actor, AutoModelForCausalLM.from_config)}
-    if names.critic is not None:
-        sizes["critic"] = critic.check(names.critic, RewardModel.from_config)
-        saves["critic"] = run.save_plan(names.critic, critic, "critic")
-    return RolePlan(names, rewards, retokenise, saves, sizes)
+    return RolePlan(names, rewards, retokenise, plan_training(ctx, settings, names))
+
+
+def plan_training(ctx: RunContext, settings: PPORunSettings, names: RoleNames) -> TrainingPlan:
+    """Check how the trained roles train and how they are saved.
+
+    Raises:
+        UserError: adapters that cannot be trained or saved.
+    """
+    run, plan = settings.run, TrainingPlan({}, [])
+    micro_batch = settings.ppo.per_device_training_batch_size
+    actor = (names.actor, settings.actor, AutoModelForCausalLM.from_config, ("actor", "actor_ema"))
+    critic = (names.critic, settings.critic, RewardModel.from_config, ("critic",))
+    for name, model, build, folders in (actor, critic):
+        if name is None:
+            continue
+        config = run.complete(model)
+        size = config.check(name, build)
+        save = plan.saves[folders[0]] = run.save_plan(name, config, *folders)
+        engine = run.engine_config(model, ctx.dtype_name, micro_batch)
+        averaged = settings.ema.enable_ema and len(folders) == 2
+        plan.written.append(Written.of(size, engine, save, averaged))
+    return plan
 
 
 @dataclass(frozen=True)
@@ -113,10 +137,10 @@ class PPORun:
         """Write the folder of each trained role, and of the actor's average."""
         ctx, roles = self.ctx, self.trainer.roles
         for name, engine in roles.trained.items():
-            plan = self.plan.saves[name]
+            plan = self.plan.training.saves[name]
             save_hf_format(engine, ctx.tokenizer, output / name, ctx, plan)
         if roles.ema is not None:
-            plan = self.plan.saves["actor"]
+            plan = self.plan.training.saves["actor"]
             with roles.ema.applied() as averaged:
                 folder = output / "actor_ema"
                 save_hf_format(averaged, ctx.tokenizer, folder, ctx, plan)
@@ -146,12 +170,7 @@ def prepare(
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
     for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
-    averaged = {"actor": settings.ema.enable_ema}
-    written = [
-        Written.of(plan.sizes[name], role.engine, plan.saves[name], averaged.get(name, False))
-        for name, role in setup.trained.items()
-    ]
-    run.check_disk(written, iterations)
+    run.check_disk(plan.training.written, iterations)
     per_iteration = settings.batches_per_iteration
     steps = StepPlan.of(run.num_train_epochs * [batches], per_iteration, iterations)
     optimizers = {name: role.config.optimizer for name, role in setup.trained.items()}

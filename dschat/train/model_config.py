@@ -23,6 +23,23 @@ from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.targets import match_layers
 from dschat.utils.optim import OptimizerConfig
 
+Build = Callable[[PretrainedConfig], nn.Module]
+
+
+def on_meta(model_name_or_path: str, build: Build) -> nn.Module:
+    """Build the module of a model's config on `meta`, without weights."""
+    config = load_config(model_name_or_path)
+    with torch.device("meta"):
+        return build(config)
+
+
+def largest_rank(module: nn.Module, lora: LoraConfig) -> tuple[str, int]:
+    """Find the layer of the highest rank among those that get adapters, and that rank."""
+    modules = dict(module.named_modules())
+    ranks = {name: min(modules[name].weight.shape) for name in match_layers(module, lora)}
+    name = max(ranks, key=ranks.__getitem__)
+    return name, ranks[name]
+
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
@@ -44,33 +61,24 @@ class ModelConfig(Settings):
         """Tell whether switching the adapters off restores the model that training started from."""
         return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
 
-    def check(
-        self, model_name_or_path: str, build: Callable[[PretrainedConfig], nn.Module]
-    ) -> ModelSize:
+    def check(self, model_name_or_path: str, build: Build) -> ModelSize:
         """Stop at adapters that do not fit the model, built on `meta`, without weights.
 
         Raises:
             UserError: no layer would get an adapter, or each would get one of too high a rank.
         """
-        config = load_config(model_name_or_path)
-        with torch.device("meta"):
-            module = build(config)
-            base = sum(parameter.numel() for parameter in module.parameters())
-            if self.lora.lora_dim:
-                self._check_rank(module)
+        module = on_meta(model_name_or_path, build)
+        base = sum(parameter.numel() for parameter in module.parameters())
+        if self.lora.lora_dim:
+            name, rank = largest_rank(module, self.lora)
+            if self.lora.lora_dim > rank:
+                raise UserError(
+                    f"lora_dim {self.lora.lora_dim}: no adapted layer has a rank above {rank} "
+                    f"({name}), so a larger adapter adds nothing; give at most that"
+                )
+            with torch.device("meta"):
                 self._add_adapters(module, replace(self.lora, quantize_base=None))
         return ModelSize.of(module, base)
-
-    def _check_rank(self, module: nn.Module) -> None:
-        """Stop at a rank that no adapted layer has itself, so that B A could not reach it."""
-        modules = dict(module.named_modules())
-        ranks = {name: min(modules[name].weight.shape) for name in match_layers(module, self.lora)}
-        name = max(ranks, key=ranks.__getitem__)
-        if self.lora.lora_dim > ranks[name]:
-            raise UserError(
-                f"lora_dim {self.lora.lora_dim}: no adapted layer has a rank above "
-                f"{ranks[name]} ({name}), so a larger adapter adds nothing; give at most that"
-            )
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Add adapters, freeze the base, switch gradient checkpointing on, all in place."""

@@ -111,12 +111,14 @@ def setup_run(
     *,
     prompt_format: str | None = None,
     teaches_format: bool = False,
+    process: Distributed | None = None,
 ) -> RunContext:
     """Join the process group and check what can be checked without data or weights.
 
     Args:
         prompt_format: None takes the one stored with the model, or its default.
         teaches_format: the model may learn another format than the stored one.
+        process: takes the place of the one that would join, where nothing will train.
 
     Raises:
         UserError: a dtype that the device lacks, no tokenizer, a prompt format that the model
@@ -128,7 +130,7 @@ def setup_run(
     form = set_format(
         tokenizer, prompt_format, teaches=teaches_format, end_is_given=end is not None
     )
-    process = init_distributed()
+    process = process or init_distributed()
     print_rank_0(describe_format(form, tokenizer, stored), process.rank)
     set_random_seed(config.seed)
     return RunContext(**vars(process), dtype_name=dtype, tokenizer=tokenizer, seed=config.seed)

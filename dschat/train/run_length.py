@@ -57,20 +57,23 @@ class RunLength:
         """Tell whether too little of the run is left after the warm-up."""
         return self.warm_up > LONGEST_WARM_UP * self.steps
 
-    def fitting(self) -> RunLength:
-        """Lower the accumulation until there are `FEW_STEPS`, and a long warm-up to a tenth."""
-        fitting = self
-        if self.micro_batches is not None and not self.is_limited:
-            most = min(self.accumulation, self.micro_batches)
-            lowered = [replace(self, accumulation=n) for n in range(most, 0, -1)]
-            fitting = next((run for run in lowered if run.steps >= FEW_STEPS), lowered[-1])
-        if fitting.has_long_warm_up:
-            fitting = replace(fitting, warm_up=int(USUAL_WARM_UP * fitting.steps))
-        return fitting
+    def with_more_steps(self) -> RunLength:
+        """Lower the accumulation until there are `FEW_STEPS`."""
+        if self.micro_batches is None or self.is_limited:
+            return self
+        most = min(self.accumulation, self.micro_batches)
+        lowered = [replace(self, accumulation=n) for n in range(most, 0, -1)]
+        return next((run for run in lowered if run.steps >= FEW_STEPS), lowered[-1])
+
+    def with_shorter_warm_up(self) -> RunLength:
+        """Lower a long warm-up to a tenth of the run."""
+        if not self.has_long_warm_up:
+            return self
+        return replace(self, warm_up=int(USUAL_WARM_UP * self.steps))
 
     def advice(self) -> list[str]:
         """Write a line for each thing that is out of proportion, with the value that would do."""
-        lines, fitting = [], self.fitting()
+        lines, fitting = [], self.with_more_steps()
         if self.micro_batches is not None and self.accumulation > self.micro_batches:
             lines.append(
                 f"gradient_accumulation_steps {self.accumulation}: an epoch has "
@@ -84,7 +87,8 @@ class RunLength:
         if self.has_long_warm_up:
             lines.append(
                 f"num_warmup_steps {self.warm_up}: more than a third of the run's {self.steps} "
-                f"optimizer steps, so it is hardly at its learning rate; give {fitting.warm_up}"
+                f"optimizer steps, so it is hardly at its learning rate; "
+                f"give {fitting.with_shorter_warm_up().warm_up}"
             )
         return [f"advice: {line}" for line in lines]
 

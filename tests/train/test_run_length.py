@@ -62,7 +62,7 @@ def test_a_warm_up_beyond_a_third(warm_up: int, said: bool):
 
 def test_both_at_once_name_values_that_go_together():
     length = RunLength(epochs=1, micro_batches=80, accumulation=8, warm_up=9)  # 10 steps
-    fitting = length.fitting()
+    fitting = length.with_more_steps().with_shorter_warm_up()
     assert (fitting.accumulation, fitting.steps, fitting.warm_up) == (4, 20, 2)
     assert length.advice()[-1].endswith("give 2")
     assert fitting.advice() == []

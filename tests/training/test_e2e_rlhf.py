@@ -7,6 +7,8 @@ import pytest
 
 from dschat.errors import UserError
 from tests.helpers.shell import ROOT, STEP1, STEP2, STEP3, TRAINING, fake_launchers, load, started
+from tests.helpers.steps import preference_rows, write_rows
+from tests.helpers.tiny import save_llama_folder
 
 SEED = ["--seed", "1234"]
 
@@ -107,7 +109,111 @@ def test_a_folder_or_another_id_goes_into_the_nearest_script(
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(e2e: ModuleType):
-    with pytest.raises(UserError, match="--reward-model needs --actor-model"):
-        e2e.parse_args(["--reward-model", "350m"])
+    for flag in ("--reward-model", "--data-path"):
+        with pytest.raises(UserError, match=f"{flag} needs --actor-model: the embedded default"):
+            e2e.parse_args([flag, "350m"])
     with pytest.raises(UserError, match=r"no script for multi_node in step 1: .*run_1\.3b\.sh"):
         plan(e2e, "--actor-model", "1.3b", "--deployment-type", "multi_node")
+
+
+def test_flags_of_all_steps(e2e: ModuleType):
+    flags = ["--num-train-epochs", "3", "--num-warmup-steps", "0", "--overwrite-output-dir"]
+    for command in plan(e2e, "--actor-model", "1.3b", *flags).values():
+        assert command[-5:] == [
+            *("--num_train_epochs", "3", "--num_warmup_steps", "0", "--overwrite_output_dir")
+        ]
+
+
+def test_a_script_is_read_without_a_trace(e2e: ModuleType, tmp_path: Path):
+    args = e2e.parse_args(["--actor-model", "1.3b", "--output-dir", str(tmp_path / "a b")])
+    words = e2e.arguments_of(e2e.commands(args)[3])
+    assert words[words.index("--actor_model_name_or_path") + 1] == f"{tmp_path}/a b/actor-models"
+    assert words[-2:] == SEED and words.count("--output_dir") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and 128 pairs, with 13 to evaluate on."""
+    folder = tmp_path_factory.mktemp("e2e")
+    save_llama_folder(folder / "model", max_position_embeddings=512)
+    (folder / "data").mkdir()
+    write_rows(folder / "data" / "train.jsonl", preference_rows(128, seed=0))
+    write_rows(folder / "data" / "test.jsonl", preference_rows(13, seed=1))
+    answers = [{"prompt": r["prompt"], "chosen": r["chosen"]} for r in preference_rows(20, seed=0)]
+    write_rows(folder / "answers.jsonl", answers)
+    return folder
+
+
+def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict[int, list[str]]:
+    """The flags that the checks add to each command."""
+    model = str(inputs / "model")
+    words = ["--actor-model", model, "--reward-model", model, "--data-path", str(inputs / data)]
+    args = e2e.parse_args([*words, "--output-dir", str(inputs / "out"), *argv])
+    cache = ["--data_output_path", str(inputs / "cache"), "--data_split", "1"]
+    commands = {step: [*command, *cache] for step, command in e2e.commands(args).items()}
+    checked = e2e.check_ahead(args, commands)
+    return {step: command[len(commands[step]) :] for step, command in checked.items()}
+
+
+def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
+    """8 micro-batches of 16 rows; layers of width 32, where the scripts have rank 128."""
+    one = ["--gradient_accumulation_steps", "1"]
+    assert ahead(e2e, inputs) == {
+        1: ["--lora_dim", "32", *one],
+        2: one,
+        3: ["--actor_lora_dim", "32", *one, "--num_warmup_steps", "0"],
+    }
+    lines = capsys.readouterr().out.splitlines()
+    model = inputs / "model"
+    assert [line for line in lines if line.startswith("step ")] == [
+        f"step {step}: {model}, 128 rows, 8 optimizer steps" for step in (1, 2, 3)
+    ]
+    assert lines[-1].startswith("model folders: ") and "free in" in lines[-1]
+
+
+def test_what_the_user_gives_wins(e2e: ModuleType, inputs: Path):
+    flags = ["--gradient-accumulation-steps", "4", "--num-warmup-steps", "7"]
+    assert ahead(e2e, inputs, *flags) == {
+        1: ["--lora_dim", "32"],
+        2: [],
+        3: ["--actor_lora_dim", "32"],
+    }
+
+
+def test_a_later_step_is_refused_before_the_first(e2e: ModuleType, inputs: Path, monkeypatch):
+    with pytest.raises(UserError, match=r"^step 2: .*line 1 has no 'rejected'"):
+        ahead(e2e, inputs, data="answers.jsonl")
+    with pytest.raises(UserError, match=r"^step 3: .*actor-models' is not a folder"):
+        ahead(e2e, inputs, "--step", "3", "--output-dir", str(inputs / "none"))
+    with pytest.raises(UserError, match=r"^step 1: num_warmup_steps is -1: give 0 or more"):
+        ahead(e2e, inputs, "--num-warmup-steps", "-1")
+    reward = inputs / "out" / "reward-models"
+    reward.mkdir(parents=True, exist_ok=True)
+    (reward / "config.json").touch()
+    with pytest.raises(UserError, match=r"^step 2: .*reward-models holds a finished model"):
+        ahead(e2e, inputs)
+    ahead(e2e, inputs, "--overwrite-output-dir")
+    (reward / "config.json").unlink()
+    monkeypatch.setattr("dschat.train.disk.free_bytes", lambda folder: 1000)
+    with pytest.raises(UserError, match=r"will write .* of model folders\), and 1 kB are free"):
+        ahead(e2e, inputs)
+
+
+def test_an_output_folder_that_cannot_be(e2e: ModuleType, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output-dir .*below: Not a directory; give a fold"):
+        e2e.make_output_dir(tmp_path / "file" / "below")
+
+
+def test_a_dry_run_starts_nothing(e2e: ModuleType, inputs: Path, monkeypatch):
+    started = []
+    monkeypatch.setattr(e2e, "check_ahead", lambda args, plan: plan)
+    monkeypatch.setattr(e2e, "run_step", lambda step, command: started.append(step) or 1.0)
+    argv = ["e2e_rlhf.py", "--actor-model", "1.3b", "--output-dir", str(inputs / "dry")]
+    monkeypatch.setattr("sys.argv", [*argv, "--dry-run"])
+    e2e.main()
+    assert started == []
+    monkeypatch.setattr("sys.argv", argv)
+    e2e.main()
+    assert started == [1, 2, 3]

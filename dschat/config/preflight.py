@@ -1,0 +1,164 @@
+"""Checks of a step before an earlier one has trained, and the flags that suit its rows.
+
+A model that an earlier step will write is stood in for by the one that it starts from: it has the
+same tokenizer, layers and size. Nothing is written but folders and tokenised rows, which the steps
+find in the cache; no weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import AutoModelForCausalLM
+
+from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.cli import parse
+from dschat.data.datasets import PromptData
+from dschat.models.reward_model import RewardModel
+from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
+from dschat.text.tokenizer import check_same_tokenizer
+from dschat.train.disk import Written
+from dschat.train.model_config import Build, ModelConfig, largest_rank, on_meta
+from dschat.train.prepare import plan_model, setup_run
+from dschat.train.run_length import RunLength
+from dschat.utils.distributed import Distributed
+
+BUILDS: dict[int, Build] = {1: AutoModelForCausalLM.from_config, 2: RewardModel.from_config}
+
+
+@dataclass(frozen=True)
+class StepAhead:
+    """A step that can run.
+
+    Attributes:
+        model: that it trains, in step 3 the actor. rows: to train on. written: by each model.
+        flags: those that suit the rows and the models better than what the step was given.
+        length: with these flags.
+    """
+
+    model: str
+    rows: int
+    length: RunLength
+    written: tuple[Written, ...]
+    flags: dict[str, int]
+
+
+def look_ahead(
+    step: int,
+    argv: Sequence[str],
+    stand_ins: Mapping[str, str],
+    process: Distributed,
+    fixed: Sequence[str] = (),
+) -> StepAhead:
+    """Check a step's settings, models, output folder and data.
+
+    Args:
+        step: 1, 2 or 3. argv: of its main.py.
+        stand_ins: the model that each folder of an earlier step starts from.
+        process: one of those that will train. fixed: flags that are the user's choice.
+
+    Raises:
+        UserError: what would stop the step.
+    """
+    if step == 3:
+        return _look_at_ppo(parse(RLHFSettings, argv, None), stand_ins, process, fixed)
+    settings: SFTSettings | RewardSettings
+    settings = parse(SFTSettings, argv, None) if step == 1 else parse(RewardSettings, argv, None)
+    return _look_at_one_model(settings, BUILDS[step], stand_ins, process, fixed)
+
+
+def _look_at_one_model(
+    settings: SFTSettings | RewardSettings,
+    build: Build,
+    stand_ins: Mapping[str, str],
+    process: Distributed,
+    fixed: Sequence[str],
+) -> StepAhead:
+    name = settings.model_name_or_path
+    ctx = setup_run(
+        stand_ins.get(name, name),
+        settings.run,
+        prompt_format=settings.data.prompt_format,
+        teaches_format=settings.PHASE == 1 or name in stand_ins,
+        process=process,
+    )
+    model, flags = _fitting_rank(settings.model, stand_ins.get(name, name), build)
+    settings = replace(settings, model_name_or_path=stand_ins.get(name, name), model=model)
+    plan = plan_model(ctx, settings, build)
+    data = ctx.load_data(settings.data, settings.PHASE, settings.batch.max_seq_len)
+    loader = ctx.loader(data.train, list, settings.sampler(), shuffle=True)
+    batches = [loader.batches_in(epoch) for epoch in range(settings.run.num_train_epochs)]
+    return _ahead(plan.name, data, settings.length(batches), [plan.written], flags, fixed)
+
+
+def _look_at_ppo(
+    settings: RLHFSettings, stand_ins: Mapping[str, str], process: Distributed, fixed: Sequence[str]
+) -> StepAhead:
+    names = settings.role_names()
+    waits = {name for name in (names.actor, names.critic, names.reward) if name in stand_ins}
+    actor, critic, reward = (
+        name and stand_ins.get(name, name) for name in (names.actor, names.critic, names.reward)
+    )
+    assert actor is not None
+    ctx = setup_run(
+        actor,
+        settings.run,
+        prompt_format=settings.data.prompt_format,
+        teaches_format=names.actor in waits,
+        process=process,
+    )
+    adapted, flags = _fitting_rank(settings.actor, actor, BUILDS[1], "actor_")
+    settings = replace(settings, actor=adapted)
+    if critic is not None:
+        adapted, more = _fitting_rank(settings.critic, critic, BUILDS[2], "critic_")
+        settings, flags = replace(settings, critic=adapted), flags | more
+    if waits:
+        settings.run.check_output(*ROLE_FOLDERS)
+        names = replace(names, actor=actor, critic=critic, reward=reward)
+        names.check_context(settings.max_seq_len, None)
+        if critic is not None:
+            check_same_tokenizer(ctx.tokenizer, critic, settings.run.answer_end)
+        written = plan_training(ctx, settings, names).written
+    else:
+        written = plan_roles(ctx, settings).training.written
+    data = ctx.load_data(
+        settings.data, settings.PHASE, settings.max_seq_len, settings.max_prompt_seq_len
+    )
+    batch_size = settings.ppo.per_device_generation_batch_size
+    batches = ctx.loader(data.train, list, batch_size, shuffle=True).batches_in(0)
+    length = settings.length(settings.iterations(batches), batches)
+    return _ahead(actor, data, length, written, flags, fixed)
+
+
+def _fitting_rank(
+    model: ModelConfig, name: str, build: Build, prefix: str = ""
+) -> tuple[ModelConfig, dict[str, int]]:
+    """Lower the adapters' rank to that of the model's layers; a small model has few."""
+    if model.lora.lora_dim == 0:
+        return model, {}
+    _, largest = largest_rank(on_meta(name, build), model.lora)
+    if model.lora.lora_dim <= largest:
+        return model, {}
+    lora = replace(model.lora, lora_dim=largest)
+    return replace(model, lora=lora), {f"{prefix}lora_dim": largest}
+
+
+def _ahead(
+    model: str,
+    data: PromptData,
+    length: RunLength,
+    written: Sequence[Written],
+    flags: dict[str, int],
+    fixed: Sequence[str],
+) -> StepAhead:
+    fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps()
+    if "num_warmup_steps" not in fixed:
+        fitting = fitting.with_shorter_warm_up()
+    if fitting.accumulation != length.accumulation:
+        flags = flags | {"gradient_accumulation_steps": fitting.accumulation}
+    if fitting.warm_up != length.warm_up:
+        flags = flags | {"num_warmup_steps": fitting.warm_up}
+    rows = data.report.train_rows
+    assert rows is not None, "no script streams"
+    return StepAhead(model, rows, fitting, tuple(written), flags)
