@@ -1,29 +1,66 @@
-"""Warnings about step-3 flags without effect in a run's configuration."""
+"""Warnings about flags without effect in a run's configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dschat.config.rlhf import RLHFSettings
 from dschat.rlhf.role_setup import RoleSetup
-from dschat.settings import flag_values, given_flags
+from dschat.settings import Settings, flag_values, given_flags
+from dschat.train.model_config import ModelConfig
+from dschat.train.run_config import RunConfig, StepSettings
+from dschat.utils.distributed import launched_rank, print_rank_0
+from dschat.utils.module.lora_layers import ALL_LINEAR
 
+# A flag, and the one without which it does nothing.
 SWITCHES = {
     "ema_decay": "enable_ema",
-    "print_answers_interval": "print_answers",
-    "test_stop_step": "enable_test_mode",
+    "eot_token": "add_eot_token",
     "enable_test_mode": "test_stop_step",
+    "eval_iters": "eval_interval",
+    "print_answers_interval": "print_answers",
+    "save_total_limit": "save_steps",
+    "tensorboard_path": "enable_tensorboard",
+    "test_stop_step": "enable_test_mode",
     "unsup_coef": "unsupervised_dataset_name",
 }
+# A flag, and the one that takes its place.
+DISPLACED = {
+    "language": "prompts",
+    "modules_to_save": "train_base_model",
+    "per_device_train_batch_size": "max_tokens_per_batch",
+}
+NO_HEAD = "a language model has no head of its own"
 
 
-def unused_flags(settings: RLHFSettings) -> Iterator[str]:
+def tell_unused(settings: Settings) -> None:
+    """Print a line, on rank 0, for each flag that was given and does nothing."""
+    for line in unused_flags(settings):
+        print_rank_0(line, launched_rank())
+
+
+def unused_flags(settings: Settings) -> Iterator[str]:
     """Yield a line, with the reason, for each flag that differs from its default without effect."""
+    values, changed = flag_values(settings), [flag.name for flag in given_flags(settings)]
+    for name in changed:
+        if name in SWITCHES and not values.get(SWITCHES[name], True):
+            yield f"--{name} does nothing without --{SWITCHES[name]}"
+        if name in DISPLACED and values.get(DISPLACED[name]):
+            yield f"--{name} does nothing: --{DISPLACED[name]} takes its place"
+    if isinstance(settings, StepSettings):
+        yield from _of_training(settings, settings.run, {"model": settings.model})
+        if settings.PHASE == 1 and "head_learning_rate" in changed:
+            yield f"--head_learning_rate does nothing: {NO_HEAD}"
+    elif isinstance(settings, RLHFSettings):
+        yield from _of_ppo(settings)
+
+
+def _of_ppo(settings: RLHFSettings) -> Iterator[str]:
     setup = settings.role_setup("fp32", iterations=1)
-    yield from _without_switch(settings)
-    yield from _without_adapters(settings, setup)
+    models = {"actor": settings.actor, "critic": settings.critic}
+    yield from _of_training(settings, settings.run, {n: models[n] for n in setup.trained})
     if settings.actor.optimizer.head_learning_rate is not None:
-        yield "--actor_head_learning_rate does nothing: a language model has no head of its own"
+        yield f"--actor_head_learning_rate does nothing: {NO_HEAD}"
     yield from _dropout(settings, setup)
     yield from _offload(settings, setup)
     if setup.critic is None:
@@ -33,31 +70,34 @@ def unused_flags(settings: RLHFSettings) -> Iterator[str]:
             "--reward_clip does nothing: it clips a reward model's scores, and there is none; a "
             "reward function's values are taken as they are"
         )
-    if setup.share_trunk == "none" and not _has_adapters(setup):
+    has_adapters = any(role.config.lora.lora_dim for role in setup.trained.values())
+    if setup.share_trunk == "none" and not has_adapters:
         yield "--share_trunk none does nothing: without LoRA no trunk is shared"
 
 
-def _has_adapters(setup: RoleSetup) -> bool:
-    return any(role.config.lora.lora_dim for role in setup.trained.values())
-
-
-def _without_switch(settings: RLHFSettings) -> Iterator[str]:
-    values, changed = flag_values(settings), {flag.name for flag in given_flags(settings)}
-    for name, switch in SWITCHES.items():
-        if name in changed and not values[switch]:
-            yield f"--{name} does nothing without --{switch}"
-
-
-def _without_adapters(settings: RLHFSettings, setup: RoleSetup) -> Iterator[str]:
-    """Find flags of adapters for a role that trains all its weights."""
-    for name, role in setup.trained.items():
+def _of_training(
+    settings: Settings, run: RunConfig, models: Mapping[str, ModelConfig]
+) -> Iterator[str]:
+    """Find flags of adapters for a model that trains all its weights, and of other schedules."""
+    for name, model in models.items():
+        prefix = "" if name == "model" else f"{name}_"
         changed = [flag for flag in given_flags(settings) if flag.path[0] == name]
         flags = [f for f in changed if f.path[1] == "lora" or f.path[-1].startswith("lora")]
-        if flags and not role.config.lora.lora_dim:
-            names = [f"--{flag.name}" for flag in flags]
-            yield f"{_listed(names)} nothing: without --{name}_lora_dim there are no adapters"
-    if settings.run.train_base_model and not _has_adapters(setup):
-        yield "--train_base_model does nothing: without LoRA all weights train"
+        names = [f"--{flag.name}" for flag in flags]
+        if names and not model.lora.lora_dim:
+            yield f"{_listed(names)} nothing: without --{prefix}lora_dim there are no adapters"
+        rate = f"--{prefix}lora_embedding_learning_rate"
+        if model.lora.lora_dim and rate in names and model.lora.lora_module_name == (ALL_LINEAR,):
+            yield f"{rate} does nothing: --{prefix}lora_module_name names no embedding"
+    if not any(model.lora.lora_dim for model in models.values()):
+        for name in ("only_optimize_lora", "train_base_model"):
+            if getattr(run, name):
+                yield f"--{name} does nothing: without LoRA all weights train"
+        if run.lora_save == "merged":
+            yield "--lora_save merged does nothing: without LoRA there is nothing to merge"
+    given = {flag.name for flag in given_flags(settings)}
+    if run.num_warmup_steps > run.warm_up and "num_warmup_steps" in given:
+        yield "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes the rate"
 
 
 def _listed(names: Sequence[str]) -> str:

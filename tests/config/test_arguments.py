@@ -8,7 +8,7 @@ import torch
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
-from dschat.config.unused import unused_flags
+from dschat.config.unused import tell_unused, unused_flags
 from dschat.data.batching import RowBatches
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.errors import UserError
@@ -439,6 +439,70 @@ def test_step_3_says_what_does_nothing(argv, said):
     lines = list(unused_flags(rlhf(*argv)))
     assert len(lines) == len(said)
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    "build, argv, said",
+    [
+        (sft, "", ""),
+        (sft, "--lora_dim 4 --lora_alpha 8 --only_optimize_lora --lora_save merged", ""),
+        (reward, "--only_optimize_lora", "--only_optimize_lora does nothing: without LoRA all"),
+        (sft, "--lora_alpha 8", "--lora_alpha does nothing: without --lora_dim there are no"),
+        (
+            sft,
+            "--lora_init B --loraplus_lr_ratio 8",
+            f"--loraplus_lr_ratio, --lora_init {NO_ADAPTERS}",
+        ),
+        (reward, "--train_base_model", "--train_base_model does nothing: without LoRA all weights"),
+        (sft, "--lora_save merged", "--lora_save merged does nothing: without LoRA"),
+        (sft, "--head_learning_rate 1e-3", "--head_learning_rate does nothing: a language model"),
+        (reward, "--head_learning_rate 1e-3", ""),
+        (
+            sft,
+            "--lora_dim 4 --lora_embedding_learning_rate 1e-3",
+            "--lora_embedding_learning_rate does nothing: --lora_module_name names no embedding",
+        ),
+        (
+            sft,
+            "--lora_dim 4 --lora_embedding_learning_rate 1e-3 --lora_module_name wte",
+            "",
+        ),
+        (
+            sft,
+            "--lora_dim 4 --train_base_model --modules_to_save norm",
+            "--modules_to_save does nothing: --train_base_model takes its place",
+        ),
+        (sft, "--eot_token x", "--eot_token does nothing without --add_eot_token"),
+        (sft, "--eot_token x --add_eot_token", ""),
+        (sft, "--tensorboard_path x", "--tensorboard_path does nothing without --enable_tens"),
+        (sft, "--save_total_limit 2", "--save_total_limit does nothing without --save_steps"),
+        (reward, "--eval_iters 2", "--eval_iters does nothing without --eval_interval"),
+        (reward, "--eval_iters 2 --eval_interval 5", ""),
+        (
+            sft,
+            "--max_tokens_per_batch 4096 --per_device_train_batch_size 4",
+            "--per_device_train_batch_size does nothing: --max_tokens_per_batch takes its place",
+        ),
+        (
+            sft,
+            "--lr_scheduler_type constant --num_warmup_steps 5",
+            "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes",
+        ),
+        (rlhf, "--lr_scheduler_type constant", ""),  # its warm-up is a default
+        (rlhf, "--only_optimize_lora", "--only_optimize_lora does nothing: without LoRA"),
+    ],
+)
+def test_every_step_says_what_does_nothing(build, argv, said):
+    lines = list(unused_flags(build(*argv.split())))
+    assert len(lines) == (said != "") and "".join(lines).startswith(said)
+
+
+def test_what_does_nothing_is_printed_once_on_the_first_rank(capsys, monkeypatch):
+    tell_unused(sft("--lora_alpha", "8"))
+    assert capsys.readouterr().out.count("does nothing") == 1
+    monkeypatch.setenv("RANK", "1")
+    tell_unused(sft("--lora_alpha", "8"))
+    assert capsys.readouterr().out == ""
 
 
 RETIRED = {

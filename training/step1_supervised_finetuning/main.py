@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dschat.config import SFTSettings
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
 from dschat.data.collators import PackedCollator, SFTCollator
 from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import create_hf_model
@@ -31,6 +32,7 @@ def main() -> None:
     """Check, load, train, save."""
     settings = parse(SFTSettings, None, __doc__)
     batch_config = settings.batch
+    tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
 from dschat.models.causal_lm import create_hf_model
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
@@ -118,6 +119,7 @@ def answers(
 def main() -> None:
     """Load both models and print their answers."""
     settings = parse(PromptEvaluation, None, __doc__)
+    tell_unused(settings)
     dtype = torch_dtype(resolve_dtype(settings.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     paths = {

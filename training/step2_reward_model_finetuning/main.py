@@ -14,6 +14,7 @@ from functools import partial
 
 from dschat.config import RewardSettings
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
 from dschat.data.collators import PairCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_model import RewardModel, create_critic_model
@@ -30,6 +31,7 @@ def main() -> None:
     """Check, load, train, save."""
     settings = parse(RewardSettings, None, __doc__)
     batch_config = settings.batch
+    tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass
 import torch
 
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
 from dschat.data.batching import build_loader
 from dschat.data.collators import PairCollator
 from dschat.data.config import SHORTEST, DataConfig
@@ -40,6 +41,7 @@ class RewardEvaluation(StartConfig):
 def main() -> None:
     """Score the evaluation pairs of the data."""
     settings = parse(RewardEvaluation, None, __doc__)
+    tell_unused(settings)
     name = settings.model_name_or_path
     ctx = setup_run(name, settings, prompt_format=settings.data.prompt_format)
     tokenizer = ctx.tokenizer

@@ -17,20 +17,18 @@ from pathlib import Path
 
 from dschat.config import RLHFSettings
 from dschat.config.cli import parse, run_cli
-from dschat.config.unused import unused_flags
+from dschat.config.unused import tell_unused
 from dschat.data.collators import PromptCollator
 from dschat.rlhf.prepare import plan_roles, prepare
 from dschat.train.prepare import setup_run
 from dschat.train.steps import accumulation_groups
-from dschat.utils.distributed import launched_rank, print_rank_0
 
 
 def main() -> None:
     """Check, load, train, save."""
     settings = parse(RLHFSettings, None, __doc__)
     config = settings.ppo
-    for line in unused_flags(settings):
-        print_rank_0(line, launched_rank())
+    tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(
