@@ -219,11 +219,10 @@ def given_flags(settings: Settings) -> Iterator[Flag]:
             yield flag
 
 
-def unknown(kind: str, name: str, known: Sequence[str]) -> str:
+def unknown(kind: str, name: str, known: Sequence[str], none_near: str = "; see --help") -> str:
     """Say that a name is unknown, and which known one is nearest."""
     near = difflib.get_close_matches(name.split("=")[0], known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; see --help"
-    return f"unknown {kind} {name}{hint}"
+    return f"unknown {kind} {name}" + (f"; did you mean {near[0]}?" if near else none_near)
 
 
 def _build(cls: type[S], flags: Mapping[str, Any], prefix: str = "", **defaults: Any) -> S:

@@ -88,12 +88,33 @@ def _only(argv: list[str], name: str) -> list[str]:
     return []
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that takes a key twice for an error, where YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Build a mapping of distinct keys."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_argv(path: str, flags: list[Flag]) -> list[str]:
     """Turn a YAML mapping into command-line tokens, so that both go through the same checks."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"config {path} line {number}: not UTF-8; save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path} line {mark.line + 1}" if mark else path
+        raise UserError(f"config {place}: not YAML ({error.problem})") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path}: not YAML ({brief(error)})") from error
     if not isinstance(content, dict):

@@ -14,11 +14,11 @@ from dschat.errors import UserError
 from dschat.train.advice import lora_advice
 from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import print_rank_0
+from dschat.utils.ds_json import read_user_config
 from dschat.utils.ds_utils import (
     EngineConfig,
     get_eval_ds_config,
     get_train_ds_config,
-    read_user_config,
 )
 from dschat.utils.optim import (
     OptimizerConfig,

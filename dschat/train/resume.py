@@ -15,7 +15,7 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, flags_of
 from dschat.train.steps import StepPlan
-from dschat.utils.ds_utils import read_user_config
+from dschat.utils.ds_json import read_user_config
 from dschat.utils.optim import OptimizerConfig, check_rates, group_rates
 from dschat.utils.zero import full_shape, gathered
 

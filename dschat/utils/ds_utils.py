@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
+from dschat.utils.ds_json import check_known, merge_into, read_user_config
 
 DTYPES = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -46,7 +45,7 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     micro-batches add up in fp32, and fp16 losses are scaled (DeepSpeed 0.19's stage 0 divides by a
     loss scale that `engine.backward` never applied).
 
-    The user's JSON, where there is one, is merged over it; see `merge_user_config`.
+    The user's JSON, where there is one, is merged over it; see `ds_json`.
     """
     stage = 1 if config.zero_stage == 0 and config.dtype != "fp32" else config.zero_stage
     zero: dict[str, Any] = {
@@ -74,7 +73,7 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.deepspeed_config is None:
         return ours
-    return merge_user_config(ours, config.deepspeed_config, config)
+    return _merged(ours, config.deepspeed_config, config)
 
 
 def get_eval_ds_config(dtype: str, offload: bool = False) -> dict:
@@ -105,13 +104,14 @@ def _precision(dtype: str) -> dict:
     return {}
 
 
-def merge_user_config(ours: dict, path: str, config: EngineConfig) -> dict:
+def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
     """Merge the DeepSpeed JSON at `path` over `ours`, key by key; "auto" keeps our value.
 
     Raises:
         UserError: the file is missing or not JSON; it holds a scheduler block (one schedule would
             write one rate into all groups and level B's rate to A's); it contradicts a setting that
-            the training loop depends on (batch sizes, accumulation, precision, ZeRO stage).
+            the training loop depends on (batch sizes, accumulation, precision, ZeRO stage); a key
+            or a value that the installed DeepSpeed does not take.
     """
     user = read_user_config(path)
     if "scheduler" in user:
@@ -120,7 +120,7 @@ def merge_user_config(ours: dict, path: str, config: EngineConfig) -> dict:
             "every group and undo loraplus_lr_ratio; use lr_scheduler_type and num_warmup_steps"
         )
     merged = copy.deepcopy(ours)
-    _merge_into(merged, user, f"deepspeed_config {path}:")
+    merge_into(merged, user, f"deepspeed_config {path}:")
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     conflicts = {key: f"the settings' {ours[key]}" for key in sizes if merged[key] != ours[key]}
     for key in ("bf16", "bfloat16", "fp16"):
@@ -137,41 +137,10 @@ def merge_user_config(ours: dict, path: str, config: EngineConfig) -> dict:
             'equal or write "auto"'
         )
     merged["zero_optimization"]["stage"] = ours["zero_optimization"]["stage"]
+    check_known(merged, user, f"deepspeed_config {path}:")
     return merged
-
-
-def read_user_config(path: str) -> dict:
-    """Read a DeepSpeed JSON.
-
-    Raises:
-        UserError: the file is missing, cannot be read, or holds no JSON object.
-    """
-    try:
-        config = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"deepspeed_config {path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"deepspeed_config {path}: {error.strerror}; give a JSON file") from error
-    except ValueError as error:
-        raise UserError(f"deepspeed_config {path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"deepspeed_config {path}: holds no JSON object, write {{...}}")
-    return config
 
 
 def _enabled(config: dict, key: str) -> bool:
     block = config.get(key, False)
     return bool(block.get("enabled", False) if isinstance(block, dict) else block)
-
-
-def _merge_into(base: dict, over: dict, place: str) -> None:
-    for key, value in over.items():
-        if value == "auto":
-            continue
-        if key in base and isinstance(base[key], dict) != isinstance(value, dict):
-            kind = "an object" if isinstance(base[key], dict) else "a plain value"
-            raise UserError(f"{place} {key} is {value!r}: give {kind}")
-        if isinstance(value, dict):
-            _merge_into(base.setdefault(key, {}), value, f"{place} {key}:")
-        else:
-            base[key] = value

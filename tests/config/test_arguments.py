@@ -451,7 +451,7 @@ def test_step_3_says_what_does_nothing(argv, said):
         (
             sft,
             "--lora_init B --loraplus_lr_ratio 8",
-            f"--loraplus_lr_ratio, --lora_init {NO_ADAPTERS}",
+            "--loraplus_lr_ratio, --lora_init do nothing: without --lora_dim there are no adapters",
         ),
         (reward, "--train_base_model", "--train_base_model does nothing: without LoRA all weights"),
         (sft, "--lora_save merged", "--lora_save merged does nothing: without LoRA"),

@@ -147,7 +147,6 @@ def test_yaml_values_may_look_like_flags(config):
         ("name: x\nfast: 'yes'\n", "fast is 'yes', expected true or false"),
         ("name: x\npaths: {a: 1}\n", "paths is {'a': 1}, expected values"),
         ("- name\n", "expected lines of `flag: value`"),
-        ("name: [x\n", "not YAML"),
     ],
 )
 def test_what_is_wrong_in_yaml(config, text, message):
@@ -155,6 +154,24 @@ def test_what_is_wrong_in_yaml(config, text, message):
     with pytest.raises(UserError) as error:
         parse(Example, flags, "A test.")
     assert str(error.value).startswith(f"config {flags[1]}: {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, line, message",
+    [
+        (b"name: x\nlimit: [1\n", 3, "not YAML (expected ',' or ']', but got '<stream end>')"),
+        (b"name: x\n\tlimit: 3\n", 2, "not YAML (found character '\\t' that cannot start any to"),
+        (b"name: x\nlimit: 3\nname: y\n", 3, "not YAML (the key name stands twice)"),
+        (b"limit: 3\nname: caf\xe9\n", 2, "not UTF-8; save it as UTF-8"),
+    ],
+)
+def test_what_is_no_yaml_names_its_line(tmp_path, content, line, message):
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        parse(Example, ["--config", str(file)], "A test.")
+    assert str(error.value).startswith(f"config {file} line {line}: {message}")
     assert "\n" not in str(error.value)
 
 

@@ -144,6 +144,28 @@ def test_the_flags_stage_may_be_repeated(merged):
         ({"bfloat16": {"enabled": True}}, "bfloat16 .*contradicts dtype bf16"),
         ({"zero_optimization": {"stage": 3}}, "'stage': 3. contradicts zero_stage 2"),
         ({"gradient_clipping": {"value": 1}}, "gradient_clipping is .*: give a plain value"),
+        ({"zero_optimisation": {"stage": 2}}, "unknown key zero_optimisation; did you mean zero_"),
+        ({"gradient_cliping": 1.0}, "unknown key gradient_cliping; did you mean gradient_clipping"),
+        ({"qqq": 1}, "unknown key qqq; this DeepSpeed has none like it"),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 1000}},
+            "zero_optimization: unknown key reduce_bucket_sise; did you mean reduce_bucket_size",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memry": True}}},
+            "zero_optimization: offload_optimizer: unknown key pin_memry; did you mean pin_memory",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "x"}},
+            "reduce_bucket_size is 'x': Input sho",
+        ),
+        (
+            {"activation_checkpointing": {"profil": True}},
+            "unknown key profil; did you mean profile",
+        ),
+        ({"optimizer": {"typ": "Adam"}}, "optimizer: unknown key typ; did you mean type"),
+        ({"curriculum_learning": {"enabled": True}}, "DeepSpeed refuses it .*curriculum_learning"),
+        ('{"fp16": "auto", "fp16": "auto"}', "not JSON .the key 'fp16' stands twice"),
         ("{", "not JSON"),
         ("[1]", "holds no JSON object"),
     ],
@@ -154,6 +176,28 @@ def test_contradictions_are_refused_by_name_and_place(merged, user: object, word
     message = str(caught.value)
     assert message.startswith("deepspeed_config ") and "ds.json" in message
     assert "\n" not in message
+
+
+def test_what_deepspeed_takes_passes(merged):
+    """Blocks of every kind: read key by key, checked by a model, or somebody else's."""
+    blocks = {
+        "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}},
+        "activation_checkpointing": {"partition_activations": True, "profile": False},
+        "flops_profiler": {"enabled": False, "module_depth": -1},
+        "tensorboard": {"enabled": False},
+        "aio": {"queue_depth": 8},
+        "wall_clock_breakdown": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"use_node_local_storage": False},
+        "zero_optimization": {
+            "stage3_param_persistence_threshold": 10,
+            "contiguous_gradients": True,
+        },
+        "communication_data_type": "fp32",
+        "data_parallel_size": 1,
+    }
+    config = merged(blocks)
+    assert blocks.keys() <= config.keys()
 
 
 def test_unreadable_file_is_refused(tmp_path: Path):
