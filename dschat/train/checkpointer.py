@@ -13,6 +13,7 @@ import functools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ from dschat.utils.distributed import (
     print_rank_0,
 )
 from dschat.utils.optim import group_rates
+from dschat.utils.zero import local_shard
 
 METRICS = "metrics.jsonl"
 
@@ -239,7 +241,13 @@ class Checkpointer:
             self.save(Position(step, epoch, batch))
 
     def save(self, position: Position) -> None:
-        """Write a checkpoint; it appears under its name when complete, and older ones go then."""
+        """Write a checkpoint; it appears under its name when complete, and older ones go then.
+
+        Raises:
+            UserError: weights that are not finite; older checkpoints stay.
+        """
+        for name, engine in self.engines.items():
+            on_every_rank(partial(_check_finite, name, engine.module, position.step))
         folder, step = checkpoint_folder.folder_of(self.output_dir), position.step
         part = checkpoint_folder.unfinished_path(folder, step)
         if self.distributed.is_main:
@@ -280,6 +288,16 @@ class Checkpointer:
         present, wanted = len(list(part.glob("random-rank-*.pt"))), self.distributed.world_size
         if present != wanted:
             raise RuntimeError(f"{part}: {present} of {wanted} ranks wrote here; share output_dir")
+
+
+def _check_finite(name: str, module: nn.Module, step: int) -> None:
+    """Stop at trained weights, of this rank, that are not finite."""
+    trained = (local_shard(p) for p in module.parameters() if p.requires_grad)
+    if not all(torch.isfinite(weights).all() for weights in trained):
+        raise UserError(
+            f"step {step}: weights of the {name} are not finite and are not saved; resume from an "
+            "earlier checkpoint with a lower learning rate"
+        )
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from dschat.data.collators import Batch
+from dschat.errors import UserError
 from dschat.train.engine import Engine
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
@@ -56,9 +58,32 @@ def batch_counts(
     return counts
 
 
+def finite_loss(step: int, loss_sum: float, targets: float) -> float:
+    """Sum the loss of an optimizer step over the ranks, before the step is made.
+
+    Args:
+        step: its number. loss_sum: this rank's. targets: terms of the loss, on all ranks.
+
+    Raises:
+        UserError: on every rank, where the loss is not finite.
+    """
+    (total,) = all_reduce_sum([loss_sum])
+    check_finite(total / max(targets, 1.0), f"loss of optimizer step {step}")
+    return total
+
+
+def check_finite(value: float, place: str) -> None:
+    """Stop the run at a value that is not finite: weights saved after it would be useless."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"{place} is {value}: the run stops and its weights are not saved; give a lower "
+            "learning rate, or look for weights or data that are not finite"
+        )
+
+
 @dataclass
 class Interval:
-    """Sums since a moment; the loss is this rank's, the counts are of all ranks."""
+    """Sums since a moment, over all ranks."""
 
     loss_sum: float = 0.0
     targets: float = 0.0
@@ -99,7 +124,7 @@ class Interval:
 class TrainingLog:
     """Collects the figures of every optimizer step and shows them now and then."""
 
-    per_rank = True  # its state: each rank sums the loss by itself
+    per_rank = False  # its state
 
     def __init__(
         self,
@@ -117,7 +142,14 @@ class TrainingLog:
         self._since_evaluation = Interval()
 
     def step(self, step: int, loss_sum: float, counts: Sequence[float]) -> None:
-        """Add one optimizer step: this rank's summed loss, `batch_counts` summed over ranks."""
+        """Add one optimizer step: its summed loss and `batch_counts`, over all ranks.
+
+        Raises:
+            UserError: its gradients were not finite, and yet they have changed the weights.
+        """
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and self.engine.was_step_applied():
+            check_finite(float(norm), f"gradient norm of optimizer step {step}")
         for interval in (self._since_log, self._since_evaluation):
             interval.add(loss_sum, *counts)
         self.bar.update(1)
@@ -126,7 +158,6 @@ class TrainingLog:
         if not self.metrics.is_due(step, self.total_steps):
             return
         values = self._means(self._since_log)
-        norm = self.engine.get_global_grad_norm()
         rates = {f"lr/{name}": rate for name, rate in rates.items()}
         self.metrics.log(
             step, values | rates | ({} if norm is None else {"grad_norm": float(norm)})
@@ -136,11 +167,11 @@ class TrainingLog:
         self._since_log = Interval()
 
     def _means(self, interval: Interval) -> dict[str, float]:
-        """Mean loss over all ranks, and speed."""
+        """Mean loss and speed."""
         seconds = interval.seconds
         speed = throughput(interval.of(self.work), seconds, self.gpus)
         return {
-            "loss": all_reduce_sum([interval.loss_sum])[0] / max(interval.targets, 1.0),
+            "loss": interval.loss_sum / max(interval.targets, 1.0),
             "tokens_per_s": speed.tokens_per_s,
             "samples_per_s": speed.samples_per_s,
             "tflops_per_gpu": speed.tflops_per_gpu,
@@ -152,6 +183,9 @@ class TrainingLog:
 
         Args:
             seconds: of the evaluation itself, which do not count as training.
+
+        Raises:
+            UserError: its loss is not finite.
         """
         self.bar.clear()
         since = self._since_evaluation
@@ -161,6 +195,7 @@ class TrainingLog:
         print_rank_0("eval " + console_line(step, self.total_steps, values))
         self.metrics.log(step, values, kind="eval")
         self._since_evaluation = Interval()
+        check_finite(values["loss"], f"evaluation loss after {step} optimizer steps")
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return the sums since the last figures, of which the next ones will be means."""

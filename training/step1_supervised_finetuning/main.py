@@ -23,7 +23,7 @@ from dschat.models.save import save_hf_format
 from dschat.train.engine import backward
 from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
 from dschat.train.prepare import plan_model, prepare, setup_run
-from dschat.train.progress import batch_counts, timed
+from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
@@ -73,11 +73,12 @@ def main() -> None:
                 loss = answer_loss(engine, batch)
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
                 loss_sum += loss.item()
-            engine.step()
             step += 1
+            loss_sum = finite_loss(step, loss_sum, counts[0])
+            engine.step()
             log.step(step, loss_sum, counts)
             if settings.print_loss:
-                mean = all_reduce_sum([loss_sum])[0] / max(counts[0], 1.0)
+                mean = loss_sum / max(counts[0], 1.0)
                 print_rank_0(f"step {step}/{steps.total_steps} | loss {mean:.4f}")
             if settings.eval_interval and step % settings.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))

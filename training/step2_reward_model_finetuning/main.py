@@ -22,7 +22,7 @@ from dschat.models.save import save_hf_format
 from dschat.train.engine import backward
 from dschat.train.evaluation import evaluate_pairs, pair_count, pair_scores, scores_summary
 from dschat.train.prepare import plan_model, prepare, setup_run
-from dschat.train.progress import batch_counts, timed
+from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum
 
@@ -78,8 +78,9 @@ def main() -> None:
                 )
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
                 loss_sum += loss.item()
-            engine.step()
             step += 1
+            loss_sum = finite_loss(step, loss_sum, counts[0])
+            engine.step()
             log.step(step, loss_sum, counts)
             if settings.eval_interval and step % settings.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))

@@ -1,0 +1,87 @@
+"""A run whose loss, gradients or weights are not finite stops, and saves nothing of it."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dschat.errors import UserError
+from dschat.train.checkpointer import CheckpointConfig, Checkpointer, Position
+from dschat.train.metrics import LogConfig, MetricLogger
+from dschat.train.model_config import ModelConfig
+from dschat.train.progress import TrainingLog, finite_loss
+from dschat.utils.distributed import Distributed
+from dschat.utils.optim import OptimizerConfig, build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.perf import Gpus
+from tests.helpers.steps import REWARD, SFT, run_worker, write_inputs
+from tests.helpers.tiny import tiny_llama
+
+REMEDY = "the run stops and its weights are not saved; give a lower learning rate, or look for"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_names_its_step(loss: float):
+    assert finite_loss(3, 8.0, targets=4.0) == 8.0
+    with pytest.raises(UserError) as error:
+        finite_loss(3, loss, targets=4.0)
+    assert str(error.value).startswith(f"loss of optimizer step 3 is {loss}: {REMEDY}")
+
+
+@pytest.fixture
+def log() -> TrainingLog:
+    """A log of 10 steps over an engine whose last step had a gradient norm of nan."""
+    module, rates = tiny_llama(), OptimizerConfig(1e-3)
+    engine = SimpleNamespace(
+        module=module,
+        optimizer=build_optimizer(get_optimizer_grouped_parameters(module, rates), rates),
+        get_global_grad_norm=lambda: math.nan,
+        was_step_applied=lambda: True,
+    )
+    metrics = MetricLogger(LogConfig(), None, rank=1)
+    return TrainingLog(metrics, engine, ModelConfig(), Gpus(1, torch.float32, None), 10)
+
+
+def test_gradients_that_are_not_finite(log: TrainingLog):
+    with pytest.raises(UserError, match="gradient norm of optimizer step 1 is nan: the run stops"):
+        log.step(1, 2.0, [1.0, 1.0, 1.0])
+    log.engine.was_step_applied = lambda: False  # fp16 has skipped the step
+    log.step(1, 2.0, [1.0, 1.0, 1.0])
+
+
+def test_an_evaluation_that_is_not_finite(log: TrainingLog):
+    log.evaluation(0, {"loss": 2.0}, 1.0)
+    with pytest.raises(UserError, match="evaluation loss after 0 optimizer steps is nan"):
+        log.evaluation(0, {"loss": math.nan}, 1.0)
+
+
+def test_no_checkpoint_of_weights_that_are_not_finite(tmp_path: Path):
+    alone, module = Distributed(0, 1, 0, torch.device("cpu")), nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    checkpointer = Checkpointer(CheckpointConfig(), str(tmp_path), SimpleNamespace(), alone)
+    checkpointer.engines = {"actor": SimpleNamespace(module=module)}
+    with torch.no_grad():
+        module.weight[1, 0] = math.inf
+    with pytest.raises(UserError, match="step 7: weights of the actor are not finite"):
+        checkpointer.save(Position(7))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_each_step_stops_and_saves_nothing(tmp_path: Path):
+    """At a rate of 1e30 the first optimizer step throws the weights out of fp32."""
+    write_inputs(tmp_path)
+    common = ["--data_path", "data", "--data_output_path", "cache", "--dtype", "fp32"]
+    rate = ["--max_seq_len", "64", "--learning_rate", "1e30", "--save_steps", "1"]
+    plan = [
+        [program, "--model_name_or_path", "model", *common, *rate, "--output_dir", folder]
+        for program, folder in ((SFT, "sft"), (REWARD, "reward"))
+    ]
+    results, _ = run_worker(plan, tmp_path, ranks=1)
+    for result, folder in zip(results, ("sft", "reward"), strict=True):
+        assert result.code == 2, result.stderr[-3000:]
+        (line,) = (x for x in result.stderr.splitlines() if x.startswith("error: "))
+        assert "step" in line and REMEDY in line
+        assert not (tmp_path / folder / "config.json").exists()
