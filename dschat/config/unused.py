@@ -10,7 +10,7 @@ from dschat.settings import Settings, flag_values, given_flags
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig, StepSettings
 from dschat.utils.distributed import launched_rank, print_rank_0
-from dschat.utils.module.lora_layers import ALL_LINEAR
+from dschat.utils.module.lora_config import ALL_LINEAR
 
 # A flag, and the one without which it does nothing.
 SWITCHES = {

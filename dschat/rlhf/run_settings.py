@@ -181,13 +181,15 @@ class PPORunSettings(Settings):
             updates = passes * num_accumulation_groups(size * each, accumulation)
             return num_accumulation_groups(batches or 0, size) * updates
 
+        epochs = self.run.num_train_epochs
+        of_data = epochs * num_accumulation_groups(batches or 0, self.batches_per_iteration)
         return RunLength(
-            epochs=self.run.num_train_epochs,
+            epochs=epochs,
             micro_batches=None if batches is None else batches * each,
             accumulation=self._accumulated,
             warm_up=self.run.warm_up,
             steps_of_epoch=steps,
-            max_steps=iterations,
+            max_steps=iterations if batches is None or iterations < of_data else 0,
             unit=self.updates,
             waiting=self.ppo.critic_warmup_iterations * self.updates,
         )

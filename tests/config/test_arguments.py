@@ -200,6 +200,10 @@ def test_a_short_run_of_ppo_is_said():
     assert lines[1].startswith("advice: num_warmup_steps 5: more than a third of the run's 14 ")
     settings = rlhf("--ppo_epochs", "2", "--num_warmup_steps", "0")
     assert settings.length(iterations=10, batches_per_epoch=10).advice() == []
+    # By 4, an iteration takes 4 batches: 10 iterations, one step each; by 2 there are 20 of them.
+    accumulated = rlhf("--gradient_accumulation_steps", "4", "--num_warmup_steps", "0")
+    fitting = accumulated.length(iterations=10, batches_per_epoch=40).with_more_steps()
+    assert (fitting.accumulation, fitting.steps) == (2, 20)
     waiting = rlhf("--critic_warmup_iterations", "3", "--num_warmup_steps", "0")
     assert waiting.length(iterations=30, batches_per_epoch=30).steps == 27
 
