@@ -13,7 +13,6 @@ import functools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -247,7 +246,7 @@ class Checkpointer:
             UserError: weights that are not finite; older checkpoints stay.
         """
         for name, engine in self.engines.items():
-            on_every_rank(partial(_check_finite, name, engine.module, position.step))
+            on_every_rank(functools.partial(_check_finite, name, engine.module, position.step))
         folder, step = checkpoint_folder.folder_of(self.output_dir), position.step
         part = checkpoint_folder.unfinished_path(folder, step)
         if self.distributed.is_main:
