@@ -24,6 +24,7 @@ from dschat.utils import zero
 from dschat.utils.module.adapter_config import REWARD
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
+from dschat.utils.module.untrained_rows import FIRST_NEW_ROW
 
 VOCABULARY_MULTIPLE = 8  # matrix units like embeddings in multiples of 8 rows
 NEW_ROWS_SEED = 0
@@ -167,13 +168,15 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     They are random, and the same whenever they are added to the same model: a policy and the frozen
     copy of it start alike.
     """
-    if size > zero.full_shape(model.get_input_embeddings().get_parameter("weight"))[0]:
+    rows = zero.full_shape(model.get_input_embeddings().get_parameter("weight"))[0]
+    if size > rows:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(NEW_ROWS_SEED)
             model.resize_token_embeddings(
                 size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
             )
+        vars(model.get_input_embeddings())[FIRST_NEW_ROW] = rows
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

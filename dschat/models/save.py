@@ -57,7 +57,7 @@ def save_hf_format(
     """
     module = unwrap(model)
     outline = None if plan.adapter is None else adapter_outline(module, plan.adapter)
-    wanted = None if plan.merged or outline is None else outline.tensors
+    wanted = None if plan.merged or outline is None else outline.needed
     state = consolidated_state_dict(module, distributed.rank, wanted)
     if distributed.is_main:
         with _new_folder(output_dir) as folder:

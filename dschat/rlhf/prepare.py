@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dschat.data.batching import Loader
 from dschat.data.datasets import PromptData
@@ -26,7 +26,7 @@ from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_settings import RoleNames
-from dschat.rlhf.role_setup import RoleSetup
+from dschat.rlhf.role_setup import RoleConfig, RoleSetup
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.train.checkpointer import Checkpointer, Position
@@ -35,6 +35,7 @@ from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import RunContext
 from dschat.train.resume import RunPlan
 from dschat.train.steps import StepPlan
+from dschat.train.trainable_tokens import asked_tokens, choose_tokens
 from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 
@@ -91,7 +92,8 @@ def plan_training(ctx: RunContext, settings: PPORunSettings, names: RoleNames) -
     for name, model, build, folders in (actor, critic):
         if name is None:
             continue
-        config = run.complete(model)
+        tokens = asked_tokens(model.trainable_tokens, ctx.tokenizer, f"{folders[0]}_")
+        config = replace(run.complete(model), tokens=tokens)
         size = config.check(name, build)
         save = plan.saves[folders[0]] = run.save_plan(name, config, *folders)
         engine = run.engine_config(model, ctx.dtype_name, micro_batch)
@@ -146,6 +148,14 @@ class PPORun:
                 save_hf_format(averaged, ctx.tokenizer, folder, ctx, plan)
 
 
+def _with_tokens(
+    role: RoleConfig, tokenizer: PreTrainedTokenizerBase, data: PromptData
+) -> RoleConfig:
+    """Tell a role which tokens' rows may train."""
+    tokens = choose_tokens(role.config.trainable_tokens, tokenizer, data)
+    return replace(role, config=replace(role.config, tokens=tokens))
+
+
 def prepare(
     ctx: RunContext,
     settings: PPORunSettings,
@@ -168,6 +178,8 @@ def prepare(
         print_rank_0(line)
     rewards = plan.rewards
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
+    trained = {name: _with_tokens(role, tokenizer, data) for name, role in setup.trained.items()}
+    setup = replace(setup, actor=trained["actor"], critic=trained.get("critic"))
     for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
     run.check_disk(plan.training.written, iterations)

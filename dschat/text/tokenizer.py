@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from weakref import WeakSet
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -9,6 +10,7 @@ from dschat.errors import UserError, brief
 from dschat.text.formats import CONFIG_KEY, choose_format, set_format
 from dschat.utils.module.model_source import is_local, resolve_model
 
+_WITH_NEW_END: WeakSet[PreTrainedTokenizerBase] = WeakSet()
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -64,7 +66,10 @@ def _set_special_tokens(
     if eot_token is not None:
         if not eot_token:
             raise UserError("--eot_token is empty: give the text of the end token")
+        known = len(tokenizer)
         tokenizer.add_special_tokens({"eos_token": eot_token})
+        if len(tokenizer) > known:
+            _WITH_NEW_END.add(tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"tokenizer {name!r} has no end token: name one with --add_eot_token --eot_token"
@@ -81,6 +86,11 @@ def _set_special_tokens(
             f"tokenizer {name!r} appends {token!r} to every text: switch that off in its "
             "tokenizer.json (post_processor) or with add_eos_token"
         )
+
+
+def end_is_new(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether loading added the end token to the vocabulary: no model knows it yet."""
+    return tokenizer in _WITH_NEW_END
 
 
 def check_same_tokenizer(

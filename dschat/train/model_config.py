@@ -13,6 +13,8 @@ from dschat.errors import UserError
 from dschat.models.causal_lm import load_config
 from dschat.settings import Settings, group, setting
 from dschat.train.disk import ModelSize
+from dschat.train.trainable_tokens import AUTO, NONE
+from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_utils import ZERO_STAGES
 from dschat.utils.module.lora import (
     convert_linear_layer_to_lora,
@@ -20,7 +22,9 @@ from dschat.utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.targets import match_layers
+from dschat.utils.module.targets import fully_trained_modules, match_layers
+from dschat.utils.module.token_rows import add_token_rows, check_tables, tables_of
+from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim import OptimizerConfig
 
 Build = Callable[[PretrainedConfig], nn.Module]
@@ -47,6 +51,7 @@ class ModelConfig(Settings):
 
     Attributes:
         train_base: with adapters, train what they wrap as well; no flag, the run decides.
+        tokens: what `trainable_tokens` means for a tokenizer and its data; no flag.
     """
 
     zero_stage: int = setting(0, "ZeRO stage", choices=ZERO_STAGES)
@@ -54,7 +59,26 @@ class ModelConfig(Settings):
     dropout: float | None = setting(None, "override every dropout probability", at_least=0, below=1)
     optimizer: OptimizerConfig = group(OptimizerConfig)
     lora: LoraConfig = group(LoraConfig)
+    trainable_tokens: tuple[str, ...] = setting(
+        AUTO,
+        "with LoRA, tokens (or ids) whose rows of embedding and output head train; auto: the end "
+        "token and the special tokens of the data, where their rows are new or untrained; none",
+    )
     train_base: bool = False
+    tokens: TokenChoice = TokenChoice()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = " ".join(self.trainable_tokens)
+        if self.trainable_tokens in (AUTO, NONE):
+            return
+        if {*AUTO, *NONE} & {*self.trainable_tokens}:
+            raise UserError(f"trainable_tokens is {names}: give auto, none, or a list of tokens")
+        if self.lora.lora_dim == 0 or self.train_base:
+            cause = "with train_base_model" if self.train_base else "without adapters (lora_dim 0)"
+            raise UserError(
+                f"trainable_tokens {names}: {cause} every row trains; drop trainable_tokens"
+            )
 
     @property
     def base_is_frozen(self) -> bool:
@@ -62,10 +86,11 @@ class ModelConfig(Settings):
         return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
 
     def check(self, model_name_or_path: str, build: Build) -> ModelSize:
-        """Stop at adapters that do not fit the model, built on `meta`, without weights.
+        """Stop at adapters and rows that do not fit the model, built on `meta`, without weights.
 
         Raises:
-            UserError: no layer would get an adapter, or each would get one of too high a rank.
+            UserError: no layer would get an adapter, or each would get one of too high a rank; or
+                named tokens whose rows cannot train.
         """
         module = on_meta(model_name_or_path, build)
         base = sum(parameter.numel() for parameter in module.parameters())
@@ -78,12 +103,15 @@ class ModelConfig(Settings):
                 )
             with torch.device("meta"):
                 self._add_adapters(module, replace(self.lora, quantize_base=None))
+        if self.tokens.always:
+            check_tables(self._tables(module))
         return ModelSize.of(module, base)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Add adapters, freeze the base, switch gradient checkpointing on, all in place."""
         if self.lora.lora_dim:
             self._add_adapters(module, self.lora)
+            self._add_token_rows(module)
         if self.gradient_checkpointing:
             make_model_gradient_checkpointing_compatible(module)
         return module
@@ -94,3 +122,23 @@ class ModelConfig(Settings):
             module.requires_grad_(True)
         else:
             only_optimize_lora_parameters(module, lora.modules_to_save)
+
+    def _tables(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Embedding and head by name, without what trains fully."""
+        return tables_of(module, fully_trained_modules(module, self.lora.modules_to_save))
+
+    def _add_token_rows(self, module: nn.Module) -> None:
+        """Let rows of single tokens train where the choice asks for it, and say so."""
+        tables = {} if self.train_base else self._tables(module)
+        reasons = self.tokens.reasons(tables)
+        if not tables or not reasons:
+            return
+        told = self.tokens.described(reasons)
+        try:
+            add_token_rows(module, [*reasons], tables)
+        except UserError as error:
+            if self.tokens.always:
+                raise
+            print_rank_0(f"advice: {told} cannot be learnt; {error}")
+        else:
+            print_rank_0(f"trainable tokens in {' and '.join(tables)}: {told}")

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -34,6 +34,7 @@ from dschat.train.progress import TrainingLog
 from dschat.train.resume import RunPlan
 from dschat.train.run_config import StartConfig, StepSettings
 from dschat.train.steps import StepPlan
+from dschat.train.trainable_tokens import asked_tokens, choose_tokens
 from dschat.utils.distributed import (
     Distributed,
     from_local_main,
@@ -164,6 +165,7 @@ def plan_model(
     engine = run.engine_config(settings.model, ctx.dtype_name, rows)
     get_train_ds_config(engine, ctx.world_size)
     config = run.complete(settings.model)
+    config = replace(config, tokens=asked_tokens(config.trainable_tokens, ctx.tokenizer))
     size = config.check(name, build)
     settings.check_model()
     save = run.save_plan(name, config)
@@ -223,7 +225,7 @@ def prepare(
         dropout=settings.model.dropout,
     )
     schedule = run.schedule(steps.total_steps)
-    engine = build_engine(
-        module, model.engine, model.config, schedule, ctx.world_size, settings.KIND
-    )
+    tokens = choose_tokens(model.config.trainable_tokens, ctx.tokenizer, data)
+    config = replace(model.config, tokens=tokens)
+    engine = build_engine(module, model.engine, config, schedule, ctx.world_size, settings.KIND)
     return Run(ctx, settings, model, steps, engine, checkpointer)

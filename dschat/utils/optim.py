@@ -16,10 +16,14 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
 from dschat.utils.module.quantized import QuantizedLoRALinear
+from dschat.utils.module.token_rows import ROWS_NAME
 from dschat.utils.zero import full_numel
 
-GROUPS = ("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embedding", "head")
-UNDECAYED = ("no_decay", "lora_magnitude")
+GROUPS = (
+    *("decay", "no_decay", "lora_A", "lora_B", "lora_magnitude", "lora_embedding"),
+    *("token_rows", "head"),
+)
+UNDECAYED = ("no_decay", "lora_magnitude", "token_rows")
 
 FIRST_RATIO = 16.0  # lambda that the LoRA+ authors try first
 # Adapters start from two to three times the rate of full fine-tuning: A and B at one rate, or,
@@ -61,6 +65,12 @@ class OptimizerConfig(Settings):
     lora_embedding_learning_rate: float = setting(
         1e-6, "learning rate of adapters on embeddings", above=0, may_change=True
     )
+    trainable_tokens_learning_rate: float | None = setting(
+        None,
+        "learning rate of the rows of --trainable_tokens (default: that of B)",
+        above=0,
+        may_change=True,
+    )
     head_learning_rate: float | None = setting(
         None,
         "learning rate of a reward or value head (default: the learning rate)",
@@ -82,6 +92,12 @@ class OptimizerConfig(Settings):
         first = first_lora_rate(self.full_rate, self.loraplus_lr_ratio)
         return self.lora_learning_rate or self.learning_rate or first
 
+    @property
+    def token_rows_rate(self) -> float:
+        """Learning rate of single rows of embedding and head."""
+        default = self.loraplus_lr_ratio * self.lora_A_rate
+        return self.trainable_tokens_learning_rate or default
+
     def rate(self, group: str) -> float:
         """Learning rate of a named group."""
         return {
@@ -89,6 +105,7 @@ class OptimizerConfig(Settings):
             "lora_B": self.loraplus_lr_ratio * self.lora_A_rate,
             "lora_magnitude": self.lora_A_rate,
             "lora_embedding": self.lora_embedding_learning_rate,
+            "token_rows": self.token_rows_rate,
             "head": self.head_learning_rate or self.base_rate,
         }.get(group, self.base_rate)
 
@@ -105,6 +122,8 @@ def classify(module_name: str, module: nn.Module, leaf: str) -> str:
         return "lora_embedding" if isinstance(module, nn.Embedding) else leaf
     if leaf.startswith("lora_embedding"):
         return "lora_embedding"
+    if leaf == ROWS_NAME:
+        return "token_rows"
     if "v_head" in module_name.split("."):
         return "head"
     return "no_decay" if leaf.endswith("bias") or is_norm(module) else "decay"

@@ -541,7 +541,8 @@ def test_every_option_of_adapters_reaches_its_model():
         "--{0}lora_dim 8 --{0}lora_alpha 4 --{0}lora_init B --{0}use_rslora --{0}use_dora "
         "--{0}lora_module_name all-linear,embed_tokens --{0}modules_to_save norm lm_head "
         "--{0}lora_learning_rate 2e-4 --{0}loraplus_lr_ratio 8 "
-        "--{0}lora_embedding_learning_rate 3e-6"
+        "--{0}lora_embedding_learning_rate 3e-6 "
+        "--{0}trainable_tokens </s> 7 --{0}trainable_tokens_learning_rate 5e-4"
     )
     for config in (
         (one := sft(*options.format("").split())).run.complete(one.model),
@@ -556,6 +557,7 @@ def test_every_option_of_adapters_reaches_its_model():
         assert rates.rate("lora_A") == rates.rate("lora_magnitude") == 2e-4
         assert rates.rate("lora_B") == pytest.approx(16e-4)
         assert rates.rate("lora_embedding") == 3e-6
+        assert config.trainable_tokens == ("</s>", "7") and rates.rate("token_rows") == 5e-4
         assert not config.base_is_frozen  # what trains whole changes with adapters off as well
     assert four.actor.lora == three.critic.lora == LoraConfig()
 

@@ -9,7 +9,7 @@ from dschat.settings import flags_of
 
 RATES = {
     *("learning_rate", "head_learning_rate", "lora_learning_rate"),
-    *("lora_embedding_learning_rate", "loraplus_lr_ratio"),
+    *("lora_embedding_learning_rate", "loraplus_lr_ratio", "trainable_tokens_learning_rate"),
 }
 COMMON = {
     *(

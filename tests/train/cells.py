@@ -12,11 +12,13 @@ from dschat.models.reward_model import RewardModel
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim import OptimizerConfig
 from tests.helpers.tiny import padded, tiny_gpt2, tiny_llama, token_rows
 
 BASE_RATE, RATIO, WEIGHT_DECAY = 1e-3, 16.0, 0.1
-HEAD_RATE, EMBEDDING_RATE = 4e-3, 2e-3
+HEAD_RATE, EMBEDDING_RATE, TOKENS_RATE = 4e-3, 2e-3, 8e-3
+TOKENS = (2, 40, 77, 150)  # the end token, which is only predicted, and others that are read too
 RANK, ALPHA = 4, 8.0
 WARM_UP, TOTAL_STEPS, STEPS = 2, 6, 4
 CLIP = 1.1  # between the causal model's gradient norms: some steps are clipped, some not
@@ -39,6 +41,7 @@ class Cell:
     accumulation: int = 1
     full: bool = False  # all weights, no adapters
     everything: bool = False  # the adapters' every option at once
+    tokens: tuple[int, ...] = ()  # rows of embedding and head that train beside the adapters
     quantize: str | None = None
     built_from: str = "module"  # folder: from files, under ZeRO-3 in shards from the start
     dtype: str = "fp32"
@@ -64,12 +67,16 @@ class Cell:
             weight_decay=0.0 if self.first_steps else WEIGHT_DECAY,
             loraplus_lr_ratio=RATIO,
             lora_embedding_learning_rate=EMBEDDING_RATE,
+            trainable_tokens_learning_rate=TOKENS_RATE,
             head_learning_rate=HEAD_RATE,
             betas=BETAS,
             eps=1e-10 if self.first_steps else EPS,
         )
         return ModelConfig(
-            optimizer=rates, lora=self.lora(), gradient_checkpointing=self.checkpointing
+            optimizer=rates,
+            lora=self.lora(),
+            gradient_checkpointing=self.checkpointing,
+            tokens=TokenChoice({token: "" for token in self.tokens}, always=True),
         )
 
     def lora(self) -> LoraConfig:
@@ -110,6 +117,8 @@ def all_cells() -> list[Cell]:
     for stage in range(4):
         cells.append(Cell(f"causal-z{stage}-accumulation", "causal", stage, accumulation=2))
         cells.append(Cell(f"causal-z{stage}-everything", "causal", stage, everything=True))
+        cells.append(Cell(f"causal-z{stage}-tokens", "causal", stage, tokens=TOKENS))
+        cells.append(Cell(f"gpt2-z{stage}-tokens", "gpt2", stage, tokens=TOKENS))  # tied
     for stage in (0, 2, 3):
         cells.append(Cell(f"causal-z{stage}-json", "causal", stage, user_json=True))
         cells.append(Cell(f"causal-z{stage}-full", "causal", stage, full=True))
@@ -121,11 +130,14 @@ def all_cells() -> list[Cell]:
         cells.append(Cell(f"gpt2-z{stage}", "gpt2", stage))
         cells.append(Cell(f"gpt2-z{stage}-everything", "gpt2", stage, everything=True))
         cells.append(Cell(f"reward-z{stage}-everything", "reward", stage, everything=True))
+        cells.append(Cell(f"reward-z{stage}-tokens", "reward", stage, tokens=TOKENS))
     cells.append(Cell("reward-z2-accumulation", "reward", 2, accumulation=2))
     cells.append(Cell("causal-z3-folder", "causal", 3, built_from="folder"))
     cells.append(Cell("reward-z3-folder", "reward", 3, built_from="folder"))
     every = {"everything": True, "checkpointing": True, "offload": True, "built_from": "folder"}
     cells.append(Cell("causal-z3-folder-everything", "causal", 3, **every))
+    many = {"tokens": TOKENS, "checkpointing": True, "offload": True, "built_from": "folder"}
+    cells.append(Cell("causal-z3-folder-tokens", "causal", 3, **many))
     return cells
 
 

@@ -49,6 +49,31 @@ class PlainLora(nn.Module):
         return x @ rows.T + (self.bias if hasattr(self, "bias") else 0.0)
 
 
+class PlainRows(nn.Module):
+    """An embedding or head with W' = W, and a trained difference on the rows of `cells.TOKENS`."""
+
+    def __init__(self, base: nn.Module, rows: nn.Parameter):
+        super().__init__()
+        self.weight, self.lora_token_rows = base.weight, rows
+        self.is_table = isinstance(base, nn.Embedding)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.index_add(0, torch.tensor(cells.TOKENS), self.lora_token_rows)
+        return rows[x] if self.is_table else x @ rows.T
+
+
+def add_rows(module: nn.Module) -> None:
+    """On embedding and head; tied ones share their rows."""
+    names = [n for n, _ in module.named_modules() if n.endswith((".embed_tokens", ".wte"))]
+    names += [name for name, _ in module.named_modules() if name == "lm_head"]
+    made: dict[int, nn.Parameter] = {}
+    for name in names:
+        base, (parent, _, leaf) = module.get_submodule(name), name.rpartition(".")
+        start = torch.zeros(len(cells.TOKENS), base.weight.shape[1])
+        rows = made.setdefault(id(base.weight), nn.Parameter(start))
+        setattr(module.get_submodule(parent), leaf, PlainRows(base, rows))
+
+
 @torch.no_grad()
 def round_weights(module: nn.Module, bits: str) -> None:
     """Every linear layer of the blocks to what 4 or 8 bits can hold."""
@@ -85,6 +110,7 @@ def groups_of(module: nn.Module, cell: cells.Cell) -> list[dict]:
         (("lora_B",), cells.RATIO * base, decay),
         (("lora_embedding",), cells.EMBEDDING_RATE, decay),
         (("lora_magnitude",), base, 0.0),
+        (("lora_token_rows",), cells.TOKENS_RATE, 0.0),
         (("v_head",), cells.HEAD_RATE, decay),
         (whole, base, 0.0),
     ]
@@ -128,6 +154,8 @@ def train(cell: cells.Cell, steps: int) -> tuple[dict, list[float], list[float]]
         round_weights(module, cell.quantize)
     if not cell.full:
         add_adapters(module, dtype, cell.everything)
+    if cell.tokens:
+        add_rows(module)
     groups = groups_of(module, cell)
     optimizer = torch.optim.AdamW(groups, betas=cells.BETAS, eps=cells.EPS)
     trained = [p for group in groups for p in group["params"]]

@@ -43,6 +43,7 @@ CORE = {
     "causal-z2-json",
     "causal-z3-folder-everything",
     "gpt2-z0",
+    "gpt2-z3-tokens",
     "reward-z0",
     "reward-z3-ckpt",
     "reward-z3-first",
@@ -91,7 +92,7 @@ def plain(cell: cells.Cell, steps: int):
 
 def expected(cell: cells.Cell, steps: int = cells.STEPS):
     """The reference's result: one for all cells that differ in how a step is spread."""
-    same = ("model", "full", "everything", "quantize", "accumulation", "dtype")
+    same = ("model", "full", "everything", "tokens", "quantize", "accumulation", "dtype")
     return plain(cells.Cell("", stage=0, **{key: getattr(cell, key) for key in same}), steps)
 
 
@@ -101,6 +102,7 @@ def rates_of(key: str, cell: cells.Cell) -> list[float]:
         "lora_A": cells.BASE_RATE,
         "lora_B": cells.RATIO * cells.BASE_RATE,
         "lora_embedding": cells.EMBEDDING_RATE,
+        "lora_token_rows": cells.TOKENS_RATE,
         "v_head": cells.HEAD_RATE,
     }
     peak = next((rate for part, rate in peaks.items() if part in key), cells.BASE_RATE)
@@ -154,6 +156,8 @@ def test_rates_follow_the_schedule_at_the_ratio(trained, name: str, ranks: int):
         decays = dict.fromkeys(peaks, 0.0 if cell.first_steps else 0.1)
         if cell.model == "reward":
             peaks["head"], decays["head"] = 4e-3, 0.0 if cell.first_steps else 0.1
+        if cell.tokens:
+            peaks["token_rows"], decays["token_rows"] = 8e-3, 0.0
         if cell.everything:
             undecayed = {"lora_magnitude": 1e-3, "no_decay": 1e-3}
             peaks |= undecayed

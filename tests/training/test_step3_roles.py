@@ -28,6 +28,7 @@ from tests.helpers.tiny import byte_tokenizer
 SHORT = [*PPO_COMMON, "--max_train_samples", "4", "--dtype", "fp32", "--reward_scaling", "none"]
 ADAPTERS = [*SHORT, "--actor_model_name_or_path", "sft-adapter"]
 ADAPTERS += ["--critic_model_name_or_path", "reward-adapter", "--critic_lora_dim", "4"]
+ADAPTERS += ["--actor_trainable_tokens", "</s>", "--critic_trainable_tokens", "</s>", "5"]
 ONE_TRUNK = [*ADAPTERS, "--share_trunk", "all"]
 # No critic: the reward model is a tree of the same trunk. The coefficient and the place in the text
 # are what the second iteration depends on beside the weights.
@@ -36,6 +37,7 @@ GROUPS += ["--critic_model_name_or_path", "reward-adapter", "--actor_zero_stage"
 GROUPS += ["--advantage_estimator", "grpo", "--ppo_epochs", "2", "--update_kl_limit", "1e-4"]
 GROUPS += ["--kl_target", "0.5", "--kl_horizon", "8", "--temperature", "0.7"]
 GROUPS += ["--stop_strings", "a", "b", "--fuse_lora_for_generation"]
+GROUPS += ["--actor_trainable_tokens", "</s>", "9"]
 RUNS = {
     **interrupted(ONE_TRUNK, "one", save_steps=1, killed=2),
     **interrupted(GROUPS, "groups", save_steps=1, killed=2),

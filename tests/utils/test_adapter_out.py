@@ -154,6 +154,7 @@ def test_folder_says_all_that_training_chose(tmp_path: Path, tiny_tokenizer, bas
         "r": 4,
         "target_modules": ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"],
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": None,
         "use_dora": False,
         "use_rslora": True,
     }

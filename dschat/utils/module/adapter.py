@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dschat.errors import UserError
 from dschat.utils.module.adapter_config import CONFIG_FILE, REWARD, WEIGHT_FILES, AdapterConfig
+from dschat.utils.module.adapter_rows import Rows, take_rows
 
 PREFIX = "base_model.model."  # of every key, before the name in the transformers model
 REWARD_HEAD = "score"
@@ -43,11 +44,13 @@ class Adapter:
         updates: by the name of the layer.
         full_tensors: complete parameters by name, those of `modules_to_save` and of embedding
             tables that are not the base's own.
+        rows: of single tokens, by the name of their table.
     """
 
     config: AdapterConfig
     updates: dict[str, Update]
     full_tensors: dict[str, torch.Tensor]
+    rows: dict[str, Rows] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -74,8 +77,9 @@ def read_adapter(config: AdapterConfig) -> Adapter:
         UserError: naming the keys at fault.
     """
     layers: dict[str, dict[str, Any]] = {}
-    full_tensors, faults = {}, []
-    for key, tensor in _tensors(config).items():
+    full_tensors = {}
+    rows, tensors, faults = take_rows(_tensors(config), config.token_indices)
+    for key, tensor in tensors.items():
         inner = key.removeprefix(PREFIX)
         leaf = next((end for end in LEAVES if inner.endswith(f".{end}")), None)
         if inner == key or (leaf is None and ".lora_" in inner):
@@ -100,7 +104,8 @@ def read_adapter(config: AdapterConfig) -> Adapter:
             layer.setdefault("magnitude", None)
             updates[layer_name] = Update(**layer, scaling=lora.scaling)
     stop_at(faults, f"adapter {config.name}: its tensors cannot be used")
-    return Adapter(config, updates, full_tensors)
+    rows = {name.removeprefix(PREFIX): row for name, row in rows.items()}
+    return Adapter(config, updates, full_tensors, rows)
 
 
 def _tensors(config: AdapterConfig) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
+from dschat.utils.module.adapter_rows import TokenIndices, read_indices
 from dschat.utils.module.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -22,7 +23,7 @@ PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 UNDERSTOOD = {
     *("peft_type", "task_type", "base_model_name_or_path", "init_lora_weights"),
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    "modules_to_save",
+    *("modules_to_save", "trainable_token_indices"),
 }
 WITHOUT_EFFECT = {  # on what a trained adapter computes
     *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "ensure_weight_tying"),
@@ -34,7 +35,6 @@ REFUSED = {
     "bias": "it trained biases of the base",
     "lora_bias": "B has a bias",
     "layer_replication": "it repeats layers of the base",
-    "trainable_token_indices": "it trained single rows of the embedding",
     "target_parameters": "it adapts bare parameters, not layers",
     "alora_invocation_tokens": "it is on after certain tokens only",
     "use_qalora": "it pools the input of A",
@@ -52,6 +52,7 @@ class AdapterConfig:
         name: what messages call it. base: what it sits on, a folder or hub id.
         task: CAUSAL_LM, SEQ_CLS, or None where PEFT was given none.
         rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `lora`'s.
+        token_indices: tokens of which rows trained.
     """
 
     name: str
@@ -61,6 +62,7 @@ class AdapterConfig:
     lora: LoraConfig
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    token_indices: TokenIndices = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for rank in (self.lora.lora_dim, *self.rank_pattern.values()):
@@ -128,6 +130,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             lora=lora,
             rank_pattern=dict(raw.get("rank_pattern") or {}),
             alpha_pattern=dict(raw.get("alpha_pattern") or {}),
+            token_indices=read_indices(raw.get("trainable_token_indices")),
         )
     except (TypeError, ValueError) as error:
         raise UserError(

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.utils.module.adapter import Adapter, Update, stop_at
+from dschat.utils.module.adapter_rows import Rows
 from dschat.utils.module.low_rank import merged_weight
 from dschat.utils.module.targets import HEAD_NAMES
 from dschat.utils.zero import full_shape, gathered
@@ -27,9 +28,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
     Raises:
         UserError: a tensor that fits nowhere, or one that is missing.
     """
-    updates, full_tensors = _by_name_in(adapter, trunk)
+    updates, full_tensors, rows = _by_name_in(adapter, trunk)
     _grow(model, full_tensors)
-    _check(model, adapter, trunk, updates, full_tensors)
+    _check(model, adapter, trunk, updates, full_tensors, rows)
     trained = {n for n in full_tensors if adapter.config.trains_fully(_full_name(n, trunk))}
     for name, tensor in full_tensors.items():
         if name not in trained:  # the base's table as it was in training, for all who share it
@@ -39,8 +40,10 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
         users.setdefault(id(parameter), []).append(name)
     for names in users.values():
         layers = {n: updates[_layer(n)] for n in names if _layer(n) in updates}
-        if layers or trained & {*names}:
-            _replace(model, names, {n: full_tensors[n] for n in names if n in trained}, layers)
+        tokens = _rows_of(model, names, rows) if rows else {}
+        if layers or tokens or trained & {*names}:
+            whole = {n: full_tensors[n] for n in names if n in trained}
+            _replace(model, names, whole, layers, tokens)
     for name, _ in model.named_buffers():
         if name in trained:
             _copy(model, name, full_tensors[name])
@@ -55,25 +58,28 @@ def fitting_updates(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -
     Raises:
         UserError: a tensor that fits nowhere, or one that is missing.
     """
-    updates, full_tensors = _by_name_in(adapter, trunk)
-    _check(model, adapter, trunk, updates, full_tensors)
+    updates, full_tensors, rows = _by_name_in(adapter, trunk)
+    _check(model, adapter, trunk, updates, full_tensors, rows)
     return updates
 
 
-def _by_name_in(adapter: Adapter, trunk: str) -> tuple[dict[str, Update], dict[str, torch.Tensor]]:
-    """Name updates and full tensors as in the trunk; leave an output head's out.
+def _by_name_in(
+    adapter: Adapter, trunk: str
+) -> tuple[dict[str, Update], dict[str, torch.Tensor], dict[str, Rows]]:
+    """Name updates, full tensors and rows as in the trunk; leave an output head's out.
 
     Names outside the trunk stay, to be reported.
     """
     prefix = f"{trunk}." if trunk else ""
     own = {
         name: name.removeprefix(prefix)
-        for name in (*adapter.updates, *adapter.full_tensors)
+        for name in (*adapter.updates, *adapter.full_tensors, *adapter.rows)
         if not trunk or name.split(".")[0] not in HEAD_NAMES
     }
     return (
         {own[name]: update for name, update in adapter.updates.items() if name in own},
         {own[name]: full for name, full in adapter.full_tensors.items() if name in own},
+        {own[name]: rows for name, rows in adapter.rows.items() if name in own},
     )
 
 
@@ -86,8 +92,7 @@ def _layer(parameter_name: str) -> str:
 
 
 def _grow(model: PreTrainedModel, full_tensors: dict[str, torch.Tensor]) -> None:
-    table = model.get_input_embeddings()
-    name = next(f"{name}.weight" for name, module in model.named_modules() if module is table)
+    name = f"{_embedding(model)}.weight"
     rows = full_tensors[name].shape[0] if name in full_tensors else 0
     if rows > full_shape(model.get_parameter(name))[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -99,6 +104,7 @@ def _check(
     trunk: str,
     updates: dict[str, Update],
     full_tensors: dict[str, torch.Tensor],
+    rows: dict[str, Rows],
 ) -> None:
     modules = dict(model.named_modules())
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -112,6 +118,10 @@ def _check(
         for name, update in updates.items()
         if name in modules and not _fits(modules[name], update)
     ]
+    for name, table in rows.items():
+        shape = full_shape(own[f"{name}.weight"]) if f"{name}.weight" in own else torch.Size()
+        misfit = table.misfit(name, modules.get(name), shape)
+        faults += [misfit] if misfit is not None else []
     faults += [f"unexpected {name}" for name in full_tensors if name not in own]
     faults += [
         f"{name} {tuple(tensor.shape)} does not fit {tuple(full_shape(own[name]))}"
@@ -160,6 +170,7 @@ def _replace(
     names: list[str],
     trained: dict[str, torch.Tensor],
     layers: dict[str, Update],
+    rows: dict[str, Rows],
 ) -> None:
     """Write merged values to a possibly tied parameter; untie it if they differ."""
     parameter = model.get_parameter(names[0])
@@ -171,6 +182,8 @@ def _replace(
                 values[name] = _updated(module, parameter, layers[name])
             else:
                 values[name] = trained.get(name, parameter).to(parameter, copy=True)
+            if name in rows:
+                values[name] = rows[name].put_into(values[name])
         same = all(torch.equal(values[names[0]], values[name]) for name in names)
         parameter.copy_(values[names[0]])
     if not same:
@@ -187,6 +200,19 @@ def _updated(module: nn.Module, weight: torch.Tensor, update: Update) -> torch.T
         magnitude=None if magnitude is None else magnitude.to(device),
         transposed=_is_transposed(module),
     )
+
+
+def _rows_of(model: PreTrainedModel, names: list[str], rows: dict[str, Rows]) -> dict[str, Rows]:
+    """Map names of one parameter to trained rows; those of an embedding are its tied head's too."""
+    embedding = _embedding(model)
+    shared = rows.get(embedding) if f"{embedding}.weight" in names else None
+    found = {name: rows.get(_layer(name), shared) for name in names}
+    return {name: row for name, row in found.items() if row is not None}
+
+
+def _embedding(model: PreTrainedModel) -> str:
+    table = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is table)
 
 
 def _untie(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:

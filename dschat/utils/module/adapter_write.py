@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from dschat.utils.module.adapter import MAGNITUDE_LEAF, PREFIX
 from dschat.utils.module.adapter_config import CONFIG_FILE, REWARD, WEIGHT_FILE
+from dschat.utils.module.adapter_rows import ROWS_ADAPTER, ROWS_LEAF
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer
 from dschat.utils.module.targets import fully_trained_modules
+from dschat.utils.module.token_rows import ROWS_NAME, TokenRows, tables_with_rows, trained_rows
 from dschat.utils.zero import full_shape
 
 VALUE_HEAD = "v_head"
@@ -46,10 +48,21 @@ class AdapterOrigin:
 
 @dataclass(frozen=True)
 class AdapterOutline:
-    """Content of an adapter's folder: names in the live model → keys there, and the config."""
+    """Content of an adapter's folder: names in the live model → keys there, and the config.
+
+    Attributes:
+        token_rows: names of tables of which rows trained → key of these rows, and their (k,) ids.
+    """
 
     tensors: dict[str, str]
     config: dict[str, Any]
+    token_rows: dict[str, tuple[str, torch.Tensor]]
+
+    @property
+    def needed(self) -> set[str]:
+        """Names in the live model's state that are read."""
+        leaves = ("weight", ROWS_NAME)
+        return {*self.tensors, *(f"{name}.{leaf}" for name in self.token_rows for leaf in leaves)}
 
 
 def outline_of(
@@ -69,6 +82,11 @@ def outline_of(
     layers = lora_layers(module)
     trained, tied = _fully_trained(module, origin.lora.modules_to_save, task)
     trained = [name for name in trained if disk_name(name) is not None]
+    rows = {
+        name: (f"{disk_name(name)}.{ROWS_LEAF}", tokens)
+        for name, tokens in tables_with_rows(module).items()
+    }
+    indices = {disk_name(name): tokens.tolist() for name, (_, tokens) in rows.items()}
     targets = [str(disk_name(name)) for name in layers]
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
     alpha = float(origin.lora.lora_alpha or origin.lora.lora_dim)
@@ -95,11 +113,12 @@ def outline_of(
         "r": origin.lora.lora_dim,
         "target_modules": _exactly(targets, [name for name in others if name]),
         "task_type": task,
+        "trainable_token_indices": indices or None,
         "use_dora": origin.lora.use_dora,
         "use_rslora": origin.lora.use_rslora,
     }
     grown = _grown_tables(module, origin.vocabulary)
-    return AdapterOutline(_keys(module, layers, trained, grown, disk_name), config)
+    return AdapterOutline(_keys(module, layers, trained, grown, disk_name), config, rows)
 
 
 def _keys(
@@ -119,8 +138,10 @@ def _keys(
         for leaf in module.get_submodule(name).state_dict():
             keys[f"{name}.{leaf}"] = f"{disk_name(name)}.{leaf}"
     for name in grown:
+        table = module.get_submodule(name)
         inside = ".base_layer" if name in layers else ""
-        for leaf, _ in module.get_submodule(name).named_parameters(recurse=False):
+        inside = f".{ROWS_ADAPTER}.base_layer" if isinstance(table, TokenRows) else inside
+        for leaf, _ in table.named_parameters(recurse=False):
             if not leaf.startswith("lora_"):
                 keys.setdefault(f"{name}.{leaf}", f"{disk_name(name)}{inside}.{leaf}")
     return keys
@@ -133,6 +154,9 @@ def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], fo
         state: the live model's tensors by their names there; more than is needed does no harm.
     """
     tensors = {PREFIX + key: state[name].contiguous() for name, key in outline.tensors.items()}
+    for name, (key, tokens) in outline.token_rows.items():
+        weight, rows = state[f"{name}.weight"], state[f"{name}.{ROWS_NAME}"]
+        tensors[PREFIX + key] = trained_rows(weight, tokens.cpu(), rows)
     # Two names of one tensor are not allowed in the file.
     seen: set[int] = set()
     for key, tensor in tensors.items():

@@ -83,10 +83,11 @@ def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
     more = [name for name in adapter.full_tensors if not name.startswith(f"{REWARD_HEAD}.")]
     more += [name for name, update in adapter.updates.items() if update.of_embedding]
     more += [name for name, update in adapter.updates.items() if update.magnitude is not None]
+    more += list(adapter.rows)
     if more:
         raise UserError(
             f"{setting}: adapter {adapter.name} holds more than low-rank updates of linear layers "
-            f"({more[0]}: a full module, an embedding or DoRA); leave {setting} out"
+            f"({more[0]}: a full module, an embedding, rows of tokens or DoRA); leave {setting} out"
         )
 
 

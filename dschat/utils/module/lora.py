@@ -20,6 +20,13 @@ from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.targets import fully_trained_modules, match_layers
+from dschat.utils.module.token_rows import (
+    TokenRows,
+    fused_token_rows,
+    merge_token_rows,
+    token_rows,
+    with_token_rows,
+)
 from dschat.utils.zero import gathered
 
 
@@ -85,7 +92,8 @@ def make_model_gradient_checkpointing_compatible(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Switch all adapters off inside the block: the model computes what its base computes."""
-    layers = list(lora_layers(model).values())
+    layers: list[LoRALayer | TokenRows]
+    layers = [*lora_layers(model).values(), *token_rows(model).values()]
     before = [layer.adapter_enabled for layer in layers]
     for layer in layers:
         layer.adapter_enabled = False
@@ -123,7 +131,8 @@ def fused_adapters(model: nn.Module) -> Iterator[None]:
             layer.weight.copy_(layer.merged(dict(layer.named_parameters(recurse=False))))
             layer.adapter_enabled = False
     try:
-        yield
+        with fused_token_rows(model):
+            yield
     finally:
         with torch.no_grad():
             for layer, weight in zip(layers, originals, strict=True):
@@ -143,7 +152,7 @@ def merged_state_dict(
 
     Of two tied weights only the one that carries an adapter changes: they are untied.
     """
-    state = without_fixed_updates(state, model)
+    state = with_token_rows(without_fixed_updates(state, model), model)
     merged = {key: tensor for key, tensor in state.items() if not is_adapter_key(key)}
     for name, layer in lora_layers(model).items():
         tensors = {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapter}
@@ -176,4 +185,5 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
         with gathered(list(own.values()), modifier_rank=0):
             layer.weight.copy_(layer.merged(own))
         setattr(parent, leaf, layer.without_adapter())
+    merge_token_rows(model)
     return model
