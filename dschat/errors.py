@@ -11,11 +11,15 @@ class UserError(ValueError):
 def brief(error: Exception, with_type: bool = False) -> str:
     """Reduce an error to the first line of its message, or to its type where it has none.
 
+    A line that ends in a colon takes the next one along.
+
     Args:
         with_type: put the type before the message.
     """
     kind, message = type(error).__name__, str(error).strip()
     if not message:
         return kind
-    line = message.splitlines()[0]
+    line, *rest = message.splitlines()
+    if rest and line.endswith(":"):
+        line += f" {rest[0].strip()}"
     return f"{kind}: {line}" if with_type else line

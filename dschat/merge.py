@@ -18,7 +18,8 @@ import torch
 
 from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
-from dschat.models.causal_lm import create_hf_model, load_config
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.config import load_config
 from dschat.models.reward_model import create_critic_model
 from dschat.models.reward_statistics import VALUE_FILE, read_statistics
 from dschat.models.save import check_output_dir, save_hf_format

@@ -30,7 +30,8 @@ if __name__ == "__main__":  # run as a file: the checkout is not on the path
 from dschat.config.cli import parse, run_cli
 from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
-from dschat.models.causal_lm import create_hf_model, load_config
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.config import load_config
 from dschat.rlhf.generation import StopStrings
 from dschat.settings import Settings, setting
 from dschat.text.encoding import decode, encode

@@ -9,6 +9,7 @@ from dschat.errors import brief
     ("error", "line", "typed"),
     [
         (ValueError("\n first\nsecond"), "first", "ValueError: first"),
+        (ValueError("wrong:\n  first\nsecond"), "wrong: first", "ValueError: wrong: first"),
         (KeyError(), "KeyError", "KeyError"),
     ],
 )

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data.datasets import PromptData
+from dschat.models.config import Build, on_meta
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
 from dschat.text.tokenizer import check_same_tokenizer
 from dschat.train.disk import Written
-from dschat.train.model_config import Build, ModelConfig, largest_rank, on_meta
+from dschat.train.model_config import ModelConfig, largest_rank
 from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed

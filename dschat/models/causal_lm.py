@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,43 +19,14 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from dschat.errors import UserError, brief
+from dschat.models.config import load_config, set_dropout
+from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
+from dschat.models.weight_files import DISK_HEAD, HEAD, check_weight_files
 from dschat.utils import zero
+from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.module.adapter_config import REWARD
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
-from dschat.utils.module.untrained_rows import FIRST_NEW_ROW
-
-VOCABULARY_MULTIPLE = 8  # matrix units like embeddings in multiples of 8 rows
-NEW_ROWS_SEED = 0
-
-
-def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
-    """Load the model's configuration, of an adapter that of its base.
-
-    Args:
-        dropout: replaces every dropout probability; None keeps them.
-
-    Raises:
-        UserError: no readable config.
-    """
-    source = resolve_model(model_name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(source.base)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {source.label}: no readable config.json ({brief(error)}); {source.remedy}"
-        ) from error
-    if dropout is not None:
-        _set_dropout(config, dropout)
-    return config
-
-
-def _set_dropout(config: PretrainedConfig, probability: float) -> None:
-    """Set every dropout probability of the config, whatever the family calls it."""
-    for name, value in config.to_dict().items():
-        is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_rate and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(config, name, probability)
 
 
 def check_context(model_name_or_path: str, tokens: int, settings: str) -> None:
@@ -76,6 +46,17 @@ def check_context(model_name_or_path: str, tokens: int, settings: str) -> None:
         )
 
 
+def check_model_folder(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stop at a model that cannot be loaded; reads config and headers of its folder, no weights.
+
+    Raises:
+        UserError: naming the file and the remedy.
+    """
+    vocabulary = load_config(model_name_or_path).get_text_config().vocab_size
+    check_weight_files(model_name_or_path)
+    check_vocabulary(model_name_or_path, vocabulary, len(tokenizer))
+
+
 def create_hf_model(
     model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -91,10 +72,11 @@ def create_hf_model(
         dropout: sets every dropout probability of the config; None keeps the config's own.
 
     Raises:
-        UserError: the folder holds no model, or its weights do not fit its config, or an adapter
-            does not fit its base.
+        UserError: the folder holds no language model, or its weights do not fit its config or are
+            not finite, or an adapter does not fit its base.
     """
     config = load_config(model_name_or_path, dropout)
+    check_weight_files(model_name_or_path)
     source = resolve_model(model_name_or_path)
     adapters = source.read_adapters()
     for adapter in adapters:
@@ -104,10 +86,15 @@ def create_hf_model(
             )
     with zero.init_context(ds_config), quiet_loading():
         model, info = load_weights(AutoModelForCausalLM, source.base, config=config, dtype=dtype)
+        if {DISK_HEAD, HEAD} & {*info["unexpected_keys"]}:
+            raise UserError(
+                f"model {source.label}: is a reward model (it holds a head); give a language model"
+            )
         check_loading(source.label, info)
         for adapter in adapters:
             merge_adapter(model, adapter)
-        grow_vocabulary(model, len(tokenizer))
+        grow_vocabulary(model, len(tokenizer), model_name_or_path)
+    check_finite(model, model_name_or_path)
     if (generation := source.generation_config()) is not None:
         model.generation_config = generation
     adopt_special_tokens(model, tokenizer)
@@ -162,29 +149,46 @@ def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = (
         )
 
 
-def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
-    """Add embedding rows when the tokenizer is larger; never remove any.
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Stop at weights with NaN or infinity in them; one pass over them, on every rank.
 
-    They are random, and the same whenever they are added to the same model: a policy and the frozen
-    copy of it start alike.
+    Raises:
+        UserError: naming the tensors.
     """
-    rows = zero.full_shape(model.get_input_embeddings().get_parameter("weight"))[0]
-    if size > rows:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(NEW_ROWS_SEED)
-            model.resize_token_embeddings(
-                size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
-            )
-        vars(model.get_input_embeddings())[FIRST_NEW_ROW] = rows
+    names: list[str] = []
+    broken: list[float] = []
+    for parameter_name, parameter in model.named_parameters():
+        names.append(parameter_name)
+        broken.append(float(not torch.isfinite(zero.local_shard(parameter)).all()))
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
+        broken = all_reduce_sum(broken)  # a rank sees its own shards alone
+    found = [name for name, is_broken in zip(names, broken, strict=True) if is_broken]
+    if found:
+        raise UserError(
+            f"model {name}: NaN or infinity in {len(found)} of its {len(names)} tensors "
+            f"({found[0]}); all it computes would be NaN, give an earlier or another copy"
+        )
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the model's configs agree with the tokenizer on padding and on the end of an answer."""
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.pad_token_id = tokenizer.pad_token_id
-            config.eos_token_id = tokenizer.eos_token_id
+    set_special_tokens(model.config, tokenizer)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.eos_token_id = tokenizer.eos_token_id
+
+
+def set_special_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set padding and end token; padding that is the end token is left out.
+
+    Readers of the config take that id for padding wherever it stands: the end token's embedding
+    would not train, and a classifier on this model would score the token before the end.
+    """
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for part in (config, config.get_text_config()):
+        part.eos_token_id = end
+        part.pad_token_id = None if pad == end else pad
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -201,7 +205,7 @@ def disable_dropout(model: nn.Module) -> None:
             # Falcon's layers read their config at every pass.
             if id(config) not in without:
                 without[id(config)] = copy.copy(config)
-                _set_dropout(without[id(config)], 0.0)
+                set_dropout(without[id(config)], 0.0)
             vars(module)["config"] = without[id(config)]
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import load_config, takes_argument, unwrap
+from dschat.models.causal_lm import takes_argument, unwrap
+from dschat.models.config import load_config
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 # Layers of other kinds carry a state from each token to the next, which no mask interrupts.

@@ -1,7 +1,7 @@
 """A transformer trunk with a scalar head: the reward model of step 2, the critic of step 3.
 
-On disk it is transformers' own sequence-classification format with one label (`score.weight`), so
-that other tools load it; DeepSpeed-Chat's `rwtransformer.` and `v_head.` keys load too.
+What `reward_folder` writes loads, any other sequence classifier of transformers with one label, and
+DeepSpeed-Chat's `rwtransformer.` and `v_head.` keys.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForSequenceClassification,
+    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,21 +24,28 @@ from transformers import (
 from dschat.errors import UserError
 from dschat.models.causal_lm import (
     adopt_special_tokens,
+    check_finite,
     check_loading,
     forward_inputs,
-    grow_vocabulary,
-    load_config,
     load_weights,
     quiet_loading,
 )
+from dschat.models.config import load_config
 from dschat.models.reward_statistics import RewardStatistics
+from dschat.models.vocabulary import grow_vocabulary
+from dschat.models.weight_files import (
+    DISK_HEAD,
+    HEAD,
+    check_weight_files,
+    read_bin,
+    stored_head,
+)
 from dschat.utils import zero
-from dschat.utils.module.adapter import REWARD_HEAD, Adapter
+from dschat.utils.module.adapter import Adapter
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
 
-TRUNK, HEAD = "rwtransformer", "v_head.weight"
-DISK_HEAD = f"{REWARD_HEAD}.weight"
+TRUNK = "rwtransformer"
 
 
 class RewardModel(nn.Module):
@@ -52,7 +55,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.rwtransformer = base_model
         self.config = base_model.config
-        width = getattr(self.config, "word_embed_proj_dim", None) or self.config.hidden_size
+        text = self.config.get_text_config()
+        width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
         self.v_head = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.v_head.weight, std=1.0 / math.sqrt(width + 1))
         self.v_head.to(base_model.dtype)
@@ -61,8 +65,12 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> RewardModel:
-        """Make a reward model of this shape with fresh weights."""
-        return cls(AutoModel.from_config(config))
+        """Make a reward model of this shape with fresh weights.
+
+        Raises:
+            UserError: transformers has no trunk of this shape.
+        """
+        return cls(trunk_class(config)._from_config(config))
 
     def keep_reward_head(self) -> None:
         """Keep a frozen copy of the head: with adapters off, it gives the loaded model's scores."""
@@ -114,29 +122,54 @@ def create_critic_model(
             head is in the checkpoint (step 3, evaluation).
 
     Raises:
-        UserError: the head is missing, or keys are missing or unexpected.
+        UserError: the head is missing, keys are missing or unexpected, or files of weights cannot
+            be used.
     """
     config = load_config(model_name_or_path, dropout)
+    check_weight_files(model_name_or_path)
     source = resolve_model(model_name_or_path)
     adapters = source.read_adapters()
-    bin_state = _read_bin(source.base)
+    bin_state = read_bin(source.base)
     old_state = _predecessor_state(bin_state)
-    head = old_state.pop(HEAD, None) if old_state else _stored_head(source.base, bin_state)
+    head = old_state.pop(HEAD, None) if old_state else stored_head(source.base, bin_state)
     head = _last_head(adapters, head)
     del bin_state
     if head is None and not init_head:
         raise UserError(_no_head(model_name_or_path))
-    base_class = _class_for(AutoModel._model_mapping, config)
     with zero.init_context(ds_config), quiet_loading():
         base, info = load_weights(
-            base_class, source.base, state_dict=old_state, config=config, dtype=dtype
+            trunk_class(config), source.base, state_dict=old_state, config=config, dtype=dtype
         )
-        check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD))
+        check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD, HEAD))
         for adapter in adapters:
             merge_adapter(base, adapter, trunk=base.base_model_prefix)
-        grow_vocabulary(base, len(tokenizer))
+        grow_vocabulary(base, len(tokenizer), model_name_or_path)
     adopt_special_tokens(base, tokenizer)
-    return with_head(base, head, model_name_or_path)
+    model = with_head(base, head, model_name_or_path)
+    check_finite(model, model_name_or_path)
+    return model
+
+
+def trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Look up the class of transformers that a reward model of this shape is built on.
+
+    Raises:
+        UserError: there is none, or it comes with an output head.
+    """
+    mapping = AutoModel._model_mapping
+    trunk = class_for(mapping, config) if type(config) in mapping else None
+    if trunk is None or issubclass(trunk, GenerationMixin):
+        raise UserError(
+            f"reward model of type {config.model_type!r}: transformers has no trunk without an "
+            "output head for it; give a model of the family that reads text alone"
+        )
+    return trunk
+
+
+def class_for(mapping: Mapping[type, Any], config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Look up the class of a config; a mapping of transformers may hold several for one."""
+    classes = mapping[type(config)]
+    return classes[0] if isinstance(classes, tuple) else classes
 
 
 def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> RewardModel:
@@ -158,10 +191,32 @@ def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> Re
 
 
 def read_head(model_name_or_path: str) -> torch.Tensor | None:
-    """Read the head's weight in a folder or under a hub id; None where there is none."""
+    """Read the head's weight in a folder or under a hub id; None where there is none.
+
+    Raises:
+        UserError: files of weights that cannot be read.
+    """
+    check_weight_files(model_name_or_path)
     source = resolve_model(model_name_or_path)
     head = _last_head(source.read_adapters(), None)
-    return _stored_head(source.base, _read_bin(source.base)) if head is None else head
+    return stored_head(source.base, read_bin(source.base)) if head is None else head
+
+
+def check_language_model(model_name_or_path: str, remedy: str = "give a language model") -> None:
+    """Stop at a reward model in the place of a language model, before any model is built.
+
+    Raises:
+        UserError: naming the folder or the adapter.
+    """
+    load_config(model_name_or_path)  # whose message about a folder without one is the better one
+    source = resolve_model(model_name_or_path)
+    for adapter in source.read_adapters():
+        if adapter.is_reward:
+            raise UserError(f"adapter {adapter.name}: is a reward model's, {remedy}")
+    if not source.adapters and read_head(model_name_or_path) is not None:
+        raise UserError(
+            f"model {model_name_or_path}: is a reward model (it holds a head), {remedy}"
+        )
 
 
 def check_reward_head(model_name_or_path: str) -> None:
@@ -183,80 +238,8 @@ def _no_head(name: str) -> str:
     return f"reward model {name}: no {DISK_HEAD} or {HEAD} in it; train one with step 2 first"
 
 
-def _weights_folder(name: str) -> Path:
-    """The folder itself, or the hub's files in the local cache; safetensors before others."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise UserError(
-            f"model {name}: no such folder, and no hub model that can be reached"
-        ) from error
-    return folder
-
-
-def _read_bin(path: str) -> dict[str, torch.Tensor]:
-    """Read `pytorch_model.bin`; {} for a folder without one."""
-    file = _weights_folder(path) / "pytorch_model.bin"
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
-
-
 def _predecessor_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """DeepSpeed-Chat's reward checkpoint, trunk keys without prefix; None for another's."""
     if not any(key.startswith(f"{TRUNK}.") for key in state):
         return None
     return {key.removeprefix(f"{TRUNK}."): tensor for key, tensor in state.items()}
-
-
-def _stored_head(path: str, bin_state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The head's weight from a folder's safetensors files, or from its `pytorch_model.bin`."""
-    for file in sorted(_weights_folder(path).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in (DISK_HEAD, HEAD):
-                if key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    return tensors.get_tensor(key)
-    return bin_state.get(DISK_HEAD, bin_state.get(HEAD))
-
-
-def disk_format(
-    model: RewardModel, state: dict[str, torch.Tensor]
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Build the sequence-classification twin (on `meta`) and the state dict under its names."""
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    with torch.device("meta"):
-        twin = disk_class(model)(config)
-    names = {key: disk_name(key, twin.base_model_prefix) for key in state}
-    return twin, {name: state[key] for key, name in names.items() if name is not None}
-
-
-def disk_class(model: RewardModel) -> type[PreTrainedModel]:
-    """Look up the class of transformers that a saved reward model loads as.
-
-    Raises:
-        UserError: there is none.
-    """
-    mapping = AutoModelForSequenceClassification._model_mapping
-    if type(model.config) not in mapping:
-        raise UserError(
-            f"reward model of type {model.config.model_type!r}: transformers has no sequence "
-            "classifier for it, so its head cannot be saved in a loadable form"
-        )
-    return _class_for(mapping, model.config)
-
-
-def _class_for(mapping: Mapping[type, Any], config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Look up the class of a config; a mapping of transformers may hold several for one."""
-    classes = mapping[type(config)]
-    return classes[0] if isinstance(classes, tuple) else classes
-
-
-def disk_name(name: str, trunk: str) -> str | None:
-    """Name of a module or tensor on disk, where the trunk is called `trunk`; None: not saved."""
-    first, _, rest = name.partition(".")
-    if first == "reward_head":
-        return None
-    return ".".join(filter(None, [{TRUNK: trunk, "v_head": REWARD_HEAD}[first], rest]))

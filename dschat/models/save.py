@@ -15,10 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import unwrap
-from dschat.models.reward_model import RewardModel, disk_class, disk_format, disk_name
+from dschat.models.reward_folder import RewardForm, reward_form
+from dschat.models.reward_model import RewardModel
+from dschat.models.reward_note import NOTE_FILE, write_note
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
+from dschat.models.weight_files import HEAD
 from dschat.utils.distributed import Distributed, barrier
 from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
@@ -35,7 +38,7 @@ MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin"),
     *("config.json", "generation_config.json", CONFIG_FILE, "chat_template*", "merges.txt"),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE, VALUE_FILE),
+    *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE, VALUE_FILE, NOTE_FILE),
 )
 
 
@@ -56,17 +59,25 @@ def save_hf_format(
     critic's values were scaled by.
     """
     module = unwrap(model)
-    outline = None if plan.adapter is None else adapter_outline(module, plan.adapter)
+    form = None
+    if isinstance(module, RewardModel):
+        form = reward_form(module.config, tokenizer)
+        tokenizer = form.tokenizer
+    outline = None if plan.adapter is None else adapter_outline(module, plan.adapter, form)
     wanted = None if plan.merged or outline is None else outline.needed
     state = consolidated_state_dict(module, distributed.rank, wanted)
     if distributed.is_main:
         with _new_folder(output_dir) as folder:
             if plan.merged:
-                _write_model(module, merged_state_dict(state, module), tokenizer, folder)
+                _write_model(module, merged_state_dict(state, module), form, folder)
+                tokenizer.save_pretrained(folder)
                 _write_statistics(module, statistics, folder)
             if outline is not None:
                 inside = folder / ADAPTER_FOLDER if plan.merged else folder
-                _write_adapter(module, outline, state, tokenizer, inside)
+                _write_adapter(module, outline, state, inside)
+                if form is not None:
+                    write_note(form, inside, outline.config["base_model_name_or_path"])
+                tokenizer.save_pretrained(inside)
                 _write_statistics(module, statistics, inside)
     barrier()
 
@@ -79,49 +90,41 @@ def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, fo
 
 
 def _write_model(
-    module: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    module: nn.Module, state: Mapping[str, torch.Tensor], form: RewardForm | None, folder: Path
 ) -> None:
-    if isinstance(module, RewardModel):
-        twin, state = disk_format(module, dict(state))
+    if form is None:
+        twin, expected = _meta_twin(_language_model(module), state), set()
     else:
-        twin = _meta_twin(_language_model(module), state)
-    missing = twin.state_dict().keys() - state.keys()
-    unexpected = state.keys() - twin.state_dict().keys()
-    if missing or unexpected:
-        raise RuntimeError(
-            f"cannot save: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
-        )
+        twin, state = form.twin(), form.on_disk(state)
+        expected = set() if form.has_head else {HEAD}
+    expected |= twin.state_dict().keys()
+    if expected != state.keys():
+        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        raise RuntimeError(f"cannot save: missing {missing}, unexpected {unexpected}")
     nn.Module.to(twin, next(iter(state.values())).dtype)
     twin.save_pretrained(folder, state_dict=dict(state))
-    tokenizer.save_pretrained(folder)
+    if form is not None:
+        write_note(form, folder)
 
 
 def _write_adapter(
-    module: nn.Module,
-    outline: AdapterOutline,
-    state: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    module: nn.Module, outline: AdapterOutline, state: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     folder.mkdir(exist_ok=True)
     write_adapter(outline, state, folder)
-    tokenizer.save_pretrained(folder)
     generation = getattr(module, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
 
 
-def adapter_outline(module: nn.Module, origin: AdapterOrigin) -> AdapterOutline:
+def adapter_outline(
+    module: nn.Module, origin: AdapterOrigin, form: RewardForm | None
+) -> AdapterOutline:
     """Map a live model's adapter to the names that its folder has."""
-    if not isinstance(module, RewardModel):
-        saved_as = type(_language_model(module))
-        return outline_of(module, origin, CAUSAL_LM, saved_as, lambda name: name)
-    saved_as = disk_class(module)
-    trunk = saved_as.base_model_prefix
-    return outline_of(module, origin, REWARD, saved_as, lambda name: disk_name(name, trunk))
+    if form is not None:
+        return outline_of(module, origin, REWARD, form.saved_as, form.name_in_adapter)
+    saved_as = type(_language_model(module))
+    return outline_of(module, origin, CAUSAL_LM, saved_as, lambda name: name)
 
 
 def _language_model(module: nn.Module) -> PreTrainedModel:
@@ -139,6 +142,9 @@ def _new_folder(output_dir: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):  # safetensors writes files that their owner alone reads
+            if file.is_file():
+                file.chmod(temporary.stat().st_mode & 0o666)
         _put_in_place(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

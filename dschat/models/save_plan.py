@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import load_config
+from dschat.models.config import load_config
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.adapter import CONFIG_FILE
 from dschat.utils.module.adapter_write import AdapterOrigin

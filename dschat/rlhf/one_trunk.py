@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import adopt_special_tokens, create_hf_model, load_config
+from dschat.models.causal_lm import adopt_special_tokens, create_hf_model
+from dschat.models.config import on_meta
 from dschat.models.reward_model import RewardModel, create_critic_model, read_head, with_head
 from dschat.utils.module.adapter_merge import fitting_updates
 from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_unmerged
@@ -99,10 +100,9 @@ def check_one_trunk(names: Sequence[str]) -> None:
                 f"{sources[0].base}; train both as adapters on one base (lora_save adapter), or "
                 "use share_trunk auto"
             )
-    config = load_config(names[0])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    if type(model.base_model) is not AutoModel._model_mapping[type(config)]:
+    model = on_meta(names[0], AutoModelForCausalLM.from_config)
+    assert isinstance(model, PreTrainedModel)
+    if type(model.base_model) is not AutoModel._model_mapping[type(model.config)]:
         raise UserError(
             f"{FLAG}: {type(model).__name__} wraps its trunk in a way that a critic cannot share; "
             "use share_trunk auto"

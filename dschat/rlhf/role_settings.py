@@ -7,15 +7,17 @@ from dataclasses import MISSING, dataclass
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import check_context, load_config
-from dschat.models.reward_model import DISK_HEAD, check_reward_head, read_head
+from dschat.models.causal_lm import check_context, check_model_folder
+from dschat.models.config import load_config
+from dschat.models.reward_model import check_language_model, check_reward_head, read_head
+from dschat.models.weight_files import DISK_HEAD, HEAD
 from dschat.rlhf.estimators import ESTIMATORS, Estimator
 from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.settings import Settings, setting
 from dschat.text.formats import set_format
 from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
-from dschat.utils.module.model_source import resolve_model, same_model
+from dschat.utils.module.model_source import same_model
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class RoleNames:
         Raises:
             UserError: naming the folder and the remedy.
         """
-        _check_language_model(self.actor)
+        check_language_model(self.actor, "which cannot be the actor; give step 1's folder")
+        check_model_folder(self.actor, tokenizer)
         if self.critic is not None:
             self._check_critic(self.critic, tokenizer, answer_end)
         if self.share_trunk == "all":
@@ -121,6 +124,7 @@ class RoleNames:
         if self.critic is not None and same_model(self.reward, self.critic):
             return None  # compared above
         reader = load_hf_tokenizer(self.reward)
+        check_model_folder(self.reward, reader)
         set_format(reader)
         longest = getattr(load_config(self.reward), "max_position_embeddings", None)
         retokenise = Retokeniser.between(tokenizer, reader, self.reward, longest)
@@ -151,6 +155,7 @@ class RoleNames:
                 f"{error}, or keep it for rewards alone: reward_model_name_or_path {critic}, "
                 f"critic_model_name_or_path {self.actor}, init_head_randomly"
             ) from error
+        check_model_folder(critic, tokenizer)
         has_head = read_head(critic) is not None
         if has_head and self.fresh_head:
             raise UserError(
@@ -159,24 +164,7 @@ class RoleNames:
             )
         if not has_head and not self.fresh_head:
             raise UserError(
-                f"reward model {critic}: no {DISK_HEAD} or v_head.weight in it; train one with "
+                f"reward model {critic}: no {DISK_HEAD} or {HEAD} in it; train one with "
                 "step 2 first, or let rewards come from elsewhere: reward_model_name_or_path "
                 f"REWARD_MODEL, critic_model_name_or_path {critic}, init_head_randomly"
             )
-
-
-def _check_language_model(name: str) -> None:
-    """Stop at a reward model in the place of the actor."""
-    load_config(name)  # whose message about a folder without one is better than what follows
-    source = resolve_model(name)
-    for adapter in source.read_adapters():
-        if adapter.is_reward:
-            raise UserError(
-                f"adapter {adapter.name}: is a reward model's, which cannot be the actor; give "
-                "step 1's folder"
-            )
-    if not source.adapters and read_head(name) is not None:
-        raise UserError(
-            f"model {name}: is a reward model (it holds a head), which cannot be the actor; give "
-            "step 1's folder"
-        )

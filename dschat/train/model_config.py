@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import load_config
+from dschat.models.config import Build, on_meta
 from dschat.settings import Settings, group, setting
 from dschat.train.disk import ModelSize
 from dschat.train.trainable_tokens import AUTO, NONE
@@ -26,15 +24,6 @@ from dschat.utils.module.targets import fully_trained_modules, match_layers
 from dschat.utils.module.token_rows import add_token_rows, check_tables, tables_of
 from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim import OptimizerConfig
-
-Build = Callable[[PretrainedConfig], nn.Module]
-
-
-def on_meta(model_name_or_path: str, build: Build) -> nn.Module:
-    """Build the module of a model's config on `meta`, without weights."""
-    config = load_config(model_name_or_path)
-    with torch.device("meta"):
-        return build(config)
 
 
 def largest_rank(module: nn.Module, lora: LoraConfig) -> tuple[str, int]:

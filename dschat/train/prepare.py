@@ -22,6 +22,7 @@ from dschat.data.batching import BatchSampler, Loader, build_loader
 from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream, StreamLoader
+from dschat.models.causal_lm import check_model_folder
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
@@ -166,6 +167,7 @@ def plan_model(
     get_train_ds_config(engine, ctx.world_size)
     config = run.complete(settings.model)
     config = replace(config, tokens=asked_tokens(config.trainable_tokens, ctx.tokenizer))
+    check_model_folder(name, ctx.tokenizer)
     size = config.check(name, build)
     settings.check_model()
     save = run.save_plan(name, config)

@@ -65,6 +65,21 @@ def test_rows_are_added_alike_whatever_was_drawn_before(tmp_path: Path, tiny_tok
     assert one.lm_head.weight[250:].std() > 0.1
 
 
+def test_new_rows_lie_around_the_mean_and_apart(tmp_path: Path, tiny_tokenizer):
+    """0.6 of the others' spread: unlikely at the start, and distinct enough to be learnt."""
+    model = tiny.tiny_llama(vocab_size=250)
+    with torch.no_grad():
+        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+            table.mul_(torch.linspace(0.5, 2, 32)).add_(torch.linspace(-3, 3, 32))
+    model.save_pretrained(tmp_path)
+    loaded = create_hf_model(str(tmp_path), tiny_tokenizer, torch.float32)
+    for table in (loaded.model.embed_tokens.weight, loaded.lm_head.weight):
+        old, new = table[:250], table[250:]
+        units = (new - old.mean(dim=0)) / old.std(dim=0)
+        assert units.mean().abs() < 0.1 and abs(units.std() - 0.6) < 0.06
+        assert torch.cosine_similarity(units[0], units[1], dim=0) < 0.6
+
+
 def write_bin(folder: Path, state: dict[str, torch.Tensor], config, tokenizer) -> str:
     """A folder as DeepSpeed-Chat writes it."""
     folder.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from dschat.data.collators import PackedCollator, SFTCollator
 from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.packing import prove_packing
+from dschat.models.reward_model import check_language_model
 from dschat.models.save import save_hf_format
 from dschat.train.engine import backward
 from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
@@ -41,6 +42,7 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
         teaches_format=True,
     )
+    check_language_model(settings.model_name_or_path)
     model = plan_model(ctx, settings, AutoModelForCausalLM.from_config)
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len)
 

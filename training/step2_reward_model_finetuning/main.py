@@ -17,6 +17,7 @@ from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.data.collators import PairCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
+from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.train.engine import backward
@@ -40,6 +41,7 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
     )
     model = plan_model(ctx, settings, RewardModel.from_config)
+    tell_reward_form(settings.model_name_or_path, ctx.tokenizer)
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len)
 
     # 2. batches, model, engine

@@ -16,6 +16,7 @@ from dschat.data.batching import build_loader
 from dschat.data.collators import PairCollator
 from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.datasets import create_prompt_dataset
+from dschat.models.causal_lm import check_model_folder
 from dschat.models.reward_model import check_reward_head, create_critic_model
 from dschat.settings import group, setting
 from dschat.train.evaluation import evaluate_pairs, pair_scores
@@ -45,6 +46,7 @@ def main() -> None:
     name = settings.model_name_or_path
     ctx = setup_run(name, settings, prompt_format=settings.data.prompt_format)
     tokenizer = ctx.tokenizer
+    check_model_folder(name, tokenizer)
     check_reward_head(name)
     data = create_prompt_dataset(
         settings.data, tokenizer, 2, seed=settings.seed, max_seq_len=settings.max_seq_len

@@ -1,0 +1,86 @@
+"""A model's config, checked; and the model that it makes, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from dschat.errors import UserError, brief
+from dschat.utils.module.model_source import resolve_model
+
+Build = Callable[[PretrainedConfig], nn.Module]
+
+
+def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
+    """Load the model's configuration, of an adapter that of its base.
+
+    Args:
+        dropout: replaces every dropout probability; None keeps them.
+
+    Raises:
+        UserError: no readable config, or that of another kind of model.
+    """
+    source = resolve_model(model_name_or_path)
+    try:
+        _check_keys(Path(source.base).expanduser() / "config.json")
+        config = AutoConfig.from_pretrained(source.base)
+    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise UserError(
+            f"model {source.label}: no readable config.json ({brief(error)}); {source.remedy}"
+        ) from error
+    kind, text_model = f"{config.model_type!r}", "give a causal language model"
+    if config.is_encoder_decoder:
+        raise UserError(f"model {source.label}: {kind} has encoder and decoder; {text_model}")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model {source.label}: {kind} writes no text; {text_model}")
+    if dropout is not None:
+        set_dropout(config, dropout)
+    return config
+
+
+def _check_keys(file: Path) -> None:
+    """Stop at a key that stands twice, of which JSON readers take the last in silence."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{key!r} stands in it {count} times")
+        return dict(pairs)
+
+    if file.is_file():
+        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Set every dropout probability of the config, whatever the family calls it."""
+    for name, value in config.to_dict().items():
+        is_rate = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_rate and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, probability)
+
+
+def on_meta(model_name_or_path: str, build: Build) -> nn.Module:
+    """Build the module of a model's config on `meta`, without weights.
+
+    Raises:
+        UserError: the config makes no model.
+    """
+    config = load_config(model_name_or_path)
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a value in the config leads to
+        raise UserError(
+            f"model {model_name_or_path}: its config.json makes no model "
+            f"({brief(error, with_type=True)}); copy the folder again"
+        ) from error

@@ -1,0 +1,150 @@
+"""Folders that hold no usable model end every program in one line, most before data is read."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dschat.errors import UserError
+from dschat.models.causal_lm import check_model_folder, create_hf_model
+from dschat.models.config import load_config, on_meta
+from dschat.models.reward_model import (
+    RewardModel,
+    check_language_model,
+    check_reward_head,
+    create_critic_model,
+    read_head,
+)
+from dschat.models.save import save_hf_format
+from dschat.models.vocabulary import check_vocabulary
+from tests.helpers import tiny
+from tests.helpers.adapters import ALONE
+from tests.helpers.families import save_family
+from tests.helpers.model_error_cases import EARLY, LATE, _as_bin, _in_shards, spoilt
+
+
+def assert_one_line(act, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        act()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_found_by_header_and_config(tmp_path: Path, tiny_tokenizer, monkeypatch, name: str):
+    """By the check before data, and by each way to load."""
+    monkeypatch.chdir(tmp_path)
+    folder, message = spoilt(tmp_path / "m", EARLY[name])
+    assert_one_line(lambda: check_model_folder(folder, tiny_tokenizer), message)
+    for create in (create_hf_model, create_critic_model):
+        options = {"init_head": True} if create is create_critic_model else {}
+        assert_one_line(
+            lambda c=create, o=options: c(folder, tiny_tokenizer, torch.float32, **o), message
+        )
+    assert not (tmp_path / "code-ran").exists()
+
+
+@pytest.mark.parametrize("name", ["cut", "shard cut", "pickle with code", "T5"])
+def test_found_where_a_head_is_looked_for(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    folder, message = spoilt(tmp_path / "m", EARLY[name])
+    if name != "T5":
+        assert_one_line(lambda: check_reward_head(folder), message)
+    assert_one_line(lambda: check_language_model(folder), message)
+    assert not (tmp_path / "code-ran").exists()
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_found_in_the_weights(tmp_path: Path, tiny_tokenizer, name: str):
+    folder, message = spoilt(tmp_path / "m", LATE[name])
+    assert_one_line(lambda: create_hf_model(folder, tiny_tokenizer, torch.float32), message)
+    assert_one_line(
+        lambda: create_critic_model(folder, tiny_tokenizer, torch.float32, init_head=True), message
+    )
+
+
+def test_a_head_that_is_not_finite_is_found(tmp_path: Path, tiny_tokenizer):
+    model = tiny.reward_model()
+    save_hf_format(model, tiny_tokenizer, tmp_path / "good", ALONE)
+    with torch.no_grad():
+        model.v_head.weight[0, 3] = torch.inf
+    save_hf_format(model, tiny_tokenizer, tmp_path / "bad", ALONE)
+    create_critic_model(str(tmp_path / "good"), tiny_tokenizer, torch.float32)
+    bad = str(tmp_path / "bad")
+    assert_one_line(
+        lambda: create_critic_model(bad, tiny_tokenizer, torch.float32),
+        r"NaN or infinity in 1 of its \d+ tensors \(v_head.weight\)",
+    )
+
+
+def test_usable_files_pass(tmp_path: Path, tiny_tokenizer):
+    """In shards, in a pickle of tensors, in one of the old format."""
+    for kind in ("shards", "bin"):
+        folder = tiny.save_llama_folder(tmp_path / kind)
+        (_in_shards if kind == "shards" else _as_bin)(folder)
+        check_model_folder(str(folder), tiny_tokenizer)
+        create_hf_model(str(folder), tiny_tokenizer, torch.float32)
+    state = torch.load(tmp_path / "bin/pytorch_model.bin")
+    old = {"_use_new_zipfile_serialization": False}
+    torch.save(state, tmp_path / "bin/pytorch_model.bin", **old)
+    check_model_folder(str(tmp_path / "bin"), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "fits"),
+    [(250, 259, True), (50_304, 50_257, True), (400, 500, True), (399, 500, False)],
+)
+def test_a_tokenizer_may_lack_a_fifth_of_its_rows(rows: int, tokens: int, fits: bool):
+    if fits:
+        check_vocabulary("m", rows, tokens)
+    else:
+        assert_one_line(lambda: check_vocabulary("m", rows, tokens), "101 of the tokenizer's 500")
+
+
+def test_growing_is_said(tmp_path: Path, tiny_tokenizer, capfd):
+    folder = str(tiny.save_llama_folder(tmp_path / "m", vocab_size=250))
+    create_hf_model(folder, tiny_tokenizer, torch.float32)
+    said = capfd.readouterr().out
+    assert "its embedding grows from 250 to 264 rows for the tokenizer's 259 tokens" in said
+
+
+@pytest.mark.parametrize("kind", ["classifier", "trunk and head"])
+def test_a_reward_model_is_no_language_model(tmp_path: Path, tiny_tokenizer, kind: str):
+    """And the reverse is told too; chat and evaluation load by the same functions."""
+    language = str(tiny.save_llama_folder(tmp_path / "language"))
+    if kind != "classifier":
+        language = save_family(tmp_path / "granite", "granite")
+    reward = create_critic_model(language, tiny_tokenizer, torch.float32, init_head=True)
+    save_hf_format(reward, tiny_tokenizer, tmp_path / "reward", ALONE)
+    folder = str(tmp_path / "reward")
+    words = r"is a reward model \(it holds a head\)[;,] give a language model"
+    assert_one_line(lambda: check_language_model(folder), words)
+    assert_one_line(lambda: create_hf_model(folder, tiny_tokenizer, torch.float32), words)
+    assert read_head(folder) is not None and read_head(language) is None
+    for act in (check_reward_head, lambda f: create_critic_model(f, tiny_tokenizer, torch.float32)):
+        assert_one_line(lambda a=act: a(language), "no score.weight or v_head.weight in it")
+
+
+def test_a_config_that_makes_no_model_is_told(tmp_path: Path):
+    config = tiny.tiny_llama().config
+    config.hidden_act = "nothing"
+    config.save_pretrained(tmp_path)
+    load_config(str(tmp_path))
+    assert_one_line(
+        lambda: on_meta(str(tmp_path), RewardModel.from_config),
+        r"its config.json makes no model \(KeyError: .*nothing",
+    )
+
+
+def test_saved_files_have_the_modes_of_new_files(tmp_path: Path, tiny_tokenizer):
+    """safetensors writes 0600 whatever the umask, which keeps colleagues out."""
+    model = tiny.tiny_llama()
+    save_hf_format(model, tiny_tokenizer, tmp_path / "m", ALONE)
+    (tmp_path / "new").touch()
+    expected = stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    modes = {f.name: stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "m").iterdir()}
+    assert set(modes.values()) == {expected}, modes
+    assert load_file(tmp_path / "m/model.safetensors")
