@@ -93,7 +93,7 @@ def create_hf_model(
         check_loading(source.label, info)
         for adapter in adapters:
             merge_adapter(model, adapter)
-        grow_vocabulary(model, len(tokenizer), model_name_or_path)
+        grow_vocabulary(model, len(tokenizer))
     check_finite(model, model_name_or_path)
     if (generation := source.generation_config()) is not None:
         model.generation_config = generation

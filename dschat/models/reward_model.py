@@ -143,7 +143,7 @@ def create_critic_model(
         check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD, HEAD))
         for adapter in adapters:
             merge_adapter(base, adapter, trunk=base.base_model_prefix)
-        grow_vocabulary(base, len(tokenizer), model_name_or_path)
+        grow_vocabulary(base, len(tokenizer))
     adopt_special_tokens(base, tokenizer)
     model = with_head(base, head, model_name_or_path)
     check_finite(model, model_name_or_path)

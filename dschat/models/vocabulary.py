@@ -35,14 +35,11 @@ def check_vocabulary(name: str, rows: int, tokens: int) -> None:
         )
 
 
-def grow_vocabulary(model: PreTrainedModel, size: int, name: str) -> None:
+def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     """Add embedding rows when the tokenizer is larger; never remove any; say so.
 
     They are random (`_draw_new_rows`), and the same whenever they are added to the same model: a
     policy and the frozen copy of it start alike.
-
-    Args:
-        name: the model's, for messages.
 
     Raises:
         UserError: as `check_vocabulary` does.
@@ -50,6 +47,7 @@ def grow_vocabulary(model: PreTrainedModel, size: int, name: str) -> None:
     rows = zero.full_shape(model.get_input_embeddings().get_parameter("weight"))[0]
     if size <= rows:
         return
+    name = model.name_or_path or type(model).__name__
     check_vocabulary(name, rows, size)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
