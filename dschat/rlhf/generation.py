@@ -55,6 +55,16 @@ class SamplingConfig(Settings):
         if "" in self.stop_strings:
             raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """Settings by which tokens are drawn from a part of the distribution alone."""
+        active = {
+            "top_p": self.top_p < 1,
+            "top_k": self.top_k > 0,
+            "min_answer_seq_len": self.min_answer_seq_len > 0,
+        }
+        return tuple(name for name, is_active in active.items() if is_active)
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -179,7 +189,7 @@ def generate(
         inputs["stopping_criteria"] = StoppingCriteriaList([stops])
     noted = SamplerLogprobs(1.0 if sampling.greedy else sampling.temperature)
     inputs["logits_processor"] = LogitsProcessorList([noted])
-    with _own_generation_config(module, config):
+    with own_generation_config(module, config):
         ids = module.generate(**inputs, generation_config=config, synced_gpus=synced_gpus)
     return Sampled(ids, noted.of(ids[:, prompts.input_ids.shape[1] :]))
 
@@ -204,7 +214,7 @@ def tell_unused_ends(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
-def _own_generation_config(module: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def own_generation_config(module: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Hide the folder's sampling settings, from which `generate` would fill ours up."""
     folders, module.generation_config = module.generation_config, config
     try:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from dschat.rlhf.answers import AnswerFile, choose_answers, format_answers
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
+from dschat.rlhf.ppo_rules import NO_ENDS
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
@@ -45,13 +46,14 @@ class PPOLog:
         configs: dict[str, ModelConfig],
         gpus: Gpus,
         iterations: int,
+        health: HealthMonitor | None = None,
     ):
         self.metrics, self.roles, self.rank = metrics, roles, metrics.rank
         self.answers_interval = answers_interval
         self.iterations, self.gpus = iterations, gpus
         self.works = {n: training_work(e, configs[n]) for n, e in roles.trained.items()}
         self.bar = progress_bar(iterations, "ppo", metrics)
-        self.health = HealthMonitor()
+        self.health = health or HealthMonitor()
         self._answers = None
         if answers_interval and metrics.output_dir is not None and self.rank == 0:
             resumed_at = None if metrics.continued is None else metrics.first_step
@@ -119,6 +121,12 @@ class PPOLog:
             self.bar.clear()
             critic = works.get("critic")
             print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
+        if iteration == 1 and statistics["ended"] < NO_ENDS:
+            self._print(
+                "note: no answer of the first iteration ended, so that they are scored as they "
+                "break off; raise max_answer_seq_len, or check that step 1 trained with this end "
+                f"token, {self.roles.tokenizer.eos_token}"
+            )
         for warning in self.health.observe(iteration, statistics):
             self._print(f"warning, iteration {iteration}: {warning}")
         self._show_answers(iteration, experiences)

@@ -33,6 +33,7 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
         "kl": per_row([(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]),
         "kl_per_token": per_token(k1),
         "kl_k3": per_token([kl_k3(e.logprobs, e.ref_logprobs) for e in experiences]),
+        "answers": answer_count(experiences),
         "answer_length": per_row([e.answer_mask.sum(-1) for e in experiences]),
         "ended": per_row([e.ended for e in experiences]),
         "ref_nats_per_token": -per_token([e.ref_logprobs for e in experiences]),

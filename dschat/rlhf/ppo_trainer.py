@@ -23,6 +23,7 @@ from dschat.rlhf.advantages import KLController, whitened, with_advantages
 from dschat.rlhf.experience import Experience, filled, minibatches
 from dschat.rlhf.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_health import check_figures
 from dschat.rlhf.ppo_statistics import (
     StepMeans,
     advantage_statistics,
@@ -106,8 +107,14 @@ class DeepSpeedPPOTrainer:
         return self.earned(self.rollout(list(batches), answers_per_prompt=1))
 
     def earned(self, experiences: list[Experience]) -> dict[str, float]:
-        """Statistics of rollouts and their rewards."""
-        return rollout_statistics(experiences) | self.rewards.statistics(experiences)
+        """Statistics of rollouts and their rewards.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        statistics = rollout_statistics(experiences) | self.rewards.statistics(experiences)
+        check_figures(statistics, self.iterations + 1)
+        return statistics
 
     def train_rlhf(self, experiences: list[Experience]) -> dict[str, float]:
         """Stages 2 to 5: update actor and critic; returns this iteration's statistics."""
@@ -211,27 +218,43 @@ class DeepSpeedPPOTrainer:
         actor = self.roles.actor
         if self.ptx is not None:
             self.ptx.backward(actor, [len(e) for e in group])
+        total = 0.0
         for i, e in enumerate(group):
             loss, sums = self.actor_loss(e)
             backward(actor, loss * scale, last=i == len(group) - 1)
             means.add(sums)
-        actor.step()
-        if actor.was_step_applied():
-            means.add_norm(actor.get_global_grad_norm())
-            if self.roles.ema is not None:
-                self.roles.ema.update()
+            total += sums["actor_loss"]
+        if self.step(actor, "actor", total, means) and self.roles.ema is not None:
+            self.roles.ema.update()
 
     def critic_step(
         self, critic: Engine, group: list[Experience], scale: float, means: StepMeans
     ) -> None:
         """Make one step of the critic over an accumulation group."""
+        total = 0.0
         for i, e in enumerate(group):
             loss, sums = self.critic_loss(critic, e)
             backward(critic, loss * scale, last=i == len(group) - 1)
             means.add(sums)
-        critic.step()
-        if critic.was_step_applied():
-            means.add_norm(critic.get_global_grad_norm())
+            total += sums["critic_loss"]
+        self.step(critic, "critic", total, means)
+
+    def step(self, engine: Engine, role: str, loss: float, means: StepMeans) -> bool:
+        """Make an optimizer step of a summed loss; tell whether it changed the weights.
+
+        Raises:
+            UserError: on every rank, where the loss, or the norm of the gradients, is not finite.
+        """
+        (loss,) = all_reduce_sum([loss])
+        check_figures({f"{role}_loss": loss}, self.iterations + 1)
+        engine.step()
+        if not engine.was_step_applied():
+            return False
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            check_figures({f"{role}_grad_norm": float(norm)}, self.iterations + 1)
+        means.add_norm(norm)
+        return True
 
     def policy_scores(self, e: Experience, with_entropy: bool = False) -> AnswerScores:
         """Log-probabilities of answers under the present policy at the sampling temperature."""

@@ -16,10 +16,13 @@ from dschat.data.batching import Loader
 from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
 from dschat.models.reward_model import RewardModel
+from dschat.models.reward_statistics import read_statistics
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import SavePlan
 from dschat.rlhf.generation import tell_unused_ends
+from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.ppo_log import PPOLog
+from dschat.rlhf.ppo_rules import RunFacts
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.retokenise import Retokeniser
@@ -126,6 +129,7 @@ class PPORun:
             configs,
             ctx.gpus,
             self.steps.total_steps,
+            health_monitor(self.settings, self.plan.names.reward),
         )
         set_random_seed(ctx.seed + ctx.rank)
         position = self.checkpointer.restore(
@@ -174,7 +178,7 @@ def prepare(
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
     length = settings.length(iterations, batches)
-    for line in (*settings.accumulation_remarks(), *length.advice()):
+    for line in (*settings.remarks(), *length.advice()):
         print_rank_0(line)
     rewards = plan.rewards
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
@@ -202,3 +206,21 @@ def prepare(
         roles, config, ctx.world_size, engine, rewards, ptx, seed=ctx.seed
     )
     return PPORun(ctx, settings, plan, setup, steps, trainer, checkpointer)
+
+
+def health_monitor(settings: PPORunSettings, reward_model: str | None) -> HealthMonitor:
+    """Make the monitor of a run with this reward model; it names remedies that the run has."""
+    rewards, actor, ppo = settings.rewards, settings.actor, settings.ppo
+    is_unscaled = reward_model is not None and rewards.reward_scaling == "none"
+    has_own_rate = actor.lora.lora_dim and actor.optimizer.lora_learning_rate is not None
+    facts = RunFacts(
+        has_reward_model=reward_model is not None and rewards.reward_model_weight != 0,
+        has_reward_function=rewards.reward_function is not None,
+        can_scale=is_unscaled and read_statistics(str(reward_model)) is not None,
+        fuses_adapters=settings.fuse_lora_for_generation,
+        has_kl_target=ppo.kl_target is not None,
+        ppo_epochs=ppo.ppo_epochs,
+        rate="actor_lora_learning_rate" if has_own_rate else "actor_learning_rate",
+        filters=ppo.sampling.filters,
+    )
+    return HealthMonitor(facts, slow_start=settings.run.warm_up / settings.updates)

@@ -152,8 +152,8 @@ class PPORunSettings(Settings):
     def _accumulated(self) -> int:
         return self.run.engine.gradient_accumulation_steps
 
-    def accumulation_remarks(self) -> Iterator[str]:
-        """Yield lines about accumulation groups that are not cut as the settings read."""
+    def remarks(self) -> Iterator[str]:
+        """Yield lines about settings that do something else than they read like."""
         accumulated, asked = self._accumulated, self.ppo.generation_batches
         batches, each = self.batches_per_iteration, self._micro_batches
         if batches > asked:
@@ -166,6 +166,11 @@ class PPORunSettings(Settings):
             yield (
                 f"gradient_accumulation_steps {accumulated}: of the {batches * each} micro-batches "
                 f"of an iteration, its last optimizer step adds up {left}"
+            )
+        if filters := self.ppo.sampling.filters:
+            yield (
+                f"{', '.join(filters)}: answers come from a part of the distribution that "
+                "log-probabilities are of, so the KL of sampled tokens is off and can be negative"
             )
 
     def actor_steps(self, iterations: int) -> int:

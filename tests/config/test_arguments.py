@@ -186,7 +186,7 @@ def test_an_iteration_fills_an_accumulation_group(argv, batches, updates, said):
     settings = rlhf(*argv.split())
     assert (settings.batches_per_iteration, settings.updates) == (batches, updates)
     assert settings.iterations(16) == math.ceil(16 / batches)
-    lines = " ".join(settings.accumulation_remarks())
+    lines = " ".join(settings.remarks())
     assert said in lines and bool(said) == bool(lines)
 
 
@@ -206,6 +206,12 @@ def test_a_short_run_of_ppo_is_said():
     assert (fitting.accumulation, fitting.steps) == (2, 20)
     waiting = rlhf("--critic_warmup_iterations", "3", "--num_warmup_steps", "0")
     assert waiting.length(iterations=30, batches_per_epoch=30).steps == 27
+
+
+def test_sampling_from_a_part_of_the_distribution_is_said():
+    settings = rlhf("--top_p", "0.9", "--min_answer_seq_len", "3")
+    (line,) = settings.remarks()
+    assert line.startswith("top_p, min_answer_seq_len: answers come from a part")
 
 
 def test_how_training_rows_become_batches():

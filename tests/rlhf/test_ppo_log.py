@@ -11,14 +11,16 @@ from tests.rlhf.tiny_roles import LORA, Setting, ppo_trainer, prompts
 
 
 @pytest.mark.parametrize(
-    ("changes", "passes"),
+    ("changes", "passes", "ended"),
     [
-        ({}, 2),
-        ({"critic_warmup_iterations": 1}, 0),
-        ({"update_kl_limit": 1e-9}, 1),  # the second epoch's steps are left out
+        ({}, 2, 1.0),
+        ({"critic_warmup_iterations": 1}, 0, 0.1),
+        ({"update_kl_limit": 1e-9}, 1, 0.0),  # the second epoch's steps are left out
     ],
 )
-def test_throughput_counts_the_steps_that_the_actor_made(load_roles, monkeypatch, changes, passes):
+def test_throughput_counts_the_steps_that_the_actor_made(
+    load_roles, monkeypatch, capsys, changes, passes, ended
+):
     works = []
     monkeypatch.setattr(ppo_log, "print_throughput_step3", lambda *args: works.append(args[:2]))
     setting = Setting(lora=LORA)
@@ -32,8 +34,9 @@ def test_throughput_counts_the_steps_that_the_actor_made(load_roles, monkeypatch
     torch.manual_seed(0)
     experiences = trainer.rollout([prompts()])
     log.rolled_out()
-    log.iteration(1, trainer.train_rlhf(experiences), experiences, ppo_epochs=2)
+    log.iteration(1, trainer.train_rlhf(experiences) | {"ended": ended}, experiences, ppo_epochs=2)
     log.close()
+    assert ("note: no answer of the first" in capsys.readouterr().out) == (ended == 0)
     ((actor, critic),) = works
     assert (actor.samples, critic.samples) == (4 * passes, 8)
     assert 2 * actor.tokens == passes * critic.tokens

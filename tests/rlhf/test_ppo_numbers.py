@@ -82,6 +82,7 @@ def test_rollout_statistics_by_hand():
         "kl": (0.5 + 0.0 + 1.0 - 1.0) / 2,  # a sum over each answer, then the mean of answers
         "kl_per_token": sum(k1) / 4,
         "kl_k3": sum(k3) / 4,
+        "answers": 2.0,
         "answer_length": 2.0,
         "ended": 0.5,
         "ref_nats_per_token": (1.5 + 2.0 + 4.0 + 3.0) / 4,

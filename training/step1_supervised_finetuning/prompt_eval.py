@@ -14,11 +14,12 @@ from typing import Protocol, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.models.causal_lm import create_hf_model
+from dschat.rlhf.generation import own_generation_config
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
 from dschat.text.encoding import encode
@@ -110,9 +111,10 @@ def answers(
 ) -> list[str]:
     """Sample answers to the token ids of one prompt; decode them without special tokens."""
     input_ids = torch.tensor([prompt], device=model.device)
-    ids = model.generate(
-        input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
-    )
+    with own_generation_config(cast(PreTrainedModel, model), config):
+        ids = model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
+        )
     return tokenizer.batch_decode(ids[:, len(prompt) :], skip_special_tokens=True)
 
 

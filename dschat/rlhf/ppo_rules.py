@@ -1,0 +1,221 @@
+"""Causes of trouble in PPO runs, in the order of cause and effect: symptom, words, remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dschat.rlhf.ppo_history import LONG, REMEMBERED, History
+
+FOREIGN_GAP = 0.1  # nats a token; bf16 alone makes 0.015
+ALL_EQUAL = 0.9  # of the prompts
+MANY_CLIPPED = 0.1  # of the reward model's scores
+MANY_RATIOS = 0.3  # of the tokens
+SHRUNK, GROWN = 1 / 3, 2.0  # times the first length
+SOME_ENDS, NO_ENDS = 0.1, 0.01  # of the answers
+COLLAPSED = 0.1  # times the first entropy
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Parts of a run that decide which remedies it has; the properties are these remedies.
+
+    Attributes:
+        can_scale: the reward model's folder has statistics that the run does not use.
+        rate: setting of the actor's learning rate.
+        filters: settings by which answers come from a part of the distribution.
+    """
+
+    has_reward_model: bool = True
+    has_reward_function: bool = False
+    can_scale: bool = False
+    fuses_adapters: bool = False
+    has_kl_target: bool = False
+    ppo_epochs: int = 1
+    rate: str = "actor_learning_rate"
+    filters: tuple[str, ...] = ()
+
+    @property
+    def slower(self) -> str:
+        """Against updates that are too long."""
+        return f"lower {self.rate}" + (" or ppo_epochs" if self.ppo_epochs > 1 else "")
+
+    @property
+    def closer(self) -> str:
+        """Against a policy that leaves the reference."""
+        return "lower kl_target" if self.has_kl_target else "raise kl_coef"
+
+    @property
+    def rewards(self) -> str:
+        """Sources of the rewards."""
+        model = "the reward model (rw_eval.py)" if self.has_reward_model else ""
+        function = "reward_function" if self.has_reward_function else ""
+        return " and ".join(filter(None, (model, function)))
+
+    @property
+    def unclipped(self) -> str:
+        """Against scores beyond the clip."""
+        return "give reward_scaling auto, or raise reward_clip" if self.can_scale else "raise it"
+
+    @property
+    def unfiltered(self) -> str:
+        """Against answers from a part of the distribution."""
+        if self.filters:
+            return f"drop {', '.join(self.filters)}"
+        return "look for dropout that is left on, or an engine that samples otherwise"
+
+    @property
+    def same_policy(self) -> str:
+        """Against an engine of another policy."""
+        if self.fuses_adapters:
+            return "drop fuse_lora_for_generation"
+        return "look at the rollout engine's weights and temperature"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One cause.
+
+    Attributes:
+        says: with figures by their names (`History.words`). remedy: with `RunFacts` as `facts`.
+        explains: names of the rules that show what follows from this one.
+    """
+
+    name: str
+    is_seen: Callable[[History], bool]
+    says: str
+    remedy: str
+    explains: tuple[str, ...] = ()
+
+    def warning(self, history: History, facts: RunFacts) -> str | None:
+        """Say it with its remedy; None where it is not seen."""
+        if not self.is_seen(history):
+            return None
+        return f"{self.says.format_map(history.words())}; {self.remedy.format(facts=facts)}"
+
+
+RULES = (
+    Rule(
+        "foreign answers",
+        lambda h: h.stays("decode_gap", above=FOREIGN_GAP),
+        "another policy answers than the one that trains: log-probabilities of tokens are "
+        "{decode_gap:.2f} nats off those by which they were sampled",
+        "{facts.same_policy}",
+        explains=("negative KL", "ran away", "long updates"),
+    ),
+    Rule(
+        "negative KL",
+        lambda h: h.has_negative_kl,
+        "KL to the reference is negative ({kl_per_token:.3f} nats a token): answers are not drawn "
+        "from the distribution that is scored",
+        "{facts.unfiltered}",
+    ),
+    Rule(
+        "clipped rewards",
+        lambda h: h.stays("reward_clipped", above=MANY_CLIPPED),
+        "{reward_clipped:.0%} of the reward model's scores lie beyond reward_clip, which makes "
+        "them equal",
+        "{facts.unclipped}",
+        explains=("equal rewards", "equal within prompts", "standstill"),
+    ),
+    Rule(
+        "ran away",
+        lambda h: h.ran_away,
+        "the policy has left the reference ({kl_per_token:.2g} nats a token) and not for the "
+        "reward, {first_reward:.3g} at first and {reward:.3g} now: its updates are too long",
+        "{facts.slower}, or {facts.closer}",
+        explains=(
+            *("clipped rewards", "answers shrank", "answers grew", "gamed reward", "long updates"),
+            *("entropy collapse", "equal rewards", "equal within prompts", "reward fell"),
+            *("no ends", "blind critic"),
+        ),
+    ),
+    Rule(
+        "answers shrank",
+        lambda h: h.change("answer_length") < SHRUNK,
+        "answers shrank from {first_answer_length:.0f} to {answer_length:.2g} tokens while the "
+        "reward went from {first_reward:.3g} to {reward:.3g}",
+        "see whether {facts.rewards} pays for short answers, or {facts.closer}",
+        explains=("gamed reward", "entropy collapse", "equal rewards", "reward fell"),
+    ),
+    Rule(
+        "answers grew",
+        lambda h: h.change("answer_length") > GROWN or h.loses_ends,
+        "answers grew from {first_answer_length:.0f} to {answer_length:.0f} tokens, {ended:.0%} "
+        "end instead of {first_ended:.0%}, while the reward went from {first_reward:.3g} to "
+        "{reward:.3g}",
+        "see whether {facts.rewards} pays for length; raise missing_eos_penalty or "
+        "max_answer_seq_len",
+        explains=("gamed reward", "no ends", "reward fell"),
+    ),
+    Rule(
+        "gamed reward",
+        lambda h: h.is_gamed,
+        "the reward rose from {first_reward:.3g} to {reward:.3g} while the policy left the "
+        "reference ({kl_per_token:.2g} nats a token): the reward is being gamed",
+        "read the answers (print_answers), {facts.closer} or stop earlier",
+        explains=(
+            *("clipped rewards", "long updates", "entropy collapse", "equal rewards"),
+            *("equal within prompts", "blind critic"),
+        ),
+    ),
+    Rule(
+        "long updates",
+        lambda h: h.stays("clip_fraction", above=MANY_RATIOS),
+        "the ratios of {clip_fraction:.0%} of the tokens are clipped: updates are too long",
+        "{facts.slower}, or give update_kl_limit",
+        explains=("entropy collapse", "reward fell", "no ends", "blind critic"),
+    ),
+    Rule(
+        "entropy collapse",
+        lambda h: h.change("entropy") < COLLAPSED,
+        "entropy fell from {first_entropy:.3g} to {entropy:.3g} nats a token: the policy says one "
+        "and the same",
+        "{facts.closer} or {facts.slower}",
+        explains=("equal rewards", "equal within prompts", "no ends", "blind critic"),
+    ),
+    Rule(
+        "equal rewards",
+        lambda h: h.has_equal_rewards,
+        "all answers have the reward {reward:.3g}: there is nothing to learn from",
+        "check {facts.rewards}",
+        explains=("equal within prompts", "standstill", "blind critic"),
+    ),
+    Rule(
+        "equal within prompts",
+        lambda h: h.stays("frac_reward_zero_std", LONG, above=ALL_EQUAL),
+        "{frac_reward_zero_std:.0%} of the prompts have answers of one and the same reward, and "
+        "teach nothing",
+        "take other prompts, more answers_per_prompt, or a reward of finer steps",
+        explains=("standstill",),
+    ),
+    Rule(
+        "reward fell",
+        lambda h: h.fell,
+        "the reward fell from {first_reward:.3g} to {reward:.3g}: the policy unlearns what is "
+        "rewarded",
+        "{facts.slower}, or take more answers an iteration",
+        explains=("blind critic",),
+    ),
+    Rule(
+        "no ends",
+        lambda h: h.first.get("ended", 0.0) > SOME_ENDS and h.stays("ended", below=NO_ENDS),
+        "{ended:.1%} of the answers end instead of {first_ended:.0%} (mean length "
+        "{answer_length:.0f} tokens)",
+        "raise missing_eos_penalty, or {facts.closer}",
+    ),
+    Rule(
+        "standstill",
+        lambda h: h.stands_still,
+        "the policy is where it began (KL {kl_per_token:.1e} nats a token), and so is the reward",
+        "raise {facts.rate}, or train longer",
+    ),
+    Rule(
+        "blind critic",
+        lambda h: h.stays("explained_variance", REMEMBERED, below=0),
+        "explained variance has long been below 0 ({explained_variance:.2f}): the critic predicts "
+        "worse than a constant",
+        "raise critic_learning_rate, or lower it where critic_loss does not fall; "
+        "critic_warmup_iterations lets it train first",
+    ),
+)
