@@ -9,7 +9,7 @@ from pathlib import Path
 from dschat.errors import UserError
 from dschat.models.config import load_config
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.module.adapter import CONFIG_FILE
+from dschat.utils.module.adapter_config import CONFIG_FILE
 from dschat.utils.module.adapter_write import AdapterOrigin
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.model_source import ModelSource, place_of, resolve_model

@@ -20,6 +20,7 @@ from dschat.utils.ds_utils import (
     get_eval_ds_config,
     get_train_ds_config,
 )
+from dschat.utils.module.targets import left_without_adapter
 from dschat.utils.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -102,7 +103,8 @@ def build_engine(
     optimizer_config = model.optimizer
     groups = get_optimizer_grouped_parameters(module, optimizer_config)
     advice = lora_advice(model.lora, optimizer_config, config, world_size)
-    print_rank_0("\n".join([group_table(groups, module, title), *advice]))
+    left = left_without_adapter(module, model.lora)
+    print_rank_0("\n".join([group_table(groups, module, title), *left, *advice]))
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:

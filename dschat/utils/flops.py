@@ -19,10 +19,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
+from dschat.utils.module.experts import bare_weights
 from dschat.utils.module.lora_layers import LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.targets import HEAD_NAMES, output_head
 from dschat.utils.zero import full_numel, full_shape
+
+EXPERTS_PER_TOKEN = (  # what configs call it
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
+    "top_k_experts",
+)
 
 # Dense peaks in TFLOPS as (pattern of the device name, bf16, fp16, fp32), from NVIDIA's data sheets
 # of each product; where a sheet prints the sparse figure, its half. fp32 is without TF32. First
@@ -125,13 +131,14 @@ def calculate_flops(
 
 @dataclass(frozen=True)
 class Matrices:
-    """Parameters of a decoder's matrices, by the way they are computed with.
+    """Parameters of a decoder's matrices that a token meets, by the way they are computed with.
 
     Attributes:
         body: all but the head's, frozen or not. adapters: LoRA's A and B. head: the output head,
             tied or not (the lookup of an embedding costs nothing).
         trained: those of the three above that train.
         attention: layers · heads · head_dim, which every pair of positions multiplies twice.
+        mixture: of experts, so that several tokens meet more than one does.
     """
 
     body: int
@@ -139,36 +146,43 @@ class Matrices:
     head: int
     trained: int
     attention: int
+    mixture: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, hf_config: Any) -> Matrices | None:
-        """Count a live model's, under ZeRO-3 too; None where more than linear layers multiply.
+        """Count a live model's, under ZeRO-3 too; None where more than these multiply.
 
-        That is the case with mixtures of experts, convolutions, and no attention heads.
+        That is the case with convolutions, with experts of which the config does not say how many
+        a token meets, and without attention heads.
         """
-        sizes, trained = {"body": 0, "adapters": 0, "head": 0}, 0
-        output_heads = [output_head(m) for m in model.modules()]
-        for name, layer in model.named_modules():
-            own = dict(layer.named_parameters(recurse=False))
-            if any(len(full_shape(p)) > 2 for p in own.values()):
-                return None
-            if isinstance(layer, (nn.Linear, Conv1D, LoRALinear)):
-                is_head = name.split(".")[-1] in HEAD_NAMES or layer in output_heads
-                if isinstance(layer, QuantizedLoRALinear):
-                    size, trains = layer.weight_numel, False
-                else:
-                    size, trains = full_numel(own["weight"]), own["weight"].requires_grad
-                sizes["head" if is_head else "body"] += size
-                trained += size if trains else 0
-            adapter = sum(full_numel(own[leaf]) for leaf in ("lora_A", "lora_B") if leaf in own)
-            sizes["adapters"] += adapter
-            trained += adapter
+        sizes, trained, mixture = {"body": 0, "adapters": 0, "head": 0}, 0, False
+        modules = dict(model.named_modules())
+        output_heads = [output_head(m) for m in modules.values()]
+        bare, active = bare_weights(modules), _size(hf_config, *EXPERTS_PER_TOKEN, default=0)
+        for name, layer in modules.items():
+            is_head = name.split(".")[-1] in HEAD_NAMES or layer in output_heads
+            kind = "head" if is_head else "body"
+            if isinstance(layer, QuantizedLoRALinear):
+                sizes[kind] += layer.weight_numel
+            of_layer = isinstance(layer, (nn.Linear, Conv1D, LoRALinear))
+            for leaf, parameter in layer.named_parameters(recurse=False):
+                is_adapter = leaf.startswith(("lora_A", "lora_B"))
+                multiplies = is_adapter or f"{name}.{leaf}" in bare
+                size = full_numel(parameter)
+                if len(shape := full_shape(parameter)) > 2:
+                    if not (multiplies and active):
+                        return None
+                    size, mixture = size // shape[0] * active, True
+                if multiplies or (of_layer and leaf == "weight"):
+                    sizes["adapters" if is_adapter else kind] += size
+                    trained += size if is_adapter or parameter.requires_grad else 0
         layers, hidden, _ = get_hf_configs(hf_config)
         heads = _size(hf_config, "num_attention_heads", "n_head", "num_heads", default=0)
         if heads == 0:
             return None
         head_dim = _size(hf_config, "head_dim", default=hidden // heads)
-        return cls(**sizes, trained=trained, attention=layers * heads * head_dim)
+        attention = layers * heads * head_dim
+        return cls(**sizes, trained=trained, attention=attention, mixture=mixture)
 
 
 def causal_pairs(length: float) -> float:

@@ -118,10 +118,9 @@ def is_norm(module: nn.Module) -> bool:
 
 def classify(module_name: str, module: nn.Module, leaf: str) -> str:
     """Name the group of the parameter `leaf` that sits directly on `module`."""
-    if leaf in ("lora_A", "lora_B", "lora_magnitude"):
-        return "lora_embedding" if isinstance(module, nn.Embedding) else leaf
-    if leaf.startswith("lora_embedding"):
-        return "lora_embedding"
+    for group in ("lora_A", "lora_B", "lora_magnitude", "lora_embedding"):
+        if leaf.startswith(group):  # the adapter of a bare parameter p is lora_A_p, lora_B_p
+            return "lora_embedding" if isinstance(module, nn.Embedding) else group
     if leaf == ROWS_NAME:
         return "token_rows"
     if "v_head" in module_name.split("."):

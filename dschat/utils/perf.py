@@ -121,7 +121,8 @@ class Step3Throughput:
 
     Attributes:
         tflops_per_gpu: of generation and training; the exact count of `mfu` has scoring as well.
-        weights_gb_per_s: what decoding reads of the matrices on each GPU.
+        weights_gb_per_s: what decoding reads of the matrices on each GPU; None for a mixture of
+            experts, of which a batch reads as many as its tokens meet.
     """
 
     tflops_per_gpu: float
@@ -160,7 +161,7 @@ def step3_throughput(
     generation = calculate_flops(1, rollout.samples, length, actor.config)
     training = sum(work.megatron_flops for work in works)
     weights = None
-    if actor.matrices is not None:
+    if actor.matrices is not None and not actor.matrices.mixture:
         read = (actor.matrices.body + actor.matrices.head) * gpus.dtype.itemsize
         weights = read * rollout.steps / times.generation / 1e9
     return Step3Throughput(

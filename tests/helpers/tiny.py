@@ -101,6 +101,46 @@ def tiny_falcon(seed: int = 0) -> PreTrainedModel:
     ).eval()
 
 
+MOE = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [0],
+    },
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 8},
+}
+
+
+def tiny_moe(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A mixture of four experts, two (Llama 4: one) for each token, in two layers of width 32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 1 if name == "llama4_text" else 2,
+        **SPECIAL,
+    }
+    config = AutoConfig.for_model(name, **{**settings, **MOE[name], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # lively, and biases and sinks that are not zero
+            if parameter.ndim > 1 or not parameter.any():
+                parameter.normal_(std=0.2)
+    return model
+
+
 ARCHITECTURES = {
     "llama": tiny_llama,
     "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),

@@ -14,7 +14,7 @@ from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim import OptimizerConfig
-from tests.helpers.tiny import padded, tiny_gpt2, tiny_llama, token_rows
+from tests.helpers.tiny import padded, tiny_gpt2, tiny_llama, tiny_moe, token_rows
 
 BASE_RATE, RATIO, WEIGHT_DECAY = 1e-3, 16.0, 0.1
 HEAD_RATE, EMBEDDING_RATE, TOKENS_RATE = 4e-3, 2e-3, 8e-3
@@ -34,7 +34,7 @@ class Cell:
     """One training run: what, and how it is spread."""
 
     name: str
-    model: str  # causal, reward, gpt2
+    model: str  # causal, reward, gpt2, mixtral, gpt_oss
     stage: int
     checkpointing: bool = False
     offload: bool = False
@@ -132,6 +132,13 @@ def all_cells() -> list[Cell]:
         cells.append(Cell(f"reward-z{stage}-everything", "reward", stage, everything=True))
         cells.append(Cell(f"reward-z{stage}-tokens", "reward", stage, tokens=TOKENS))
     cells.append(Cell("reward-z2-accumulation", "reward", 2, accumulation=2))
+    for stage in range(4):
+        cells.append(Cell(f"mixtral-z{stage}", "mixtral", stage))
+        cells.append(Cell(f"mixtral-z{stage}-first", "mixtral", stage, first_steps=True))
+    for stage in (2, 3):
+        every = {"checkpointing": True, "offload": True, "accumulation": 2}
+        cells.append(Cell(f"gpt_oss-z{stage}", "gpt_oss", stage, **every))
+    cells.append(Cell("mixtral-z3-folder", "mixtral", 3, built_from="folder"))
     cells.append(Cell("causal-z3-folder", "causal", 3, built_from="folder"))
     cells.append(Cell("reward-z3-folder", "reward", 3, built_from="folder"))
     every = {"everything": True, "checkpointing": True, "offload": True, "built_from": "folder"}
@@ -151,6 +158,8 @@ def build_module(model: str) -> nn.Module:
     """The same weights at every call."""
     if model == "gpt2":
         return tiny_gpt2(MODEL_SEED)
+    if model in ("mixtral", "gpt_oss"):
+        return tiny_moe(model, MODEL_SEED)
     causal = tiny_llama(MODEL_SEED)
     if model == "causal":
         return causal

@@ -74,6 +74,35 @@ def add_rows(module: nn.Module) -> None:
         setattr(module.get_submodule(parent), leaf, PlainRows(base, rows))
 
 
+class PlainExperts(nn.Module):
+    """The sum W + s B A in place of a bare parameter W, while its module runs."""
+
+    def __init__(self, module: nn.Module, leaf: str, drawn_in: torch.dtype):
+        super().__init__()
+        self.leaf, self.turned = leaf, leaf != "weight" and module.is_transposed
+        *experts, outputs, inputs = self.rows(module).shape
+        start_A = torch.zeros(*experts, cells.RANK, inputs).to(drawn_in)
+        bound = 1 / math.sqrt(inputs)
+        A = nn.Parameter(start_A.uniform_(-bound, bound).float())
+        B = nn.Parameter(torch.zeros(*experts, outputs, cells.RANK))
+        module.register_parameter(f"lora_A_{leaf}", A)
+        module.register_parameter(f"lora_B_{leaf}", B)
+        module.register_forward_pre_hook(self.put)
+        module.register_forward_hook(self.take_away)
+
+    def rows(self, module: nn.Module) -> torch.Tensor:
+        weight = module.get_parameter(self.leaf)
+        return weight.mT if self.turned else weight
+
+    def put(self, module: nn.Module, _) -> None:
+        A, B = (getattr(module, f"lora_{matrix}_{self.leaf}") for matrix in "AB")
+        rows = self.rows(module) + cells.ALPHA / cells.RANK * B @ A
+        vars(module)[self.leaf] = rows.mT if self.turned else rows
+
+    def take_away(self, module: nn.Module, *_) -> None:
+        del vars(module)[self.leaf]
+
+
 @torch.no_grad()
 def round_weights(module: nn.Module, bits: str) -> None:
     """Every linear layer of the blocks to what 4 or 8 bits can hold."""
@@ -99,6 +128,10 @@ def add_adapters(module: nn.Module, drawn_in: torch.dtype, everything: bool) -> 
             parent, _, leaf = name.rpartition(".")
             layer = PlainLora(module.get_submodule(name), drawn_in, everything)
             setattr(module.get_submodule(parent), leaf, layer)
+    for kind, leaves in (("Experts", ("gate_up_proj", "down_proj")), ("Router", ("weight",))):
+        for part in [m for m in module.modules() if type(m).__name__.endswith(kind)]:
+            for leaf in leaves:
+                PlainExperts(part, leaf, drawn_in)
 
 
 def groups_of(module: nn.Module, cell: cells.Cell) -> list[dict]:

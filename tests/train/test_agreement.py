@@ -70,7 +70,7 @@ def trained(tmp_path_factory) -> Callable[[str, int], Trained]:
     """A cell by its name and the number of ranks."""
     models = tmp_path_factory.mktemp("models")
     alone = Distributed(0, 1, 0, torch.device("cpu"))
-    for model in ("causal", "reward"):
+    for model in ("causal", "reward", "mixtral"):
         module = cells.build_module(model)
         save_hf_format(module, byte_tokenizer(), models / model, alone)
     (models / "adam.json").write_text(json.dumps(USER_JSON))

@@ -32,10 +32,10 @@ def build(cell: cells.Cell, folder: str, ds_config: dict) -> nn.Module:
     dtype = torch_dtype(cell.dtype)
     if cell.built_from == "module":
         return cells.build_module(cell.model).to(dtype)
-    create = create_hf_model if cell.model == "causal" else create_critic_model
+    create = create_critic_model if cell.model == "reward" else create_hf_model
     name = f"{folder}/{cell.model}"
     module = create(name, byte_tokenizer(), dtype, ds_config=ds_config)
-    trunk = module if cell.model == "causal" else module.rwtransformer
+    trunk = module.rwtransformer if cell.model == "reward" else module
     shapes = {p.ndim for p in trunk.parameters()}
     assert shapes == {1}, f"not built in shards: ndim {shapes}"
     return module
@@ -64,7 +64,7 @@ def moves(before: dict, after: dict) -> dict[str, list[float]]:
     """Median and largest |change| over all elements of the A's, and of the B's."""
     changes = {}
     for kind in ("lora_A", "lora_B"):
-        parts = [(after[n] - before[n]).abs().flatten() for n in after if n.endswith(kind)]
+        parts = [(after[n] - before[n]).abs().flatten() for n in after if kind in n]
         if parts:
             every = torch.cat(parts).float()
             changes[kind] = [every.median().item(), every.max().item()]

@@ -83,7 +83,6 @@ def assert_one_line(call, *words: str) -> None:
         ("bias", "all", "it trained biases of the base"),
         ("lora_bias", True, "B has a bias"),
         ("layer_replication", [[0, 2], [1, 2]], "it repeats layers of the base"),
-        ("target_parameters", ["experts.up"], "it adapts bare parameters"),
         ("alora_invocation_tokens", [3], "it is on after certain tokens only"),
         ("use_qalora", True, "it pools the input of A"),
         ("use_bdlora", {"nblocks": 2}, "its matrices are block-diagonal"),

@@ -198,12 +198,27 @@ def test_a_reward_model_trains_its_head_beside_the_adapters():
     assert (matrices.adapters, matrices.trained) == (adapters, adapters + width)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "mamba"])
-def test_what_linear_layers_do_not_compute_has_no_exact_count(model_type):
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_a_token_meets_some_experts_as_pytorch_counts(name):
+    """Its experts one by one, PyTorch's counter does not know the grouped product."""
+    model = tiny.tiny_moe(name, attn_implementation="eager").train()
+    model.set_experts_implementation("eager")
+    sizes = BATCH * LENGTH, BATCH * LENGTH**2
+    assert counted_step(model) == training_flops(Matrices.of(model, model.config), *sizes)
+    convert_linear_layer_to_lora(only_optimize_lora_parameters(model), LoraConfig(lora_dim=3))
+    model.enable_input_require_grads()
+    matrices = Matrices.of(model, model.config)
+    assert counted_step(model) == training_flops(matrices, *sizes)
+    assert matrices.mixture and matrices.trained == matrices.adapters
+
+
+def test_what_these_do_not_compute_has_no_exact_count():
     sizes = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 1}
-    config = AutoConfig.for_model(model_type, **sizes)
+    config = AutoConfig.for_model("mamba", **sizes)
     with torch.device("meta"):
         assert Matrices.of(AutoModelForCausalLM.from_config(config), config) is None
+    silent = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 264, "num_heads": 4}
+    assert Matrices.of(tiny.tiny_moe("mixtral"), SimpleNamespace(**silent)) is None
 
 
 def test_a_model_without_attention_heads_has_no_exact_count():

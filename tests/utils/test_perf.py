@@ -120,6 +120,13 @@ def test_bandwidth_follows_the_dtype():
     assert full == 2 * half
 
 
+def test_bandwidth_of_a_mixture_is_not_known():
+    actor, *rest = step3()
+    matrices = dataclasses.replace(MATRICES, mixture=True)
+    speed = step3_throughput(dataclasses.replace(actor, matrices=matrices), *rest)
+    assert speed.weights_gb_per_s is None and speed.mfu is not None
+
+
 def test_step3_line(capsys):
     line = print_throughput_step3(*step3(name=None), rank=0)
     assert capsys.readouterr().out == line + "\n"

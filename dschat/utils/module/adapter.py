@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dschat.errors import UserError
-from dschat.utils.module.adapter_config import CONFIG_FILE, REWARD, WEIGHT_FILES, AdapterConfig
+from dschat.utils.module.adapter_config import REWARD, WEIGHT_FILES, AdapterConfig
 from dschat.utils.module.adapter_rows import Rows, take_rows
 
 PREFIX = "base_model.model."  # of every key, before the name in the transformers model
@@ -27,13 +27,19 @@ LEAVES = {  # a key's end: the tensor it names, and whether of an embedding
 
 @dataclass
 class Update:
-    """Trained tensors of one layer: A (r, in), B (out, r), with DoRA the row lengths (out,)."""
+    """Trained tensors of one layer: A (r, in), B (out, r), with DoRA the row lengths (out,).
+
+    Attributes:
+        transposed: of a bare parameter, whether it is stored as (experts, in, out); A and B may
+            have an axis of experts too. None: of a layer, whose kind says it.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     magnitude: torch.Tensor | None
     scaling: float
     of_embedding: bool
+    transposed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,8 @@ def read_adapter(config: AdapterConfig) -> Adapter:
         faults += [f"missing {layer_name}.{leaf}" for leaf in sorted(wanted - present)]
         faults += [f"unexpected {layer_name}.{leaf}" for leaf in sorted(present - wanted)]
         if wanted == present:
-            lora, stored = config.of_layer(layer_name), layer["lora_A"].shape[0]
-            if lora.lora_dim != stored:
-                faults.append(f"{layer_name} of rank {stored}, {CONFIG_FILE} says {lora.lora_dim}")
             layer.setdefault("magnitude", None)
-            updates[layer_name] = Update(**layer, scaling=lora.scaling)
+            updates[layer_name] = Update(**layer, scaling=config.of_layer(layer_name).scaling)
     stop_at(faults, f"adapter {config.name}: its tensors cannot be used")
     rows = {name.removeprefix(PREFIX): row for name, row in rows.items()}
     return Adapter(config, updates, full_tensors, rows)

@@ -23,7 +23,7 @@ PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 UNDERSTOOD = {
     *("peft_type", "task_type", "base_model_name_or_path", "init_lora_weights"),
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "trainable_token_indices"),
+    *("modules_to_save", "target_parameters", "trainable_token_indices"),
 }
 WITHOUT_EFFECT = {  # on what a trained adapter computes
     *("auto_mapping", "peft_version", "inference_mode", "lora_dropout", "ensure_weight_tying"),
@@ -35,7 +35,6 @@ REFUSED = {
     "bias": "it trained biases of the base",
     "lora_bias": "B has a bias",
     "layer_replication": "it repeats layers of the base",
-    "target_parameters": "it adapts bare parameters, not layers",
     "alora_invocation_tokens": "it is on after certain tokens only",
     "use_qalora": "it pools the input of A",
     "use_bdlora": "its matrices are block-diagonal",
@@ -52,6 +51,7 @@ class AdapterConfig:
         name: what messages call it. base: what it sits on, a folder or hub id.
         task: CAUSAL_LM, SEQ_CLS, or None where PEFT was given none.
         rank_pattern, alpha_pattern: ranks and alphas of layers that differ from `lora`'s.
+        target_parameters: names, or their ends, of parameters adapted without a layer.
         token_indices: tokens of which rows trained.
     """
 
@@ -62,6 +62,7 @@ class AdapterConfig:
     lora: LoraConfig
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
     token_indices: TokenIndices = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,6 +75,10 @@ class AdapterConfig:
         rank = _by_pattern(self.rank_pattern, layer, self.lora.lora_dim)
         alpha = _by_pattern(self.alpha_pattern, layer, self.lora.lora_alpha)
         return replace(self.lora, lora_dim=rank, lora_alpha=alpha)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Tell whether a bare parameter is adapted."""
+        return any(name == t or name.endswith(f".{t}") for t in self.target_parameters)
 
     def trains_fully(self, name: str) -> bool:
         """Tell whether a module or parameter is, or is in, one of `modules_to_save`."""
@@ -130,6 +135,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             lora=lora,
             rank_pattern=dict(raw.get("rank_pattern") or {}),
             alpha_pattern=dict(raw.get("alpha_pattern") or {}),
+            target_parameters=tuple(raw.get("target_parameters") or ()),
             token_indices=read_indices(raw.get("trainable_token_indices")),
         )
     except (TypeError, ValueError) as error:

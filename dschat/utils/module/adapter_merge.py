@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.utils.module.adapter import Adapter, Update, stop_at
+from dschat.utils.module.adapter_parameters import placed_updates
 from dschat.utils.module.adapter_rows import Rows
 from dschat.utils.module.low_rank import merged_weight
 from dschat.utils.module.targets import HEAD_NAMES
@@ -29,6 +30,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
         UserError: a tensor that fits nowhere, or one that is missing.
     """
     updates, full_tensors, rows = _by_name_in(adapter, trunk)
+    updates = placed_updates(model, adapter.config, updates, trunk)
     _grow(model, full_tensors)
     _check(model, adapter, trunk, updates, full_tensors, rows)
     trained = {n for n in full_tensors if adapter.config.trains_fully(_full_name(n, trunk))}
@@ -39,7 +41,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for names in users.values():
-        layers = {n: updates[_layer(n)] for n in names if _layer(n) in updates}
+        layers = {n: updates[key] for n in names for key in (n, _layer(n)) if key in updates}
         tokens = _rows_of(model, names, rows) if rows else {}
         if layers or tokens or trained & {*names}:
             whole = {n: full_tensors[n] for n in names if n in trained}
@@ -59,6 +61,7 @@ def fitting_updates(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -
         UserError: a tensor that fits nowhere, or one that is missing.
     """
     updates, full_tensors, rows = _by_name_in(adapter, trunk)
+    updates = placed_updates(model, adapter.config, updates, trunk)
     _check(model, adapter, trunk, updates, full_tensors, rows)
     return updates
 
@@ -111,12 +114,13 @@ def _check(
     faults = [
         f"no layer {name} to adapt"
         for name in updates
-        if not isinstance(modules.get(name), (nn.Linear, Conv1D, nn.Embedding))
+        if name not in own and not isinstance(modules.get(name), (nn.Linear, Conv1D, nn.Embedding))
     ]
     faults += [
-        f"{name} does not fit {tuple(full_shape(modules[name].weight))}"
+        f"{name} does not fit {tuple(full_shape(own[weight]))}"
         for name, update in updates.items()
-        if name in modules and not _fits(modules[name], update)
+        if (weight := name if name in own else f"{name}.weight") in own
+        and not _fits(modules.get(name), full_shape(own[weight]), update)
     ]
     for name, table in rows.items():
         shape = full_shape(own[f"{name}.weight"]) if f"{name}.weight" in own else torch.Size()
@@ -139,23 +143,27 @@ def _check(
     stop_at(faults, f"adapter {adapter.name}: it does not fit its base {adapter.config.base}")
 
 
-def _fits(module: nn.Module, update: Update) -> bool:
-    """Tell whether A is (r, in), B (out, r), a magnitude (out,), and the layer of their kind."""
-    if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-        return True  # reported already
-    shape = full_shape(module.weight)
-    inner, outer = shape if _is_transposed(module) else (shape[1], shape[0])
-    rank = update.lora_A.shape[0]
+def _fits(module: nn.Module | None, shape: torch.Size, update: Update) -> bool:
+    """Tell whether A is (r, in), B (out, r), a magnitude (out,), and the layer of their kind.
+
+    Args:
+        module: None for a bare parameter. shape: the weight's; experts each have an A and a B.
+    """
+    *experts, outer, inner = shape
+    if _is_transposed(module, update):
+        outer, inner = inner, outer
+    rank = update.lora_A.shape[-2]
     return (
         update.of_embedding == isinstance(module, nn.Embedding)
-        and update.lora_A.shape == (rank, inner)
-        and update.lora_B.shape == (outer, rank)
+        and update.lora_A.shape == (*experts, rank, inner)
+        and update.lora_B.shape == (*experts, outer, rank)
         and (update.magnitude is None or update.magnitude.shape == (outer,))
     )
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, (Conv1D, nn.Embedding))
+def _is_transposed(module: nn.Module | None, update: Update) -> bool:
+    of_layer = isinstance(module, (Conv1D, nn.Embedding))
+    return of_layer if update.transposed is None else update.transposed
 
 
 def _copy(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
@@ -178,8 +186,8 @@ def _replace(
         values = {}
         for name in names:
             if name in layers:
-                module = model.get_submodule(_layer(name))
-                values[name] = _updated(module, parameter, layers[name])
+                layer = model.get_submodule(_layer(name)) if name.endswith(".weight") else None
+                values[name] = _updated(layer, parameter, layers[name])
             else:
                 values[name] = trained.get(name, parameter).to(parameter, copy=True)
             if name in rows:
@@ -190,7 +198,7 @@ def _replace(
         _untie(model, {name: values[name] for name in names[1:]})
 
 
-def _updated(module: nn.Module, weight: torch.Tensor, update: Update) -> torch.Tensor:
+def _updated(layer: nn.Module | None, weight: torch.Tensor, update: Update) -> torch.Tensor:
     device, magnitude = weight.device, update.magnitude
     return merged_weight(
         weight,
@@ -198,7 +206,7 @@ def _updated(module: nn.Module, weight: torch.Tensor, update: Update) -> torch.T
         update.lora_B.to(device),
         scaling=update.scaling,
         magnitude=None if magnitude is None else magnitude.to(device),
-        transposed=_is_transposed(module),
+        transposed=_is_transposed(layer, update),
     )
 
 

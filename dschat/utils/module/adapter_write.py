@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 
 from dschat.utils.module.adapter import MAGNITUDE_LEAF, PREFIX
 from dschat.utils.module.adapter_config import CONFIG_FILE, REWARD, WEIGHT_FILE
+from dschat.utils.module.adapter_parameters import TAKEN_FOR_EXPERTS, file_layout, wrapper_names
 from dschat.utils.module.adapter_rows import ROWS_ADAPTER, ROWS_LEAF
+from dschat.utils.module.experts import is_experts
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer
+from dschat.utils.module.lora_layers import LoRALayer, LoRALinear, LoRAWeight
+from dschat.utils.module.lora_parameters import LoRAParameters
 from dschat.utils.module.targets import fully_trained_modules
 from dschat.utils.module.token_rows import ROWS_NAME, TokenRows, tables_with_rows, trained_rows
 from dschat.utils.zero import full_shape
@@ -28,7 +31,7 @@ VALUE_HEAD = "v_head"
 PEFT_NAMES = {  # a layer's own names of its trained tensors: PEFT's, where they differ
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
-    LoRALayer.MAGNITUDE_NAME: MAGNITUDE_LEAF,
+    LoRAWeight.MAGNITUDE_NAME: MAGNITUDE_LEAF,
 }
 
 
@@ -87,7 +90,8 @@ def outline_of(
         for name, tokens in tables_with_rows(module).items()
     }
     indices = {disk_name(name): tokens.tolist() for name, (_, tokens) in rows.items()}
-    targets = [str(disk_name(name)) for name in layers]
+    bare, linear = _targets(module, origin.lora, layers)
+    targets = [str(disk_name(name)) for name in linear]
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
     alpha = float(origin.lora.lora_alpha or origin.lora.lora_dim)
     config = {
@@ -102,7 +106,7 @@ def outline_of(
         "bias": "none",
         "ensure_weight_tying": tied,
         "fan_in_fan_out": any(
-            layer.transposed and not isinstance(layer, LoRAEmbedding) for layer in layers.values()
+            isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()
         ),
         "inference_mode": True,
         "init_lora_weights": True,
@@ -112,6 +116,7 @@ def outline_of(
         "peft_type": "LORA",
         "r": origin.lora.lora_dim,
         "target_modules": _exactly(targets, [name for name in others if name]),
+        **({"target_parameters": sorted(f"{disk_name(m)}.{p}" for m, p in bare)} if bare else {}),
         "task_type": task,
         "trainable_token_indices": indices or None,
         "use_dora": origin.lora.use_dora,
@@ -129,11 +134,16 @@ def _keys(
     disk_name: Callable[[str], str | None],
 ) -> dict[str, str]:
     """Map the tensors of adapters, of fully trained modules and of grown tables to PEFT's keys."""
-    keys = {
-        f"{name}.{leaf}": f"{disk_name(name)}.{PEFT_NAMES.get(leaf, leaf)}"
-        for name, layer in layers.items()
-        for leaf in layer.adapter
-    }
+    keys = {}
+    for name, layer in layers.items():
+        if isinstance(layer, LoRAParameters):
+            wrappers = wrapper_names(f"{disk_name(name)}", len(layer.adapted))
+            for leaf, wrapper in zip(layer.adapted, wrappers, strict=True):
+                for matrix in ("lora_A", "lora_B"):
+                    keys[f"{name}.{matrix}_{leaf}"] = f"{wrapper}.{matrix}.weight"
+        else:
+            for leaf in layer.adapter:
+                keys[f"{name}.{leaf}"] = f"{disk_name(name)}.{PEFT_NAMES.get(leaf, leaf)}"
     for name in trained:
         for leaf in module.get_submodule(name).state_dict():
             keys[f"{name}.{leaf}"] = f"{disk_name(name)}.{leaf}"
@@ -153,7 +163,10 @@ def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], fo
     Args:
         state: the live model's tensors by their names there; more than is needed does no harm.
     """
-    tensors = {PREFIX + key: state[name].contiguous() for name, key in outline.tensors.items()}
+    tensors = {
+        PREFIX + key: file_layout(name.rpartition(".")[2], state[name]).contiguous()
+        for name, key in outline.tensors.items()
+    }
     for name, (key, tokens) in outline.token_rows.items():
         weight, rows = state[f"{name}.weight"], state[f"{name}.{ROWS_NAME}"]
         tensors[PREFIX + key] = trained_rows(weight, tokens.cpu(), rows)
@@ -166,6 +179,22 @@ def write_adapter(outline: AdapterOutline, state: Mapping[str, torch.Tensor], fo
     save_file(tensors, folder / WEIGHT_FILE, metadata={"format": "pt"})
     text = json.dumps(outline.config, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _targets(
+    module: nn.Module, lora: LoraConfig, layers: Mapping[str, LoRALayer]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Part what carries an adapter into bare parameters, (module, leaf), and layers for PEFT."""
+    has_experts = any(is_experts(m) for m in module.modules())
+    as_parameters = has_experts and not lora.use_dora and not lora.lora_dropout
+    bare, linear = [], []
+    for name, layer in layers.items():
+        is_taken = as_parameters and name.split(".")[-1] in TAKEN_FOR_EXPERTS
+        if isinstance(layer, LoRAParameters) or (is_taken and isinstance(layer, LoRALinear)):
+            bare += [(name, leaf) for leaf in layer.adapted]
+        else:
+            linear.append(name)
+    return bare, linear
 
 
 def _fully_trained(

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
 from dschat.utils.module.adapter import REWARD_HEAD, Adapter, Update
-from dschat.utils.module.lora_layers import LoRALayer
+from dschat.utils.module.lora_layers import LoRAWeight
 from dschat.utils.module.low_rank import merged_weight
 
 CHILD = "fixed_update"  # its name in the layer
@@ -83,11 +83,12 @@ def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
     more = [name for name in adapter.full_tensors if not name.startswith(f"{REWARD_HEAD}.")]
     more += [name for name, update in adapter.updates.items() if update.of_embedding]
     more += [name for name, update in adapter.updates.items() if update.magnitude is not None]
-    more += list(adapter.rows)
+    more += [*adapter.rows, *adapter.config.target_parameters]
     if more:
         raise UserError(
             f"{setting}: adapter {adapter.name} holds more than low-rank updates of linear layers "
-            f"({more[0]}: a full module, an embedding, rows of tokens or DoRA); leave {setting} out"
+            f"({more[0]}: a full module, an embedding, rows of tokens, experts or DoRA); leave "
+            f"{setting} out"
         )
 
 
@@ -100,7 +101,7 @@ def without_fixed_updates(
         if not hasattr(layer, CHILD):
             continue
         lora_A, lora_B = (merged.pop(f"{name}.{CHILD}.{leaf}") for leaf in "AB")
-        is_adapted = isinstance(layer, LoRALayer)
+        is_adapted = isinstance(layer, LoRAWeight)
         merged[f"{name}.weight"] = merged_weight(
             merged[f"{name}.weight"],
             lora_A,

@@ -18,6 +18,7 @@ from dschat.errors import UserError
 from dschat.utils.module.fixed_update import move_fixed_update, without_fixed_updates
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
+from dschat.utils.module.lora_parameters import adapt_parameters
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.targets import fully_trained_modules, match_layers
 from dschat.utils.module.token_rows import (
@@ -36,20 +37,28 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Put an adapter on every matching layer, in place, and freeze what it wraps.
+    """Put an adapter on every matching layer and bare weight, in place, and freeze what it wraps.
 
     With a `lora_dim` of 0 nothing happens.
     """
     if config.lora_dim == 0:
         return model
+    bare: dict[str, list[str]] = {}  # module -> its adapted parameters
     for name in match_layers(model, config):
-        parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if leaf in parent._parameters:
+            bare.setdefault(parent_name, []).append(leaf)
+            continue
         base = getattr(parent, leaf)
         layer = _adapted(base, config)
         move_fixed_update(base, layer)
-        for leaf_name, parameter in layer.named_parameters(recurse=False):
-            parameter.requires_grad_(leaf_name in layer.adapter)
         setattr(parent, leaf, layer)
+    for name, leaves in bare.items():
+        adapt_parameters(model.get_submodule(name), leaves, config)
+    for layer in lora_layers(model).values():
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(leaf in layer.adapter)
     return model
 
 
@@ -123,21 +132,25 @@ def fused_adapters(model: nn.Module) -> Iterator[None]:
         for layer in lora_layers(model).values()
         if layer.adapter_enabled
         and not isinstance(layer, QuantizedLoRALinear)
-        and id(layer.weight) not in shared
+        and not any(id(layer.get_parameter(leaf)) in shared for leaf in layer.adapted)
     ]
-    originals = [layer.weight.detach().clone() for layer in layers]
+    originals = []
     with torch.no_grad():
         for layer in layers:
-            layer.weight.copy_(layer.merged(dict(layer.named_parameters(recurse=False))))
+            for leaf, merged in layer.merged(dict(layer.named_parameters(recurse=False))).items():
+                weight = layer.get_parameter(leaf)
+                originals.append((weight, weight.detach().clone()))
+                weight.copy_(merged)
             layer.adapter_enabled = False
     try:
         with fused_token_rows(model):
             yield
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, originals, strict=True):
-                layer.weight.copy_(weight)
-                layer.adapter_enabled = True
+            for weight, original in originals:
+                weight.copy_(original)
+        for layer in layers:
+            layer.adapter_enabled = True
 
 
 def is_adapter_key(key: str) -> bool:
@@ -159,8 +172,8 @@ def merged_state_dict(
         if isinstance(layer, QuantizedLoRALinear):  # its weight is in no state dict
             tensors["weight"] = layer.dense_weight().to(tensors["lora_A"].device)
         else:
-            tensors["weight"] = state[f"{name}.weight"]
-        merged[f"{name}.weight"] = layer.merged(tensors)
+            tensors |= {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapted}
+        merged |= {f"{name}.{leaf}": weight for leaf, weight in layer.merged(tensors).items()}
     return merged
 
 
@@ -175,15 +188,16 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
     for name, layer in lora_layers(model).items():
         if isinstance(layer, QuantizedLoRALinear):
             raise UserError(f"{name}: a quantised weight cannot be merged in place; save the model")
-        if id(layer.weight) in shared:
+        own = dict(layer.named_parameters(recurse=False))
+        if any(id(own[leaf]) in shared for leaf in layer.adapted):
             raise UserError(
                 f"{name}: its weight is tied to another module's, so that it cannot be merged in "
                 "place; save the model instead, which unties the two"
             )
-        parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        own = dict(layer.named_parameters(recurse=False))
         with gathered(list(own.values()), modifier_rank=0):
-            layer.weight.copy_(layer.merged(own))
+            for leaf, weight in layer.merged(own).items():
+                own[leaf].copy_(weight)
+        parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         setattr(parent, leaf, layer.without_adapter())
     merge_token_rows(model)
     return model

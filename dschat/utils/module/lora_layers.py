@@ -8,7 +8,6 @@ rescaled to the trained lengths `lora_magnitude`.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import cast
@@ -19,20 +18,55 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.low_rank import LoRAMatmul, affine, merged_weight
+from dschat.utils.module.low_rank import LoRAMatmul, affine, draw_adapter, merged_weight
 from dschat.utils.zero import full_shape, gathered
 
 ROWS_AT_ONCE = 1024  # of a weight in fp32, where DoRA measures its rows
 
 
 class LoRALayer(nn.Module):
-    """Base of adapted layers: a frozen `weight`, a scaling, a switch, a way to merge.
+    """Base of all that carries an adapter: frozen weights, a scaling, a switch, a way to merge.
+
+    Attributes:
+        adapted: leaf names of the weights that the adapter changes.
+    """
+
+    adapted: tuple[str, ...]
+    adapter_enabled: bool
+    scaling: float
+    rank: int
+
+    @property
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by leaf name."""
+        own = self.named_parameters(recurse=False)
+        return {name: p for name, p in own if name.startswith("lora_")}
+
+    @abstractmethod
+    def merged(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Merge the adapter into copies of the weights, in fp32 and cast once.
+
+        Args:
+            tensors: the weights and the adapter by leaf name, complete, not shards.
+
+        Returns:
+            The weights by leaf name, each in its layout and dtype: W + s B A.
+        """
+
+    @abstractmethod
+    def without_adapter(self) -> nn.Module:
+        """Return a layer of the original kind on the same weights."""
+
+
+class LoRAWeight(LoRALayer):
+    """An adapted layer of one `weight`.
 
     Attributes:
         A_NAME, B_NAME: the leaf names of A (r, in) and B (out, r).
         transposed: True where `weight` is stored as (in, out).
     """
 
+    adapted = ("weight",)
     A_NAME, B_NAME = "lora_A", "lora_B"
     MAGNITUDE_NAME = "lora_magnitude"
     weight: nn.Parameter
@@ -61,17 +95,11 @@ class LoRALayer(nn.Module):
             (self.B_NAME, (self.out_features, config.lora_dim)),
         ):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
-        self.reset_adapter()
+        draw_adapter(self.A, self.B, self.init)
         if config.use_dora:
             with gathered([*self.parameters(recurse=False)]):
                 lengths = self.row_lengths()
             self.lora_magnitude = nn.Parameter(lengths.to(dtype=dtype, device=device))
-
-    @property
-    def adapter(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by leaf name."""
-        own = self.named_parameters(recurse=False)
-        return {name: p for name, p in own if name.startswith("lora_")}
 
     @property
     def A(self) -> nn.Parameter:
@@ -91,27 +119,9 @@ class LoRALayer(nn.Module):
         """View a stored weight as (out, in)."""
         return weight.t() if self.transposed else weight
 
-    @torch.no_grad()
-    def reset_adapter(self) -> None:
-        """Draw A uniformly from ±1/sqrt(in), or B with variance 1/r; set the other one to zero."""
-        if self.init == "A":
-            bound = 1.0 / math.sqrt(self.in_features)
-            self.A.uniform_(-bound, bound)
-            self.B.zero_()
-        else:
-            self.A.zero_()
-            self.B.normal_(std=1.0 / math.sqrt(self.rank))
-
-    def merged(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Merge the adapter into a copy of the weight, in fp32 and cast once.
-
-        Args:
-            tensors: `weight` and the adapter's tensors by leaf name, complete, not shards.
-
-        Returns:
-            In the weight's layout and dtype: W + s B A, with DoRA rescaled row by row.
-        """
-        return merged_weight(
+    def merged(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Merge; with DoRA the sum is rescaled row by row."""
+        weight = merged_weight(
             tensors["weight"],
             tensors[self.A_NAME],
             tensors[self.B_NAME],
@@ -119,6 +129,7 @@ class LoRALayer(nn.Module):
             magnitude=tensors.get(self.MAGNITUDE_NAME),
             transposed=self.transposed,
         )
+        return {"weight": weight}
 
     @torch.no_grad()
     def row_lengths(self) -> torch.Tensor:
@@ -140,10 +151,6 @@ class LoRALayer(nn.Module):
         assert self.lora_magnitude is not None, "not a DoRA layer"
         return y * (self.lora_magnitude / self.row_lengths().to(y.dtype))
 
-    @abstractmethod
-    def without_adapter(self) -> nn.Module:
-        """Return a layer of the original kind on the same weight."""
-
     def extra_repr(self) -> str:
         """Describe shapes and scaling for `print(model)`."""
         dora = ", DoRA" if self.lora_magnitude is not None else ""
@@ -151,7 +158,7 @@ class LoRALayer(nn.Module):
         return f"{shape}, r={self.rank}, s={self.scaling:g}{dora}"
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(LoRAWeight):
     """A linear layer (or GPT-2's Conv1D) with a frozen weight and a trainable low-rank update."""
 
     lora_A: nn.Parameter
@@ -204,7 +211,7 @@ class LoRALinear(LoRALayer):
         return not (self.weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
-class LoRAEmbedding(LoRALayer):
+class LoRAEmbedding(LoRAWeight):
     """An embedding with a frozen table and a trainable low-rank update of its rows.
 
     A is (r, vocabulary) and starts at zero, B is (width, r) and starts random, whichever matrix the

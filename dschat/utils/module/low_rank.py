@@ -1,10 +1,30 @@
-"""Arithmetic of a low-rank update: x (W + s B A)^T in one product, and W + s B A merged."""
+"""Arithmetic of a low-rank update: its start, x (W + s B A)^T in one product, W + s B A merged."""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+
+@torch.no_grad()
+def draw_adapter(lora_A: torch.Tensor, lora_B: torch.Tensor, init: str) -> None:
+    """Draw A uniformly from ±1/sqrt(in), or B with variance 1/r; set the other one to zero.
+
+    Args:
+        lora_A: (..., r, in). lora_B: (..., out, r). init: "A" or "B", the random one.
+    """
+    rank, width = lora_A.shape[-2:]
+    if init == "A":
+        bound = 1.0 / math.sqrt(width)
+        lora_A.uniform_(-bound, bound)
+        lora_B.zero_()
+    else:
+        lora_A.zero_()
+        lora_B.normal_(std=1.0 / math.sqrt(rank))
 
 
 def merged_weight(
@@ -13,14 +33,20 @@ def merged_weight(
     lora_B: torch.Tensor,
     *,
     scaling: float,
-    magnitude: torch.Tensor | None,
-    transposed: bool,
+    magnitude: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """Return W + s B A in fp32, with DoRA's (out,) magnitude rescaled row by row, cast once.
+
+    With an axis of experts in front of all three, one expert after the other.
 
     Args:
         weight: (out, in), or (in, out) when `transposed`; the result has its layout and dtype.
     """
+    if weight.ndim == 3:
+        experts = zip(weight, lora_A, lora_B, strict=True)
+        merge = functools.partial(merged_weight, scaling=scaling, transposed=transposed)
+        return torch.stack([merge(*expert) for expert in experts])
     rows = (weight.t() if transposed else weight).float()
     rows = rows + (lora_B.float() @ lora_A.float()) * scaling
     if magnitude is not None:

@@ -1,30 +1,34 @@
-"""Choose the layers that get adapters and the modules that train fully, by their names."""
+"""Choose what gets adapters and what trains fully, by name; say what is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
+from dschat.utils.module.experts import bare_weights, check_plain, is_bypassed, is_plain_linear
+from dschat.utils.module.fixed_update import FixedUpdate
 from dschat.utils.module.lora_config import ALL_LINEAR, LoraConfig
+from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer
+from dschat.utils.zero import full_numel, full_shape
 
 REWARD_HEADS = ("v_head", "reward_head", "score")  # of one row: they train fully
 HEAD_NAMES = ("lm_head", "embed_out", *REWARD_HEADS)
 
 
 def match_layers(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Name the layers that get adapters, by `lora_module_name`.
+    """Name the layers, and the weights of experts and routers, that get adapters.
 
-    It holds substrings of the full names of linear layers; `all-linear` for all of them but the
+    `lora_module_name` holds substrings of their full names; `all-linear` for all of them but the
     output head; the end of an embedding's name (`embed_tokens`) for its table. What
-    `modules_to_save` trains fully gets no adapter. Only names, types and identity of the model's
-    modules are read, so `meta` will do.
+    `modules_to_save` trains fully gets no adapter. Only names, types, shapes and identity of the
+    model's modules are read, so `meta` will do.
 
     Raises:
-        UserError: nothing matches (the message lists what could), or an embedding does more than
-            look up rows.
+        UserError: nothing matches (the message lists what could), an embedding does more than look
+            up rows, or a setting that adapters on experts cannot follow.
     """
     names, modules = config.lora_module_name, dict(model.named_modules())
     trained = fully_trained_modules(model, config.modules_to_save)
@@ -33,30 +37,44 @@ def match_layers(model: nn.Module, config: LoraConfig) -> list[str]:
         for name, m in modules.items()
         if not any(name == t or name.startswith(f"{t}.") for t in trained)
         and name.split(".")[-1] not in REWARD_HEADS
+        and not is_bypassed(modules, name)
     }
-    heads = {id(output_head(m)) for m in modules.values()} - {id(None)}
-    linear = [n for n, m in free.items() if isinstance(m, (nn.Linear, Conv1D))]
-    body = [n for n in linear if n.split(".")[-1] not in HEAD_NAMES and id(free[n]) not in heads]
+    heads = _output_heads(modules)
+    linear = [n for n, m in free.items() if is_plain_linear(m)]
+    body = [n for n in linear if n not in heads]
+    weights = [n for n in bare_weights(modules) if n.rpartition(".")[0] in free.keys() - heads]
     embeddings = [n for n, m in free.items() if isinstance(m, nn.Embedding)]
     matched = [
-        *(n for n in linear if any(_names_linear(part, n, n in body) for part in names)),
+        *(n for n in linear if any(_names(part, n, n in body) for part in names)),
+        *(n for n in weights if any(_names(part, n, True) for part in names)),
         *(n for n in embeddings if any(_ends_with(n, part) for part in names)),
     ]
     if not matched:
-        raise UserError(_no_match(names, body, embeddings))
+        raise UserError(_no_match(names, [*body, *weights], embeddings))
     for name in matched:
-        module = free[name]
-        if isinstance(module, nn.Embedding) and (
-            type(module).forward is not nn.Embedding.forward or module.max_norm is not None
-        ):
-            raise UserError(
-                f"lora_module_name: {name} ({type(module).__name__}) does more than look up rows, "
-                f"so no adapter can go on it; train it fully with modules_to_save {name}"
-            )
+        if name in embeddings:
+            _check_lookup(name, free[name])
+        elif name in weights:
+            check_plain(config, name)
     return matched
 
 
-def _names_linear(part: str, name: str, in_body: bool) -> bool:
+def _output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Name the output heads: by convention, or because a model says so."""
+    said = {id(output_head(m)) for m in modules.values()} - {id(None)}
+    return {n for n, m in modules.items() if n.split(".")[-1] in HEAD_NAMES or id(m) in said}
+
+
+def _check_lookup(name: str, module: nn.Module) -> None:
+    assert isinstance(module, nn.Embedding)
+    if type(module).forward is not nn.Embedding.forward or module.max_norm is not None:
+        raise UserError(
+            f"lora_module_name: {name} ({type(module).__name__}) does more than look up rows, so "
+            f"no adapter can go on it; train it fully with modules_to_save {name}"
+        )
+
+
+def _names(part: str, name: str, in_body: bool) -> bool:
     return in_body if part == ALL_LINEAR else part in name
 
 
@@ -72,6 +90,36 @@ def _no_match(names: tuple[str, ...], body: list[str], embeddings: list[str]) ->
         f"lora_module_name {' '.join(names)!r} matches no layer: use all-linear, or part of a "
         f"layer's name; this model's linear layers are {leaves}{example}, its embeddings {tables}"
     )
+
+
+def left_without_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Say in one line which matrices stay as they are; no line where there are none, or no LoRA.
+
+    Args:
+        model: with its adapters; embeddings and output heads do not count.
+    """
+    modules = dict(model.named_modules())
+    heads, total, left = _output_heads(modules), 0, Counter[str]()
+    for name, module in modules.items():
+        if isinstance(module, (nn.Embedding, LoRAEmbedding, FixedUpdate)) or name in heads:
+            continue
+        adapted = module.adapted if isinstance(module, LoRALayer) else ()
+        for leaf, parameter in module.named_parameters(recurse=False):
+            is_matrix = sum(size > 1 for size in full_shape(parameter)) > 1
+            if not is_matrix or leaf.startswith("lora_") or leaf.endswith("bias"):
+                continue
+            total += full_numel(parameter)
+            if leaf not in adapted and not parameter.requires_grad:
+                parts = [part for part in name.split(".") if not part.isdigit()]
+                parts += [] if leaf == "weight" else [leaf]
+                left[".".join(parts[-2:])] += full_numel(parameter)
+    if config.lora_dim == 0 or not left:
+        return []
+    return [
+        f"{' '.join(config.lora_module_name)} leaves {left.total():,} parameters "
+        f"({100 * left.total() / total:.1f} % of the matrices outside embeddings and head) "
+        f"without adapters: {', '.join(left)}"
+    ]
 
 
 def fully_trained_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:

@@ -1,0 +1,123 @@
+"""Adapters on bare parameters: the 3-D weights of experts, and the routers beside them.
+
+A mixture of experts multiplies by one expert's slice, by gathered ones or by all in one grouped
+product, in code that belongs to the model. Its module keeps that code: it takes `LoRAParameters`
+beside its own class, and while it runs an adapted parameter reads as a `LowRankWeight`. Names, and
+so a state dict without its `lora_` entries, are the base model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.lora_layers import LoRALayer
+from dschat.utils.module.low_rank import draw_adapter, merged_weight
+from dschat.utils.module.low_rank_weight import LINEAR, LowRankWeight
+from dschat.utils.zero import full_shape
+
+
+def is_transposed(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Tell whether a parameter of this shape is stored as (experts, in, out), by PEFT's rule."""
+    return len(shape) == 3 and getattr(module, "is_transposed", False)
+
+
+class LoRAParameters(LoRALayer):
+    """A module with adapters on some of its own parameters, stored as (experts, out, in).
+
+    The adapter of a parameter p is `lora_A_p` (experts, r, in) and `lora_B_p` (experts, out, r).
+    Without an axis of experts, as in a router's weight, all three are matrices. Where the module
+    says that it `is_transposed`, p is (experts, in, out).
+    """
+
+    base_class: type[nn.Module]
+    config: Any  # transformers', where the module has several implementations
+
+    def _add_adapters(self, leaves: Sequence[str], config: LoraConfig) -> None:
+        self.adapted, self.adapter_enabled = tuple(leaves), True
+        self.scaling, self.rank = config.scaling, config.lora_dim
+        for leaf in leaves:
+            weight = self._parameters[leaf]
+            assert weight is not None
+            shape = full_shape(weight)
+            *experts, outer, inner = shape
+            if is_transposed(self, shape):
+                outer, inner = inner, outer
+            sizes = {"A": (*experts, self.rank, inner), "B": (*experts, outer, self.rank)}
+            for matrix, size in sizes.items():
+                empty = torch.empty(size, dtype=weight.dtype, device=weight.device)
+                self.register_parameter(f"lora_{matrix}_{leaf}", nn.Parameter(empty))
+            draw_adapter(*self._matrices(leaf), config.lora_init)
+
+    def _matrices(self, leaf: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return getattr(self, f"lora_A_{leaf}"), getattr(self, f"lora_B_{leaf}")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, its adapted parameters with their updates."""
+        if not self.adapter_enabled:
+            return super().forward(*args, **kwargs)
+        for leaf in self.adapted:  # found before the parameter of this name
+            vars(self)[leaf] = self._with_update(leaf)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for leaf in self.adapted:
+                del vars(self)[leaf]
+
+    def _with_update(self, leaf: str) -> LowRankWeight | torch.Tensor:
+        weight, (lora_A, lora_B) = self._parameters[leaf], self._matrices(leaf)
+        assert weight is not None
+        if is_transposed(self, weight.shape):
+            lora_B, lora_A = lora_A.mT, lora_B.mT
+        updated = LowRankWeight(weight, lora_B, lora_A, self.scaling)
+        return updated if self._multiplies_by_torch() else updated.dense()
+
+    def _multiplies_by_torch(self) -> bool:
+        """Tell whether the forward uses torch's own products alone; all others see the sum.
+
+        Those are kernels for experts, and the `F.linear` that ZeRO-3 puts in the place of torch's.
+        """
+        has_implementations = hasattr(self, "has_gate")  # transformers' mark
+        chosen = self.config._experts_implementation if has_implementations else None
+        is_plain = chosen in (None, "eager") and F.linear is LINEAR
+        return is_plain or chosen in ("grouped_mm", "batched_mm")
+
+    def merged(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Merge, one expert after the other."""
+        return {
+            leaf: merged_weight(
+                tensors[leaf],
+                tensors[f"lora_A_{leaf}"],
+                tensors[f"lora_B_{leaf}"],
+                scaling=self.scaling,
+                transposed=is_transposed(self, tensors[leaf].shape),
+            )
+            for leaf in self.adapted
+        }
+
+    def without_adapter(self) -> nn.Module:
+        """Give the module its own class back, in place."""
+        for leaf in self.adapter:
+            delattr(self, leaf)
+        self.__class__ = self.base_class  # type: ignore[assignment]
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the adapted parameters for `print(model)`."""
+        return f"{', '.join(self.adapted)}, r={self.rank}, s={self.scaling:g}"
+
+
+def adapt_parameters(
+    module: nn.Module, leaves: Sequence[str], config: LoraConfig
+) -> LoRAParameters:
+    """Put adapters on parameters of a module, in place."""
+    kind = type(module)
+    module.__class__ = type(f"LoRA{kind.__name__}", (LoRAParameters, kind), {"base_class": kind})
+    assert isinstance(module, LoRAParameters)
+    module._add_adapters(leaves, config)
+    return module
