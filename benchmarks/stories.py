@@ -137,7 +137,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
     (out / "data").exists() or (out / "data").symlink_to(args.data.resolve())
     shared = {
         "data_path": str(args.data), "data_output_path": str(args.output / "cache"),
-        "data_split": "2,6,2", "seed": str(seed), "dtype": args.dtype,
+        "data_split": "2,6,2", "prompt_format": "raw", "seed": str(seed), "dtype": args.dtype,
     }  # fmt: skip
     small = {"max_seq_len": str(PROMPT + ANSWER), "per_device_train_batch_size": "32"}
     sft, reward = out / "sft", out / "reward"

@@ -36,6 +36,7 @@ from dschat.rlhf.generation import StopStrings
 from dschat.settings import Settings, setting
 from dschat.text.encoding import decode, encode
 from dschat.text.formats import set_format
+from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer
 from inference.conversation import Turn, fit_conversation, settled_part
 
@@ -113,6 +114,7 @@ class Chatbot:
     ):
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.form = set_format(tokenizer)
+        self.has_turns = not settings.raw and self.form.name != "raw"
         self.turns: list[Turn] = []
         self.max_prompt_len = prompt_room(model.config, settings.max_new_tokens)
 
@@ -126,7 +128,9 @@ class Chatbot:
         Ctrl-C ends the answer; what was said stays in the conversation.
         """
         bos_id = self.tokenizer.bos_token_id
-        if self.settings.raw:
+        if not self.settings.raw:  # as in the rows of training
+            text = as_ordinary(self.tokenizer, text)
+        if not self.has_turns:
             (ids,) = encode(self.tokenizer, [text])
             room = len(ids) if self.max_prompt_len is None else self.max_prompt_len
             return self._generate(truncate_left(ids, room, bos_id), None, show)
@@ -134,7 +138,7 @@ class Chatbot:
             self.turns, text, self._encode, self.max_prompt_len, bos_id, self.form
         )
         answer = self._generate(ids, self.form.stop, show)
-        self.turns.append(Turn(text, answer.rstrip()))
+        self.turns.append(Turn(text, as_ordinary(self.tokenizer, answer.rstrip())))
         return answer
 
     def _encode(self, text: str) -> list[int]:
@@ -226,7 +230,7 @@ def converse(chatbot: Chatbot) -> None:
             chatbot.clear()
             print("(forgotten)")
         elif text:
-            show("" if chatbot.settings.raw else f"Assistant:{chatbot.form.opening}")
+            show(f"Assistant:{chatbot.form.opening}" if chatbot.has_turns else "")
             chatbot.ask(text, show)
             print()
 

@@ -71,8 +71,9 @@ def inspect(
     """The lines about each phase; one that the data cannot serve says why, if all were asked for.
 
     Raises:
-        UserError: bad input.
+        UserError: bad input, or data that no phase can use.
     """
+    refused = 0
     for phase in (1, 2, 3) if settings.phase is None else (settings.phase,):
         yield f"== phase {phase}, {PHASE_NAMES[phase]} =="
         try:
@@ -80,8 +81,11 @@ def inspect(
         except UserError as error:
             if settings.phase is not None:
                 raise
+            refused += 1
             yield f"cannot be made of this data: {error}"
         yield ""
+    if refused == len(PHASE_NAMES):
+        raise UserError("no phase can be made of this data; fix what is said above")
 
 
 def _phase_lines(

@@ -1,10 +1,11 @@
 """Values of a row by the name of a column, or by the path of a field inside one."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.text.conversations import Skip
+from dschat.text.conversations import Skip, kind_of
 
 Row = Mapping[str, Any]
 
@@ -45,9 +46,7 @@ def pick_text(row: Row, path: str) -> str:
     if value is None or value == "":
         raise Skip(f"no {path}")
     if not isinstance(value, str):
-        raise UserError(
-            f"column {path!r} is {type(value).__name__}, needs text; fix or drop the row"
-        )
+        raise UserError(f"column {path!r} is {kind_of(value)}, needs text; fix or drop the row")
     return value
 
 
@@ -55,6 +54,9 @@ def pick_number(row: Row, path: str) -> float:
     """Take the number at a path, also where it is written as text; else a UserError."""
     value = pick(row, path)
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"column {path!r} is {value!r}, needs a number; fix the row") from error
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"column {path!r} is {value!r}, needs a number; fix the row")
+    return number

@@ -26,14 +26,21 @@ class DataConfig(Settings):
     data_path: tuple[str, ...] = setting(
         ("Dahoas/rm-static",), "files, folders or hub ids of preference data", may_be_empty=True
     )
-    data_split: str = setting("2,4,4", "proportions of the training data for steps 1, 2 and 3")
+    data_split: str | None = setting(
+        None,
+        "proportions of the training rows for steps 1, 2 and 3, as in 2,4,4 (default: all rows to "
+        "every step; 2,4,4 for the sets that DeepSpeed-Chat names)",
+    )
     data_output_path: str = setting("/tmp/data_files/", "cache of tokenised data", may_change=True)
     read: ReadOptions = group(ReadOptions)
     prompt_format: str | None = setting(
         None,
-        "dschat: Human: and Assistant:; chat: the chat template (default: the model's own, else "
-        "chat where the tokenizer has a template)",
+        "dschat: Human: and Assistant:; chat: the chat template; raw: texts as they stand "
+        "(default: the model's own, else chat where the tokenizer has a template, else dschat)",
         choices=PROMPT_FORMATS,
+    )
+    keep_special_tokens: bool = setting(
+        False, "names of special tokens in a row's text, such as </s>, become the tokens"
     )
     preprocessing_num_workers: int | None = setting(
         None,
@@ -52,7 +59,8 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_proportions(self.data_split)
+        if self.data_split is not None:
+            parse_proportions(self.data_split)
         if not self.data_path and not self.sft_only_data_path:
             raise UserError("data_path is empty: name at least one source")
 

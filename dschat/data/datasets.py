@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.config import SHORTEST, DataConfig
+from dschat.data.readers import format_by_name
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.data.sources import digest
 from dschat.data.store import (
@@ -30,11 +31,15 @@ from dschat.data.store import (
 from dschat.data.stream import RowStream, stream_sources
 from dschat.data.tokenise import NEEDED, Converter, tokenise
 from dschat.errors import UserError
+from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
-from dschat.text.formats import choose_format, template_end
+from dschat.text.formats import choose_format
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
+
+# Proportions for sources of one's own, and for the sets that DeepSpeed-Chat names.
+ALL_ROWS, NAMED_SPLIT = "1", "2,4,4"
 
 # Below so many rows a further process takes longer to start than it saves.
 _ROWS_PER_WORKER = 5_000
@@ -62,10 +67,10 @@ def create_prompt_dataset(
 ) -> PromptData:
     """Make the tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
 
-    Every source's train rows are divided among the phases by `config.data_split`; its test rows are
-    evaluated on in every phase and never trained on. Prompts have the format that the tokenizer
-    carries (`formats.set_format`). A set is tokenised once by one process, also when independent
-    runs want it at the same time.
+    A phase trains on all train rows of a source, or on its share of them by `config.data_split`;
+    the test rows are evaluated on in every phase and never trained on. Prompts have the format that
+    the tokenizer carries (`formats.set_format`). A set is tokenised once by one process, also when
+    independent runs want it at the same time.
 
     Args:
         seed: of the splits and of the choice of `max_train_samples`.
@@ -85,16 +90,17 @@ def create_prompt_dataset(
             "end answers in its chat template; call set_format(tokenizer) first"
         )
     max_len = max_prompt_len if phase == 3 and max_prompt_len is not None else max_seq_len
-    convert = Converter(tokenizer, form, phase, max_len, config.train_on)
-    sources = [(name, config.data_split) for name in config.data_path]
+    kept = config.keep_special_tokens
+    convert = Converter(tokenizer, form, phase, max_len, config.train_on, kept)
+    sources = [(name, config.data_split or default_split(name)) for name in config.data_path]
     if phase == 1:
-        sources += [(name, "1") for name in config.sft_only_data_path]
+        sources += [(name, ALL_ROWS) for name in config.sft_only_data_path]
     if config.streaming:
         stream, evaluation, counts = stream_sources(
             sources, config.read, convert, seed, config.max_eval_samples
         )
         if not len(evaluation):
-            raise UserError(nothing_left([counts], "eval", config.data_split, phase))
+            raise UserError(nothing_left([counts], "eval", sources[0][1], phase))
         report = DataReport(phase, (counts,), None, len(evaluation))
         return PromptData(stream, evaluation, report, key="streamed")
 
@@ -112,6 +118,11 @@ def create_prompt_dataset(
     by_source = tuple(SourceReport(**of_source) for of_source in counts)
     report = DataReport(phase, by_source, len(train), len(evaluation))
     return PromptData(train, evaluation, report, key=folder.name)
+
+
+def default_split(name: str) -> str:
+    """Give the proportions of a source where `data_split` says nothing."""
+    return NAMED_SPLIT if format_by_name(name) else ALL_ROWS
 
 
 def _check_lengths(phase: int, seed: int, max_seq_len: int, max_prompt_len: int | None) -> None:
@@ -137,6 +148,7 @@ def _prepare(
     ]
     contents = [[source.name, source.fingerprint, split] for source, split in sources]
     recipe = [RECIPE_VERSION, convert.phase, *numbers, contents, config.train_on]
+    recipe += [convert.form.name, convert.keep_special_tokens]
     key = digest(tokenizer_fingerprint(convert.tokenizer), json.dumps(recipe))
     return str(written_once(root, key, partial(_write, config, convert, seed, sources)))
 
@@ -148,9 +160,9 @@ def _require_columns(source: Source, phase: int) -> None:
             if values.null_count:
                 first = pc.index(values.is_null(), True).as_py()
                 raise UserError(
-                    f"{source.name}: {rows.data.column('place')[first]} has no {column!r} "
-                    f"({values.null_count} of {len(values)} rows lack it), which phase {phase} "
-                    f"({PHASE_NAMES[phase]}) needs; add the column or use another source"
+                    f"{rows.data.column('place')[first]} has no {column!r} ({values.null_count} of "
+                    f"{len(values)} rows lack it), which phase {phase} ({PHASE_NAMES[phase]}) "
+                    "needs; add the column or use another source"
                 )
 
 
@@ -170,19 +182,22 @@ def _write(
     for split in ("train", "eval"):
         for number, (source, text) in enumerate(sources):
             rows = source.test
+            left = {"for training": len(source.train) if source.held_out else 0}
             if split == "train":
                 chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
                 rows = source.train.select(np.sort(chosen))  # read from front to back
+                others = len(source.train) - len(rows)
+                left = {"held out": source.held_out, "for other steps": others}
             used, counts = 0, Counter[str]()
             if len(rows):
                 part = folder / f"{split}-{number:03d}.arrow"
                 workers = choose_workers(config.preprocessing_num_workers, len(rows))
                 used, counts = tokenise(rows, convert, part, workers)
             skipped = source.skipped.get("train" if split == "train" else "test", {})
-            report = SourceReport(source.name, split, len(rows), used, skipped=skipped, **counts)
-            reports.append(report)
+            about: dict[str, Any] = {"skipped": skipped, "left": left, **counts}
+            reports.append(SourceReport(source.name, split, len(rows), used, **about))
         if not any(report.used for report in reports if report.split == split):
-            raise UserError(nothing_left(reports, split, config.data_split, phase))
+            raise UserError(nothing_left(reports, split, sources[0][1], phase))
     (folder / "report.json").write_text(
         json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8"
     )

@@ -19,6 +19,7 @@ from dschat.text.conversations import (
     Turn,
     as_turns,
     has_markers,
+    kind_of,
     parse_messages,
     question,
     read_messages,
@@ -86,7 +87,7 @@ def read_pair(row: Row) -> Example:
         return _message_pair(chosen, rejected)
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str):
-            kind = type(value).__name__
+            kind = kind_of(value)
             raise UserError(f"column {column!r} is {kind}, needs text; fix or drop the row")
     return _transcript_pair(str(chosen), str(rejected))
 
@@ -135,7 +136,7 @@ def read_alpaca(row: Row) -> Example:
     question_text = pick_text(row, "instruction")
     more = row.get("input")
     if more is not None and not isinstance(more, str):
-        raise UserError(f"column 'input' is {type(more).__name__}, needs text; fix the row")
+        raise UserError(f"column 'input' is {kind_of(more)}, needs text; fix the row")
     prompt = f"{question_text}\n\n{more}" if more else question_text
     return Example(question(prompt), pick_text(row, "output"))
 

@@ -1,6 +1,6 @@
 """Reports on tokenised sets: what became of the rows of each source."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 PHASE_NAMES = {1: "supervised fine-tuning", 2: "preference pairs", 3: "PPO prompts"}
@@ -8,12 +8,14 @@ PHASE_NAMES = {1: "supervised fine-tuning", 2: "preference pairs", 3: "PPO promp
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Row counts of one source: rows = used + identical_pairs + empty_answers.
+    """Row counts of one source and split: rows = used + identical_pairs + empty_answers.
 
     Pairs are dropped when equal (from the start or once truncated), empty answers in phase 1 alone;
     truncations of dropped pairs are counted too. `turns_cut` are earlier answers that lost their
-    beginning and so do not train. `skipped` rows, by reason, were of no use to any phase and are
-    not among `rows`; those of a source without a test set all stand with its train rows.
+    beginning and so do not train. `special_names` are rows whose text names special tokens,
+    `questions` and `transcripts` prompts that are text and not turns. `skipped` rows, by reason,
+    were of no use to any phase and are not among `rows`; those of a source without a test set all
+    stand with its train rows. `left` are rows of the source that others get.
     """
 
     name: str
@@ -25,19 +27,54 @@ class SourceReport:
     identical_pairs: int = 0
     empty_answers: int = 0
     turns_cut: int = 0
+    special_names: int = 0
+    questions: int = 0
+    transcripts: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
 
     def line(self) -> str:
-        """Report in one line."""
-        line = (
-            f"{self.name} {self.split}: {self.used} of {self.rows} rows used, "
-            f"{self.prompts_cut} prompts and {self.answers_cut} answers cut, dropped "
-            f"{self.identical_pairs} identical pairs and {self.empty_answers} empty answers"
+        """Report in one line: `54 of 300 rows (30 held out, 216 for other steps)`."""
+        gone = {
+            **self.left,
+            "identical pairs dropped": self.identical_pairs,
+            "empty answers dropped": self.empty_answers,
+            **{f"of no use: {reason}": count for reason, count in self.skipped.items()},
+        }
+        total = self.rows + sum(self.left.values()) + sum(self.skipped.values())
+        line = f"{self.name} {self.split}: {self.used} of {total} rows"
+        if reasons := _listed(gone):
+            line += f" ({reasons})"
+        notes = {
+            "prompts cut": self.prompts_cut,
+            "answers cut": self.answers_cut,
+            "earlier answers lost their beginning and do not train": self.turns_cut,
+        }
+        return f"{line}; {cuts}" if (cuts := _listed(notes)) else line
+
+
+def reading_notes(name: str, splits: Sequence[SourceReport]) -> list[str]:
+    """Say how the texts of a source are read, where it may be otherwise than meant."""
+    questions, transcripts, named = (
+        sum(getattr(split, count) for split in splits)
+        for count in ("questions", "transcripts", "special_names")
+    )
+    lines = []
+    if questions:
+        which = f"{questions} of {questions + transcripts} prompts" if transcripts else "prompts"
+        lines.append(
+            f"{which} are plain text, each one question (prompt_format raw leaves text as it is)"
         )
-        if self.turns_cut:
-            line += f"; {self.turns_cut} earlier answers lost their beginning and do not train"
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
-        return f"{line}; of no use: {reasons}" if reasons else line
+    if named:
+        lines.append(
+            f"rows that name special tokens: {named}; there the names are ordinary text "
+            "(keep_special_tokens makes them the tokens)"
+        )
+    return [f"{name}: {line}" for line in lines]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 @dataclass(frozen=True)
@@ -52,6 +89,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """List one readable line a source and split, and one for the sets in use."""
         lines = [source.line() for source in self.sources]
+        for own in dict.fromkeys(source.name for source in self.sources):
+            lines += reading_notes(own, [source for source in self.sources if source.name == own])
         name = PHASE_NAMES[self.phase]
         train = "rows streamed" if self.train_rows is None else f"{self.train_rows} rows"
         return [*lines, f"{name}: {train} to train on, {self.eval_rows} to evaluate"]

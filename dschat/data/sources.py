@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dschat.data import hub
+from dschat.data.files import digest_files, read_rows, short_name
 from dschat.data.readers import LOCAL_JSON, Reader, choose_reader
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
-from dschat.text.conversations import Example, Skip
+from dschat.text.conversations import Example, Skip, kind_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-TEXT_COLUMN = "text"  # of the one row that a .txt file is
 # The first name that is present counts; the later ones are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
 TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
@@ -88,8 +86,8 @@ class Finder:
                     f"{self.setting} {path}: files of kind {path.suffix!r} are not read; "
                     f"give one of {', '.join(self.suffixes)}"
                 )
-        label = ", ".join(map(_name, paths))
-        return Rows(label, partial(digest_files, paths), partial(_read, paths))
+        label = ", ".join(map(short_name, paths))
+        return Rows(label, partial(digest_files, paths), partial(read_rows, paths))
 
     def _local_json(self) -> Parts:
         """Find data/train.json and data/eval.json, as DeepSpeed-Chat does."""
@@ -155,79 +153,9 @@ class Finder:
         return rows(train), rows(test) if test else None
 
 
-def digest_files(paths: Sequence[Path]) -> str:
-    """SHA-256 (hex) over the bytes of files, so that an edited file is another source."""
-    total = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    total.update(block)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); check it") from error
-        total.update(b"\0")
-    return total.hexdigest()
-
-
 def digest(*parts: str) -> str:
     """SHA-256 (hex) of a list of texts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _name(path: Path) -> str:
-    """Name a file with its folder: many sources have a train.jsonl."""
-    return str(Path(*path.parts[-2:]))
-
-
-def _read(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    """Read the rows of files, each with its place."""
-    for path in paths:
-        name = _name(path)
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif path.suffix == ".txt":
-            yield name, {TEXT_COLUMN: _decoded(path.read_bytes(), name, 1)}
-        else:
-            with path.open("rb") as file:
-                start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
-                file.seek(0)
-                if path.suffix == ".json" and start.startswith(b"["):
-                    for number, row in enumerate(_parse(file.read(), name, 1), 1):
-                        yield f"{name} row {number}", row
-                    continue
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{name} line {number}", _parse(line, name, number)
-
-
-def _parse(text: bytes, name: str, first_line: int) -> Any:
-    try:
-        return json.loads(_decoded(text, name, first_line))
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(
-            f"{name} line {line}: not JSON ({error.msg}, column {error.colno}); "
-            "give one object a line, or in .json a list of objects"
-        ) from error
-
-
-def _decoded(text: bytes, name: str, first_line: int) -> str:
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = first_line + text[: error.start].count(b"\n")
-        raise UserError(f"{name} line {line}: not UTF-8 text; save the file as UTF-8") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    name, number = _name(path), 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{name} row {number}", row
-    except pa.ArrowException as error:
-        raise UserError(f"{name}: not a readable parquet file; write it again") from error
 
 
 def read_examples(
@@ -241,9 +169,7 @@ def read_examples(
     read: Reader | None = None
     for place, row in rows.read():
         if not isinstance(row, Mapping):
-            raise UserError(
-                f"{place}: is {type(row).__name__}, needs an object with the key 'prompt'"
-            )
+            raise UserError(f"{place}: is {kind_of(row)}, needs an object with the key 'prompt'")
         try:
             read = read or choose_reader(options, name, row)
             example = replace(read(row), place=place)
@@ -266,8 +192,9 @@ def _check_text(example: Example) -> None:
             if value is None and column != "prompt":
                 continue
             if not isinstance(value, str):
-                kind = type(value).__name__
-                raise UserError(f"column {column!r} is {kind}, needs text; fix or drop the row")
+                raise UserError(
+                    f"column {column!r} is {kind_of(value)}, needs text; fix or drop the row"
+                )
             try:
                 value.encode()
             except UnicodeEncodeError as error:

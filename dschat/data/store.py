@@ -67,7 +67,8 @@ class Source:
     """A source ready for use, its rows with the columns of `SCHEMA`.
 
     `skipped` counts, by reason, rows of the source's own train and test parts that it has no use
-    for; they are in neither set.
+    for; they are in neither set. `held_out` counts the test rows that were drawn from a source
+    without a test part.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Source:
     test: datasets.Dataset
     fingerprint: str
     skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    held_out: int = 0
 
 
 def load_source(
@@ -104,9 +106,10 @@ def load_source(
             raise UserError(f"{name} has 1 row and no test set beside it: give at least 2 rows")
         parts = [rows.select(part) for part in holdout_split(len(rows), seed)]
         contents.append(f"holdout {seed}")
+    held_out = len(parts[1]) if "test" not in counts else 0
     fingerprint = digest(*contents, _way_to_read(name, options), str(READER_VERSION))
     train, test = parts
-    return Source(name, train, test, fingerprint, counts)
+    return Source(name, train, test, fingerprint, counts, held_out)
 
 
 def _way_to_read(name: str, options: ReadOptions) -> str:

@@ -29,7 +29,7 @@ _SPLIT_STREAM = 3  # of the seed, apart from those of `splits`
 _ROWS_PER_DRAW = 4096
 
 _DROPPED = ("identical_pairs", "empty_answers")
-_CUT = ("prompts_cut", "answers_cut", "turns_cut", *_DROPPED)
+_CUT = ("prompts_cut", "answers_cut", "turns_cut", *_DROPPED, "special_names")
 
 # The row of a rank that has none; it counts nowhere. Each collator takes its own columns.
 _FILLER = {
@@ -89,9 +89,8 @@ def stream_sources(
         raise UserError("streaming: the test files hold no rows; give at least one")
     evaluation = datasets.Dataset.from_dict(convert(rows, counts), FEATURES[phase])
     names = ", ".join(name for name, _ in sources)
-    report = SourceReport(
-        names, "eval", len(rows), len(evaluation), skipped=dict(skipped), **counts
-    )
+    about: dict[str, Any] = {"skipped": dict(skipped), **counts}
+    report = SourceReport(names, "eval", len(rows), len(evaluation), **about)
     return RowStream(read, convert, skipped), evaluation, report
 
 
@@ -207,4 +206,4 @@ class StreamLoader:
 def _described(counts: Counter[str], skipped: Counter[str]) -> str:
     named = [(counts[name], name.replace("_", " ")) for name in ("rows", "used", *_CUT)]
     named += [(number, f"skipped ({reason})") for reason, number in skipped.items()]
-    return ", ".join(f"{number} {name}" for number, name in named)
+    return ", ".join(f"{number} {name}" for number, name in named if number)

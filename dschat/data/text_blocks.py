@@ -15,9 +15,11 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.sources import SUFFIXES, TEXT_COLUMN, Finder, Rows, digest
+from dschat.data.files import TEXT_COLUMN
+from dschat.data.sources import SUFFIXES, Finder, Rows, digest
 from dschat.data.store import written_once
 from dschat.errors import UserError
+from dschat.text.conversations import kind_of
 from dschat.text.encoding import encode, tokenizer_fingerprint
 
 # Part of every stored set's key: raise it when the same texts are to become other blocks.
@@ -72,7 +74,7 @@ def _texts(rows: Rows) -> Iterator[str]:
     for place, row in rows.read():
         text = row.get(TEXT_COLUMN) if isinstance(row, Mapping) else None
         if not isinstance(text, str):
-            columns = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+            columns = ", ".join(row) if isinstance(row, Mapping) else kind_of(row)
             raise UserError(
                 f"{SETTING}: {place}: no text in a column {TEXT_COLUMN!r} (found: {columns}); "
                 "rename the column, or fix the row"

@@ -19,6 +19,7 @@ from dschat.errors import UserError
 from dschat.text.conversations import Example
 from dschat.text.encoding import encode, encode_answers, encode_turns
 from dschat.text.formats import PromptFormat
+from dschat.text.ordinary import ordinary_examples
 
 Columns = dict[str, list[Any]]
 T = TypeVar("T")
@@ -80,16 +81,26 @@ def truncate_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]
 
 @dataclass(frozen=True)
 class Converter:
-    """Makes token rows of a phase out of examples."""
+    """Makes token rows of a phase out of examples.
+
+    Names of special tokens in their texts are ordinary text, unless `keep_special_tokens`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     form: PromptFormat
     phase: int
     max_len: int
     train_on: str | None
+    keep_special_tokens: bool = False
 
     def __call__(self, examples: list[Example], counts: Counter[str]) -> Columns:
         """Tokenise examples into columns of `FEATURES`; add what is cut and dropped to `counts`."""
+        if not self.keep_special_tokens:
+            examples, count = ordinary_examples(self.tokenizer, examples)
+            counts["special_names"] += count
+        asked = [self.form.asks(e.prompt) for e in examples if isinstance(e.prompt, str)]
+        counts["questions"] += sum(asked)
+        counts["transcripts"] += len(asked) - sum(asked)
         make = {1: self._sft_rows, 2: self._pair_rows, 3: self._prompt_rows}[self.phase]
         # Lists of numbers by the thousand and no cycle: the collector would read them for nothing.
         collects = gc.isenabled()
@@ -189,8 +200,7 @@ def tokenise(
     """Write the token rows of stored rows; return how many there are, and the counts.
 
     They are in `arrow_file`, or with several workers in one file for each, in the order of their
-    names, which begin with its stem. The counts are prompts_cut, answers_cut, turns_cut,
-    identical_pairs and empty_answers, where there are any.
+    names, which begin with its stem. The counts are those of `report.SourceReport`.
     """
     counts = arrow_file.with_suffix(".counts")
     counts.mkdir()

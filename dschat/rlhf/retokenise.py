@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.tokenise import truncate
 from dschat.errors import UserError
+from dschat.text.chat_template import render
 from dschat.text.conversations import Turn
 from dschat.text.encoding import decode, encode, encode_answers, tokenizer_fingerprint
-from dschat.text.formats import PromptFormat, choose_format, render
+from dschat.text.formats import PromptFormat, choose_format
+from dschat.text.ordinary import as_ordinary
 
 CONVERSATION = (Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?"))
 WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)
@@ -61,10 +63,10 @@ class Retokeniser:
                 "cannot be read back out of a template; train both with one template, or with "
                 "prompt_format dschat"
             )
-        if ours == "chat" and theirs == "dschat":
+        if ours != theirs and not (ours == "dschat" and theirs == "chat"):
             raise UserError(
-                f"{name}: trained with the prompt format 'dschat', but {source.name_or_path} with "
-                "'chat', and a prompt cannot be read back out of a template; train both with one "
+                f"{name}: trained with the prompt format {theirs!r}, but {source.name_or_path} "
+                f"with {ours!r}, and a prompt cannot be read back out of that; train both with one "
                 "prompt_format"
             )
         if ours == theirs and tokenizer_fingerprint(source) == tokenizer_fingerprint(reader):
@@ -115,7 +117,11 @@ class Retokeniser:
     def _encoded(self, texts: list[tuple[str, str]], ended: list[bool]) -> list[list[int]]:
         """Encode as step 2 does; an answer that did not end has no end token."""
         form = choose_format(self.reader)
-        prompts, answers = [opened for opened, _ in texts], [answer for _, answer in texts]
+        # Special tokens were left out of answers: names that are there are text of the answer.
+        answers = [as_ordinary(self.reader, answer) for _, answer in texts]
+        prompts = [opened for opened, _ in texts]
+        if choose_format(self.source).name != "chat":  # so they are in prompts, without a template
+            prompts = [as_ordinary(self.reader, opened) for opened in prompts]
         if self.around is not None:
             before, after = self.around
             prompts = [form.prompt(text) for text in prompts]

@@ -28,7 +28,7 @@ class Turn:
     text: str
 
 
-# A prompt is a conversation, or a text that the dschat format takes as it stands.
+# A prompt is a conversation, or a text: a transcript of one, or a question.
 Prompt = str | tuple[Turn, ...]
 
 
@@ -49,6 +49,20 @@ class Example:
     place: str = ""
 
 
+def kind_of(value: Any) -> str:
+    """Say in plain words what a value of a row is."""
+    kinds = {
+        type(None): "missing or null",
+        bool: "true or false",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
 class Skip(Exception):  # noqa: N818  (no error: the row is sound)
     """Raised by a reader for a sound row that it has no use for; the text is the reason."""
 
@@ -61,6 +75,17 @@ def question(text: Any) -> tuple[Turn, ...]:
 def has_markers(text: str) -> bool:
     """Tell whether a text is a transcript with `Human:` in it."""
     return any(match[1] == "Human" for match in _MARKER.finditer(text))
+
+
+def is_transcript(text: str) -> bool:
+    """Tell whether a text has a marker, of either side, that the dschat format knows."""
+    return _MARKER.search(text) is not None
+
+
+def opened_transcript(text: str) -> str:
+    """Give a transcript with an open answer at its end, which one that ends in a question lacks."""
+    *_, last = _MARKER.finditer(text)
+    return text + ASSISTANT if last[1] == "Human" else text
 
 
 def parse_transcript(text: str) -> tuple[Turn, ...]:
@@ -132,7 +157,7 @@ def parse_messages(
         UserError: no list, empty, a message that is none, an unknown role, text that is none.
     """
     if not isinstance(value, list | tuple):
-        raise UserError(f"column {column!r} is {type(value).__name__}, needs a list of messages")
+        raise UserError(f"column {column!r} is {kind_of(value)}, needs a list of messages")
     if not value:
         raise UserError(f"column {column!r} holds no messages; fix or drop the row")
     turns = []
@@ -145,7 +170,7 @@ def parse_messages(
             known = ", ".join(SPEAKERS)
             raise UserError(f"{place}: role {message[role]!r} is unknown; use one of {known}")
         if not isinstance(message[text], str):
-            kind = type(message[text]).__name__
+            kind = kind_of(message[text])
             raise UserError(f"{place}: {text!r} is {kind}, needs text; fix or drop the row")
         turns.append(Turn(speaker, message[text]))
     return tuple(turns)

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.text.formats import choose_format
+from dschat.text.ordinary import MARK, encode_marked, without_marks
 from dschat.text.word_cache import word_cache
 
 # An answer that merges with its prompt is tokenised after one of these instead. They are of
@@ -18,24 +19,35 @@ SENTINELS = ("\n", ":", "a")
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = True
 ) -> list[list[int]]:
-    """Encode each text, with the tokenizer's own BOS if `special`."""
+    """Encode each text, with the tokenizer's own BOS if `special`.
+
+    Names of special tokens are the tokens, save those that `ordinary.as_ordinary` has marked.
+    """
     cache = word_cache(tokenizer)
-    fits = [cache is not None and cache.fits(text) for text in texts]
-    ids: list[list[int]] = []
+    marked = [at for at, text in enumerate(texts) if MARK in text]
+    rest = [at for at, text in enumerate(texts) if MARK not in text]
+    by_words = [at for at in rest if cache is not None and cache.fits(texts[at])]
+    whole = sorted(set(rest).difference(by_words))
+    ids: list[list[int]] = [[] for _ in texts]
+
+    def put(places: list[int], rows: list[list[int]]) -> None:
+        for at, row in zip(places, rows, strict=True):
+            ids[at] = row
+
     if cache is not None:
-        ids = cache.encode([t for t, fit in zip(texts, fits, strict=True) if fit], special)
-    rest = [t for t, fit in zip(texts, fits, strict=True) if not fit]
-    if not rest:
-        return ids
-    others = tokenizer(
-        rest,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # longer than model_max_length is normal here: rows are truncated later
-    )["input_ids"]
-    by_words, complete = iter(ids), iter(others)
-    return [next(by_words if fit else complete) for fit in fits]
+        put(by_words, cache.encode([texts[at] for at in by_words], special))
+    if whole:
+        encoded = tokenizer(
+            [texts[at] for at in whole],
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # longer than model_max_length is normal: rows are truncated later
+        )
+        put(whole, encoded["input_ids"])
+    if marked:
+        put(marked, encode_marked(tokenizer, [texts[at] for at in marked], special))
+    return ids
 
 
 def decode(
@@ -76,7 +88,7 @@ def encode_answers(
             row
             for row, (prompt, answer) in enumerate(zip(prompts, bare, strict=True))
             if answer.startswith(" ") and prompt and not prompt[-1].isspace()
-            if cache.fits(prompt + answer)
+            if MARK not in (text := prompt + answer) and cache.fits(text)
         ]
         words = cache.encode([bare[row] for row in apart], None)
         for row, ids in zip(apart, words, strict=True):
@@ -156,7 +168,7 @@ def _encode_apart(
         candidates[row].append(alone)
     chosen = []
     for head, answer, options in zip(prompt_ids, answers, candidates, strict=True):
-        expected = f"{tokenizer.decode(head)}{answer}"
+        expected = f"{tokenizer.decode(head)}{without_marks(answer)}"
         right = (ids for ids in options if tokenizer.decode(head + ids) == expected)
         chosen.append(next(right, options[0]))
     return chosen

@@ -1,35 +1,33 @@
-"""Conversations as the text a model reads: `dschat` turns, or the tokenizer's own chat template.
+"""Conversations as the text a model reads: `dschat` turns, the tokenizer's chat template, or none.
 
 A format gives a prompt's text (`prompt`), the same text cut where earlier answers begin and end
 (`earlier`), and an answer's text (`answer`). The end token follows each answer that trains; it is
-the tokenizer's `eos_token` in both formats and is in none of these texts.
+the tokenizer's `eos_token` in every format and is in none of these texts.
 """
 
-from dataclasses import dataclass
-
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dschat.errors import UserError, brief
+from dschat.errors import UserError
+from dschat.text.chat_template import ChatFormat, template_end
 from dschat.text.conversations import (
     ASSISTANT,
     HUMAN,
     Prompt,
-    Turn,
     answers_within,
     as_turns,
+    is_transcript,
+    opened_transcript,
 )
 
-PROMPT_FORMATS = ("dschat", "chat")
+PROMPT_FORMATS = ("dschat", "chat", "raw")
 CONFIG_KEY = "prompt_format"  # in tokenizer_config.json, which every model folder carries
-USE_DSCHAT = "fix the template or use --prompt_format dschat"
 
 
 class DschatFormat:
     """`\\n\\nHuman: …\\n\\nAssistant:`, with answers that begin with a space.
 
-    A prompt that is text stays as it is, and so do its answers. Nothing but the next marker ends
-    an earlier answer, save where that answer trains.
+    A transcript stays as it is, and so do its answers; any other text is one question. Nothing but
+    the next marker ends an earlier answer, save where that answer trains.
     """
 
     name = "dschat"
@@ -37,14 +35,22 @@ class DschatFormat:
     stop: str | None = HUMAN  # who goes on to play the other side has ended the answer
     opening = ""  # between "Assistant:" on a screen and an answer
 
+    def asks(self, text: str) -> bool:
+        """Tell whether a prompt that is text is taken as one question."""
+        return not is_transcript(text)
+
     def prompt(self, prompt: Prompt) -> str:
-        """Write the text up to an open answer."""
-        return prompt if isinstance(prompt, str) else "".join(self.earlier(prompt))
+        """Write the text up to an open answer; UserError where nothing is asked."""
+        return "".join(self.earlier(prompt))
 
     def earlier(self, prompt: Prompt) -> list[str]:
         """Divide the prompt's text into context, answer, context, …, ending in a context."""
         if isinstance(prompt, str):
-            return answers_within(prompt)
+            if not self.asks(prompt):
+                return answers_within(opened_transcript(prompt))
+            prompt = as_turns(prompt)
+        if not prompt:
+            raise UserError("the prompt is empty; fix or drop the row, or use --prompt_format raw")
         pieces = [""]
         for turn in prompt:
             if turn.role == "assistant":
@@ -61,114 +67,46 @@ class DschatFormat:
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
         """Write the text of an answer to `prompt`, whose own text is `opened`."""
-        return text if isinstance(prompt, str) else _spaced(text)
+        return text if isinstance(prompt, str) and not self.asks(prompt) else _spaced(text)
 
 
 def _spaced(text: str) -> str:
     return text if not text or text[0].isspace() else f" {text}"
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """The chat template of a tokenizer, which puts BOS where it wants one.
+class RawFormat:
+    """Prompts and answers as they stand, one after the other."""
 
-    A text prompt becomes turns first: a transcript is parsed, any other text is one question.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    name = "chat"
-    adds_special = False
+    name = "raw"
+    adds_special = True
     stop = None
-    opening = " "
+    opening = ""
+
+    def asks(self, text: str) -> bool:
+        """Never: it is taken as it stands."""
+        return False
 
     def prompt(self, prompt: Prompt) -> str:
-        """Write the text up to an open answer."""
-        turns = as_turns(prompt)
-        if not turns or turns[-1].role == "assistant":
+        """Give the text; UserError for a conversation, which only a format can write."""
+        if isinstance(prompt, str):
+            return prompt
+        if len(prompt) != 1:
             raise UserError(
-                "the prompt ends inside an answer, or is empty, where a chat template opens a new "
-                "answer; fix or drop the row, or use --prompt_format dschat"
+                f"prompt_format raw writes no turns, and the prompt is a conversation of "
+                f"{len(prompt)}; use dschat or chat"
             )
-        return self._render(turns, is_open=True)
+        return prompt[0].text
 
     def earlier(self, prompt: Prompt) -> list[str]:
-        """Divide the prompt's text into context, answer, context, …, ending in a context.
-
-        The end tokens between an answer and the next context are left out.
-
-        Raises:
-            UserError: the template writes an answer otherwise once the conversation goes on.
-        """
-        turns, text = as_turns(prompt), self.prompt(prompt)
-        pieces, at, end = [], 0, self.tokenizer.eos_token
-        for number, turn in enumerate(turns):
-            if turn.role == "assistant" and turn.text.strip():
-                opened = self._render(turns[:number], is_open=True)
-                closed = opened + self.answer(turns[:number], opened, turn.text)
-                if not text.startswith(closed + end) or at > len(opened):
-                    raise UserError(
-                        "the chat template writes earlier answers otherwise than the last one, so "
-                        "they cannot train as they are generated; use --train_on last_turn or "
-                        "--prompt_format dschat"
-                    )
-                pieces += [text[at : len(opened)], text[len(opened) : len(closed)]]
-                at = len(closed) + len(end)
-        return [*pieces, text[at:]]
+        """Give the text in one piece."""
+        return [self.prompt(prompt)]
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
-        """Write the text of an answer to `prompt`, whose own text is `opened`.
-
-        Raises:
-            UserError: the template changes the prompt when the answer is there, drops the answer's
-                text, or does not end it with the end token.
-        """
-        end = self.tokenizer.eos_token
-        while text.endswith(end):
-            text = text.removesuffix(end)
-        if isinstance(prompt, str):
-            text = text.strip()  # its first space belongs to the transcript
-        content = text.strip()
-        if not content:
-            return ""
-        rendered = self._render((*as_turns(prompt), Turn("assistant", text)), is_open=False)
-        if not rendered.startswith(opened):
-            raise UserError(
-                "the chat template writes the prompt otherwise once it is answered, so prompt and "
-                f"answer cannot be told apart; {USE_DSCHAT}"
-            )
-        tail = rendered[len(opened) :]
-        start = tail.find(content)
-        stop = tail.find(end, start + len(content))
-        if start < 0 or stop < 0:
-            fault = f"does not end it with {end!r}" if start >= 0 else "changes its text"
-            raise UserError(
-                f"the chat template {fault} (answer {content[:30]!r}), so what trains would not "
-                f"be what is generated; {USE_DSCHAT}"
-            )
-        return tail[:stop]
-
-    def _render(self, turns: tuple[Turn, ...], *, is_open: bool) -> str:
-        return render(self.tokenizer, turns, is_open)
+        """Give the text."""
+        return text
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open: bool) -> str:
-    """Write a conversation by the chat template, with an answer opened after it if `is_open`."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=is_open
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the chat template refuses the conversation ({brief(error)}); fix or drop the row, "
-            "or use --prompt_format dschat"
-        ) from error
-    assert isinstance(text, str)
-    return text
-
-
-PromptFormat = DschatFormat | ChatFormat
+PromptFormat = DschatFormat | ChatFormat | RawFormat
 
 
 def choose_format(
@@ -198,8 +136,8 @@ def choose_format(
             f"{stored!r}; leave the flag out, or train step 1 anew with it"
         )
     name = asked or stored or ("chat" if tokenizer.chat_template else "dschat")
-    if name == "dschat":
-        return DschatFormat()
+    if name != "chat":
+        return DschatFormat() if name == "dschat" else RawFormat()
     if not tokenizer.chat_template:
         raise UserError(
             f"--prompt_format chat: the tokenizer of {tokenizer.name_or_path!r} has no chat "
@@ -245,34 +183,10 @@ def describe_format(
     form: PromptFormat, tokenizer: PreTrainedTokenizerBase, stored: str | None
 ) -> str:
     """Describe prompts in one line; `stored` is the format that the model came with."""
-    what = "the tokenizer's chat template" if form.name == "chat" else "Human: and Assistant:"
+    what = {
+        "dschat": "Human: and Assistant:",
+        "chat": "the tokenizer's chat template",
+        "raw": "texts as they stand",
+    }[form.name]
     line = f"prompt format {form.name} ({what}), answers end with {tokenizer.eos_token!r}"
     return line if stored in (None, form.name) else f"{line}; the model came with {stored}"
-
-
-def template_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Find the special token that ends answers in the chat template.
-
-    Raises:
-        UserError: there is none, or the template writes the prompt otherwise once it is answered.
-    """
-    name, question, answer = tokenizer.name_or_path, (Turn("user", "Question"),), "Answer"
-    try:
-        opened = render(tokenizer, question, True)
-        rendered = render(tokenizer, (*question, Turn("assistant", answer)), False)
-    except UserError as error:
-        raise UserError(f"tokenizer {name!r}: {error}") from error
-    if not rendered.startswith(opened):
-        raise UserError(
-            f"tokenizer {name!r}: its chat template writes the prompt otherwise once it is "
-            f"answered; {USE_DSCHAT}"
-        )
-    tail = rendered[len(opened) :].partition(answer)[2].lstrip()
-    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    end = max((token for token in tokens if tail.startswith(token)), key=len, default=None)
-    if end is None:
-        raise UserError(
-            f"tokenizer {name!r}: its chat template ends no answer with a special token, so "
-            f"nothing would tell a model to stop; {USE_DSCHAT}"
-        )
-    return end

@@ -1,12 +1,21 @@
 import pytest
 
 from dschat.data import datasets as data_utils
+from dschat.data.report import PHASE_NAMES
 from dschat.data.tokenise import Truncated, truncate, truncate_left
 from dschat.errors import UserError
+from dschat.text.formats import set_format
 from tests.data.spec import Spec
 
 BOS, EOS = 1, 2
 ROWS = [{"prompt": f"hi {n}", "chosen": f" we {n}", "rejected": f" {n}"} for n in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def raw(byte_tokenizer, space_tokenizer):
+    """Texts as they stand, so that lengths can be counted by hand."""
+    for tokenizer in (byte_tokenizer, space_tokenizer):
+        set_format(tokenizer, "raw")
 
 
 @pytest.fixture
@@ -15,7 +24,11 @@ def spec(write_rows, tmp_path):
     write_rows(ROWS[:3], "set/test.jsonl")
     out = str(tmp_path / "out")
     return Spec(
-        data_path=(str(tmp_path / "set"),), data_output_path=out, max_seq_len=64, max_prompt_len=8
+        data_path=(str(tmp_path / "set"),),
+        data_split="2,4,4",
+        data_output_path=out,
+        max_seq_len=64,
+        max_prompt_len=8,
     )
 
 
@@ -121,7 +134,11 @@ def test_every_row_is_used_or_counted(spec, write_rows, byte_tokenizer, tmp_path
 def test_report_reads_aloud_and_is_kept_with_the_set(spec, byte_tokenizer):
     first, again = (spec.make(byte_tokenizer, 2).report for _ in range(2))
     assert first == again
-    assert first.lines()[0].startswith(f"{spec.config.data_path[0]} train: 4 of 4 rows used")
+    name = spec.config.data_path[0]
+    assert first.lines()[:2] == [
+        f"{name} train: 4 of 10 rows (6 for other steps)",
+        f"{name} eval: 3 of 3 rows",
+    ]
     assert first.lines()[-1] == "preference pairs: 4 rows to train on, 3 to evaluate"
 
 
@@ -223,7 +240,8 @@ def test_missing_column_is_named_with_its_row(spec, write_rows, byte_tokenizer):
 
 def test_no_rows_left_is_refused(spec, write_rows, byte_tokenizer):
     message = _refused(spec.but(data_split="0,5,5"), byte_tokenizer, 1)
-    assert "phase 1 (supervised fine-tuning) gets no rows" in message and "'0,5,5'" in message
+    assert "phase 1 (supervised fine-tuning) gets no rows" in message
+    assert "under data_split '0,5,5': give phase 1 a larger share" in message
     write_rows([{**ROWS[0], "rejected": ROWS[0]["chosen"]}] * 3, "set/test.jsonl")
     assert "no eval rows" in _refused(spec, byte_tokenizer, 2)
     write_rows([{"prompt": ""}] * 3, "set/test.jsonl")
@@ -245,3 +263,87 @@ def test_no_rows_left_is_refused(spec, write_rows, byte_tokenizer):
 def test_bad_settings_are_refused(change, words, spec, byte_tokenizer):
     with pytest.raises(UserError, match=words):
         spec.but(**change).make(byte_tokenizer, 1)
+
+
+def rows_of(number):
+    return [{**ROWS[0], "prompt": f"hi {n}"} for n in range(number)]
+
+
+def test_own_rows_go_to_every_step_unless_divided(spec, write_rows, byte_tokenizer):
+    path = write_rows(rows_of(300), "pairs.jsonl")
+    own = spec.but(data_path=(path,), data_split=None)
+    for phase, name in PHASE_NAMES.items():
+        data = own.make(byte_tokenizer, phase)
+        assert data.report.lines() == [
+            f"{path} train: 270 of 300 rows (30 held out)",
+            f"{path} eval: 30 of 300 rows (270 for training)",
+            f"{name}: 270 rows to train on, 30 to evaluate",
+        ]
+    divided = own.but(data_split="2,4,4")
+    lines = [divided.make(byte_tokenizer, phase).report.lines()[0] for phase in (1, 2, 3)]
+    assert lines == [
+        f"{path} train: {count} of 300 rows (30 held out, {270 - count} for other steps)"
+        for count in (54, 108, 108)
+    ]
+
+
+def test_sets_that_deepspeed_chat_names_are_divided(spec, write_rows, byte_tokenizer, tmp_path):
+    write_rows(rows_of(100), "Dahoas/rm-static/train.jsonl")
+    write_rows(rows_of(10), "Dahoas/rm-static/test.jsonl")
+    named = spec.but(data_path=(str(tmp_path / "Dahoas" / "rm-static"),), data_split=None)
+    trained = [len(named.make(byte_tokenizer, phase).train) for phase in (1, 2, 3)]
+    assert trained == [20, 40, 40]
+    assert len(named.but(data_split="1").make(byte_tokenizer, 1).train) == 100
+
+
+def test_every_row_of_a_source_is_accounted_for(spec, write_rows, byte_tokenizer):
+    """300 rows: 10 ties, of the rest 29 held out; of 261 half train, some pairs are equal."""
+    rows = rows_of(300)
+    for number, row in enumerate(rows):
+        row["chosen"] = f" {number}"
+        row |= {"score_chosen": 1, "score_rejected": int(number < 10)}
+        if number >= 200:
+            row["rejected"] = row["chosen"]
+    path = write_rows(rows, "pairs.jsonl")
+    spec = spec.but(data_path=(path,), data_split="1,1,0")
+    train, held_out = spec.make(byte_tokenizer, 2).report.sources
+    assert (train.rows, train.left) == (130, {"held out": 29, "for other steps": 131})
+    assert train.skipped == {"tie": 10} and held_out.skipped == {}
+    assert train.used + train.identical_pairs == 130 and 0 < train.identical_pairs < 130
+    assert train.line() == (
+        f"{path} train: {train.used} of 300 rows (29 held out, 131 for other steps, "
+        f"{train.identical_pairs} identical pairs dropped, 10 of no use: tie)"
+    )
+
+
+def test_how_prompts_are_read_is_told(spec, write_rows, byte_tokenizer):
+    set_format(byte_tokenizer, "dschat", teaches=True)
+    marked = [{**row, "prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:"} for row in rows_of(50)]
+    told = []
+    for rows in (rows_of(50), marked, [*rows_of(50)[:25], *marked[25:]]):
+        path = write_rows(rows, "pairs.jsonl")
+        report = spec.but(data_path=(path,), data_split=None).make(byte_tokenizer, 2).report
+        told.append([line.removeprefix(f"{path}: ") for line in report.lines()[2:-1]])
+    says = "are plain text, each one question (prompt_format raw leaves text as it is)"
+    assert told == [[f"prompts {says}"], [], [f"25 of 50 prompts {says}"]]
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_names_of_special_tokens_are_text_unless_kept(spec, write_rows, byte_tokenizer, phase):
+    rows = [{**row, "chosen": f" {n}"} for n, row in enumerate(rows_of(20))]
+    for number in range(5):
+        rows[number]["prompt"] += " <eos> so"
+        rows[number]["rejected"] = "<pad> <eos><eos>"
+    path = write_rows(rows, "set/train.jsonl")
+    own = spec.but(data_path=(path.removesuffix("/train.jsonl"),), data_split=None)
+    column = {1: "input_ids", 2: "rejected_ids", 3: "prompt_ids"}[phase]
+    ends = {}
+    for kept in (False, True):
+        data = own.but(keep_special_tokens=kept, max_prompt_len=64).make(byte_tokenizer, phase)
+        special = byte_tokenizer.all_special_ids
+        ends[kept] = sum(len([i for i in ids if i in special]) for ids in data.train[column])
+        told = any("rows that name special tokens: 5;" in line for line in data.report.lines())
+        assert told is not kept
+    one_each = 0 if phase == 3 else 20
+    # In a prompt; phase 2's rejected answer names a pad token too, and ends in its own end tokens.
+    assert ends == {False: one_each, True: one_each + {1: 5, 2: 10, 3: 5}[phase]}

@@ -32,12 +32,13 @@ def test_all_phases_are_told(flags, capsys):
     lines = capsys.readouterr().out.splitlines()
     heads = [line for line in lines if line.startswith("==")]
     assert [head.split(",")[0] for head in heads] == ["== phase 1", "== phase 2", "== phase 3"]
-    assert sum("40 of 40 rows used" in line for line in lines) == 3
+    assert sum("40 of 40 rows" in line for line in lines) == 3
     text = "\n".join(lines)
     assert "-- row 1 of 40: row, " in text and "-- row 27 of 40: rejected, " in text
-    assert ":[[ 1!</s>]]" in text and ":[[ no</s>]]" in text  # phases 1 and 2
+    assert "Assistant:[[ 1!</s>]]" in text and "Assistant:[[ no</s>]]" in text  # phases 1 and 2
     assert text.count("-- row ") == 3 + 6 + 3
-    assert "-- row 1 of 40: prompt, 6 tokens\nsay 1:" in text
+    assert "-- row 1 of 40: prompt, 27 tokens\n\n\nHuman: say 1:\n\nAssistant:" in text
+    assert sum("prompts are plain text, each one question" in line for line in lines) == 3
 
 
 def test_a_phase_that_the_data_cannot_serve(flags, write_rows, capsys):

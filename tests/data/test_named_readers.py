@@ -267,11 +267,15 @@ def test_rows_without_use_are_counted_with_their_reason(name, change, reason, tm
         ("openai/webgpt_comparisons", {"score_0": "high"}, "'score_0' is 'high', needs a number"),
         ("openai/webgpt_comparisons", {"question": "Why?"}, "no column 'question.full_text'"),
         ("stanfordnlp/SHP", {"labels": 2}, "'labels' is 2, needs 0 or 1"),
-        ("wangrui6/Zhihu-KOL", {"RESPONSE": 3}, "'RESPONSE' is int, needs text"),
+        ("wangrui6/Zhihu-KOL", {"RESPONSE": 3}, "'RESPONSE' is a number, needs text"),
         ("Hello-SimpleAI/HC3-Chinese", {"human_answers": "光"}, "no column 'human_answers.0'"),
-        ("lmqg/qg_jaquad", {"sentence": ["a"]}, "'sentence' is list, needs text"),
+        ("lmqg/qg_jaquad", {"sentence": ["a"]}, "'sentence' is a list, needs text"),
         ("pvduy/sharegpt_alpaca_oa_vicuna_format", {"prompt": "Hi"}, "has no 'USER:'"),
-        ("Dahoas/synthetic-instruct-gptj-pairwise", {"chosen": 1}, "'chosen' is int, needs text"),
+        (
+            "Dahoas/synthetic-instruct-gptj-pairwise",
+            {"chosen": 1},
+            "'chosen' is a number, needs text",
+        ),
     ],
 )
 def test_malformed_rows_are_named(name, change, words, tmp_path):

@@ -33,7 +33,7 @@ def test_columns_are_mapped_from_inside_fields(load):
         (("prompt=a", "prompt=b"), "each once"),
         (("chosen=a",), "names no prompt: add prompt=COLUMN"),
         (("prompt=q.nothing",), "line 1: no column 'q.nothing' (columns: q)"),
-        (("prompt=q",), "line 1: column 'prompt' is dict, needs text"),
+        (("prompt=q",), "line 1: column 'prompt' is an object, needs text"),
     ],
 )
 def test_mappings_that_cannot_be_are_refused(columns, words, load):
@@ -108,7 +108,7 @@ def test_an_edited_function_reads_anew(own, load):
         ("own_reader:nothing", "own_reader has no function 'nothing'"),
         ("own_reader:wrong", "line 1: dataset_function own_reader:wrong returned str"),
         ("own_reader:record", "line 2: dataset_function own_reader:record fails (KeyError: 'q')"),
-        ("own_reader:late", "line 1: column 'chosen' is int, needs text"),
+        ("own_reader:late", "line 1: column 'chosen' is a number, needs text"),
         ("own_reader:order", "line 1: column 'prompt', message 1: is from assistant where user"),
         ("own_reader:turns", "line 1: column 'prompt', message 1: is 'hi', needs a Turn"),
     ],

@@ -163,7 +163,8 @@ def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
         max_seq_len=64,
     )
     report = spec.make(byte_tokenizer, 2).report
-    assert report.lines()[0].endswith("; of no use: 1 the two sides differ before the last answer")
+    reason = "1 of no use: the two sides differ before the last answer"
+    assert report.lines()[0].endswith(f" train: 1 of 2 rows ({reason})")
     assert report == spec.make(byte_tokenizer, 2).report
 
 
@@ -171,18 +172,21 @@ def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
     ("row", "words"),
     [
         ({"messages": []}, "column 'messages' holds no messages"),
-        ({"messages": "hi"}, "column 'messages' is str, needs a list of messages"),
-        ({"messages": None}, "column 'messages' is NoneType, needs a list"),
+        ({"messages": "hi"}, "column 'messages' is text, needs a list of messages"),
+        ({"messages": None}, "column 'messages' is missing or null, needs a list"),
         ({"messages": [ASK, ASK]}, "message 2: is from user where assistant should speak"),
         ({"messages": [REPLY, ASK]}, "message 1: is from assistant where user should speak"),
         ({"messages": [ASK, REPLY, SYSTEM]}, "message 3: is from system where user should"),
         ({"messages": [SYSTEM]}, "a system message alone"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 1: role 'tool' is unknown"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "role ['user'] is unknown"),
-        ({"messages": [ASK, {"role": "assistant", "content": None}]}, "is NoneType, needs text"),
+        (
+            {"messages": [ASK, {"role": "assistant", "content": None}]},
+            "is missing or null, needs text",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "message 1: 'content' is list, needs text",
+            "message 1: 'content' is a list, needs text",
         ),
         ({"messages": ["hi"]}, "message 1: needs an object with the keys 'role' and 'content'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair"),
@@ -190,12 +194,12 @@ def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
         ({"prompt": [ASK, REPLY], "chosen": "lo"}, "does not end with the user's turn"),
         ({"prompt": [ASK], "chosen": [ASK, BACK]}, "needs one answer of the assistant"),
         ({"prompt": [ASK], "chosen": [BACK, GOOD]}, "holds 2 messages after the prompt"),
-        ({"prompt": "hi", "chosen": "a", "rejected": [BAD]}, "'rejected' is list, needs text"),
-        ({"chosen": [ASK, GOOD], "rejected": "no"}, "column 'rejected' is str, needs a list"),
+        ({"prompt": "hi", "chosen": "a", "rejected": [BAD]}, "'rejected' is a list, needs text"),
+        ({"chosen": [ASK, GOOD], "rejected": "no"}, "column 'rejected' is text, needs a list"),
         ({"chosen": "a", "rejected": "b"}, "share no '\\n\\nAssistant:' after which they part"),
-        ({"chosen": TRANSCRIPT, "rejected": 3}, "column 'rejected' is int, needs text"),
-        ({"instruction": 3, "output": "a"}, "column 'instruction' is int, needs text"),
-        ({"instruction": "a", "input": 3, "output": "a"}, "column 'input' is int, needs text"),
+        ({"chosen": TRANSCRIPT, "rejected": 3}, "column 'rejected' is a number, needs text"),
+        ({"instruction": 3, "output": "a"}, "column 'instruction' is a number, needs text"),
+        ({"instruction": "a", "input": 3, "output": "a"}, "column 'input' is a number, needs text"),
         ({"instruction": "a", "completions": ["b"]}, "'completions' needs a list of objects"),
         (
             {"instruction": "a", "completions": [{"response": "b", "score": "top"}]},

@@ -136,13 +136,13 @@ def test_a_failed_read_leaves_nothing_behind(write_rows, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "a", "chosen": 3}, "column 'chosen' is int, needs text"),
-        ({"prompt": None, "chosen": "a"}, "column 'prompt' is NoneType, needs text"),
+        ({"prompt": "a", "chosen": 3}, "column 'chosen' is a number, needs text"),
+        ({"prompt": None, "chosen": "a"}, "column 'prompt' is missing or null, needs text"),
         ({"prompt": ["a"], "chosen": "a"}, "column 'prompt', message 1: needs an object with"),
-        ({"prompt": {"a": 1}, "chosen": "a"}, "column 'prompt' is dict, needs text"),
+        ({"prompt": {"a": 1}, "chosen": "a"}, "column 'prompt' is an object, needs text"),
         ({"question": "a"}, "no column 'prompt' (columns: question)"),
         ({"prompt": "\ud800"}, "column 'prompt' holds half a surrogate pair"),
-        (["prompt", "a"], "is list, needs an object"),
+        (["prompt", "a"], "is a list, needs an object"),
     ],
 )
 def test_bad_row_is_named_by_file_line_and_column(row, words, write_rows, tmp_path):
@@ -170,10 +170,12 @@ def test_malformed_json_is_named_by_line(tmp_path):
 
 def test_wrong_row_of_a_list_and_of_parquet_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([PAIR, {"prompt": 1}]))
-    assert _error(tmp_path / "a.json", tmp_path).startswith("a.json row 2: column 'prompt' is int")
+    assert _error(tmp_path / "a.json", tmp_path).startswith(
+        "a.json row 2: column 'prompt' is a number"
+    )
     pq.write_table(pa.table({"prompt": ["a", "b"], "chosen": [1, 2]}), tmp_path / "a.parquet")
     message = _error(tmp_path / "a.parquet", tmp_path)
-    assert message.startswith("a.parquet row 1: column 'chosen' is int")
+    assert message.startswith("a.parquet row 1: column 'chosen' is a number")
     (tmp_path / "b.parquet").write_text("nothing")
     assert "not a readable parquet file" in _error(tmp_path / "b.parquet", tmp_path)
 
@@ -202,3 +204,53 @@ def test_torn_saved_folder_is_named(tmp_path):
 def test_place_that_cannot_be_written(write_rows, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     assert "give another data_output_path" in _error(write_rows(ROWS), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (
+            "a.jsonl",
+            '{G}\n{"prompt": "a", "chosen": "b", "prompt": "c"}\n',
+            "line 2: the key 'prompt'",
+        ),
+        (
+            "a.jsonl",
+            '{G}\n{"prompt": [{"role": "user", "role": "user"}]}\n',
+            "line 2: the key 'role'",
+        ),
+        ("a.json", '[\n{G},\n {G},\n{"prompt": "a", "prompt": "b"}]\n', "line 4: the key 'prompt'"),
+        ("a.jsonl", '{G}\n{"prompt": "a", "cho\n', "line 2: not JSON"),
+        ("a.jsonl", '{G}\n{"prompt": "a",\n', "line 2: not JSON"),
+        ("a.jsonl", '{G}\n{"prompt": "a",', "line 2: not JSON"),
+        ("a.json", '[\n{G},\n{"prompt": "a",\n\n', "line 3: not JSON"),
+        ("a.jsonl", "{G}\n" + 100_000 * "[" + "\n", "line 2: cannot be read"),
+        ("a.jsonl", '{G}\n{"prompt": ' + 5000 * "1" + "}\n", "line 2: cannot be read"),
+        ("a.jsonl", '{G}\n{"prompt": NaN}\n', "line 2: column 'prompt' is a number, needs text"),
+        ("a.jsonl", '{G}\n{"prompt": true}\n', "line 2: column 'prompt' is true or false"),
+        ("a.jsonl", "{G}\nnull\n", "line 2: is missing or null, needs an object"),
+        ("a.jsonl", '{G}\n{"prompt": "a", "chosen": [["b"]]}\n', "'chosen', message 1: needs"),
+        ("a.jsonl", '{G}\n{"prompt": "a", "chosen": ["b", ["c"]]}\n', "'chosen', message 1: needs"),
+    ],
+)
+def test_what_json_allows_and_rows_do_not(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text.replace("{G}", json.dumps(PAIR)))
+    assert words in _error(tmp_path / name, tmp_path)
+
+
+def test_rows_of_another_shape_than_the_first_are_named(write_rows, tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    name = write_rows([talk, talk, PAIR])
+    message = _error(name, tmp_path)
+    assert "train.jsonl line 3: column 'messages' is missing or null" in message
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", float("nan"), "1e999", None])
+def test_scores_are_finite_numbers(score, write_rows, tmp_path):
+    good = {"instruction": "a", "completions": [{"response": "b", "score": 1}] * 2}
+    bad = [{"response": "b", "score": 1}, {"response": "c", "score": score}]
+    name = write_rows([good, {"instruction": "a", "completions": bad}])
+    if score is None:  # an answer without a score does not count
+        assert "fewer than two scored" in _error(name, tmp_path)
+    else:
+        assert "needs a number" in _error(name, tmp_path)

@@ -108,7 +108,7 @@ def test_done_once_and_again_when_anything_changes(tmp_path, make):
             "a.jsonl line 2: no text in a column 'text'",
         ),
         ("a.jsonl", '{"text": 3}\n', "line 1: no text in a column 'text' (found: text)"),
-        ("a.jsonl", "[1]\n", "line 1: no text in a column 'text' (found: list)"),
+        ("a.jsonl", "[1]\n", "line 1: no text in a column 'text' (found: a list)"),
         ("a.jsonl", '{"text": "hi"}\n', "3 tokens, less than one block of 4"),
         ("a.csv", "text\nhi\n", "files of kind '.csv' are not read; give one of .txt, .jsonl"),
     ],

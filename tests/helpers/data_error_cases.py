@@ -25,12 +25,12 @@ WRONG_DATA = {
     "content that is no text": (
         [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
         [],
-        r" line 1: .*message 1: 'content' is list, needs text; fix or drop the row",
+        r" line 1: .*message 1: 'content' is a list, needs text; fix or drop the row",
     ),
     "prompt without answer": (
         [{"messages": [ASK]}] * 3,
         [],
-        r": .* line 1 has no 'chosen' \(3 of 3 rows lack it\), which phase 1 ",
+        r" line 1 has no 'chosen' \(3 of 3 rows lack it\), which phase 1 ",
     ),
     "rows of no use": (
         [{"messages": [ASK, REPLY, ASK]}],
@@ -64,7 +64,7 @@ WRONG_FLAGS = {
     ),
     "unknown prompt format": (
         ["--prompt_format", "alpaca"],
-        r"argument --prompt_format: invalid choice: 'alpaca' \(choose from '?dschat'?, '?chat'?\)",
+        r"argument --prompt_format: invalid choice: 'alpaca' \(choose from '?dschat'?, '?chat'?, ",
     ),
     "chat format without a template": (
         ["--model_name_or_path", "no-template", "--prompt_format", "chat"],

@@ -107,8 +107,11 @@ def test_dschat_text_of_turns(byte_tokenizer):
     prompt = form.prompt((Turn("system", "Be kind."), *TALK))
     assert prompt == "Be kind.\n\nHuman: hi\n\nAssistant: we\n\nHuman: lo\n\nAssistant:"
     assert form.answer(TALK, prompt, "so") == form.answer(TALK, prompt, " so") == " so"
-    # Text is taken as it stands.
-    assert form.prompt(" Once") == " Once" and form.answer(" Once", " Once", "upon") == "upon"
+    # A transcript is taken as it stands, other text is one question.
+    said = " Human: Once\n\nAssistant:"
+    assert form.prompt(said) == said and form.answer(said, said, "upon") == "upon"
+    assert form.prompt(" Once") == "\n\nHuman: Once\n\nAssistant:"
+    assert form.answer(" Once", "", "upon") == " upon"
     assert "".join(form.earlier(prompt)) == prompt and len(form.earlier(prompt)) == 3
 
 

@@ -85,7 +85,7 @@ CASES = {
     ),
     "row of a wrong type": Case(
         [*STEP1, "--data_path", "wrong-type.jsonl"],
-        r"wrong-type\.jsonl line 2: column 'chosen' is int, needs text; fix or drop the row",
+        r"wrong-type\.jsonl line 2: column 'chosen' is a number, needs text; fix or drop the row",
     ),
     "empty file": Case(
         [*STEP2, "--data_path", "empty.jsonl"],

@@ -24,6 +24,7 @@ from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
 from dschat.text.encoding import encode
 from dschat.text.formats import set_format
+from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.utils.distributed import set_random_seed
@@ -147,7 +148,9 @@ def main() -> None:
         print(f"\n== {shown.strip()}")
         for label, (model, tokenizer) in models.items():
             form = formats[label]
-            text = question if settings.raw else form.prompt((Turn("user", question),))
+            text = question
+            if not settings.raw:
+                text = form.prompt((Turn("user", as_ordinary(tokenizer, question)),))
             (prompt,) = encode(tokenizer, [text], settings.raw or form.adds_special)
             for kind, config in settings.generation_configs(tokenizer).items():
                 set_random_seed(settings.seed)
