@@ -47,6 +47,13 @@ STAND_INS = {"mkdir": ":", "tee": "cat > /dev/null"} | dict.fromkeys(
 )
 
 
+def text(word: str) -> str:
+    """Take a word of the command line that is not empty."""
+    if not word:
+        raise argparse.ArgumentTypeError("it is empty")
+    return word
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags of DeepSpeed-Chat, and --data-path and --seed."""
     parser = OneLineParser(
@@ -56,18 +63,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="steps to run")
-    add("--actor-model", help="size (1.3b), hub id or folder; none: the embedded default")
-    add("--reward-model", help="size (350m), hub id or folder")
+    add(
+        "--actor-model", type=text, help="size (1.3b), hub id or folder; none: the embedded default"
+    )
+    add("--reward-model", type=text, help="size (350m), hub id or folder")
     add("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"), help="ZeRO stage")
     add("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"), help="ZeRO stage")
-    add("--output-dir", type=lambda p: Path(p).resolve(), default=Path("./output").resolve())
+    add("--output-dir", type=lambda p: Path(text(p)).resolve(), default=Path("./output").resolve())
     add(
         "--deployment-type",
         default="single_gpu",
         choices=("single_gpu", "single_node", "multi_node"),
         help="which scripts: one GPU, all of one machine, several machines",
     )
-    add("--data-path", nargs="+", default=[], help="data of all steps instead of the scripts' own")
+    add("--data-path", type=text, nargs="+", default=[], help="data of all steps, not the scripts'")
     add("--seed", type=int, default=1234, help="seed of all steps")
     add("--num-train-epochs", type=int, help="of all steps (default: the scripts')")
     add("--gradient-accumulation-steps", type=int, help="of all steps (default: by the rows)")

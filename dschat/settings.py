@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +23,18 @@ from dschat.errors import UserError
 S = TypeVar("S", bound="Settings")
 
 
+# The largest number of a setting without an upper bound: what every library takes for an int, and
+# what fp32 can still square and multiply.
+LARGEST = {int: 2**31 - 1, float: 10**9}
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A setting's type: the type of one value, and whether it is a tuple of them."""
+    """A setting's type: the type of one value, whether it is a tuple of them, or may be None."""
 
     element: type
     is_tuple: bool = False
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,12 @@ class Rule:
     retired: bool = False
 
     def check(self, name: str, value: Any, kind: Kind) -> None:
-        """Stop at a value that this setting cannot have; None is always allowed.
+        """Stop at a value that this setting cannot have.
 
         Raises:
             UserError: naming the setting, its value and what it may be.
         """
-        if value is None:
+        if value is None and kind.is_optional:
             return
         if kind.is_tuple and not isinstance(value, tuple):
             raise UserError(f"{name} is {value!r}: give a list of values")
@@ -69,14 +76,22 @@ class Rule:
             if self.choices is not None and item not in self.choices:
                 known = ", ".join(str(choice) for choice in self.choices)
                 raise UserError(f"{name} is {item}: choose one of {known}")
-            if kind.element in (int, float) and not self._holds(item, kind.element):
+            if item == "":
+                empty = "holds an empty text" if kind.is_tuple else "is empty"
+                raise UserError(f"{name} {empty}: give a value, or leave it out")
+            if not self._holds(item, kind.element):
                 raise UserError(f"{name} is {item}: give {self._wanted(kind.element)}")
+            largest = math.inf if self._is_bounded else LARGEST.get(kind.element, math.inf)
+            if kind.element in LARGEST and abs(item) > largest:
+                raise UserError(f"{name} is {item}: give at most {largest} in size")
 
     def _holds(self, value: Any, kind: type) -> bool:
+        if kind not in (int, float):
+            return isinstance(value, (kind, os.PathLike) if kind is str else kind)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (kind is float or isinstance(value, int))
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -84,8 +99,14 @@ class Rule:
             and (self.below is None or value < self.below)
         )
 
+    @property
+    def _is_bounded(self) -> bool:
+        return self.at_most is not None or self.below is not None
+
     def _wanted(self, kind: type) -> str:
-        """The numbers allowed, in words."""
+        """The values allowed, in words."""
+        if kind not in (int, float):
+            return "True or False" if kind is bool else "text"
         a_number = "a whole number" if kind is int else "a number"
         low = self.above if self.at_least is None else self.at_least
         high = self.below if self.at_most is None else self.at_most
@@ -157,11 +178,11 @@ def _types(cls: type) -> dict[str, Any]:
 def type_of(cls: type, name: str) -> Kind:
     """The type of a field: `str | None` is str, `tuple[str, ...]` a tuple of str."""
     hint = _types(cls)[name]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    is_optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if is_optional:
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return Kind(typing.get_args(hint)[0], is_tuple=True)
-    return Kind(hint)
+    is_tuple = typing.get_origin(hint) is tuple
+    return Kind(typing.get_args(hint)[0] if is_tuple else hint, is_tuple, is_optional)
 
 
 @dataclass(frozen=True)

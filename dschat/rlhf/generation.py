@@ -52,8 +52,6 @@ class SamplingConfig(Settings):
                 f"min_answer_seq_len is {self.min_answer_seq_len}: give at most max_answer_seq_len,"
                 f" which is {self.max_answer_seq_len}"
             )
-        if "" in self.stop_strings:
-            raise UserError("stop_strings holds an empty string, which ends every answer: drop it")
 
     @property
     def filters(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class RunConfig(StartConfig):
     overwrite_output_dir: bool = setting(
         False, "replace a finished model in the output folder", may_change=True
     )
-    num_train_epochs: int = setting(1, "passes over the training data", at_least=1)
+    num_train_epochs: int = setting(1, "passes over the training data", at_least=1, at_most=10_000)
     lr_scheduler_type: str = setting("cosine", "shape of the schedule", choices=tuple(SCHEDULES))
     num_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", at_least=0)
     only_optimize_lora: bool = setting(
@@ -189,6 +189,10 @@ class StepSettings(Settings):
     data: DataConfig = group(DataConfig)
     model: ModelConfig = group(ModelConfig)
     run: RunConfig = group(RunConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.run.engine_config(self.model, "fp32", micro_batch=1)  # it checks itself
 
     def length(self, batches: Sequence[int | None]) -> RunLength:
         """Length of the run over so many micro-batches of each epoch (None: not counted)."""

@@ -308,7 +308,7 @@ def test_what_steps_1_and_2_refuse(build, argv, message):
         (["--answers_per_prompt", "0"], "answers_per_prompt is 0"),
         (["--generation_chunk_size", "-1"], "generation_chunk_size is -1"),
         (["--min_answer_seq_len", "257"], "min_answer_seq_len is 257: give at most max_answer_seq"),
-        (["--stop_strings", "a", ""], "stop_strings holds an empty string"),
+        (["--stop_strings", "a", ""], "stop_strings holds an empty text"),
         (["--fuse_lora_for_generation"], "fuse_lora_for_generation: the actor has no adapters"),
         (
             ["--fuse_lora_for_generation", "--actor_lora_dim", "4", "--actor_zero_stage", "3"],
@@ -327,9 +327,8 @@ def test_what_step_3_refuses_before_it_starts(argv, message):
 
 @pytest.mark.parametrize("build", [sft, reward])
 def test_offload_needs_zero(build):
-    settings = build("--offload")
     with pytest.raises(UserError, match="offload needs ZeRO"):
-        settings.run.engine_config(settings.model, "fp32", 1)
+        build("--offload")
     settings = build("--offload", "--zero_stage", "2")
     assert settings.run.engine_config(settings.model, "fp32", 1).offload
 
