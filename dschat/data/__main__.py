@@ -122,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{found}; give: python -m dschat.data inspect --data_path ...")
     settings = parse(InspectSettings, flags, __doc__)
     tokenizer = load_hf_tokenizer(
-        settings.model_name_or_path, settings.add_eot_token, settings.eot_token
+        settings.model_name_or_path,
+        add_eot_token=settings.add_eot_token,
+        eot_token=settings.eot_token,
     )
     asked = settings.data.prompt_format
     set_format(tokenizer, asked, teaches=True, end_is_given=settings.add_eot_token)

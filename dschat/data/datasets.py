@@ -31,6 +31,7 @@ from dschat.data.store import (
 from dschat.data.stream import RowStream, stream_sources
 from dschat.data.tokenise import NEEDED, Converter, tokenise
 from dschat.errors import UserError
+from dschat.predecessor import changed
 from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format
@@ -55,6 +56,10 @@ class PromptData:
     key: str  # digest of the rows' content, tokenizer and recipe
 
 
+@changed(
+    "create_prompt_dataset(DataConfig(...), tokenizer, phase, seed=1234, max_seq_len=512)",
+    config=DataConfig,
+)
 def create_prompt_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,

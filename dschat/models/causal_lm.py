@@ -22,6 +22,7 @@ from dschat.errors import UserError, brief
 from dschat.models.config import load_config, set_dropout
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 from dschat.models.weight_files import DISK_HEAD, HEAD, check_weight_files
+from dschat.predecessor import changed
 from dschat.utils import zero
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.module.adapter_config import REWARD
@@ -57,6 +58,11 @@ def check_model_folder(model_name_or_path: str, tokenizer: PreTrainedTokenizerBa
     check_vocabulary(model_name_or_path, vocabulary, len(tokenizer))
 
 
+@changed(
+    "create_hf_model(model_name_or_path, tokenizer, torch.bfloat16, ds_config=None)",
+    model_name_or_path=str,
+    dtype=torch.dtype,
+)
 def create_hf_model(
     model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -40,6 +40,7 @@ from dschat.models.weight_files import (
     read_bin,
     stored_head,
 )
+from dschat.predecessor import changed, changed_class
 from dschat.utils import zero
 from dschat.utils.module.adapter import Adapter
 from dschat.utils.module.adapter_merge import merge_adapter
@@ -48,6 +49,7 @@ from dschat.utils.module.model_source import resolve_model
 TRUNK = "rwtransformer"
 
 
+@changed_class("RewardModel(trunk)")
 class RewardModel(nn.Module):
     """A trunk with a head: one value for every position; the score is the last real token's."""
 
@@ -104,6 +106,10 @@ def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
     return values.gather(-1, last).squeeze(-1)
 
 
+@changed(
+    "create_critic_model(model_name_or_path, tokenizer, torch.bfloat16, ds_config=None)",
+    dtype=torch.dtype,
+)
 def create_critic_model(
     model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -22,6 +22,7 @@ from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
 from dschat.models.weight_files import HEAD
+from dschat.predecessor import changed
 from dschat.utils.distributed import Distributed, barrier
 from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
@@ -42,6 +43,7 @@ MODEL_FILES = (
 )
 
 
+@changed("save_hf_format(model, tokenizer, output_dir, distributed, plan)", distributed=Distributed)
 def save_hf_format(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -19,6 +19,7 @@ import torch
 from dschat.data.collators import PromptBatch
 from dschat.functional.losses import kl_loss, mean_scale, policy_loss, value_loss
 from dschat.functional.returns import kl_k3
+from dschat.predecessor import changed_class, moved
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
 from dschat.rlhf.experience import Experience, filled, minibatches
 from dschat.rlhf.logprobs import AnswerScores, answer_logprobs
@@ -42,6 +43,7 @@ from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum
 
 
+@changed_class("DeepSpeedPPOTrainer(roles, PPOConfig(...), world_size, seed=1234)")
 class DeepSpeedPPOTrainer:
     """Runs PPO over the roles of a `DeepSpeedRLHFEngine`.
 
@@ -300,3 +302,14 @@ class DeepSpeedPPOTrainer:
             beyond = ((values - old).abs() > clip) & e.answer_mask
             sums["value_clip_fraction"] = beyond.sum().item()
         return loss, sums
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "DeepSpeedPPOTrainerUnsupervised": "DeepSpeedPPOTrainer with a PTX (dschat.rlhf.ptx)",
+        "gather_log_probs": "dschat.rlhf.logprobs.answer_logprobs",
+        "get_model_norm": "the figure grad_norm of metrics.jsonl",
+        "print_all_ranks": "dschat.utils.distributed.print_rank_0",
+    },
+)

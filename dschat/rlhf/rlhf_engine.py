@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.reward_model import scores_at_end
+from dschat.predecessor import changed_class, moved
 from dschat.rlhf.ema import EMA, EMAConfig
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
@@ -31,6 +32,7 @@ from dschat.utils.module.lora import adapters_disabled
 from dschat.utils.zero import is_partitioned
 
 
+@changed_class("DeepSpeedRLHFEngine.load(RoleSetup(...), tokenizer, distributed)")
 @dataclass
 class DeepSpeedRLHFEngine:
     """Builds and holds the roles; build with `DeepSpeedRLHFEngine.load`."""
@@ -202,3 +204,11 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     finally:
         for tensor, data in zip(tensors, on_cpu, strict=True):
             tensor.data = data
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "log_init": "dschat.utils.distributed.print_rank_0",
+    },
+)

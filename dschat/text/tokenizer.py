@@ -7,6 +7,7 @@ from weakref import WeakSet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.errors import UserError, brief
+from dschat.predecessor import changed
 from dschat.text.formats import CONFIG_KEY, choose_format, set_format
 from dschat.utils.module.model_source import is_local, resolve_model
 
@@ -14,8 +15,9 @@ _WITH_NEW_END: WeakSet[PreTrainedTokenizerBase] = WeakSet()
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
+@changed("load_hf_tokenizer(path, add_eot_token=False); every tokenizer is a fast one")
 def load_hf_tokenizer(
-    model_name_or_path: str, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
+    model_name_or_path: str, *, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
 ) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer whose `eos_token` ends answers in every step and whose pad is set.
 
@@ -103,7 +105,9 @@ def check_same_tokenizer(
     """
     shared = choose_format(tokenizer).name
     other = load_hf_tokenizer(
-        model_name_or_path, eot_token is not None, eot_token or "<|endoftext|>"
+        model_name_or_path,
+        add_eot_token=eot_token is not None,
+        eot_token=eot_token or "<|endoftext|>",
     )
     stored = other.init_kwargs.get(CONFIG_KEY, shared)
     if stored != shared:

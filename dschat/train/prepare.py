@@ -127,7 +127,9 @@ def setup_run(
             cannot have.
     """
     dtype, end = resolve_dtype(config.dtype), config.answer_end
-    tokenizer = load_hf_tokenizer(model_name_or_path, end is not None, end or "<|endoftext|>")
+    tokenizer = load_hf_tokenizer(
+        model_name_or_path, add_eot_token=end is not None, eot_token=end or "<|endoftext|>"
+    )
     stored = tokenizer.init_kwargs.get(CONFIG_KEY)
     form = set_format(
         tokenizer, prompt_format, teaches=teaches_format, end_is_given=end is not None

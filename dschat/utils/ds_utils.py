@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from dschat.errors import UserError
+from dschat.predecessor import changed, moved
 from dschat.settings import Settings, setting
 from dschat.utils.ds_json import check_known, merge_into, read_user_config
 
@@ -38,6 +39,7 @@ class EngineConfig(EngineSettings):
             raise UserError("offload needs ZeRO: give a zero_stage of 1, 2 or 3, or drop offload")
 
 
+@changed("get_train_ds_config(EngineConfig(zero_stage=2, ...), world_size)", config=EngineConfig)
 def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     """Build DeepSpeed's configuration of a training engine.
 
@@ -76,6 +78,7 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
     return _merged(ours, config.deepspeed_config, config)
 
 
+@changed('get_eval_ds_config("bf16", offload=False)', dtype=str, offload=bool)
 def get_eval_ds_config(dtype: str, offload: bool = False) -> dict:
     """Build DeepSpeed's configuration of a frozen model under ZeRO-3.
 
@@ -144,3 +147,12 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
 def _enabled(config: dict, key: str) -> bool:
     block = config.get(key, False)
     return bool(block.get("enabled", False) if isinstance(block, dict) else block)
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "GLOBAL_BATCH_SIZE": "computed from EngineConfig",
+        "MICRO_BATCH_SIZE": "the field micro_batch_size of EngineConfig",
+    },
+)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.predecessor import changed
 from dschat.settings import Settings, setting
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.token_rows import ROWS_NAME
@@ -128,6 +129,10 @@ def classify(module_name: str, module: nn.Module, leaf: str) -> str:
     return "no_decay" if leaf.endswith("bias") or is_norm(module) else "decay"
 
 
+@changed(
+    "get_optimizer_grouped_parameters(model, OptimizerConfig(learning_rate=1e-5))",
+    config=OptimizerConfig,
+)
 def get_optimizer_grouped_parameters(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     """Put every trainable parameter into exactly one named group; leave empty groups out.
 

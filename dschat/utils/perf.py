@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dschat.predecessor import changed
 from dschat.utils.flops import (
     Matrices,
     activation_factor,
@@ -173,6 +174,7 @@ def step3_throughput(
     )
 
 
+@changed("print_throughput(TrainingWork(...), seconds, gpus)", seconds=(int, float))
 def print_throughput(work: TrainingWork, seconds: float, gpus: Gpus, rank: int = 0) -> str:
     """Print the speed of steps 1 and 2 in one line on rank 0, and return the line."""
     speed = throughput(work, seconds, gpus)
@@ -184,6 +186,7 @@ def print_throughput(work: TrainingWork, seconds: float, gpus: Gpus, rank: int =
     )
 
 
+@changed("print_throughput_step3(actor_work, critic_work, rollout, times, gpus)")
 def print_throughput_step3(
     actor: TrainingWork,
     critic: TrainingWork | None,

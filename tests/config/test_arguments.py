@@ -240,7 +240,7 @@ def test_seed_and_length_of_the_data():
     "argv, message",
     [
         (["--only_optimize_lora", "--train_base_model"], "contradict"),
-        (["--num_train_epochs", "0"], "num_train_epochs is 0: give at least 1"),
+        (["--num_train_epochs", "0"], "num_train_epochs is 0: give a whole number in [1, 10000]"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps is 0"),
         (["--num_warmup_steps", "-1"], "num_warmup_steps is -1"),
         (["--log_every", "0"], "log_every is 0"),

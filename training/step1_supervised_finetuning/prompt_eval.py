@@ -131,7 +131,8 @@ def main() -> None:
     }
     # Both tokenizers first: a wrong path of the second model should not wait for the first.
     tokenizers = {
-        label: load_hf_tokenizer(path, settings.add_eot_token) for label, path in paths.items()
+        label: load_hf_tokenizer(path, add_eot_token=settings.add_eot_token)
+        for label, path in paths.items()
     }
     models: dict[str, tuple[LanguageModel, PreTrainedTokenizerBase]] = {}
     for label, path in paths.items():

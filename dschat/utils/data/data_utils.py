@@ -1,5 +1,21 @@
 """Re-exports of the names that DeepSpeed-Chat users import from here; nothing else."""
 
 from dschat.data.datasets import create_prompt_dataset
+from dschat.predecessor import moved as _moved
 
 __all__ = ["create_prompt_dataset"]
+__getattr__ = _moved(
+    __name__,
+    {
+        "DataCollatorRLHF": "dschat.data.collators.PromptCollator",
+        "DataCollatorReward": "dschat.data.collators.PairCollator",
+        "MiniDataset": "dschat.rlhf.experience.minibatches",
+        "PromptDataset": "dschat.data.datasets.PromptData",
+        "create_dataset": "dschat.utils.data.data_utils.create_prompt_dataset",
+        "create_dataset_split": "dschat.utils.data.data_utils.create_prompt_dataset",
+        "get_raw_dataset": "dschat.data.store.load_source",
+        "get_raw_dataset_split_index": "dschat.data.datasets.phase_split",
+        "get_shuffle_idx": "dschat.data.datasets.phase_split",
+        "get_unsupervised_data": "dschat.data.text_blocks.create_text_blocks",
+    },
+)

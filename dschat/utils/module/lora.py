@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
+from dschat.predecessor import changed, moved
 from dschat.utils.module.fixed_update import move_fixed_update, without_fixed_updates
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
@@ -36,6 +37,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
+@changed("convert_linear_layer_to_lora(model, LoraConfig(lora_dim=16))", config=LoraConfig)
 def convert_linear_layer_to_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Put an adapter on every matching layer and bare weight, in place, and freeze what it wraps.
 
@@ -68,6 +70,7 @@ def _adapted(base: nn.Linear | Conv1D | nn.Embedding, config: LoraConfig) -> LoR
     return (LoRALinear if config.quantize_base is None else QuantizedLoRALinear)(base, config)
 
 
+@changed("only_optimize_lora_parameters(model, modules_to_save=[...])")
 def only_optimize_lora_parameters(
     model: nn.Module, modules_to_save: Iterable[str] = ()
 ) -> nn.Module:
@@ -201,3 +204,11 @@ def convert_lora_to_linear_layer(model: nn.Module) -> nn.Module:
         setattr(parent, leaf, layer.without_adapter())
     merge_token_rows(model)
     return model
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "LinearLayer_LoRA": "dschat.utils.module.lora_layers.LoRALinear",
+    },
+)
