@@ -31,7 +31,7 @@ from dschat.config.cli import parse, run_cli
 from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
-from dschat.models.config import load_config
+from dschat.models.config import check_kind, load_config
 from dschat.rlhf.generation import StopStrings
 from dschat.settings import Settings, setting
 from dschat.text.encoding import decode, encode
@@ -201,6 +201,7 @@ def pick_device(name: str) -> torch.device:
 def load_chatbot(settings: ChatSettings) -> Chatbot:
     """Load the folder's model and tokenizer onto the device."""
     device = pick_device(settings.device)
+    check_kind(settings.path)
     tokenizer = load_hf_tokenizer(settings.path)
     dtype = DTYPES.get(settings.dtype, torch.float32)
     saved = load_config(settings.path).dtype

@@ -166,7 +166,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     broken: list[float] = []
     for parameter_name, parameter in model.named_parameters():
         names.append(parameter_name)
-        broken.append(float(not torch.isfinite(zero.local_shard(parameter)).all()))
+        broken.append(float(not torch.isfinite(zero.local_values(parameter)).all()))
     if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         broken = all_reduce_sum(broken)  # a rank sees its own shards alone
     found = [name for name, is_broken in zip(names, broken, strict=True) if is_broken]

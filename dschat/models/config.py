@@ -46,6 +46,16 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
     return config
 
 
+def check_kind(model_name_or_path: str) -> None:
+    """Stop at a folder of another kind of model, before its tokenizer is blamed for it.
+
+    Raises:
+        UserError: as `load_config` does; a folder without a config is left to other checks.
+    """
+    if (Path(resolve_model(model_name_or_path).base).expanduser() / "config.json").is_file():
+        load_config(model_name_or_path)
+
+
 def _check_keys(file: Path) -> None:
     """Stop at a key that stands twice, of which JSON readers take the last in silence."""
 

@@ -12,7 +12,7 @@ NOTE_FILE = "REWARD_MODEL.md"
 _NOTE = """\
 # A reward model
 
-The score of a text is the value at its last token. In training every text ended in {end}, the end
+The score of a text is the value at its last token. A complete answer ends in {end}, the end
 token; one that breaks off without it gets a score as well, of less worth. {padding}
 
 {loading}

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context, check_model_folder
-from dschat.models.config import load_config
+from dschat.models.config import check_kind, load_config
 from dschat.models.reward_model import check_language_model, check_reward_head, read_head
 from dschat.models.weight_files import DISK_HEAD, HEAD
 from dschat.rlhf.estimators import ESTIMATORS, Estimator
@@ -112,6 +112,9 @@ class RoleNames:
         Raises:
             UserError: naming the folder and the remedy.
         """
+        for name in (self.actor, self.critic, self.reward):
+            if name is not None:
+                check_kind(name)
         check_language_model(self.actor, "which cannot be the actor; give step 1's folder")
         check_model_folder(self.actor, tokenizer)
         if self.critic is not None:

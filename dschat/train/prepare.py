@@ -23,6 +23,7 @@ from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream, StreamLoader
 from dschat.models.causal_lm import check_model_folder
+from dschat.models.config import check_kind
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
@@ -127,6 +128,7 @@ def setup_run(
             cannot have.
     """
     dtype, end = resolve_dtype(config.dtype), config.answer_end
+    check_kind(model_name_or_path)
     tokenizer = load_hf_tokenizer(
         model_name_or_path, add_eot_token=end is not None, eot_token=end or "<|endoftext|>"
     )

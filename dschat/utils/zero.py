@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -17,6 +18,7 @@ class ShardedParameter(nn.Parameter):
     ds_shape: torch.Size
     ds_tensor: torch.Tensor
     ds_status: Enum
+    ds_process_group: dist.ProcessGroup
     partition: Callable[[], None]
 
 
@@ -74,6 +76,15 @@ def init_context(ds_config: dict | None) -> Iterator[None]:
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """Return what this rank owns of the parameter: its shard under ZeRO-3, else all of it."""
     return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data
+
+
+def local_values(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the elements that this rank owns; what fills a shard up at its end is left out."""
+    shard = local_shard(parameter)
+    if not is_partitioned(parameter):
+        return shard
+    before = dist.get_rank(parameter.ds_process_group) * shard.numel()
+    return shard.flatten()[: max(0, full_numel(parameter) - before)]
 
 
 def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_model_folder, create_hf_model
@@ -21,6 +22,7 @@ from dschat.models.reward_model import (
 )
 from dschat.models.save import save_hf_format
 from dschat.models.vocabulary import check_vocabulary
+from dschat.utils import zero
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE
 from tests.helpers.families import save_family
@@ -78,6 +80,17 @@ def test_a_head_that_is_not_finite_is_found(tmp_path: Path, tiny_tokenizer):
         lambda: create_critic_model(bad, tiny_tokenizer, torch.float32),
         r"NaN or infinity in 1 of its \d+ tensors \(v_head.weight\)",
     )
+
+
+def test_what_fills_up_a_shard_is_not_looked_at(monkeypatch):
+    """Two ranks share 3 elements in shards of 2; the fourth is what was in memory."""
+    parameter = nn.Parameter(torch.empty(0))
+    vars(parameter).update(ds_id=0, ds_shape=(3,), ds_process_group=None)
+    parameter.ds_tensor = torch.tensor([5.0, torch.nan])
+    for rank, expected in ((0, [5.0, torch.nan]), (1, [5.0]), (2, [])):
+        monkeypatch.setattr(zero.dist, "get_rank", lambda group, rank=rank: rank)
+        values = zero.local_values(parameter)
+        torch.testing.assert_close(values, torch.tensor(expected), equal_nan=True)
 
 
 def test_usable_files_pass(tmp_path: Path, tiny_tokenizer):

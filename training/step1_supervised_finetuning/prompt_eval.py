@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.models.causal_lm import create_hf_model
+from dschat.models.config import check_kind
 from dschat.rlhf.generation import own_generation_config
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
@@ -130,6 +131,8 @@ def main() -> None:
         "finetune": settings.model_name_or_path_finetune,
     }
     # Both tokenizers first: a wrong path of the second model should not wait for the first.
+    for path in paths.values():
+        check_kind(path)
     tokenizers = {
         label: load_hf_tokenizer(path, add_eot_token=settings.add_eot_token)
         for label, path in paths.items()
