@@ -9,6 +9,7 @@ from dschat.rlhf.role_setup import RoleSetup
 from dschat.settings import Settings, flag_values, given_flags
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig, StepSettings
+from dschat.train.trainable_tokens import NONE
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.module.lora_config import ALL_LINEAR
 
@@ -82,13 +83,17 @@ def _of_training(
     for name, model in models.items():
         prefix = "" if name == "model" else f"{name}_"
         changed = [flag for flag in given_flags(settings) if flag.path[0] == name]
-        flags = [f for f in changed if f.path[1] == "lora" or f.path[-1].startswith("lora")]
+        of_adapters = ("lora", "trainable_tokens")
+        flags = [f for f in changed if f.path[1] == "lora" or f.path[-1].startswith(of_adapters)]
         names = [f"--{flag.name}" for flag in flags]
         if names and not model.lora.lora_dim:
             yield f"{_listed(names)} nothing: without --{prefix}lora_dim there are no adapters"
         rate = f"--{prefix}lora_embedding_learning_rate"
         if model.lora.lora_dim and rate in names and model.lora.lora_module_name == (ALL_LINEAR,):
             yield f"{rate} does nothing: --{prefix}lora_module_name names no embedding"
+        rate = f"--{prefix}trainable_tokens_learning_rate"
+        if model.lora.lora_dim and rate in names and model.trainable_tokens == NONE:
+            yield f"{rate} does nothing with --{prefix}trainable_tokens none"
     if not any(model.lora.lora_dim for model in models.values()):
         for name in ("only_optimize_lora", "train_base_model"):
             if getattr(run, name):

@@ -119,8 +119,10 @@ class ModelConfig(Settings):
     def _add_token_rows(self, module: nn.Module) -> None:
         """Let rows of single tokens train where the choice asks for it, and say so."""
         tables = {} if self.train_base else self._tables(module)
-        reasons = self.tokens.reasons(tables)
-        if not tables or not reasons:
+        reasons = self.tokens.reasons(tables) if tables else {}
+        if not reasons:
+            if self.optimizer.trainable_tokens_learning_rate is not None:
+                print_rank_0("trainable_tokens_learning_rate does nothing: no rows of tokens train")
             return
         told = self.tokens.described(reasons)
         try:

@@ -476,6 +476,12 @@ def test_step_3_says_what_does_nothing(argv, said):
             "--lora_dim 4 --lora_embedding_learning_rate 1e-3 --lora_module_name wte",
             "",
         ),
+        (sft, "--trainable_tokens none", "--trainable_tokens does nothing: without --lora_dim"),
+        (
+            reward,
+            "--lora_dim 4 --trainable_tokens none --trainable_tokens_learning_rate 1e-3",
+            "--trainable_tokens_learning_rate does nothing with --trainable_tokens none",
+        ),
         (
             sft,
             "--lora_dim 4 --train_base_model --modules_to_save norm",

@@ -24,6 +24,8 @@ from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.token_rows import tables_of
+from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim import OptimizerConfig, schedule_factory
 from tests.helpers.tiny import byte_tokenizer
 
@@ -53,7 +55,7 @@ def engine_of(module: nn.Module, peers: Distributed):
 
 
 def main() -> None:
-    """Load every adapter of the folder; train-like changes on a base, saved three ways."""
+    """Load every adapter of the folder; look for untrained rows; save train-like changes."""
     made, output = map(Path, sys.argv[1:])
     peers, tokenizer = init_distributed(), byte_tokenizer()
     for folder in sorted(made.glob("adapter-*")):
@@ -67,6 +69,8 @@ def main() -> None:
         load(str(made / "misfit"), peers)
     except UserError as error:
         print(f"refused: {error}")
+    tables = tables_of(load(str(made / "alike"), peers))
+    print(f"untrained: {TokenChoice({3: 'x', 4: 'y'}).reasons(tables)}")
     engine = engine_of(load(str(made / "base"), peers), peers)
     torch.manual_seed(1)
     for layer in lora_layers(engine.module).values():

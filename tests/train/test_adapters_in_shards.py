@@ -39,6 +39,10 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     made, output = (tmp_path_factory.mktemp(name) for name in ("made", "output"))
     base, tokenizer = save_base(made / "base", "llama-tied"), byte_tokenizer()
+    alike = create_hf_model(base, tokenizer, torch.float32)
+    with torch.no_grad():
+        alike.model.embed_tokens.weight[100:110] = 2 * alike.model.embed_tokens.weight[3]
+    save_hf_format(alike, tokenizer, made / "alike", ALONE)
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
     for kind in (*CAUSAL, "reward"):
         is_reward = kind == "reward"
@@ -73,6 +77,11 @@ def test_shards_hold_what_one_process_loads(run: SimpleNamespace, name: str):
 def test_an_adapter_that_does_not_fit_stops_every_rank(run: SimpleNamespace):
     for text in run.printed:
         assert "refused: adapter " in text and "does not fit" in text
+
+
+def test_untrained_rows_are_found_in_shards(run: SimpleNamespace):
+    for text in run.printed:
+        assert "untrained: {3: 'its row of model.embed_tokens is like 10 others'}" in text
 
 
 def test_adapters_saved_from_shards_are_whole(run: SimpleNamespace):

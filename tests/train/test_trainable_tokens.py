@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -19,6 +20,7 @@ from dschat.train.model_config import ModelConfig
 from dschat.train.trainable_tokens import AUTO, asked_tokens, choose_tokens
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.token_rows import token_rows
+from dschat.utils.optim import OptimizerConfig
 from tests.helpers import tiny
 
 IM_START = "<|im_start|>"
@@ -126,6 +128,10 @@ def test_what_trains_is_said_with_its_reason(capsys, tokenizer):
         lora=lora, tokens=choose_tokens(AUTO, tokenizer, data_of(1, answered([5, 2], 1)))
     )
     assert token_rows(config.apply(model)) == {} and [*told(capsys)] == []
+    rates = OptimizerConfig(trainable_tokens_learning_rate=1e-3)
+    replace(config, optimizer=rates).apply(tiny.tiny_llama())
+    line = "trainable_tokens_learning_rate does nothing: no rows of tokens train"
+    assert [*told(capsys)] == [line]
     model = tiny.tiny_llama()
     model.lm_head.weight.data[100:110] = model.lm_head.weight.data[2] * 1.5
     config.apply(model)

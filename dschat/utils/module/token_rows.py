@@ -69,7 +69,7 @@ class TokenRowsEmbedding(TokenRows, nn.Embedding):
         y = self.base.forward(input)
         if not self.adapter_enabled:
             return y
-        place = torch.searchsorted(self.tokens, input).clamp(max=len(self.tokens) - 1)
+        place = torch.searchsorted(self.tokens, input.contiguous()).clamp(max=len(self.tokens) - 1)
         place = place.where(self.tokens[place] == input, len(self.tokens))
         added = F.embedding(place, F.pad(self.lora_token_rows, (0, 0, 0, 1)))  # 0 for all others
         scale = getattr(self.base, "embed_scale", None)  # that the base multiplies its rows by
