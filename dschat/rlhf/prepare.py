@@ -129,7 +129,7 @@ class PPORun:
             configs,
             ctx.gpus,
             self.steps.total_steps,
-            health_monitor(self.settings, self.plan.names.reward),
+            health_monitor(self.settings, self.plan.names.reward, self.steps.total_steps),
         )
         set_random_seed(ctx.seed + ctx.rank)
         position = self.checkpointer.restore(
@@ -178,7 +178,7 @@ def prepare(
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
     length = settings.length(iterations, batches)
-    for line in (*settings.remarks(), *length.advice()):
+    for line in (*settings.remarks(iterations), *length.advice()):
         print_rank_0(line)
     rewards = plan.rewards
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)
@@ -208,7 +208,9 @@ def prepare(
     return PPORun(ctx, settings, plan, setup, steps, trainer, checkpointer)
 
 
-def health_monitor(settings: PPORunSettings, reward_model: str | None) -> HealthMonitor:
+def health_monitor(
+    settings: PPORunSettings, reward_model: str | None, iterations: int
+) -> HealthMonitor:
     """Make the monitor of a run with this reward model; it names remedies that the run has."""
     rewards, actor, ppo = settings.rewards, settings.actor, settings.ppo
     is_unscaled = reward_model is not None and rewards.reward_scaling == "none"
@@ -223,4 +225,4 @@ def health_monitor(settings: PPORunSettings, reward_model: str | None) -> Health
         rate="actor_lora_learning_rate" if has_own_rate else "actor_learning_rate",
         filters=ppo.sampling.filters,
     )
-    return HealthMonitor(facts, slow_start=settings.run.warm_up / settings.updates)
+    return HealthMonitor(facts, slow_start=settings.warm_up(iterations) / settings.updates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dschat.data.config import DataConfig
@@ -21,6 +21,8 @@ from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig
 from dschat.train.run_length import RunLength
 from dschat.train.steps import num_accumulation_groups
+
+WARM_UP = 100  # optimizer steps at most, unless others are given
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class PPORunSettings(Settings):
     run: RunConfig = group(
         RunConfig,
         output_dir="./output/ppo",
-        num_warmup_steps=100,
+        num_warmup_steps=WARM_UP,
         log={"tensorboard_path": "step3_tensorboard", "log_every": 1},
     )
     max_prompt_seq_len: int = setting(
@@ -74,24 +76,24 @@ class PPORunSettings(Settings):
 
     def _check_fusing(self) -> None:
         """Stop where the actor has no adapters to fold in, or no weights to fold them into."""
-        if not self.fuse_lora_for_generation:
-            return
-        if self.actor.lora.lora_dim == 0:
-            raise UserError(
-                "fuse_lora_for_generation: the actor has no adapters; add actor_lora_dim, or drop "
-                "fuse_lora_for_generation"
-            )
-        if self.actor.zero_stage == 3:
-            raise UserError(
-                "fuse_lora_for_generation: at actor_zero_stage 3 no rank holds a complete weight "
-                "to fold an adapter into; choose stage 0, 1 or 2, or drop fuse_lora_for_generation"
-            )
-        if self.actor.lora.quantize_base is not None:
-            raise UserError(
-                "fuse_lora_for_generation: an adapter folded into the weights of "
-                f"actor_quantize_base {self.actor.lora.quantize_base} would be rounded away; drop "
-                "one of the two"
-            )
+        lora = self.actor.lora
+        for is_obstacle, reason in (
+            (lora.lora_dim == 0, "the actor has no adapters; add actor_lora_dim"),
+            (
+                self.actor.zero_stage == 3,
+                "at actor_zero_stage 3 no rank holds a complete weight to fold an adapter into; "
+                "choose stage 0, 1 or 2",
+            ),
+            (
+                lora.quantize_base is not None,
+                "an adapter folded into the weights of actor_quantize_base "
+                f"{lora.quantize_base} would be rounded away; drop actor_quantize_base",
+            ),
+        ):
+            if self.fuse_lora_for_generation and is_obstacle:
+                raise UserError(
+                    f"fuse_lora_for_generation: {reason}, or drop fuse_lora_for_generation"
+                )
 
     @property
     def max_seq_len(self) -> int:
@@ -152,7 +154,17 @@ class PPORunSettings(Settings):
     def _accumulated(self) -> int:
         return self.run.engine.gradient_accumulation_steps
 
-    def remarks(self) -> Iterator[str]:
+    def warm_up(self, iterations: int) -> int:
+        """Optimizer steps in which the actor's rate rises: by default at most a tenth of them."""
+        return self._paced(self.actor_steps(iterations)).warm_up
+
+    def _paced(self, steps: int) -> RunConfig:
+        """Shorten the default warm-up to a tenth of so many optimizer steps."""
+        if self.run.num_warmup_steps != WARM_UP:
+            return self.run
+        return replace(self.run, num_warmup_steps=min(WARM_UP, steps // 10))
+
+    def remarks(self, iterations: int) -> Iterator[str]:
         """Yield lines about settings that do something else than they read like."""
         accumulated, asked = self._accumulated, self.ppo.generation_batches
         batches, each = self.batches_per_iteration, self._micro_batches
@@ -171,6 +183,12 @@ class PPORunSettings(Settings):
             yield (
                 f"{', '.join(filters)}: answers come from a part of the distribution that "
                 "log-probabilities are of, so the KL of sampled tokens is off and can be negative"
+            )
+        warm_up = self.warm_up(iterations)
+        if warm_up < self.run.warm_up:
+            yield (
+                f"num_warmup_steps {WARM_UP}, the default, is a tenth of a shorter run: {warm_up} "
+                f"of the actor's {self.actor_steps(iterations)} optimizer steps"
             )
 
     def actor_steps(self, iterations: int) -> int:
@@ -192,7 +210,7 @@ class PPORunSettings(Settings):
             epochs=epochs,
             micro_batches=None if batches is None else batches * each,
             accumulation=self._accumulated,
-            warm_up=self.run.warm_up,
+            warm_up=self.warm_up(iterations),
             steps_of_epoch=steps,
             max_steps=iterations if batches is None or iterations < of_data else 0,
             unit=self.updates,
@@ -214,11 +232,12 @@ class PPORunSettings(Settings):
         """Set up each role, with schedules over the optimizer steps of all its iterations."""
         run, names = self.run, self.role_names()
         micro_batch = self.ppo.per_device_training_batch_size
+        actor_steps, steps = self.actor_steps(iterations), iterations * self.updates
         actor = RoleConfig(
             model=names.actor,
             engine=run.engine_config(self.actor, dtype, micro_batch),
             config=run.complete(self.actor),
-            schedule=run.schedule(self.actor_steps(iterations)),
+            schedule=self._paced(actor_steps).schedule(actor_steps),
             offload_frozen=self.roles.offload_reference_model,
         )
         reward = critic = None
@@ -227,7 +246,7 @@ class PPORunSettings(Settings):
                 model=names.critic,
                 engine=run.engine_config(self.critic, dtype, micro_batch),
                 config=run.complete(self.critic),
-                schedule=run.schedule(iterations * self.updates),
+                schedule=self._paced(steps).schedule(steps),
                 fresh_head=names.fresh_head,
                 value_scaling=scaling and read_value_scaling(names.critic),
             )

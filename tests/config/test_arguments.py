@@ -186,7 +186,7 @@ def test_an_iteration_fills_an_accumulation_group(argv, batches, updates, said):
     settings = rlhf(*argv.split())
     assert (settings.batches_per_iteration, settings.updates) == (batches, updates)
     assert settings.iterations(16) == math.ceil(16 / batches)
-    lines = " ".join(settings.remarks())
+    lines = " ".join(settings.remarks(iterations=10**6))
     assert said in lines and bool(said) == bool(lines)
 
 
@@ -208,9 +208,30 @@ def test_a_short_run_of_ppo_is_said():
     assert waiting.length(iterations=30, batches_per_epoch=30).steps == 27
 
 
+def test_the_default_warm_up_of_ppo_is_a_tenth_of_a_short_run():
+    def rising(*argv: str) -> list[int]:
+        found = []
+        for role in rlhf(*argv).role_setup("fp32", iterations=30).trained.values():
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+            factor = role.schedule(optimizer).lr_lambdas[0]
+            found.append(next(step for step in range(999) if factor(step) == 1.0))
+        return found
+
+    assert rising() == [3, 3]
+    assert rising("--critic_warmup_iterations", "10") == [2, 3]
+    assert rising("--num_warmup_steps", "9") == [9, 9]
+    assert rising("--ppo_epochs", "40") == [100, 100]
+    (line,) = rlhf().remarks(iterations=30)
+    assert line == (
+        "num_warmup_steps 100, the default, is a tenth of a shorter run: 3 of the actor's 30 "
+        "optimizer steps"
+    )
+    assert rlhf().length(iterations=30, batches_per_epoch=30).advice() == []
+
+
 def test_sampling_from_a_part_of_the_distribution_is_said():
     settings = rlhf("--top_p", "0.9", "--min_answer_seq_len", "3")
-    (line,) = settings.remarks()
+    (line,) = settings.remarks(iterations=10**6)
     assert line.startswith("top_p, min_answer_seq_len: answers come from a part")
 
 
