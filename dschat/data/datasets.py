@@ -31,10 +31,10 @@ from dschat.data.store import (
 from dschat.data.stream import RowStream, stream_sources
 from dschat.data.tokenise import NEEDED, Converter, tokenise
 from dschat.errors import UserError
-from dschat.predecessor import changed
 from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format
+from dschat.utils.predecessor import changed
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
 RECIPE_VERSION = 4

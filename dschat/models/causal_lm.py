@@ -22,12 +22,12 @@ from dschat.errors import UserError, brief
 from dschat.models.config import load_config, set_dropout
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 from dschat.models.weight_files import DISK_HEAD, HEAD, check_weight_files
-from dschat.predecessor import changed
 from dschat.utils import zero
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.module.adapter_config import REWARD
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
+from dschat.utils.predecessor import changed
 
 
 def check_context(model_name_or_path: str, tokens: int, settings: str) -> None:

@@ -40,11 +40,11 @@ from dschat.models.weight_files import (
     read_bin,
     stored_head,
 )
-from dschat.predecessor import changed, changed_class
 from dschat.utils import zero
 from dschat.utils.module.adapter import Adapter
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
+from dschat.utils.predecessor import changed, changed_class
 
 TRUNK = "rwtransformer"
 

@@ -22,7 +22,6 @@ from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
 from dschat.models.weight_files import HEAD
-from dschat.predecessor import changed
 from dschat.utils.distributed import Distributed, barrier
 from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
@@ -32,6 +31,7 @@ from dschat.utils.module.adapter_write import (
     write_adapter,
 )
 from dschat.utils.module.lora import merged_state_dict
+from dschat.utils.predecessor import changed
 from dschat.utils.zero import consolidated_state_dict
 
 # Files of the model in a folder: none of them may outlive a newer model there.

@@ -19,7 +19,6 @@ import torch
 from dschat.data.collators import PromptBatch
 from dschat.functional.losses import kl_loss, mean_scale, policy_loss, value_loss
 from dschat.functional.returns import kl_k3
-from dschat.predecessor import changed_class, moved
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
 from dschat.rlhf.experience import Experience, filled, minibatches
 from dschat.rlhf.logprobs import AnswerScores, answer_logprobs
@@ -41,6 +40,7 @@ from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.train.engine import Engine, backward
 from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum
+from dschat.utils.predecessor import changed_class, moved
 
 
 @changed_class("DeepSpeedPPOTrainer(roles, PPOConfig(...), world_size, seed=1234)")

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.reward_model import scores_at_end
-from dschat.predecessor import changed_class, moved
 from dschat.rlhf.ema import EMA, EMAConfig
 from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
@@ -29,6 +28,7 @@ from dschat.train.engine import Engine, build_engine, build_frozen, torch_dtype
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import get_eval_ds_config, get_train_ds_config
 from dschat.utils.module.lora import adapters_disabled
+from dschat.utils.predecessor import changed_class, moved
 from dschat.utils.zero import is_partitioned
 
 

@@ -7,9 +7,9 @@ from weakref import WeakSet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.errors import UserError, brief
-from dschat.predecessor import changed
 from dschat.text.formats import CONFIG_KEY, choose_format, set_format
 from dschat.utils.module.model_source import is_local, resolve_model
+from dschat.utils.predecessor import changed
 
 _WITH_NEW_END: WeakSet[PreTrainedTokenizerBase] = WeakSet()
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

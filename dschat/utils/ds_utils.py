@@ -7,9 +7,9 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.predecessor import changed, moved
 from dschat.settings import Settings, setting
 from dschat.utils.ds_json import check_known, merge_into, read_user_config
+from dschat.utils.predecessor import changed, moved
 
 DTYPES = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)

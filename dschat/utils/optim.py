@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.predecessor import changed
 from dschat.settings import Settings, setting
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.token_rows import ROWS_NAME
+from dschat.utils.predecessor import changed
 from dschat.utils.zero import full_numel
 
 GROUPS = (

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dschat.predecessor import changed
 from dschat.utils.flops import (
     Matrices,
     activation_factor,
@@ -26,6 +25,7 @@ from dschat.utils.flops import (
     training_flops,
 )
 from dschat.utils.flops import lora_overhead_factor as lora_overhead_factor
+from dschat.utils.predecessor import changed
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ class Fixed:
             {"max_answer_seq_len": 3, "min_answer_seq_len": 4},
             "min_answer_seq_len is 4: .* which is 3",
         ),
-        ({"stop_strings": ("a", "")}, "stop_strings holds an empty string"),
+        ({"stop_strings": ("a", "")}, "stop_strings holds an empty text"),
     ],
 )
 def test_ends_that_make_no_sense(settings, message):

@@ -1,7 +1,7 @@
 """Re-exports of the names that DeepSpeed-Chat users import from here; nothing else."""
 
 from dschat.data.datasets import create_prompt_dataset
-from dschat.predecessor import moved as _moved
+from dschat.utils.predecessor import moved as _moved
 
 __all__ = ["create_prompt_dataset"]
 __getattr__ = _moved(

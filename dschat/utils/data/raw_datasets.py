@@ -1,6 +1,6 @@
 """DeepSpeed-Chat's classes of data sets: functions of a row now, in dschat.data.named_readers."""
 
-from dschat.predecessor import moved as _moved
+from dschat.utils.predecessor import moved as _moved
 
 _SETS = (
     *("AnthropichhrlhfDataset", "BelleOpenSoochatDataset", "CohereMiracljaqueries2212Dataset"),

@@ -2,7 +2,7 @@
 
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import create_critic_model
-from dschat.predecessor import moved as _moved
+from dschat.utils.predecessor import moved as _moved
 
 __all__ = ["create_critic_model", "create_hf_model"]
 __getattr__ = _moved(

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
-from dschat.predecessor import changed, moved
 from dschat.utils.module.fixed_update import move_fixed_update, without_fixed_updates
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
@@ -29,6 +28,7 @@ from dschat.utils.module.token_rows import (
     token_rows,
     with_token_rows,
 )
+from dschat.utils.predecessor import changed, moved
 from dschat.utils.zero import gathered
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from dschat.predecessor import changed, moved
+from dschat.utils.predecessor import changed, moved
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
 GONE = {
