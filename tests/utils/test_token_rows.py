@@ -133,9 +133,11 @@ def test_scoring_in_blocks_sees_the_rows(monkeypatch, name: str):
 
 
 def test_rows_alike_are_counted():
-    """By hand: 1, 2 and 4 point one way, 3 the other, 0 and 5 are zero."""
+    """By hand: 1, 2 and 4 point one way, 3 the other, 0 and 5 are as good as zero."""
     one = torch.tensor([1.0, 2.0])
-    table = torch.stack([0 * one, one, 3 * one, -one, 0.5 * one, 0 * one, torch.tensor([2.0, -1])])
+    table = torch.stack(
+        [0 * one, one, 3 * one, -one, 0.5 * one, 1e-20 * one, torch.tensor([2.0, -1])]
+    )
     assert alike_rows(table, [0, 1, 3, 6]) == [1, 2, 0, 0]
     many = one.repeat(20_000, 1)  # more than a block
     assert alike_rows(many, [0, 19_999]) == [19_999, 19_999]

@@ -119,7 +119,9 @@ def tables_of(model: nn.Module, trained: Sequence[str] = ()) -> dict[str, nn.Mod
     Args:
         trained: names of modules that train fully; tables of theirs are left out.
     """
-    inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:  # nobody says what its tables are
+        return {}
     tables = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     named = dict(model.named_modules(remove_duplicate=False))
     whole = {id(p) for name in trained for p in named[name].parameters()}

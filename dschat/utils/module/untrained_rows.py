@@ -14,6 +14,7 @@ from dschat.utils.distributed import from_main
 from dschat.utils.zero import gathered
 
 ALIKE, MANY = 0.99, 8  # an untrained row has a larger cosine than this with more rows than that
+NOTHING = 1e-6  # length of a row that counts as zero
 ROWS_AT_ONCE = 8192  # of a table in fp32
 FIRST_NEW_ROW = "first_new_row"  # attribute of an embedding that was given more rows
 
@@ -66,7 +67,7 @@ class TokenChoice:
 def alike_rows(weight: torch.Tensor, tokens: Sequence[int]) -> list[int]:
     """Count, for the row of each token, the other rows that point the same way as it.
 
-    Rows of zeros are like each other.
+    Rows of zeros, or nearly so, are like each other.
 
     Args:
         weight: (V, H), complete; read in blocks of rows.
@@ -82,4 +83,7 @@ def alike_rows(weight: torch.Tensor, tokens: Sequence[int]) -> list[int]:
 
 
 def _directions(rows: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(rows.float(), dim=1)
+    """Scale rows to length 1, those that have none to 0."""
+    rows = rows.float()
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(lengths > NOTHING, rows / lengths, 0.0)
