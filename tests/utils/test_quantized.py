@@ -18,10 +18,12 @@ from dschat.utils.module.lora import (
     fused_adapters,
     lora_layers,
     merged_state_dict,
+    only_optimize_lora_parameters,
 )
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
+from dschat.utils.module.targets import left_without_adapter
 from dschat.utils.optim import OptimizerConfig, get_optimizer_grouped_parameters, group_table
 from tests.helpers import tiny
 
@@ -129,6 +131,10 @@ def test_only_what_carries_adapters_is_packed():
     kinds = {name: type(layer).__name__ for name, layer in lora_layers(model).items()}
     assert set(kinds.values()) == {"QuantizedLoRALinear", "LoRAEmbedding"}
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    # Of 2 layers of 2 · 32² + 2 · 16 · 32 in attention and 3 · 32 · 48 beside it, q is 32².
+    lora = LoraConfig(4, lora_module_name=("q_proj",))
+    (line,) = left_without_adapter(only_optimize_lora_parameters(model), lora)
+    assert f"leaves {2 * (1024 + 1024 + 3 * 32 * 48):,} parameters (86.7 % " in line
     with pytest.raises(UserError, match="quantize_base is 3bit"):
         LoraConfig(4, quantize_base="3bit")
 

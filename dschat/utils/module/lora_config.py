@@ -27,7 +27,8 @@ class LoraConfig(Settings):
     use_dora: bool = setting(False, "DoRA: train the lengths of the weights' rows too")
     lora_module_name: tuple[str, ...] = setting(
         (ALL_LINEAR,),
-        "substrings of layer names that get adapters, or all-linear; embeddings by their name",
+        "parts of the names of layers and experts that get adapters, or all-linear; embeddings by "
+        "the end of their name",
     )
     modules_to_save: tuple[str, ...] = setting(
         (), "names of modules that train in full, beside the adapters"

@@ -12,6 +12,7 @@ from dschat.utils.module.experts import bare_weights, check_plain, is_bypassed, 
 from dschat.utils.module.fixed_update import FixedUpdate
 from dschat.utils.module.lora_config import ALL_LINEAR, LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer
+from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.zero import full_numel, full_shape
 
 REWARD_HEADS = ("v_head", "reward_head", "score")  # of one row: they train fully
@@ -39,10 +40,9 @@ def match_layers(model: nn.Module, config: LoraConfig) -> list[str]:
         and name.split(".")[-1] not in REWARD_HEADS
         and not is_bypassed(modules, name)
     }
-    heads = _output_heads(modules)
+    body = free.keys() - _output_heads(modules)
     linear = [n for n, m in free.items() if is_plain_linear(m)]
-    body = [n for n in linear if n not in heads]
-    weights = [n for n in bare_weights(modules) if n.rpartition(".")[0] in free.keys() - heads]
+    weights = [n for n in bare_weights(modules) if n.rpartition(".")[0] in body]
     embeddings = [n for n, m in free.items() if isinstance(m, nn.Embedding)]
     matched = [
         *(n for n in linear if any(_names(part, n, n in body) for part in names)),
@@ -50,7 +50,7 @@ def match_layers(model: nn.Module, config: LoraConfig) -> list[str]:
         *(n for n in embeddings if any(_ends_with(n, part) for part in names)),
     ]
     if not matched:
-        raise UserError(_no_match(names, [*body, *weights], embeddings))
+        raise UserError(_no_match(names, [*(n for n in linear if n in body), *weights], embeddings))
     for name in matched:
         if name in embeddings:
             _check_lookup(name, free[name])
@@ -103,6 +103,8 @@ def left_without_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
     for name, module in modules.items():
         if isinstance(module, (nn.Embedding, LoRAEmbedding, FixedUpdate)) or name in heads:
             continue
+        if isinstance(module, QuantizedLoRALinear):
+            total += module.weight_numel  # of no parameter
         adapted = module.adapted if isinstance(module, LoRALayer) else ()
         for leaf, parameter in module.named_parameters(recurse=False):
             is_matrix = sum(size > 1 for size in full_shape(parameter)) > 1
