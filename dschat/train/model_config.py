@@ -27,9 +27,12 @@ from dschat.utils.optim import OptimizerConfig
 
 
 def largest_rank(module: nn.Module, lora: LoraConfig) -> tuple[str, int]:
-    """Find the layer of the highest rank among those that get adapters, and that rank."""
-    modules = dict(module.named_modules())
-    ranks = {name: min(modules[name].weight.shape) for name in match_layers(module, lora)}
+    """Find the matrix of the highest rank among those that get adapters, and that rank."""
+    modules, weights = dict(module.named_modules()), dict(module.named_parameters())
+    ranks = {
+        name: min((modules[name].weight if name in modules else weights[name]).shape[-2:])
+        for name in match_layers(module, lora)
+    }
     name = max(ranks, key=ranks.__getitem__)
     return name, ranks[name]
 
