@@ -10,7 +10,7 @@ output folder and go through the ordinary scripts.
 
 1. `commands`: the steps' shell scripts and their arguments
 2. `check_ahead`: settings, models, rows, folders and disk of every step; where the rows are few,
-   accumulation and warm-up that suit them
+   accumulation, epochs and warm-up that suit them
 3. `run_step`: one after the other, up to the first that fails
 
 Leaves out: it does not train; the scripts do.
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--data-path", type=text, nargs="+", default=[], help="data of all steps, not the scripts'")
     add("--seed", type=int, default=1234, help="seed of all steps")
-    add("--num-train-epochs", type=int, help="of all steps (default: the scripts')")
+    add("--num-train-epochs", type=int, help="of all steps (default: by the rows)")
     add("--gradient-accumulation-steps", type=int, help="of all steps (default: by the rows)")
     add("--num-warmup-steps", type=int, help="of all steps (default: by the rows)")
     add("--overwrite-output-dir", action="store_true", help="replace models that are there")

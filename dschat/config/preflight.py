@@ -154,10 +154,14 @@ def _ahead(
     fixed: Sequence[str],
 ) -> StepAhead:
     fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps()
+    if "num_train_epochs" not in fixed:
+        fitting = fitting.with_more_epochs()
     if "num_warmup_steps" not in fixed:
         fitting = fitting.with_shorter_warm_up()
     if fitting.accumulation != length.accumulation:
         flags = flags | {"gradient_accumulation_steps": fitting.accumulation}
+    if fitting.epochs != length.epochs:
+        flags = flags | {"num_train_epochs": fitting.epochs}
     if fitting.warm_up != length.warm_up:
         flags = flags | {"num_warmup_steps": fitting.warm_up}
     rows = data.report.train_rows

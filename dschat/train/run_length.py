@@ -65,6 +65,12 @@ class RunLength:
         lowered = [replace(self, accumulation=n) for n in range(most, 0, -1)]
         return next((run for run in lowered if run.steps >= FEW_STEPS), lowered[-1])
 
+    def with_more_epochs(self) -> RunLength:
+        """Raise the epochs until there are `FEW_STEPS`."""
+        if self.micro_batches is None or self.is_limited or self.steps >= FEW_STEPS:
+            return self
+        return replace(self, epochs=math.ceil(FEW_STEPS * self.epochs / self.steps))
+
     def with_shorter_warm_up(self) -> RunLength:
         """Lower a long warm-up to a tenth of the run."""
         if not self.has_long_warm_up:
@@ -100,5 +106,5 @@ class RunLength:
         if fitting.accumulation < self.accumulation:
             parts.append(f"gradient_accumulation_steps {fitting.accumulation}")
         if fitting.steps < FEW_STEPS:
-            parts.append(f"num_train_epochs {math.ceil(FEW_STEPS * self.epochs / fitting.steps)}")
+            parts.append(f"num_train_epochs {fitting.with_more_epochs().epochs}")
         return " and ".join(parts)

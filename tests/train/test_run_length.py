@@ -1,5 +1,7 @@
 """When the start of a run says that it is short, and the values that it names."""
 
+from dataclasses import replace
+
 import pytest
 
 from dschat.config import RewardSettings, SFTSettings
@@ -66,6 +68,13 @@ def test_both_at_once_name_values_that_go_together():
     assert (fitting.accumulation, fitting.steps, fitting.warm_up) == (4, 20, 2)
     assert length.advice()[-1].endswith("give 2")
     assert fitting.advice() == []
+
+
+def test_epochs_make_up_for_few_rows():
+    length = RunLength(epochs=1, micro_batches=8, accumulation=1, warm_up=0, waiting=1)
+    assert (length.with_more_epochs().epochs, length.with_more_epochs().steps) == (3, 23)
+    assert replace(length, epochs=3).with_more_epochs().epochs == 3
+    assert replace(length, max_steps=5).with_more_epochs().epochs == 1  # they would change nothing
 
 
 def test_the_reward_model_too():

@@ -158,22 +158,23 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
 
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
     """8 micro-batches of 16 rows; layers of width 32, where the scripts have rank 128."""
-    one = ["--gradient_accumulation_steps", "1"]
+    more = ["--gradient_accumulation_steps", "1", "--num_train_epochs", "3"]
     assert ahead(e2e, inputs) == {
-        1: ["--lora_dim", "32", *one],
-        2: one,
-        3: ["--actor_lora_dim", "32", *one, "--num_warmup_steps", "0"],
+        1: ["--lora_dim", "32", *more],
+        2: more,
+        3: ["--actor_lora_dim", "32", *more],
     }
     lines = capsys.readouterr().out.splitlines()
     model = inputs / "model"
     assert [line for line in lines if line.startswith("step ")] == [
-        f"step {step}: {model}, 128 rows, 8 optimizer steps" for step in (1, 2, 3)
+        f"step {step}: {model}, 128 rows, 24 optimizer steps" for step in (1, 2, 3)
     ]
     assert lines[-1].startswith("model folders: ") and "free in" in lines[-1]
 
 
 def test_what_the_user_gives_wins(e2e: ModuleType, inputs: Path):
     flags = ["--gradient-accumulation-steps", "4", "--num-warmup-steps", "7"]
+    flags += ["--num-train-epochs", "1"]
     assert ahead(e2e, inputs, *flags) == {
         1: ["--lora_dim", "32"],
         2: [],
