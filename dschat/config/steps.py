@@ -53,7 +53,7 @@ class RewardSettings(StepSettings):
 
     KIND, PHASE = "step 2 (reward model)", 2
 
-    model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5})
+    model: ModelConfig = group(ModelConfig, optimizer={"full_rate": 5e-5, "full_rate_size": 3.5e8})
     run: RunConfig = group(
         RunConfig, output_dir="./output/reward", log={"tensorboard_path": "step2_tensorboard"}
     )

@@ -43,7 +43,9 @@ class PPORunSettings(Settings):
     ema: EMAConfig = group(EMAConfig)
     data: DataConfig = group(DataConfig, max_eval_samples=128)
     actor: ModelConfig = group(ModelConfig, prefix="actor_", optimizer={"full_rate": 9.65e-6})
-    critic: ModelConfig = group(ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6})
+    critic: ModelConfig = group(
+        ModelConfig, prefix="critic_", optimizer={"full_rate": 5e-6, "full_rate_size": 3.5e8}
+    )
     run: RunConfig = group(
         RunConfig,
         output_dir="./output/ppo",

@@ -28,6 +28,7 @@ from dschat.utils.optim import (
     get_optimizer_grouped_parameters,
     group_table,
 )
+from dschat.utils.zero import full_numel
 
 Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
@@ -99,10 +100,11 @@ def build_engine(
     """
     import deepspeed
 
+    parameters = sum(full_numel(p) for p in module.parameters())
     model.apply(module)
     optimizer_config = model.optimizer
     groups = get_optimizer_grouped_parameters(module, optimizer_config)
-    advice = lora_advice(model.lora, optimizer_config, config, world_size)
+    advice = lora_advice(model.lora, optimizer_config, config, world_size, parameters)
     left = left_without_adapter(module, model.lora)
     print_rank_0("\n".join([group_table(groups, module, title), *left, *advice]))
     ds_config = get_train_ds_config(config, world_size)

@@ -42,7 +42,8 @@ class OptimizerConfig(Settings):
     """Learning rates of every parameter group, weight decay, and AdamW's constants.
 
     Attributes:
-        full_rate: learning rate that suits training all weights in this step; no flag.
+        full_rate: learning rate that suits training all weights in this step, of a model of
+            `full_rate_size` parameters; no flags.
     """
 
     learning_rate: float | None = setting(
@@ -81,6 +82,7 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     full_rate: float = 1e-5
+    full_rate_size: float = 1.3e9
 
     @property
     def base_rate(self) -> float:

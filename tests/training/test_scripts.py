@@ -182,4 +182,5 @@ def test_adapters_of_shipped_scripts_follow_the_advice(script: Path, shell):
     for model in filter(None, roles):
         engine = settings.run.engine_config(model, "bf16", micro_batch=1)
         rates = model.optimizer
-        assert lora_advice(model.lora, rates, engine, ranks) == []
+        size = rates.full_rate_size
+        assert lora_advice(model.lora, rates, engine, ranks, size) == []

@@ -63,10 +63,10 @@ def test_layer_by_hand():
 
 @pytest.mark.parametrize(
     ("alpha", "use_rslora", "scaling"),
-    [(None, False, 1.0), (32.0, False, 2.0), (32.0, True, 8.0), (None, True, 4.0)],
+    [(None, False, 1.0), (32.0, False, 2.0), (32.0, True, 8.0), (None, True, 2.0)],
 )
 def test_scaling(alpha: float | None, use_rslora: bool, scaling: float):
-    """With r = 16: alpha / 16, or alpha / 4; alpha is r when not given."""
+    """With r = 16: alpha / 16, or alpha / 4; alpha is r when not given, or 8 with rsLoRA."""
     assert LoraConfig(16, lora_alpha=alpha, use_rslora=use_rslora).scaling == scaling
 
 

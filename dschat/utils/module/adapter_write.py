@@ -93,7 +93,7 @@ def outline_of(
     bare, linear = _targets(module, origin.lora, layers)
     targets = [str(disk_name(name)) for name in linear]
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
-    alpha = float(origin.lora.lora_alpha or origin.lora.lora_dim)
+    alpha = float(origin.lora.alpha)
     config = {
         "auto_mapping": {
             "base_model_class": saved_as.__name__,

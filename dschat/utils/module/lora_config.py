@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dschat.settings import Settings, setting
 
 ALL_LINEAR = "all-linear"
+RSLORA_ALPHA = 8.0  # PEFT's: alpha = r would scale by sqrt(r), the opposite of stable
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class LoraConfig(Settings):
     """
 
     lora_dim: int = setting(0, "rank of the adapters; 0 trains all weights", at_least=0)
-    lora_alpha: float | None = setting(None, "scaling is alpha / dim (default: dim)", above=0)
+    lora_alpha: float | None = setting(
+        None, "scaling is alpha / dim (default: dim; with --use_rslora 8)", above=0
+    )
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", at_least=0, below=1)
     lora_init: str = setting(
         "A", "the matrix that starts random, the other is zero", choices=("A", "B")
     )
-    use_rslora: bool = setting(False, "scale by alpha / sqrt(dim)")
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(dim), with a fixed alpha")
     use_dora: bool = setting(False, "DoRA: train the lengths of the weights' rows too")
     lora_module_name: tuple[str, ...] = setting(
         (ALL_LINEAR,),
@@ -46,7 +49,13 @@ class LoraConfig(Settings):
             object.__setattr__(self, name, tuple(part for part in parts if part))
 
     @property
+    def alpha(self) -> float:
+        """The alpha given, else r; with rank-stabilised LoRA one that does not grow with r."""
+        if self.lora_alpha is not None:
+            return self.lora_alpha
+        return RSLORA_ALPHA if self.use_rslora else self.lora_dim
+
+    @property
     def scaling(self) -> float:
         """s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732)."""
-        alpha = self.lora_dim if self.lora_alpha is None else self.lora_alpha
-        return alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
+        return self.alpha / (math.sqrt(self.lora_dim) if self.use_rslora else self.lora_dim)
