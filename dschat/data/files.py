@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from dschat.errors import UserError, brief
 
+# Raised by Arrow's readers for damaged files; a text that is not UTF-8 is a ValueError.
+BROKEN = (pa.ArrowException, OSError, ValueError)
 TEXT_COLUMN = "text"  # of the one row that a .txt file is
 
 
@@ -112,5 +114,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{name} row {number}", row
-    except pa.ArrowException as error:
-        raise UserError(f"{name}: not a readable parquet file; write it again") from error
+    except BROKEN as error:
+        place = f" after row {number}" if number else ""
+        raise UserError(
+            f"{name}: not a readable parquet file{place} ({brief(error)}); write it again"
+        ) from error

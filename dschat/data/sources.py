@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 
 from dschat.data import hub
-from dschat.data.files import digest_files, read_rows, short_name
+from dschat.data.files import BROKEN, digest_files, read_rows, short_name
 from dschat.data.readers import LOCAL_JSON, Reader, choose_reader
 from dschat.data.user_reader import ReadOptions
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.text.conversations import Example, Skip, kind_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -133,8 +133,15 @@ class Finder:
 
         def rows(split: str) -> Rows:
             def read() -> Iterator[tuple[str, Any]]:
-                for number, row in enumerate(loaded[split], 1):
-                    yield f"{label} {split} row {number}", row
+                number = 0
+                try:
+                    for number, row in enumerate(loaded[split], 1):
+                        yield f"{label} {split} row {number}", row
+                except BROKEN as error:
+                    raise UserError(
+                        f"{label} {split}: cannot be read after row {number} ({brief(error)}); "
+                        "save or fetch it again"
+                    ) from error
 
             digest_of: Callable[[], str] = partial(getattr, loaded[split], "_fingerprint")
             if saved is not None:

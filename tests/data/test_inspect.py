@@ -52,6 +52,13 @@ def test_a_phase_that_the_data_cannot_serve(flags, write_rows, capsys):
         main([*flags, "--phase", "2"])
 
 
+def test_data_that_no_phase_can_use_is_an_error(flags, write_rows, capsys):
+    write_rows([{"question": "what?"}] * 3, "set/train.jsonl")
+    with pytest.raises(UserError, match="no phase can be made of this data; fix what is said"):
+        main(flags)
+    assert capsys.readouterr().out.count("no column 'prompt' (columns: question)") == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -254,3 +254,25 @@ def test_scores_are_finite_numbers(score, write_rows, tmp_path):
         assert "fewer than two scored" in _error(name, tmp_path)
     else:
         assert "needs a number" in _error(name, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_damaged_bytes_are_laid_to_the_file_that_has_them(kind, tmp_path):
+    """Every byte of a file in turn is another one: rows are read, or the file is named."""
+    if kind == "parquet":
+        path = name = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    else:
+        name = tmp_path / "saved"
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(name))
+        (path,) = name.glob("data-*.arrow")
+    whole, refused = path.read_bytes(), 0
+    for at in range(0, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            _load(name, tmp_path)
+        except UserError as error:
+            refused += 1
+            assert name.name in str(error) and "\n" not in str(error)
+            assert "data_output_path" not in str(error)
+    assert refused > 5

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dschat.config.cli import run_cli
 from dschat.errors import UserError
 from dschat.models.save import save_hf_format
+from dschat.text.formats import set_format
 from dschat.utils.module.lora_config import LoraConfig
 from inference.chatbot import (
     Chatbot,
@@ -306,3 +307,18 @@ def test_both_entry_points_run_from_elsewhere(script, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_raw_model_gets_each_text_alone_and_names_of_tokens_as_letters(tokenizer):
+    set_format(tokenizer, "raw")
+    scripted = Scripted(tokenizer, " yes</s>")
+    heard = []
+    model = scripted.chatbot.model.model
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: heard.append(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    for text in ("Once </s>", "there was"):
+        scripted.ask(text)
+    prompts = [ids for ids in heard if len(ids) > 1]
+    assert [tokenizer.decode(ids) for ids in prompts] == ["Once </s>", "there was"]
+    assert all(tokenizer.eos_token_id not in ids for ids in prompts)
