@@ -93,11 +93,11 @@ def test_auto_reads_rows_of_every_phase_and_a_streams_first_test_rows(tokenizer)
 
 def test_auto_knows_an_end_token_that_was_added_while_loading(tmp_path):
     tiny.byte_tokenizer().save_pretrained(tmp_path / "first")
-    tokenizer = load_hf_tokenizer(str(tmp_path / "first"), True, "<end>")
+    tokenizer = load_hf_tokenizer(str(tmp_path / "first"), add_eot_token=True, eot_token="<end>")
     data = data_of(1, answered([50, 259], 1))
     assert choose_tokens(AUTO, tokenizer, data).added == {259}
     tokenizer.save_pretrained(tmp_path / "second")  # a model that knows it
-    tokenizer = load_hf_tokenizer(str(tmp_path / "second"), True, "<end>")
+    tokenizer = load_hf_tokenizer(str(tmp_path / "second"), add_eot_token=True, eot_token="<end>")
     assert choose_tokens(AUTO, tokenizer, data).added == set()
 
 
