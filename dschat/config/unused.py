@@ -33,6 +33,8 @@ DISPLACED = {
 }
 NO_HEAD = "a language model has no head of its own"
 
+OF_LATER_STEPS = {"cliprange", "cliprange_value", "update_kl_limit"}  # of an iteration
+
 
 def tell_unused(settings: Settings) -> None:
     """Print a line, on rank 0, for each flag that was given and does nothing."""
@@ -66,11 +68,19 @@ def _of_ppo(settings: RLHFSettings) -> Iterator[str]:
     yield from _offload(settings, setup)
     if setup.critic is None:
         yield from _of_the_critic(settings, setup)
-    if setup.reward is None and "reward_clip" in {flag.name for flag in given_flags(settings)}:
+    given = {flag.name for flag in given_flags(settings)}
+    is_rewarded = setup.reward is not None and settings.rewards.reward_model_weight != 0
+    if "reward_clip" in given and not is_rewarded:
         yield (
-            "--reward_clip does nothing: it clips a reward model's scores, and there is none; a "
-            "reward function's values are taken as they are"
+            "--reward_clip does nothing: it clips a reward model's scores, and none of them count; "
+            "a reward function's values are taken as they are"
         )
+    if settings.updates == 1:
+        for name in sorted(given & OF_LATER_STEPS):
+            yield (
+                f"--{name} does nothing: an iteration has one optimizer step, which begins at the "
+                "policy and the values that sampled"
+            )
     has_adapters = any(role.config.lora.lora_dim for role in setup.trained.values())
     if setup.share_trunk == "none" and not has_adapters:
         yield "--share_trunk none does nothing: without LoRA no trunk is shared"

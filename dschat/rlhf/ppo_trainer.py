@@ -37,6 +37,7 @@ from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout import answer_values, make_experience
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
+from dschat.train.checkpointer import check_weights
 from dschat.train.engine import Engine, backward
 from dschat.train.steps import accumulation_groups
 from dschat.utils.distributed import all_reduce_sum
@@ -179,6 +180,8 @@ class DeepSpeedPPOTrainer:
             if self.roles.critic is not None:
                 self.critic_step(self.roles.critic, group, scale, critic)
             steps += 1
+        for name, engine in self.roles.trained.items():
+            check_weights(name, engine.module, self.iterations + 1)
         shares = {"actor_updates": actor_steps / max(steps, 1)}
         if distances:
             shares["update_kl"] = distances[-1]

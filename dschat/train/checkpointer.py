@@ -38,6 +38,7 @@ from dschat.utils.distributed import (
     Distributed,
     RandomState,
     all_gather,
+    all_reduce_sum,
     barrier,
     from_main,
     on_every_rank,
@@ -246,7 +247,7 @@ class Checkpointer:
             UserError: weights that are not finite; older checkpoints stay.
         """
         for name, engine in self.engines.items():
-            on_every_rank(functools.partial(_check_finite, name, engine.module, position.step))
+            check_weights(name, engine.module, position.step)
         folder, step = checkpoint_folder.folder_of(self.output_dir), position.step
         part = checkpoint_folder.unfinished_path(folder, step)
         if self.distributed.is_main:
@@ -289,10 +290,15 @@ class Checkpointer:
             raise RuntimeError(f"{part}: {present} of {wanted} ranks wrote here; share output_dir")
 
 
-def _check_finite(name: str, module: nn.Module, step: int) -> None:
-    """Stop at trained weights, of this rank, that are not finite."""
+def check_weights(name: str, module: nn.Module, step: int) -> None:
+    """Stop at trained weights that are not finite.
+
+    Raises:
+        UserError: on every rank.
+    """
     trained = (local_shard(p) for p in module.parameters() if p.requires_grad)
-    if not all(torch.isfinite(weights).all() for weights in trained):
+    (broken,) = all_reduce_sum([float(sum(not torch.isfinite(w).all() for w in trained))])
+    if broken:
         raise UserError(
             f"step {step}: weights of the {name} are not finite and are not saved; resume from an "
             "earlier checkpoint with a lower learning rate"

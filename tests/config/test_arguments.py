@@ -421,8 +421,17 @@ RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
         (["--reward_clip", "2"], []),
         (
             ["--init_head_randomly", "--reward_function", "m:f", "--reward_clip", "2"],
-            ["--reward_clip does nothing: it clips a reward model's scores, and there is none"],
+            ["--reward_clip does nothing: it clips a reward model's scores, and none of"],
         ),
+        (
+            ["--reward_model_weight", "0", "--reward_function", "m:f", "--reward_clip", "2"],
+            ["--reward_clip does nothing: it clips a reward model's scores, and none of"],
+        ),
+        (
+            ["--cliprange", "0.1", "--update_kl_limit", "0.2"],
+            ["--cliprange does nothing: an iteration", "--update_kl_limit does nothing: an iter"],
+        ),
+        (["--cliprange", "0.1", "--update_kl_limit", "0.2", "--ppo_epochs", "2"], []),
         (["--actor_dropout", "0.1"], ["--actor_dropout does nothing"]),
         (
             ["--critic_lora_dim", "4", "--critic_lora_dropout", "0.1"],

@@ -1,5 +1,6 @@
 """Warnings of a PPO run, from histories made up to trigger them and not to."""
 
+import math
 import random
 from collections.abc import Mapping
 
@@ -199,6 +200,17 @@ def test_numbers_and_remedies_of_the_run():
     assert text("negative KL", filtered, kl_per_token=-0.1).endswith("; drop top_p, top_k")
     fused = RunFacts(fuses_adapters=True)
     assert text("foreign answers", fused, decode_gap=0.2).endswith("fuse_lora_for_generation")
+
+
+def test_weights_that_are_not_finite_end_the_iteration(load_roles):
+    """A loss may be finite, its gradient not; DeepSpeed measures no norm without ZeRO in fp32."""
+    setting = Setting()
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting)
+    e = rollout(trainer)
+    next(roles.actor.module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match=r"^step 1: weights of the actor are not finite"):
+        trainer.train_rlhf([e])
 
 
 @pytest.mark.parametrize("place", ["reward", "actor", "critic"])
