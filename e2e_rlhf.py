@@ -218,12 +218,22 @@ def local(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def make_output_dir(path: Path) -> None:
-    """Make the output folder; stop where that cannot be."""
+def prepare_output_dir(args: argparse.Namespace) -> None:
+    """Make the output folder; stop where that cannot be, or would replace a finished model."""
+    from dschat.models.save_plan import holds_model
+
+    place = f"--output-dir {args.output_dir}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {path}: {error.strerror}; give a folder") from error
+        raise UserError(f"{place}: {error.strerror}; give a folder") from error
+    for step in () if args.overwrite_output_dir else args.step:
+        folder = args.output_dir / STEP_NAMES[step]
+        if holds_model(folder / "actor" if step == 3 else folder):
+            raise UserError(
+                f"{place}: {folder} holds a finished model; give another --output-dir, or "
+                "--overwrite-output-dir to replace it"
+            )
 
 
 def run_step(step: int, command: list[str]) -> float:
@@ -243,7 +253,7 @@ def run_step(step: int, command: list[str]) -> float:
 def main() -> None:
     """Build what the default needs, check, run the steps, print the closing table."""
     args = parse_args()
-    make_output_dir(args.output_dir)
+    prepare_output_dir(args)
     if args.actor_model is None:
         from dschat.quickstart import build
 

@@ -203,8 +203,23 @@ def test_a_later_step_is_refused_before_the_first(e2e: ModuleType, inputs: Path,
 
 def test_an_output_folder_that_cannot_be(e2e: ModuleType, tmp_path: Path):
     (tmp_path / "file").touch()
+    args = e2e.parse_args(["--output-dir", str(tmp_path / "file" / "below")])
     with pytest.raises(UserError, match=r"--output-dir .*below: Not a directory; give a fold"):
-        e2e.make_output_dir(tmp_path / "file" / "below")
+        e2e.prepare_output_dir(args)
+
+
+@pytest.mark.parametrize("name", ["actor-models", "reward-models", "step3-models/actor"])
+def test_a_finished_step_is_not_replaced(e2e: ModuleType, tmp_path: Path, name: str, monkeypatch):
+    """Not even the embedded default's data, which come before the checks."""
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "config.json").touch()
+    monkeypatch.setattr("sys.argv", ["e2e_rlhf.py", "--output-dir", str(tmp_path)])
+    with pytest.raises(UserError, match="holds a finished model; give another --output-dir, or --"):
+        e2e.main()
+    assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
+    steps = {"actor-models": "2", "reward-models": "3", "step3-models/actor": "1"}
+    for argv in (["--overwrite-output-dir"], ["--step", steps[name]]):
+        e2e.prepare_output_dir(e2e.parse_args([*argv, "--output-dir", str(tmp_path)]))
 
 
 def test_a_dry_run_starts_nothing(e2e: ModuleType, inputs: Path, monkeypatch):
