@@ -55,9 +55,9 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
         model.resize_token_embeddings(
             size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
         )
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if table is not None:
-                _draw_new_rows(table.get_parameter("weight"), rows)
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        for weight in dict.fromkeys(t.get_parameter("weight") for t in tables if t is not None):
+            _draw_new_rows(weight, rows)
     vars(model.get_input_embeddings())[FIRST_NEW_ROW] = rows
     grown = model.config.get_text_config().vocab_size
     print_rank_0(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -115,6 +118,23 @@ def test_a_tokenizer_may_lack_a_fifth_of_its_rows(rows: int, tokens: int, fits: 
         check_vocabulary("m", rows, tokens)
     else:
         assert_one_line(lambda: check_vocabulary("m", rows, tokens), "101 of the tokenizer's 500")
+
+
+def test_tables_in_an_adapter_count_as_the_models_own(tmp_path: Path, tiny_tokenizer):
+    """A base of 64 rows under an adapter that brings 264: its tokenizer fits."""
+    small = tiny.save_llama_folder(tmp_path / "base", vocab_size=64)
+    model = get_peft_model(
+        tiny.tiny_llama(vocab_size=64),
+        PeftLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    model.base_model.model.resize_token_embeddings(264, mean_resizing=False)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    config = tmp_path / "adapter/adapter_config.json"
+    written = json.loads(config.read_text()) | {"base_model_name_or_path": str(small)}
+    config.write_text(json.dumps(written))
+    check_model_folder(str(tmp_path / "adapter"), tiny_tokenizer)
+    loaded = create_hf_model(str(tmp_path / "adapter"), tiny_tokenizer, torch.float32)
+    assert loaded.config.vocab_size == 264
 
 
 def test_growing_is_said(tmp_path: Path, tiny_tokenizer, capfd):
