@@ -188,6 +188,8 @@ def test_tables_that_cannot_have_rows_are_refused():
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     phi = PhiForCausalLM(PhiConfig(vocab_size=64, num_attention_heads=4, **shape))
     stops(phi, "lm_head has a bias", "modules_to_save embed_tokens lm_head")
+    with pytest.raises(ValueError, match="no tokens are given"):
+        add_token_rows(tiny.tiny_llama(), [])
     with pytest.raises(UserError, match=r"has 264 rows; give ids below"):
         add_token_rows(tiny.tiny_llama(), [264])
 

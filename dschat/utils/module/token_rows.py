@@ -171,7 +171,10 @@ def add_token_rows(
 
     Raises:
         UserError: a table that cannot have them, or an id beyond it.
+        ValueError: no tokens.
     """
+    if not tokens:
+        raise ValueError("no tokens are given whose rows could train")
     tables = tables_of(model) if tables is None else tables
     check_tables(tables)
     ids = sorted({*tokens})
@@ -179,7 +182,7 @@ def add_token_rows(
     for name, table in tables.items():
         weight = cast(nn.Parameter, table.weight)
         vocabulary, width = full_shape(weight)
-        if ids and not 0 <= ids[0] <= ids[-1] < vocabulary:
+        if not 0 <= ids[0] <= ids[-1] < vocabulary:
             raise UserError(f"trainable_tokens: {name} has {vocabulary} rows; give ids below that")
         if id(weight) not in shared:
             start = torch.zeros(len(ids), width, dtype=weight.dtype, device=weight.device)
