@@ -31,6 +31,7 @@ PLAN = {
     "fused": [steps.PPO, *PPO, "--fuse_lora_for_generation"],
     "copies": [steps.PPO, *PPO, "--share_trunk", "none"],
     "shards": [steps.PPO, *PPO, "--actor_zero_stage", "3", "--critic_zero_stage", "3"],
+    "two": [steps.PPO, *PPO, *ONE_BASE],
     "one": [steps.PPO, *PPO, *ONE_BASE, "--share_trunk", "all"],
 }
 
@@ -46,10 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> steps.Run:
 
 
 @pytest.mark.slow
-def test_every_step_ends_well_but_for_one_trunk(run: steps.Run):
-    by_name = dict(zip(PLAN, run.results, strict=True))
-    assert {n: r.code for n, r in by_name.items() if n != "one"} == dict.fromkeys(list(PLAN)[:5], 0)
-    assert by_name["one"].code == 2 and "experts" in by_name["one"].stderr
+def test_every_step_ends_well(run: steps.Run):
+    assert [r.code for r in run.results] == [0] * len(PLAN), [r.stderr[-999:] for r in run.results]
     assert "without adapters" not in run.printed
 
 
@@ -67,15 +66,16 @@ def test_experts_have_moved_in_what_is_saved(run: steps.Run, name: str):
 
 
 @pytest.mark.slow
-def test_roles_with_and_without_copies_agree(run: steps.Run):
-    """Adapters off is the reference, adapters fused is the policy: the same rewards and KL."""
-    files = [run.folder / name / "metrics.jsonl" for name in ("fused", "copies", "shards")]
+@pytest.mark.parametrize("names", [("fused", "copies", "shards"), ("two", "one")])
+def test_ways_to_hold_the_roles_agree(run: steps.Run, names: tuple[str, ...]):
+    """Adapters off, frozen copies, adapters that stay apart on one trunk: the same figures."""
+    files = [run.folder / name / "metrics.jsonl" for name in names]
     figures = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     for key in ("reward", "kl", "entropy"):
-        fused, *others = ([row[key] for row in rows if key in row] for rows in figures)
-        assert len(fused) > 2
+        first, *others = ([row[key] for row in rows if key in row] for rows in figures)
+        assert len(first) > 2
         for other in others:
-            assert other == pytest.approx(fused, abs=2e-4), key
+            assert other == pytest.approx(first, abs=2e-4), key
 
 
 def test_a_rank_above_every_matrix_is_refused(tmp_path: Path):

@@ -18,7 +18,8 @@ from dschat.merge import merge
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
-from dschat.rlhf.one_trunk import check_one_trunk
+from dschat.rlhf.one_trunk import OneTrunk, check_one_trunk
+from dschat.utils.module.lora import adapters_disabled, fused_adapters, merged_state_dict
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.adapters import (
     ALONE,
@@ -158,6 +159,37 @@ def test_what_does_not_fit_is_named(tmp_path: Path, tiny_tokenizer, bases):
         save_file(change(tensors), file)
         with pytest.raises(UserError, match=words):
             create_hf_model(str(folder), tiny_tokenizer, torch.float32)
-    save_file(tensors, file)
-    with pytest.raises(UserError, match=r"share_trunk all: .*\(experts.\w+: .* experts or"):
-        check_one_trunk([str(folder), bases["olmoe"]])
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
+def test_adapters_on_one_trunk_stay_apart(tmp_path: Path, tiny_tokenizer, bases, name: str):
+    """Unmerged on shared weights, each tree computes its folder's model, also with adapters on."""
+    base = bases[name]
+    for seed, folder in enumerate(("one", "two"), start=1):
+        lora = LoraConfig(lora_dim=3)
+        model = with_adapter(create_hf_model(base, tiny_tokenizer, torch.float32), lora, seed)
+        plain = plan("adapter", base, lora, tmp_path / folder)
+        save_hf_format(model, tiny_tokenizer, tmp_path / folder, ALONE, plain)
+    names = [str(tmp_path / "one"), str(tmp_path / "two")]
+    check_one_trunk(names)
+    trunk = OneTrunk(names[0], tiny_tokenizer, torch.float32)
+    trees = [trunk.language_model(folder, {}).eval() for folder in names]
+    merged = [create_hf_model(folder, tiny_tokenizer, torch.float32).eval() for folder in names]
+    weights = [{id(p) for n, p in tree.named_parameters() if "experts." in n} for tree in trees]
+    assert len(weights[0] & weights[1]) >= 2  # the experts themselves
+    more = LoraConfig(lora_dim=2, lora_init="B")
+    for model, seed in ((trees[0], 5), (merged[0], 5), (trees[1], 6), (merged[1], 6)):
+        model.eval()
+        start = logits_of(model)
+        torch.manual_seed(seed)
+        with_adapter(model, more, seed)
+        with adapters_disabled(model):
+            assert torch.equal(logits_of(model), start)
+    for tree, other in zip(trees, merged, strict=True):
+        expected = logits_of(other)
+        assert_equal(logits_of(tree), expected)
+        with fused_adapters(tree):
+            assert_equal(logits_of(tree), expected)
+        plain = AutoModelForCausalLM.from_pretrained(base).eval()
+        plain.load_state_dict(merged_state_dict(tree.state_dict(), tree))
+        assert_equal(logits_of(plain), expected)

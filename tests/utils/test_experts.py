@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 
 from dschat.errors import UserError
+from dschat.utils.module import lora_parameters
 from dschat.utils.module.lora import (
     adapters_disabled,
     convert_linear_layer_to_lora,
@@ -23,7 +24,6 @@ from dschat.utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.lora_parameters import LoRAParameters
 from dschat.utils.module.low_rank_weight import LowRankWeight
 from dschat.utils.module.targets import left_without_adapter, match_layers
 from dschat.utils.optim import OptimizerConfig, build_optimizer, get_optimizer_grouped_parameters
@@ -69,7 +69,7 @@ def test_experts_compute_their_merged_weights(name: str, way: str | None):
 
 
 @pytest.mark.parametrize("way", IMPLEMENTATIONS)
-def test_gradients_are_those_of_the_sum(way: str):
+def test_gradients_are_those_of_the_sum(monkeypatch: pytest.MonkeyPatch, way: str):
     """A and B of every expert, and of no expert that no token met."""
     model = with_adapter(model_of("mixtral", way), LORA)
     ids = torch.tensor([[7, 8, 9]])
@@ -79,9 +79,7 @@ def test_gradients_are_those_of_the_sum(way: str):
     gate = model.model.layers[1].mlp.gate
     gate.register_forward_hook(lambda _, __, out: routed.extend(out[2].unique().tolist()))
     model.zero_grad()
-    for layer in model.modules():
-        if isinstance(layer, LoRAParameters):  # the sum itself, as one tensor
-            layer._multiplies_by_torch = lambda: False
+    monkeypatch.setattr(lora_parameters, "multiplies_by_torch", lambda _: False)  # the sum itself
     model(ids).logits.square().sum().backward()
     assert len(found) == 2 * 2 * 2
     for name, parameter in model.named_parameters():
@@ -120,7 +118,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm"])
-def test_no_tensor_is_as_large_as_the_experts(way: str):
+def test_no_tensor_is_as_large_as_the_experts(monkeypatch: pytest.MonkeyPatch, way: str):
     """Forward and backward, one token at a time: the update is never a tensor of its own."""
     model = tiny_moe("mixtral", num_hidden_layers=1, intermediate_size=64)
     model.set_experts_implementation(way)
@@ -130,7 +128,7 @@ def test_no_tensor_is_as_large_as_the_experts(way: str):
     smallest = experts.down_proj.numel()
     assert 0 < largest.elements < smallest
     with Largest() as largest:
-        experts._multiplies_by_torch = lambda: False
+        monkeypatch.setattr(lora_parameters, "multiplies_by_torch", lambda _: False)
         experts(torch.ones(1, 32), torch.tensor([[0, 2]]), torch.ones(1, 2)).sum().backward()
     assert largest.elements >= smallest
 

@@ -8,7 +8,7 @@ layer's trainable adapter is on or off.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from dschat.errors import UserError
 from dschat.utils.module.adapter import REWARD_HEAD, Adapter, Update
 from dschat.utils.module.lora_layers import LoRAWeight
+from dschat.utils.module.lora_parameters import is_transposed, reading, take_class, updated
 from dschat.utils.module.low_rank import merged_weight
 
 CHILD = "fixed_update"  # its name in the layer
 
 
 class FixedUpdate(nn.Module):
-    """Frozen low-rank update of one layer; B holds the scaling.
+    """Frozen low-rank update of one layer, or of a bare parameter; B holds the scaling.
 
     Args:
         updates: one for each adapter, added up. weight: the layer's, for device and dtype.
@@ -33,14 +34,28 @@ class FixedUpdate(nn.Module):
 
     def __init__(self, updates: Sequence[Update], weight: torch.Tensor):
         super().__init__()
-        A = torch.cat([u.lora_A.float() for u in updates])
-        B = torch.cat([u.lora_B.float() * u.scaling for u in updates], dim=1)
-        self.A = nn.Parameter(A.to(weight), requires_grad=False)  # (r, in)
-        self.B = nn.Parameter(B.to(weight), requires_grad=False)  # (out, r)
+        A = torch.cat([u.lora_A.float() for u in updates], dim=-2)
+        B = torch.cat([u.lora_B.float() * u.scaling for u in updates], dim=-1)
+        self.A = nn.Parameter(A.to(weight), requires_grad=False)  # (..., r, in)
+        self.B = nn.Parameter(B.to(weight), requires_grad=False)  # (..., out, r)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(F.linear(x, self.A), self.B)
+
+
+class FixedParameters(nn.Module):
+    """A module with fixed updates of its own parameters, of experts for one, beside its class."""
+
+    base_class: type[nn.Module]
+    fixed: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, these parameters with their fixed updates."""
+        updates = {leaf: getattr(self, f"{CHILD}_{leaf}") for leaf in self.fixed}
+        values = {leaf: updated(self, leaf, u.A, u.B, 1.0) for leaf, u in updates.items()}
+        with reading(self, values):
+            return super().forward(*args, **kwargs)
 
 
 def _add_to_output(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -53,15 +68,25 @@ def _put_on(layer: nn.Module, update: FixedUpdate) -> None:
 
 
 def add_fixed_updates(model: PreTrainedModel, updates: Sequence[Mapping[str, Update]]) -> None:
-    """Put the updates of adapters on their layers, in place; the weights do not change.
+    """Put the updates of adapters on their layers and parameters; the weights do not change.
 
     Args:
-        updates: for each adapter, its updates by the layer's name in `model`.
+        updates: for each adapter, its updates by the name in `model`.
     """
     for name in dict.fromkeys(name for adapter in updates for name in adapter):
-        layer = model.get_submodule(name)
-        of_layer = [adapter[name] for adapter in updates if name in adapter]
-        _put_on(layer, FixedUpdate(of_layer, cast(torch.Tensor, layer.weight)))
+        of_this = [adapter[name] for adapter in updates if name in adapter]
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if leaf not in module._parameters:
+            layer = model.get_submodule(name)
+            _put_on(layer, FixedUpdate(of_this, cast(torch.Tensor, layer.weight)))
+        elif type(module) is nn.Linear:
+            _put_on(module, FixedUpdate(of_this, module.weight))
+        else:
+            fixed = module.fixed if isinstance(module, FixedParameters) else ()
+            mixed = take_class(module, FixedParameters)
+            mixed.fixed = (*fixed, leaf)
+            mixed.add_module(f"{CHILD}_{leaf}", FixedUpdate(of_this, module.get_parameter(leaf)))
 
 
 def move_fixed_update(layer: nn.Module, successor: nn.Module) -> None:
@@ -72,7 +97,7 @@ def move_fixed_update(layer: nn.Module, successor: nn.Module) -> None:
 
 
 def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
-    """Stop at an adapter that holds more than updates of linear layers and a reward head.
+    """Stop at an adapter that holds more than updates of layers and experts, and a reward head.
 
     Args:
         setting: what keeps the adapter unmerged, for the message.
@@ -83,12 +108,11 @@ def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
     more = [name for name in adapter.full_tensors if not name.startswith(f"{REWARD_HEAD}.")]
     more += [name for name, update in adapter.updates.items() if update.of_embedding]
     more += [name for name, update in adapter.updates.items() if update.magnitude is not None]
-    more += [*adapter.rows, *adapter.config.target_parameters]
+    more += list(adapter.rows)
     if more:
         raise UserError(
-            f"{setting}: adapter {adapter.name} holds more than low-rank updates of linear layers "
-            f"({more[0]}: a full module, an embedding, rows of tokens, experts or DoRA); leave "
-            f"{setting} out"
+            f"{setting}: adapter {adapter.name} holds more than low-rank updates of layers "
+            f"({more[0]}: a full module, an embedding, rows of tokens or DoRA); leave {setting} out"
         )
 
 
@@ -98,6 +122,13 @@ def without_fixed_updates(
     """Return a consolidated state dict with fixed updates merged; the live model stays as it is."""
     merged = dict(state)
     for name, layer in model.named_modules():
+        for leaf in layer.fixed if isinstance(layer, FixedParameters) else ():
+            lora_A, lora_B = (merged.pop(f"{name}.{CHILD}_{leaf}.{matrix}") for matrix in "AB")
+            weight = merged[f"{name}.{leaf}"]
+            transposed = is_transposed(layer, weight.shape)
+            merged[f"{name}.{leaf}"] = merged_weight(
+                weight, lora_A, lora_B, scaling=1.0, transposed=transposed
+            )
         if not hasattr(layer, CHILD):
             continue
         lora_A, lora_B = (merged.pop(f"{name}.{CHILD}.{leaf}") for leaf in "AB")

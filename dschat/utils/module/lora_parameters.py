@@ -8,8 +8,9 @@ so a state dict without its `lora_` entries, are the base model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,59 @@ from dschat.utils.module.low_rank import draw_adapter, merged_weight
 from dschat.utils.module.low_rank_weight import LINEAR, LowRankWeight
 from dschat.utils.zero import full_shape
 
+Mixin = TypeVar("Mixin", bound=nn.Module)
+
 
 def is_transposed(module: nn.Module, shape: Sequence[int]) -> bool:
     """Tell whether a parameter of this shape is stored as (experts, in, out), by PEFT's rule."""
     return len(shape) == 3 and getattr(module, "is_transposed", False)
+
+
+def multiplies_by_torch(module: nn.Module) -> bool:
+    """Tell whether a forward uses torch's own products alone; all others must see a sum.
+
+    Those are kernels for experts, and the `F.linear` that ZeRO-3 puts in the place of torch's.
+    """
+    has_implementations = hasattr(module, "has_gate")  # transformers' mark
+    config: Any = module.config if has_implementations else None
+    chosen = getattr(config, "_experts_implementation", None)
+    is_plain = chosen in (None, "eager") and F.linear is LINEAR
+    return is_plain or chosen in ("grouped_mm", "batched_mm")
+
+
+def updated(
+    module: nn.Module, leaf: str, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+) -> LowRankWeight | torch.Tensor:
+    """Return what a module's parameter reads as with an update, on top of what it reads as now."""
+    weight = getattr(module, leaf)
+    if is_transposed(module, weight.shape):
+        lora_B, lora_A = lora_A.mT, lora_B.mT
+    weight = LowRankWeight(weight, lora_B, lora_A, scaling)
+    return weight if multiplies_by_torch(module) else weight.dense()
+
+
+@contextlib.contextmanager
+def reading(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Let a module's parameters read as other values inside the block."""
+    own = vars(module)  # found before the parameter of a name
+    before = {leaf: own[leaf] for leaf in values if leaf in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for leaf in values:
+            del own[leaf]
+        own.update(before)
+
+
+def take_class(module: nn.Module, mixin: type[Mixin]) -> Mixin:
+    """Give a module a class beside its own, in place; `base_class` is its own."""
+    if not isinstance(module, mixin):
+        kind = type(module)
+        name = f"{mixin.__name__}{kind.__name__}"
+        module.__class__ = type(name, (mixin, kind), {"base_class": kind})
+    assert isinstance(module, mixin)
+    return module
 
 
 class LoRAParameters(LoRALayer):
@@ -36,7 +86,6 @@ class LoRAParameters(LoRALayer):
     """
 
     base_class: type[nn.Module]
-    config: Any  # transformers', where the module has several implementations
 
     def _add_adapters(self, leaves: Sequence[str], config: LoraConfig) -> None:
         self.adapted, self.adapter_enabled = tuple(leaves), True
@@ -61,31 +110,9 @@ class LoRAParameters(LoRALayer):
         """Run the module's own forward, its adapted parameters with their updates."""
         if not self.adapter_enabled:
             return super().forward(*args, **kwargs)
-        for leaf in self.adapted:  # found before the parameter of this name
-            vars(self)[leaf] = self._with_update(leaf)
-        try:
+        values = {n: updated(self, n, *self._matrices(n), self.scaling) for n in self.adapted}
+        with reading(self, values):
             return super().forward(*args, **kwargs)
-        finally:
-            for leaf in self.adapted:
-                del vars(self)[leaf]
-
-    def _with_update(self, leaf: str) -> LowRankWeight | torch.Tensor:
-        weight, (lora_A, lora_B) = self._parameters[leaf], self._matrices(leaf)
-        assert weight is not None
-        if is_transposed(self, weight.shape):
-            lora_B, lora_A = lora_A.mT, lora_B.mT
-        updated = LowRankWeight(weight, lora_B, lora_A, self.scaling)
-        return updated if self._multiplies_by_torch() else updated.dense()
-
-    def _multiplies_by_torch(self) -> bool:
-        """Tell whether the forward uses torch's own products alone; all others see the sum.
-
-        Those are kernels for experts, and the `F.linear` that ZeRO-3 puts in the place of torch's.
-        """
-        has_implementations = hasattr(self, "has_gate")  # transformers' mark
-        chosen = self.config._experts_implementation if has_implementations else None
-        is_plain = chosen in (None, "eager") and F.linear is LINEAR
-        return is_plain or chosen in ("grouped_mm", "batched_mm")
 
     def merged(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Merge, one expert after the other."""
@@ -116,8 +143,6 @@ def adapt_parameters(
     module: nn.Module, leaves: Sequence[str], config: LoraConfig
 ) -> LoRAParameters:
     """Put adapters on parameters of a module, in place."""
-    kind = type(module)
-    module.__class__ = type(f"LoRA{kind.__name__}", (LoRAParameters, kind), {"base_class": kind})
-    assert isinstance(module, LoRAParameters)
-    module._add_adapters(leaves, config)
-    return module
+    adapted = take_class(module, LoRAParameters)
+    adapted._add_adapters(leaves, config)
+    return adapted

@@ -22,18 +22,25 @@ GROUPED = (F.grouped_mm, torch._grouped_mm, torch.ops.transformers.grouped_mm_fa
 class LowRankWeight:
     """W + s P Q in place of a tensor: W (..., m, n), P (..., m, r), Q (..., r, n).
 
+    W may be such a sum itself.
     Products with it, and `F.linear`, add the product of the factors; indices and transposes apply
     to all three. Whatever else is asked of it is asked of the dense sum.
     """
 
-    def __init__(self, W: torch.Tensor, P: torch.Tensor, Q: torch.Tensor, scaling: float):
+    def __init__(
+        self, W: torch.Tensor | LowRankWeight, P: torch.Tensor, Q: torch.Tensor, scaling: float
+    ):
         self.W, self.P, self.Q, self.scaling = W, P, Q, scaling
-        self.dtype, self.device, self.shape, self.ndim = W.dtype, W.device, W.shape, W.ndim
+        self.dtype: torch.dtype = W.dtype
+        self.device: torch.device = W.device
+        self.shape: torch.Size = W.shape
+        self.ndim: int = W.ndim
         self._each: list[LowRankWeight] | None = None
 
     def dense(self) -> torch.Tensor:
         """Return the sum."""
-        return self.W + self.scaling * (self.P @ self.Q)
+        W = self.W.dense() if isinstance(self.W, LowRankWeight) else self.W
+        return W + self.scaling * (self.P @ self.Q)
 
     def __getattr__(self, name: str) -> Any:
         """Take any other attribute from the sum."""
@@ -51,16 +58,17 @@ class LowRankWeight:
         """Select by the first axis: one expert by its number, or several by a tensor of numbers."""
         if self.ndim == 3 and isinstance(index, torch.Tensor) and index.dtype == torch.long:
             if index.ndim == 0:
-                return self._of_each()[int(index)]
+                return self.unbind()[int(index)]
             return LowRankWeight(self.W[index], self.P[index], self.Q[index], self.scaling)
         if self.ndim == 3 and isinstance(index, int):
-            return self._of_each()[index]
+            return self.unbind()[index]
         return self.dense()[index]
 
-    def _of_each(self) -> list[LowRankWeight]:
-        """Split once: the gradient of the parts is then one tensor, not one for every index."""
+    def unbind(self) -> list[LowRankWeight]:
+        """Split by the first axis, once: the parts' gradient is one tensor, not one an index."""
         if self._each is None:
-            parts = zip(self.W.unbind(), self.P.unbind(), self.Q.unbind(), strict=True)
+            weights: Sequence[Any] = self.W.unbind()
+            parts = zip(weights, self.P.unbind(), self.Q.unbind(), strict=True)
             self._each = [LowRankWeight(*part, self.scaling) for part in parts]
         return self._each
 
