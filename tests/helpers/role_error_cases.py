@@ -88,7 +88,7 @@ WRONG_ROLES = {
     ),
     "one trunk under a DoRA adapter": (
         ONE + "--critic_model_name_or_path dora-adapter",
-        r"share_trunk all: adapter dora-adapter holds more than low-rank updates of linear layers "
+        r"share_trunk all: adapter dora-adapter holds more than low-rank updates of layers "
         r"\(.*DoRA\); leave share_trunk all out",
     ),
 }

@@ -15,6 +15,7 @@ from torch import nn
 
 from dschat.utils.module.adapter import Update, stop_at
 from dschat.utils.module.adapter_config import CONFIG_FILE, AdapterConfig
+from dschat.utils.module.experts import is_plain_linear
 from dschat.utils.module.lora_parameters import is_transposed
 from dschat.utils.zero import full_shape
 
@@ -53,24 +54,30 @@ def placed_updates(
         UserError: a targeted parameter without tensors, or a rank that is not the config's.
     """
     prefix, faults = f"{trunk}." if trunk else "", []
-    layers, placed = dict(updates), dict[str, Update]()
+    placed = dict(updates)
+    names = {name: prefix + name for name in updates}  # by which the config knows them
     for module_name, module in model.named_modules() if config.target_parameters else ():
         own = [f"{module_name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
         targets = [name for name in own if config.targets_parameter(prefix + name)]
         wrappers = wrapper_names(module_name, len(targets))
         for name, wrapper in zip(targets, wrappers, strict=True):
-            if wrapper in layers:
-                scaling = config.of_layer(prefix + name).scaling
-                update = replace(layers.pop(wrapper), scaling=scaling)
-                placed[name] = _of_parameter(update, module, full_shape(model.get_parameter(name)))
-            else:
+            if names.pop(wrapper, None) is None:
                 faults.append(f"missing {wrapper}.lora_A")
-    for name, update in (layers | placed).items():
-        stored, rank = update.lora_A.shape[-2], config.of_layer(prefix + name).lora_dim
+                continue
+            scaling = config.of_layer(prefix + name).scaling
+            update = replace(placed.pop(wrapper), scaling=scaling)
+            if isinstance(module, nn.Linear) and is_plain_linear(module):
+                place = module_name  # a layer after all
+            else:
+                place = name
+                update = _of_parameter(update, module, full_shape(model.get_parameter(name)))
+            placed[place], names[place] = update, prefix + name
+    for name, full_name in names.items():
+        stored, rank = placed[name].lora_A.shape[-2], config.of_layer(full_name).lora_dim
         if stored != rank:
             faults.append(f"{name} of rank {stored}, {CONFIG_FILE} says {rank}")
     stop_at(faults, f"adapter {config.name}: its tensors cannot be used")
-    return layers | placed
+    return placed
 
 
 def _of_parameter(update: Update, module: nn.Module, shape: torch.Size) -> Update:

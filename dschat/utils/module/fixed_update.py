@@ -80,8 +80,6 @@ def add_fixed_updates(model: PreTrainedModel, updates: Sequence[Mapping[str, Upd
         if leaf not in module._parameters:
             layer = model.get_submodule(name)
             _put_on(layer, FixedUpdate(of_this, cast(torch.Tensor, layer.weight)))
-        elif type(module) is nn.Linear:
-            _put_on(module, FixedUpdate(of_this, module.weight))
         else:
             fixed = module.fixed if isinstance(module, FixedParameters) else ()
             mixed = take_class(module, FixedParameters)
