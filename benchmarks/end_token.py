@@ -43,6 +43,7 @@ FLAGS = {
     "num_train_epochs": "2",
     "max_seq_len": "96",
     "data_split": "10,0,0",
+    "prompt_format": "raw",
     "dtype": "fp32",
 }
 
