@@ -14,6 +14,9 @@ ON_THE_HUB = {
     "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
 }
 
+# Raised for damaged folders; of what a damaged description of the columns says, anything may fail.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
+
 
 def is_saved(path: Path) -> bool:
     """Tell whether a folder was written by `save_to_disk`."""
@@ -28,7 +31,10 @@ def open_saved(path: Path, setting: str) -> datasets.DatasetDict:
     """
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        for part in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+            # Mapped into memory as it is: damaged offsets would end the process, not raise.
+            part.data.validate(full=True)
+    except _DAMAGE as error:
         raise UserError(
             f"{setting} {path}: not a complete `datasets` folder "
             f"({type(error).__name__}); save it again"
