@@ -60,6 +60,7 @@ def test_a_diff_comes_with_its_test_and_touches_little(name: str):
     assert len(library) <= 2
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_diffs_pass(report: subprocess.CompletedProcess):
     assert report.returncode == 0, report.stdout[-4000:] + report.stderr[-2000:]
     assert set(OWN_TEST.findall(report.stdout)) == set(TESTS)

@@ -28,7 +28,6 @@ from inference.chatbot import (
 from inference.conversation import Turn, fit_conversation, format_conversation, settled_part
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.launch import TIME_LIMIT
-from tests.helpers.tiers import tiers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -296,7 +295,8 @@ def test_missing_folder_is_one_line_and_code_2(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", tiers(["chat.py", "inference/chatbot.py"], ["chat.py"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["chat.py", "inference/chatbot.py"])
 def test_both_entry_points_run_from_elsewhere(script, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / script, "--path", "./missing"],
