@@ -10,7 +10,7 @@ output folder and go through the ordinary scripts.
 
 1. `commands`: the steps' shell scripts and their arguments
 2. `check_ahead`: settings, models, rows, folders and disk of every step; where the rows are few,
-   accumulation, epochs and warm-up that suit them
+   accumulation, epochs and warm-up that suit them; rates that suit the models' widths
 3. `run_step`: one after the other, up to the first that fails
 
 Leaves out: it does not train; the scripts do.
@@ -39,6 +39,9 @@ STEP_DIRS = {
 }
 STEP_NAMES = {1: "actor-models", 2: "reward-models", 3: "step3-models"}
 FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any other model
+# Hidden sizes of the models that a script's learning rates are meant for, by its flags' prefix.
+SCRIPT_WIDTHS = {"run_1.3b.sh": 2048, "run_350m.sh": 1024}
+CRITIC_WIDTH = 1024
 # Flags of main.py in every step, where given.
 PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps")
 # What a script calls, in `arguments_of`: nothing is made, printed or started.
@@ -150,6 +153,14 @@ def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
     return ["bash", str(script), *inputs[step], outputs[step], *common_flags(args)]
 
 
+def widths_of(step: int, command: list[str]) -> dict[str, int]:
+    """Hidden sizes that the rates in a step's script are meant for; none of the quickstart's."""
+    width = SCRIPT_WIDTHS.get(Path(command[1]).name)
+    if width is None:
+        return {}
+    return {"actor_": width, "critic_": CRITIC_WIDTH} if step == 3 else {"": width}
+
+
 def common_flags(args: argparse.Namespace) -> list[str]:
     """Flags of main.py that every step gets."""
     flags = ["--seed", str(args.seed)]
@@ -193,7 +204,7 @@ def check_ahead(args: argparse.Namespace, plan: dict[int, list[str]]) -> dict[in
         argv = arguments_of(command)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                ahead = look_ahead(step, argv, stand_ins, process, fixed)
+                ahead = look_ahead(step, argv, stand_ins, process, fixed, widths_of(step, command))
         except UserError as error:
             raise UserError(f"step {step}: {error}") from error
         flags = [word for name, value in ahead.flags.items() for word in (f"--{name}", str(value))]

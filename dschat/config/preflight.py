@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data.datasets import PromptData
-from dschat.models.config import Build, on_meta
+from dschat.models.config import Build, load_config, on_meta
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
 from dschat.text.tokenizer import check_same_tokenizer
@@ -42,7 +42,7 @@ class StepAhead:
     rows: int
     length: RunLength
     written: tuple[Written, ...]
-    flags: dict[str, int]
+    flags: dict[str, int | float]
 
 
 def look_ahead(
@@ -51,6 +51,7 @@ def look_ahead(
     stand_ins: Mapping[str, str],
     process: Distributed,
     fixed: Sequence[str] = (),
+    widths: Mapping[str, int] | None = None,
 ) -> StepAhead:
     """Check a step's settings, models, output folder and data.
 
@@ -58,15 +59,19 @@ def look_ahead(
         step: 1, 2 or 3. argv: of its main.py.
         stand_ins: the model that each folder of an earlier step starts from.
         process: one of those that will train. fixed: flags that are the user's choice.
+        widths: hidden size of the models that the rates in `argv` are meant for, by the prefix of
+            their flags; without an entry rates stay.
 
     Raises:
         UserError: what would stop the step.
     """
     if step == 3:
-        return _look_at_ppo(parse(RLHFSettings, argv, None), stand_ins, process, fixed)
+        return _look_at_ppo(
+            parse(RLHFSettings, argv, None), stand_ins, process, fixed, widths or {}
+        )
     settings: SFTSettings | RewardSettings
     settings = parse(SFTSettings, argv, None) if step == 1 else parse(RewardSettings, argv, None)
-    return _look_at_one_model(settings, BUILDS[step], stand_ins, process, fixed)
+    return _look_at_one_model(settings, BUILDS[step], stand_ins, process, fixed, widths or {})
 
 
 def _look_at_one_model(
@@ -75,6 +80,7 @@ def _look_at_one_model(
     stand_ins: Mapping[str, str],
     process: Distributed,
     fixed: Sequence[str],
+    widths: Mapping[str, int],
 ) -> StepAhead:
     name = settings.model_name_or_path
     ctx = setup_run(
@@ -84,7 +90,7 @@ def _look_at_one_model(
         teaches_format=settings.PHASE == 1 or name in stand_ins,
         process=process,
     )
-    model, flags = _fitting_rank(settings.model, stand_ins.get(name, name), build)
+    model, flags = _fitting_model(settings.model, stand_ins.get(name, name), build, "", widths)
     settings = replace(settings, model_name_or_path=stand_ins.get(name, name), model=model)
     plan = plan_model(ctx, settings, build)
     data = ctx.load_data(settings.data, settings.PHASE, settings.batch.max_seq_len)
@@ -94,7 +100,11 @@ def _look_at_one_model(
 
 
 def _look_at_ppo(
-    settings: RLHFSettings, stand_ins: Mapping[str, str], process: Distributed, fixed: Sequence[str]
+    settings: RLHFSettings,
+    stand_ins: Mapping[str, str],
+    process: Distributed,
+    fixed: Sequence[str],
+    widths: Mapping[str, int],
 ) -> StepAhead:
     names = settings.role_names()
     waits = {name for name in (names.actor, names.critic, names.reward) if name in stand_ins}
@@ -109,10 +119,10 @@ def _look_at_ppo(
         teaches_format=names.actor in waits,
         process=process,
     )
-    adapted, flags = _fitting_rank(settings.actor, actor, BUILDS[1], "actor_")
+    adapted, flags = _fitting_model(settings.actor, actor, BUILDS[1], "actor_", widths)
     settings = replace(settings, actor=adapted)
     if critic is not None:
-        adapted, more = _fitting_rank(settings.critic, critic, BUILDS[2], "critic_")
+        adapted, more = _fitting_model(settings.critic, critic, BUILDS[2], "critic_", widths)
         settings, flags = replace(settings, critic=adapted), flags | more
     if waits:
         settings.run.check_output(*ROLE_FOLDERS)
@@ -132,17 +142,35 @@ def _look_at_ppo(
     return _ahead(actor, data, length, written, flags, fixed)
 
 
-def _fitting_rank(
-    model: ModelConfig, name: str, build: Build, prefix: str = ""
-) -> tuple[ModelConfig, dict[str, int]]:
-    """Lower the adapters' rank to that of the model's layers; a small model has few."""
-    if model.lora.lora_dim == 0:
-        return model, {}
-    _, largest = largest_rank(on_meta(name, build), model.lora)
-    if model.lora.lora_dim <= largest:
-        return model, {}
-    lora = replace(model.lora, lora_dim=largest)
-    return replace(model, lora=lora), {f"{prefix}lora_dim": largest}
+def _fitting_model(
+    model: ModelConfig, name: str, build: Build, prefix: str, widths: Mapping[str, int]
+) -> tuple[ModelConfig, dict[str, int | float]]:
+    """Fit adapters and rates to the model: its layers may be smaller, or larger, than foreseen."""
+    width = load_config(name).get_text_config().hidden_size
+    factor = widths.get(prefix, width) / width
+    flags = {f"{prefix}{key}": rate for key, rate in _scaled_rates(model, factor).items()}
+    if model.lora.lora_dim:
+        _, largest = largest_rank(on_meta(name, build), model.lora)
+        if model.lora.lora_dim > largest:
+            model = replace(model, lora=replace(model.lora, lora_dim=largest))
+            flags[f"{prefix}lora_dim"] = largest
+    return model, flags
+
+
+def _scaled_rates(model: ModelConfig, factor: float) -> dict[str, float]:
+    """Learning rates for a model of another width: Adam's best falls about as one over it.
+
+    Yang et al. 2022 (muP, arXiv:2203.03466), for hidden weights; to two digits.
+    """
+    if factor == 1:
+        return {}
+    rates, own = model.optimizer, model.optimizer.lora_learning_rate is not None
+    scaled = {"learning_rate": rates.base_rate}
+    if model.lora.lora_dim and (own or rates.learning_rate is None):  # else A's is that one
+        scaled["lora_learning_rate"] = rates.lora_A_rate
+    if rates.head_learning_rate is not None:
+        scaled["head_learning_rate"] = rates.head_learning_rate
+    return {name: float(f"{factor * rate:.2g}") for name, rate in scaled.items()}
 
 
 def _ahead(
@@ -150,7 +178,7 @@ def _ahead(
     data: PromptData,
     length: RunLength,
     written: Sequence[Written],
-    flags: dict[str, int],
+    flags: dict[str, int | float],
     fixed: Sequence[str],
 ) -> StepAhead:
     fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps()

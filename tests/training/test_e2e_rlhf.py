@@ -159,10 +159,16 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
     """8 micro-batches of 16 rows; layers of width 32, where the scripts have rank 128."""
     more = ["--gradient_accumulation_steps", "1", "--num_train_epochs", "3"]
+    # 7.2e-6 * 2048 / 32 of A, and of all weights 5e-5 and 5e-6, times 1024 / 32
+    rates = {
+        1: ["--learning_rate", "0.00046"],
+        2: ["--learning_rate", "0.0016"],
+        3: ["--actor_learning_rate", "0.00046"],
+    }
     assert ahead(e2e, inputs) == {
-        1: ["--lora_dim", "32", *more],
-        2: more,
-        3: ["--actor_lora_dim", "32", *more],
+        1: [*rates[1], "--lora_dim", "32", *more],
+        2: [*rates[2], *more],
+        3: [*rates[3], "--actor_lora_dim", "32", "--critic_learning_rate", "0.00016", *more],
     }
     lines = capsys.readouterr().out.splitlines()
     model = inputs / "model"
@@ -175,11 +181,10 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
 def test_what_the_user_gives_wins(e2e: ModuleType, inputs: Path):
     flags = ["--gradient-accumulation-steps", "4", "--num-warmup-steps", "7"]
     flags += ["--num-train-epochs", "1"]
-    assert ahead(e2e, inputs, *flags) == {
-        1: ["--lora_dim", "32"],
-        2: [],
-        3: ["--actor_lora_dim", "32"],
-    }
+    chosen = ahead(e2e, inputs, *flags)
+    assert chosen[1][2:] == ["--lora_dim", "32"]  # after the rate, that of the model's width
+    assert len(chosen[2]) == 2
+    assert "--num_warmup_steps" not in chosen[3] and "--num_train_epochs" not in chosen[3]
 
 
 def test_a_later_step_is_refused_before_the_first(e2e: ModuleType, inputs: Path, monkeypatch):
