@@ -45,7 +45,7 @@ from dschat.utils.distributed import (
     print_rank_0,
 )
 from dschat.utils.optim import group_rates
-from dschat.utils.zero import local_shard
+from dschat.utils.zero import local_values
 
 METRICS = "metrics.jsonl"
 
@@ -175,8 +175,12 @@ class Checkpointer:
 
     def _check_files(self, folder: Path, digests: Mapping[str, str]) -> None:
         """Check this rank's share of the files."""
-        mine = sorted(digests)[self.distributed.rank :: self.distributed.world_size]
-        checkpoint_folder.check_files(folder, {name: digests[name] for name in mine})
+        mine = {name: digests[name] for name in self._share(sorted(digests))}
+        checkpoint_folder.check_files(folder, mine)
+
+    def _share(self, names: list[str]) -> list[str]:
+        """Choose the files whose bytes this rank reads."""
+        return names[self.distributed.rank :: self.distributed.world_size]
 
     @property
     def continued(self) -> Continued | None:
@@ -263,8 +267,7 @@ class Checkpointer:
                 torch.save(other.state_dict(), part / self._file(name, other))
         barrier()
         names = from_main(functools.partial(self._complete, part))
-        mine = names[self.distributed.rank :: self.distributed.world_size]
-        digests = all_gather(checkpoint_folder.digests_of(part, mine))
+        digests = all_gather(checkpoint_folder.digests_of(part, self._share(names)))
         if self.distributed.is_main:
             groups = {name: list(group_rates(e.optimizer)) for name, e in self.engines.items()}
             plan = self.plan.record(groups, self.distributed.world_size)
@@ -296,7 +299,7 @@ def check_weights(name: str, module: nn.Module, step: int) -> None:
     Raises:
         UserError: on every rank.
     """
-    trained = (local_shard(p) for p in module.parameters() if p.requires_grad)
+    trained = (local_values(p) for p in module.parameters() if p.requires_grad)
     (broken,) = all_reduce_sum([float(sum(not torch.isfinite(w).all() for w in trained))])
     if broken:
         raise UserError(

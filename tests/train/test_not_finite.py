@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.train.checkpointer import CheckpointConfig, Checkpointer, Position
+from dschat.train.checkpointer import CheckpointConfig, Checkpointer, Position, check_weights
 from dschat.train.metrics import LogConfig, MetricLogger
 from dschat.train.model_config import ModelConfig
 from dschat.train.progress import TrainingLog, finite_loss
+from dschat.utils import zero
 from dschat.utils.distributed import Distributed
 from dschat.utils.optim import OptimizerConfig, build_optimizer, get_optimizer_grouped_parameters
 from dschat.utils.perf import Gpus
@@ -55,6 +56,19 @@ def test_an_evaluation_that_is_not_finite(log: TrainingLog):
     log.evaluation(0, {"loss": 2.0}, 1.0)
     with pytest.raises(UserError, match="evaluation loss after 0 optimizer steps is nan"):
         log.evaluation(0, {"loss": math.nan}, 1.0)
+
+
+def test_what_fills_up_a_shard_is_no_weight(monkeypatch):
+    """Two ranks share 3 elements in shards of 2; the fourth is what was in memory."""
+    module, parameter = nn.Module(), nn.Parameter(torch.empty(0))
+    vars(parameter).update(ds_id=0, ds_shape=(3,), ds_process_group=None)
+    parameter.ds_tensor = torch.tensor([5.0, torch.nan])
+    module.weight = parameter
+    monkeypatch.setattr(zero.dist, "get_rank", lambda group: 1)
+    check_weights("actor", module, 3)
+    monkeypatch.setattr(zero.dist, "get_rank", lambda group: 0)
+    with pytest.raises(UserError, match="step 3: weights of the actor are not finite"):
+        check_weights("actor", module, 3)
 
 
 def test_no_checkpoint_of_weights_that_are_not_finite(tmp_path: Path):
