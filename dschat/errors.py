@@ -1,5 +1,8 @@
 """The one error a user can cause: bad input, reported in one line before work starts."""
 
+from collections import Counter
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input: the message names the value, the place and the remedy, on one line.
@@ -23,3 +26,25 @@ def brief(error: Exception, with_type: bool = False) -> str:
     if rest and line.endswith(":"):
         line += f" {rest[0].strip()}"
     return f"{kind}: {line}" if with_type else line
+
+
+class RepeatedKeyError(ValueError):
+    """A `key` that stands `count` times in one JSON object; a reader would take its last value."""
+
+    def __init__(self, key: str, count: int):
+        super().__init__(f"the key {key!r} stands twice")
+        self.key, self.count = key, count
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON, as `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        RepeatedKeyError: the first key that stands in it more than once.
+    """
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        key = next(key for key, count in counts.items() if count > 1)
+        raise RepeatedKeyError(key, counts[key])
+    return entries

@@ -146,8 +146,8 @@ def _fitting_model(
     model: ModelConfig, name: str, build: Build, prefix: str, widths: Mapping[str, int]
 ) -> tuple[ModelConfig, dict[str, int | float]]:
     """Fit adapters and rates to the model: its layers may be smaller, or larger, than foreseen."""
-    width = load_config(name).get_text_config().hidden_size
-    factor = widths.get(prefix, width) / width
+    width = getattr(load_config(name).get_text_config(), "hidden_size", None)  # one family has none
+    factor = widths[prefix] / width if prefix in widths and width else 1.0
     flags = {f"{prefix}{key}": rate for key, rate in _scaled_rates(model, factor).items()}
     if model.lora.lora_dim:
         _, largest = largest_rank(on_meta(name, build), model.lora)

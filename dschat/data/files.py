@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dschat.errors import UserError, brief
+from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
 
 # Raised by Arrow's readers for damaged files; a text that is not UTF-8 is a ValueError.
 BROKEN = (pa.ArrowException, OSError, ValueError)
@@ -57,25 +57,13 @@ def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
                         yield f"{name} line {number}", _parse(line, name, number)
 
 
-class _TwiceError(ValueError):
-    """Raised for an object that holds a key twice: the reader would take one of its values."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
-    return row
-
-
 def _parse(text: bytes, name: str, first_line: int) -> Any:
     decoded = _decoded(text, name, first_line).rstrip()
     line = first_line
     try:
-        return json.loads(decoded, object_pairs_hook=_object)
-    except _TwiceError as error:
-        problem, remedy = f"the key {str(error)!r} stands twice in one object", "drop one of them"
+        return json.loads(decoded, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        problem, remedy = f"{error} in one object", "drop one of them"
         if decoded.lstrip().startswith("["):
             line += _line_of_fault(decoded)
     except json.JSONDecodeError as error:
@@ -89,12 +77,12 @@ def _parse(text: bytes, name: str, first_line: int) -> Any:
 
 def _line_of_fault(rows: str) -> int:
     """Count the lines before the first row of a list that holds a key twice."""
-    decoder, at = json.JSONDecoder(object_pairs_hook=_object), 0
+    decoder, at = json.JSONDecoder(object_pairs_hook=unique_keys), 0
     between = re.compile(r"[\s,\[]*")
     while (match := between.match(rows, at)) is not None:
         try:
             _, at = decoder.raw_decode(rows, match.end())
-        except _TwiceError:
+        except RepeatedKeyError:
             return rows.count("\n", 0, match.end())
     return 0
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dschat.errors import UserError, brief
+from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
 from dschat.utils.module.model_source import resolve_model
 
 Build = Callable[[PretrainedConfig], nn.Module]
@@ -58,15 +56,12 @@ def check_kind(model_name_or_path: str) -> None:
 
 def _check_keys(file: Path) -> None:
     """Stop at a key that stands twice, of which JSON readers take the last in silence."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"{key!r} stands in it {count} times")
-        return dict(pairs)
-
-    if file.is_file():
-        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    if not file.is_file():
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        raise ValueError(f"{error.key!r} stands in it {error.count} times") from error
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dschat.errors import UserError, brief
+from dschat.errors import UserError, brief, unique_keys
 from dschat.settings import unknown
 
 # Blocks that DeepSpeed reads key by key; the others are models that check themselves, or belong to
@@ -28,7 +28,7 @@ def read_user_config(path: str) -> dict:
         UserError: the file is missing, cannot be read, holds no JSON object, or a key twice.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise UserError(f"deepspeed_config {path}: no such file") from error
     except OSError as error:
@@ -38,16 +38,6 @@ def read_user_config(path: str) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config {path}: holds no JSON object, write {{...}}")
     return config
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object of JSON; a key that stands twice is an error."""
-    entries: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise ValueError(f"the key {key!r} stands twice")
-        entries[key] = value
-    return entries
 
 
 def merge_into(base: dict, over: dict, place: str) -> None:

@@ -10,17 +10,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.helpers import tiny
 
-_SHAPE = {
-    "vocab_size": tiny.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    **tiny.SPECIAL,
-}
 _GEMMA4 = {
     "head_dim": 8,
     "global_head_dim": 8,
@@ -44,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 def family_config(name: str, **changes: object) -> PretrainedConfig:
     """The shape of one of `FAMILIES`."""
     kind, own = FAMILIES[name]
-    return getattr(transformers, kind)(**{**_SHAPE, **own, **changes})
+    return getattr(transformers, kind)(**{**tiny.SHAPE, **own, **changes})
 
 
 def save_family(folder: Path, name: str) -> str:

@@ -40,21 +40,23 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    **SPECIAL,
+}
+
+
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """Two layers of width 32 whose weights are large enough for lively logits."""
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        **SPECIAL,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).eval()
 
 
 def tiny_gpt2(seed: int = 0) -> PreTrainedModel:
