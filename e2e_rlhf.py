@@ -44,6 +44,14 @@ SCRIPT_WIDTHS = {"run_1.3b.sh": 2048, "run_350m.sh": 1024}
 CRITIC_WIDTH = 1024
 # Flags of main.py in every step, where given.
 PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps")
+# Flags that the embedded default has no use for.
+OF_A_MODEL = (
+    "reward_model",
+    "data_path",
+    "actor_zero_stage",
+    "reward_zero_stage",
+    "deployment_type",
+)
 # What a script calls, in `arguments_of`: nothing is made, printed or started.
 STAND_INS = {"mkdir": ":", "tee": "cat > /dev/null"} | dict.fromkeys(
     ("deepspeed", "python"), 'printf "%s\\0" "$@" > "$WORDS"'
@@ -88,12 +96,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check all steps and stop")
     args = parser.parse_args(argv)
     if args.actor_model is None:
-        for name in ("reward_model", "data_path"):
-            if getattr(args, name):
+        for name in OF_A_MODEL:
+            if getattr(args, name) != parser.get_default(name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{flag} needs --actor-model: the embedded default has models and data of "
-                    "its own; name a model, or drop the flag"
+                    f"{flag} needs --actor-model: the embedded default has models, data and "
+                    "scripts of its own; name a model, or drop the flag"
                 )
     return args
 
@@ -113,9 +121,28 @@ def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]
         return script, []
     script = folder / f"run_{FALLBACK_SIZE[step]}.sh"
     if not script.is_file():
-        raise UserError(f"no script for {deployment} in step {step}: {script} does not exist")
+        raise UserError(
+            f"--deployment-type {deployment}: step {step} has no script for {model} there "
+            f"(training_scripts/opt/{deployment}); choose single_gpu or single_node, or start "
+            "its main.py under deepspeed --hostfile"
+        )
     name = model if size is None else f"facebook/opt-{size}"
     return script, [] if step == 3 else ["--model_name_or_path", name]
+
+
+def borrowed(args: argparse.Namespace, step: int, command: list[str]) -> str | None:
+    """Say whose script serves a model that has none of its own; None for one that has."""
+    if args.actor_model is None:
+        return None
+    model = args.reward_model or FALLBACK_SIZE[2] if step == 2 else args.actor_model
+    script = Path(command[1])
+    size = script.stem.removeprefix("run_")
+    if size == size_of(model):
+        return None
+    return (
+        f"no script of its own on {script.parent.name}: {script.name} serves it, whose ZeRO stage, "
+        f"adapters and batch sizes are meant for facebook/opt-{size}"
+    )
 
 
 def commands(args: argparse.Namespace) -> dict[int, list[str]]:
@@ -124,7 +151,7 @@ def commands(args: argparse.Namespace) -> dict[int, list[str]]:
     common = [*(["--data_path", *data] if data else []), *common_flags(args)]
     if args.actor_model is None:
         return {step: quickstart_command(step, args) for step in sorted(set(args.step))}
-    actor, reward = local(args.actor_model), local(args.reward_model or "350m")
+    actor, reward = local(args.actor_model), local(args.reward_model or FALLBACK_SIZE[2])
     outputs = {step: args.output_dir / STEP_NAMES[step] for step in STEP_DIRS}
     result = {}
     for step in sorted(set(args.step)):
@@ -214,6 +241,8 @@ def check_ahead(args: argparse.Namespace, plan: dict[int, list[str]]) -> dict[in
             stand_ins[str(args.output_dir / STEP_NAMES[step])] = ahead.model
         steps = ahead.length.steps
         print(f"step {step}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps")
+        if line := borrowed(args, step, command):
+            print(f"  {line}")
         if flags:
             print(f"  chosen by rows and model: {' '.join(flags)}")
         for line in ahead.length.advice():
@@ -264,12 +293,13 @@ def run_step(step: int, command: list[str]) -> float:
 def main() -> None:
     """Build what the default needs, check, run the steps, print the closing table."""
     args = parse_args()
+    plan = commands(args)
     prepare_output_dir(args)
     if args.actor_model is None:
         from dschat.quickstart import build
 
         build(args.output_dir, args.seed)
-    plan = check_ahead(args, commands(args))
+    plan = check_ahead(args, plan)
     if args.dry_run:
         return
     seconds = {step: run_step(step, command) for step, command in plan.items()}

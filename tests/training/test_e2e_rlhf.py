@@ -109,11 +109,49 @@ def test_a_folder_or_another_id_goes_into_the_nearest_script(
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(e2e: ModuleType):
-    for flag in ("--reward-model", "--data-path"):
+    of_a_model = {
+        "--reward-model": "350m",
+        "--data-path": "x.jsonl",
+        "--actor-zero-stage": "3",
+        "--reward-zero-stage": "0",
+        "--deployment-type": "single_node",
+    }
+    for flag, value in of_a_model.items():
         with pytest.raises(UserError, match=f"{flag} needs --actor-model: the embedded default"):
-            e2e.parse_args([flag, "350m"])
-    with pytest.raises(UserError, match=r"no script for multi_node in step 1: .*run_1\.3b\.sh"):
-        plan(e2e, "--actor-model", "1.3b", "--deployment-type", "multi_node")
+            e2e.parse_args([flag, value])
+
+
+@pytest.mark.parametrize("model", ["1.3b", "13b", "./somewhere"])
+def test_scripts_that_are_not_there_are_missed_at_once(
+    e2e: ModuleType, model, tmp_path, monkeypatch
+):
+    """Before the output folder is made."""
+    monkeypatch.setattr(e2e, "STEP_DIRS", {step: tmp_path / str(step) for step in (1, 2, 3)})
+    out = tmp_path / "out"
+    argv = ["e2e_rlhf.py", "--actor-model", model, "--deployment-type", "multi_node"]
+    monkeypatch.setattr("sys.argv", [*argv, "--output-dir", str(out)])
+    with pytest.raises(
+        UserError, match=r"multi_node: step 1 has no script for .* choose single_gpu"
+    ):
+        e2e.main()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("actor", "script"),
+    [("1.3b", None), ("facebook/opt-1.3b", None), ("30b", "1.3b"), ("./my-model", "1.3b")],
+)
+def test_a_borrowed_script_is_named(e2e: ModuleType, actor: str, script: str | None):
+    args = e2e.parse_args(["--actor-model", actor])
+    for step, command in e2e.commands(args).items():
+        line = e2e.borrowed(args, step, command)
+        if step == 2 or script is None:
+            assert line is None
+        else:
+            assert line == (
+                f"no script of its own on single_gpu: run_{script}.sh serves it, whose ZeRO stage, "
+                f"adapters and batch sizes are meant for facebook/opt-{script}"
+            )
 
 
 def test_flags_of_all_steps(e2e: ModuleType):
@@ -175,6 +213,7 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
     assert [line for line in lines if line.startswith("step ")] == [
         f"step {step}: {model}, 128 rows, 24 optimizer steps" for step in (1, 2, 3)
     ]
+    assert sum("no script of its own on single_gpu: run_" in line for line in lines) == 3
     assert lines[-1].startswith("model folders: ") and "free in" in lines[-1]
 
 
