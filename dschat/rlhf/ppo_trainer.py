@@ -19,9 +19,9 @@ import torch
 from dschat.data.collators import PromptBatch
 from dschat.functional.losses import kl_loss, mean_scale, policy_loss, value_loss
 from dschat.functional.returns import kl_k3
+from dschat.models.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
 from dschat.rlhf.experience import Experience, filled, minibatches
-from dschat.rlhf.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_health import check_figures
 from dschat.rlhf.ppo_statistics import (
@@ -311,7 +311,7 @@ __getattr__ = moved(
     __name__,
     {
         "DeepSpeedPPOTrainerUnsupervised": "DeepSpeedPPOTrainer with a PTX (dschat.rlhf.ptx)",
-        "gather_log_probs": "dschat.rlhf.logprobs.answer_logprobs",
+        "gather_log_probs": "dschat.models.logprobs.answer_logprobs",
         "get_model_norm": "the figure grad_norm of metrics.jsonl",
         "print_all_ranks": "dschat.utils.distributed.print_rank_0",
     },

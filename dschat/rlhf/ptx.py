@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.text_blocks import TextBlocks, create_text_blocks
 from dschat.errors import UserError
 from dschat.functional.losses import mean_scale
-from dschat.rlhf.logprobs import answer_logprobs
+from dschat.models.logprobs import answer_logprobs
 from dschat.settings import Settings, setting
 from dschat.train.engine import Engine, backward
 from dschat.utils.distributed import all_reduce_sum

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dschat.models.causal_lm import disable_dropout
+from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import scores_at_end
 from dschat.rlhf.ema import EMA, EMAConfig
-from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup

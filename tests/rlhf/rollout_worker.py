@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from dschat.data.collators import PromptBatch
+from dschat.models import logprobs
 from dschat.models.causal_lm import create_hf_model
-from dschat.rlhf import logprobs
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
 from tests.helpers import tiny

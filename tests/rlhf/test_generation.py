@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
+from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.generation import (
     Sampled,
     SamplingConfig,
@@ -17,7 +18,6 @@ from dschat.rlhf.generation import (
     answer_ends,
     tell_unused_ends,
 )
-from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import generate_sorted
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.utils.module.lora import lora_layers

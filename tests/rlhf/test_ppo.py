@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dschat.models.causal_lm import create_hf_model
+from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import create_critic_model, scores_at_end
-from dschat.rlhf.logprobs import answer_logprobs
 from dschat.rlhf.rollout import answer_values
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import (

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from dschat.models.logprobs import AnswerScores
 from dschat.rlhf import ppo_trainer
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.logprobs import AnswerScores
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_statistics import (
     advantage_statistics,

@@ -1,7 +1,8 @@
 """Log-probabilities of answers: the trunk in one pass, the output head in blocks of tokens.
 
 A block's logits are at most `BLOCK_BYTES`; the backward pass makes them anew, block by block. So
-no (B, T, V) tensor exists, and none over the prompt.
+no (B, T, V) tensor exists, and none over the prompt. `answer_logprobs` scores the last columns of a
+batch, as generation makes them, `target_logprobs` the positions of a mask.
 """
 
 from __future__ import annotations
@@ -70,6 +71,36 @@ def answer_logprobs(
     mask = attention_mask[:, -answer_length:]
     scores = [column.reshape(mask.shape).where(mask, 0.0) for column in columns]
     return AnswerScores(scores[0], scores[1] if with_entropy else None)
+
+
+def target_logprobs(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of some tokens of right-padded sequences: (B, T) fp32, 0 elsewhere.
+
+    The head sees the states before these tokens alone, neither prompts nor padding.
+
+    Args:
+        model: a causal LM or an engine around one; called once, also without any target.
+        targets: (B, T) bool, True where the token is to be predicted; a sequence's first token has
+            nothing before it and never is.
+    """
+    wanted = targets[:, 1:]
+    ids = input_ids[:, 1:][wanted]  # (N,)
+    inputs = forward_inputs(model, input_ids, attention_mask)
+    split = _split_of(model, input_ids)
+    if split is None:
+        logits = model(**inputs, use_cache=False).logits[:, :-1][wanted]
+        (found,) = _in_blocks(lambda x: x, logits, ids, logits.shape[-1], 1.0, False)
+    else:
+
+        def score(head: Tensors, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return _in_blocks(head, states[:, :-1][wanted], ids, split.vocabulary, 1.0, False)
+
+        (found,) = _pass_through(model, split, inputs, score)
+    logprobs = found.new_zeros(input_ids.shape)
+    logprobs[:, 1:][wanted] = found
+    return logprobs
 
 
 def _from_logits(

@@ -11,9 +11,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dschat.models import logprobs
 from dschat.models.causal_lm import forward_inputs
-from dschat.rlhf import logprobs
-from dschat.rlhf.logprobs import answer_logprobs
+from dschat.models.logprobs import answer_logprobs, target_logprobs
 from dschat.utils.module.lora import (
     convert_linear_layer_to_lora,
     make_model_gradient_checkpointing_compatible,
@@ -138,6 +138,50 @@ def test_entropy_carries_no_gradient():
     assert scores.logprobs.requires_grad and not scores.entropy.requires_grad
 
 
+def right_padded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four sequences, and targets of 4, 3, 5 and 4 tokens at their ends: (4, T)."""
+    ids, mask = tiny.padded(tiny.token_rows(4, seed=5))
+    ends, columns = mask.sum(-1, keepdim=True), torch.arange(ids.shape[1])
+    return ids, mask, mask & (columns >= ends - torch.tensor([[4], [3], [5], [4]]))
+
+
+def by_all_logits(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    every = model(**forward_inputs(model, ids, mask)).logits.float().log_softmax(-1)
+    found = every[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return nn.functional.pad(found, (1, 0)) * targets
+
+
+@FAMILIES
+def test_targets_of_a_mask_have_the_models_own_values_and_gradients(family):
+    model, (ids, mask, targets) = MODELS[family](), right_padded()
+    weights, pairs = torch.linspace(-1, 2, ids.numel()).view(ids.shape), []
+    for score in (by_all_logits, target_logprobs):
+        model.zero_grad()
+        scored = score(model, ids, mask, targets)
+        (scored * weights).sum().backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        pairs.append((scored.detach(), found))
+    (expected, wanted), (scored, found) = pairs
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    assert found.keys() == wanted.keys() and not scored[~targets].any()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_sees_the_targets_alone():
+    model, (ids, mask, targets) = tiny.tiny_llama(), right_padded()
+    target_logprobs(model, ids, mask, targets)
+    sizes, plain = [], model.lm_head.forward
+    model.lm_head.forward = lambda states: sizes.append(len(states)) or plain(states)
+    target_logprobs(model, ids, mask, targets)
+    assert sizes == [5, 5, 5, 1]  # 16 targets in blocks of 5
+    sizes.clear()
+    nothing = target_logprobs(model, ids, mask, torch.zeros_like(targets))
+    assert sizes == [0] and not nothing.any() and nothing.requires_grad
+
+
 class Shifted(nn.Module):
     """A causal LM whose logits no table knows: its own forward adds to the head's output."""
 
@@ -175,6 +219,14 @@ def test_logits_that_are_more_than_a_head_are_the_models_own(temperature, capsys
     with torch.no_grad():
         entropy = answer_logprobs(model, ids, mask, 7, with_entropy=True).entropy
     torch.testing.assert_close(entropy, plainly(model, ids, mask)[1], atol=1e-5, rtol=1e-5)
+
+
+def test_targets_of_logits_that_are_more_than_a_head():
+    model, (ids, mask, targets) = Shifted(tiny.tiny_llama()), right_padded()
+    with torch.no_grad():
+        expected = by_all_logits(model, ids, mask, targets)
+        found = target_logprobs(model, ids, mask, targets)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_cap_that_small_logits_would_hide_is_found():
