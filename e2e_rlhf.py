@@ -206,7 +206,7 @@ def arguments_of(command: list[str]) -> list[str]:
             program.write_text(f"#!/bin/sh\n{body}\n")
             program.chmod(0o755)
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-        env = os.environ | {"PATH": path, "WORDS": str(words)}
+        env = os.environ | {"PATH": path, "WORDS": str(words), "LAUNCHER": "python"}
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         arguments = words.read_text(encoding="utf-8").split("\0")[:-1]
     start = next(i for i, word in enumerate(arguments) if word.endswith("main.py"))

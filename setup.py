@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["dschat", "dschat.*"]),
-    package_data={"dschat": ["py.typed"]},
+    package_data={"dschat": ["py.typed", "recipes/**/*.yaml"]},
     python_requires=">=3.11",
     # Lower bounds are what the tests run on (constraints.txt), but where an older release is
     # known to serve; upper bounds stand before the next release that may break an interface.

@@ -69,6 +69,8 @@ def fake_launchers(
 ) -> Callable[..., subprocess.CompletedProcess]:
     """Put a `deepspeed` and a `python` first on the path that print one argument a line.
 
+    Scripts for several nodes find a hostfile, the folder's `hosts`.
+
     Returns:
         What runs a command in an empty folder. The launchers exit with FAKE_EXIT, 0 by default.
     """
@@ -78,6 +80,9 @@ def fake_launchers(
     for name in ("deepspeed", "python"):
         (fakes / name).write_text(FAKE)
         (fakes / name).chmod(0o755)
+    (folder / "hosts").write_text("node-1 slots=8\nnode-2 slots=8\n")
+    monkeypatch.setenv("HOSTFILE", str(folder / "hosts"))
+    monkeypatch.delenv("LAUNCHER", raising=False)
     monkeypatch.setenv("PATH", f"{fakes}{os.pathsep}{os.environ['PATH']}")
 
     def run(*command: str) -> subprocess.CompletedProcess:

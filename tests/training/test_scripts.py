@@ -7,33 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from dschat.train.advice import lora_advice
-from tests.helpers.shell import STEP1, STEP2, STEP3, TRAINING, fake_launchers, started
+from tests.helpers.shell import STEP1, STEP3, TRAINING, fake_launchers, started
+from tests.helpers.tiers import tiers
 
-SCRIPTS = sorted(TRAINING.rglob("*.sh"))
-RECIPES = [script for script in SCRIPTS if "training_scripts" in script.parts]
+LAUNCH = TRAINING / "launch.sh"
+SCRIPTS = sorted({*TRAINING.rglob("*.sh")} - {LAUNCH})
+RECIPES = TRAINING.parent / "dschat" / "recipes"
 BASH = shutil.which("bash")
 
-# What the scripts of DeepSpeed-Chat take, for those of them that exist here.
-TAKES_OUTPUT_AND_STAGE = ("OUTPUT", "ZERO_STAGE")
-TAKES_MODELS_STAGES_OUTPUT = (
-    "ACTOR_MODEL_PATH",
-    "CRITIC_MODEL_PATH",
-    "ACTOR_ZERO_STAGE",
-    "CRITIC_ZERO_STAGE",
-    "OUTPUT",
-)
-# script → default ZeRO stage (actor's and critic's in step 3)
-DEFAULT_STAGES = {
-    STEP1 + "single_gpu/run_1.3b.sh": (0,),
-    STEP1 + "single_node/run_1.3b.sh": (2,),
-    STEP1 + "single_node/run_1.3b_lora.sh": (0,),
-    STEP2 + "single_gpu/run_350m.sh": (0,),
-    STEP2 + "single_node/run_350m.sh": (0,),
-    STEP3 + "single_gpu/run_1.3b.sh": (0, 0),
-    STEP3 + "single_node/run_1.3b.sh": (2, 2),
-    STEP3 + "single_node/run_1.3b_lora.sh": (0, 0),
-}
+
+def name_of(script: Path) -> str:
+    return str(script.relative_to(TRAINING))
+
+
+def is_training(script: Path) -> bool:
+    return "training_scripts" in script.parts
+
+
+CORE = [
+    "step1_supervised_finetuning/evaluation_scripts/run_prompt.sh",
+    STEP1 + "single_gpu/run_1.3b.sh",
+    "step2_reward_model_finetuning/training_scripts/quickstart/run.sh",
+    STEP3 + "single_node/run_1.3b.sh",
+]
+every_script = pytest.mark.parametrize("name", tiers(map(name_of, SCRIPTS), CORE))
 
 
 @pytest.fixture
@@ -52,61 +49,51 @@ def positional(script: Path) -> tuple[list[str], list[str]]:
     return required, optional
 
 
-def name_of(script: Path) -> str:
-    return str(script.relative_to(TRAINING))
+def test_scripts_are_sound_bash_in_the_house_form():
+    assert {name[:5] for name in map(name_of, SCRIPTS)} >= {"step1", "step2", "step3"}
+    for script in (LAUNCH, *SCRIPTS):
+        assert subprocess.run([BASH, "-n", script], check=False).returncode == 0, script
+    for script in SCRIPTS:
+        lines = script.read_text().splitlines()
+        assert lines[0] == "#!/usr/bin/env bash" and script.stat().st_mode & 0o111, script
+        commands = [line for line in lines if line.strip() and not line.startswith("#")]
+        assert commands[0] == "set -euo pipefail", script
+        if is_training(script):
+            depth = len(script.relative_to(TRAINING).parts) - 1
+            up = "../" * depth
+            assert commands[1] == f'source "$(dirname "${{BASH_SOURCE[0]}}")/{up}launch.sh"', script
+            assert commands[-1].split()[0] == "start", script
+        else:
+            assert commands[-1].strip() == '"$@"', script
 
 
-@pytest.fixture(params=SCRIPTS, ids=name_of)
-def script(request: pytest.FixtureRequest) -> Path:
-    return request.param
-
-
-def test_every_step_ships_scripts():
-    assert {script.relative_to(TRAINING).parts[0][:5] for script in RECIPES} >= {
-        "step1",
-        "step2",
-        "step3",
-    }
-    assert {name for name in DEFAULT_STAGES if not (TRAINING / name).is_file()} == set()
-
-
-def test_a_script_is_sound_bash_in_the_house_form(script: Path):
-    assert subprocess.run([BASH, "-n", script], check=False).returncode == 0
-    lines = script.read_text().splitlines()
-    assert lines[0] == "#!/usr/bin/env bash"
-    commands = [line for line in lines if line.strip() and not line.startswith("#")]
-    assert commands[0] == "set -euo pipefail"
-    last = commands[-1].strip()
-    if "training_scripts" in script.parts:  # the screen and the log both get the output
-        assert last == '"$@" 2>&1 | tee -a "$OUTPUT/training.log"'
-    else:
-        assert last == '"$@"'
-
-
-def test_defaults_and_empty_words_mean_the_same(script: Path, shell):
-    required, optional = positional(script)
-    models = [f"some/{name.lower()}" for name in required]
-    plain = started(shell(BASH, str(script), *models))
-    empty = started(shell(BASH, str(script), *models, *["" for _ in optional]))
+@every_script
+def test_defaults_and_empty_words_mean_the_same(name: str, shell):
+    required, optional = positional(TRAINING / name)
+    models = [f"some/{word.lower()}" for word in required]
+    plain = started(shell(BASH, str(TRAINING / name), *models))
+    empty = started(shell(BASH, str(TRAINING / name), *models, *["" for _ in optional]))
     assert plain == empty
     assert plain.program.is_file()
-    assert plain.program.parent == TRAINING / script.relative_to(TRAINING).parts[0]
+    assert plain.program.parent == TRAINING / Path(name).parts[0]
     settings = plain.settings()
-    if "training_scripts" in script.parts:
-        assert settings.run.output_dir == "./output"
+    if is_training(TRAINING / name):
+        assert settings.run.output_dir.startswith("./output")
+        assert Path(plain.arguments[1]).is_relative_to(RECIPES)
 
 
-def test_given_words_and_more_flags_arrive(script: Path, shell, tmp_path: Path):
-    required, optional = positional(script)
+@every_script
+def test_given_words_and_more_flags_arrive(name: str, shell, tmp_path: Path):
+    required, optional = positional(TRAINING / name)
     # A space in each word: one that is not quoted would fall apart.
-    words = {name: str(tmp_path / name.lower() / "with space") for name in [*required, *optional]}
-    words |= {name: "1" for name in words if name.endswith("ZERO_STAGE")}
-    command = started(shell(BASH, str(script), *words.values(), "--seed", "77"))
+    words = {word: str(tmp_path / word.lower() / "with space") for word in [*required, *optional]}
+    words |= {word: "1" for word in words if word.endswith("ZERO_STAGE")}
+    command = started(shell(BASH, str(TRAINING / name), *words.values(), "--seed", "77"))
     assert command.arguments[-2:] == ["--seed", "77"]
-    for name, word in words.items():
-        assert word in command.arguments, name
+    for word, value in words.items():
+        assert value in command.arguments, word
     settings = command.settings()
-    if "training_scripts" in script.parts:
+    if is_training(TRAINING / name):
         assert settings.run.seed == 77
         assert settings.run.output_dir == words["OUTPUT"]
         assert Path(words["OUTPUT"], "training.log").read_text().splitlines()[-1] == "77"
@@ -114,45 +101,54 @@ def test_given_words_and_more_flags_arrive(script: Path, shell, tmp_path: Path):
         assert getattr(settings, "evaluation", settings).seed == 77
 
 
-def test_a_missing_required_word_is_told_by_its_place(script: Path, shell):
-    required, _ = positional(script)
+@every_script
+def test_a_missing_required_word_is_told_by_its_place(name: str, shell):
+    required, _ = positional(TRAINING / name)
     for count in range(len(required)):
-        process = shell(BASH, str(script), *["x"] * count)
+        process = shell(BASH, str(TRAINING / name), *["x"] * count)
         assert process.returncode != 0
         assert process.stdout == ""  # nothing was started
-        assert re.search(rf": {count + 1}: (the|a) \w+", process.stderr), process.stderr
+        place = f"error: {Path(name).name}: {required[count]} is missing: give "
+        place = place if is_training(TRAINING / name) else f": {count + 1}: "
+        assert re.search(rf"{place}(the|a) \w+", process.stderr), process.stderr
 
 
+@every_script
 def test_a_failed_run_fails_the_script(
-    script: Path, shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("FAKE_EXIT", "3")  # must not be hidden by the pipe to the log
-    required, optional = positional(script)
-    words = [str(tmp_path / "out") if name == "OUTPUT" else "2" for name in [*required, *optional]]
-    assert shell(BASH, str(script), *words).returncode == 3
+    names = [word for words in positional(TRAINING / name) for word in words]
+    words = [str(tmp_path / "out") if word == "OUTPUT" else "2" for word in names]
+    assert shell(BASH, str(TRAINING / name), *words).returncode == 3
 
 
-@pytest.mark.parametrize("name", DEFAULT_STAGES)
-def test_the_arguments_of_deepspeed_chat_keep_their_places(name: str, shell):
-    script = TRAINING / name
-    required, optional = positional(script)
-    stages = DEFAULT_STAGES[name]
-    if len(stages) == 1:
-        assert (*required, *optional) == TAKES_OUTPUT_AND_STAGE
-        default = started(shell(BASH, str(script))).settings()
-        other = started(shell(BASH, str(script), "there", "3")).settings()
-        assert (default.model.zero_stage,) == stages
-        assert other.model.zero_stage == 3
-    else:
-        assert (*required, *optional) == TAKES_MODELS_STAGES_OUTPUT
-        default = started(shell(BASH, str(script), "sft", "reward")).settings()
-        other = started(shell(BASH, str(script), "sft", "reward", "3", "1", "there")).settings()
-        assert (default.actor.zero_stage, default.critic.zero_stage) == stages
-        assert (other.actor.zero_stage, other.critic.zero_stage) == (3, 1)
-        assert other.roles.actor_model_name_or_path == "sft"
-        assert other.roles.critic_model_name_or_path == "reward"
-    assert default.run.output_dir == "./output"
-    assert other.run.output_dir == "there"
+def test_more_flags_stand_after_the_script_s_own_and_the_log_grows(shell, tmp_path: Path):
+    script, out = str(TRAINING / STEP1 / "single_gpu/run_1.3b.sh"), str(tmp_path / "a b")
+    command = started(shell(BASH, script, out, "", "--output_dir", "c", "--tensorboard_path", "d"))
+    settings = command.settings()
+    assert (settings.run.output_dir, settings.run.log.tensorboard_path) == ("c", "d")
+    log = Path(out, "training.log")
+    size = len(log.read_text())
+    started(shell(BASH, script, out))
+    assert len(log.read_text()) > size > 0
+
+
+def test_another_launcher_takes_the_place_of_deepspeed(shell, monkeypatch: pytest.MonkeyPatch):
+    script = str(TRAINING / STEP1 / "single_node/run_1.3b.sh")
+    usual = started(shell(BASH, script))
+    assert (usual.launcher, usual.options) == ("deepspeed", [])
+    monkeypatch.setenv("LAUNCHER", "python -m torch.distributed.run --nproc_per_node 2")
+    other = started(shell(BASH, script))
+    assert (other.launcher, other.options[-2:]) == ("python", ["--nproc_per_node", "2"])
+    assert other.arguments == usual.arguments
+
+
+def test_what_the_environment_holds_by_chance_is_no_argument(shell, monkeypatch):
+    for name in ("ZERO_STAGE", "ACTOR_MODEL_PATH", "CRITIC_ZERO_STAGE", "OUTPUT", "MORE"):
+        monkeypatch.setenv(name, "7")
+    command = started(shell(BASH, str(TRAINING / STEP1 / "single_gpu/run_1.3b.sh")))
+    assert "7" not in command.arguments
 
 
 def test_step_1_on_one_gpu_keeps_accumulation_and_rank(shell):
@@ -170,17 +166,3 @@ def test_step_3_on_one_gpu_updates_on_32_rows(shell):
     rows = settings.batches_per_iteration * settings.ppo.per_device_generation_batch_size
     assert rows / settings.updates == 32
     assert list(settings.remarks(iterations=10**6)) == []
-
-
-@pytest.mark.parametrize("script", [s for s in RECIPES if "opt" in s.parts], ids=name_of)
-def test_adapters_of_shipped_scripts_follow_the_advice(script: Path, shell):
-    """The quickstart is left out: its rates are tuned to its own small model."""
-    models = [f"some/{name.lower()}" for name in positional(script)[0]]
-    settings = started(shell(BASH, str(script), *models)).settings()
-    roles = [getattr(settings, role, None) for role in ("model", "actor", "critic")]
-    ranks = 1 if "single_gpu" in script.parts else 8
-    for model in filter(None, roles):
-        engine = settings.run.engine_config(model, "bf16", micro_batch=1)
-        rates = model.optimizer
-        size = rates.full_rate_size
-        assert lora_advice(model.lora, rates, engine, ranks, size) == []

@@ -1,28 +1,9 @@
 #!/usr/bin/env bash
 # Step 2 on one GPU or on the CPU, sized for the embedded default: all weights of the model of step 1.
-# Usage: bash run.sh MODEL DATA [OUTPUT] [more flags of main.py, which win over those here]
+# Usage: bash run.sh MODEL DATA [OUTPUT] [more flags of main.py, which win over the recipe]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../../launch.sh"
 
-STEP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-MODEL="${1:?the folder that step 1 wrote}"
-DATA="${2:?a data file or folder}"
-OUTPUT="${3:-./output}"
-shift "$(($# < 3 ? $# : 3))"
-mkdir -p "$OUTPUT"
-
-# A model this small knows its facts with all its weights; adapters come in step 3.
-python "$STEP_DIR/main.py" \
-  --model_name_or_path "$MODEL" \
-  --data_path "$DATA" \
-  --data_split 0,1,0 \
-  --data_output_path "$OUTPUT/.data" \
-  --max_seq_len 64 \
-  --per_device_train_batch_size 16 \
-  --per_device_eval_batch_size 128 \
-  --learning_rate 1e-3 \
-  --head_learning_rate 1e-3 \
-  --num_train_epochs 2 \
-  --num_warmup_steps 5 \
-  --dtype fp32 \
-  --output_dir "$OUTPUT" \
-  "$@" 2>&1 | tee -a "$OUTPUT/training.log"
+RECIPE=quickstart/reward.yaml
+take "MODEL:the folder that step 1 wrote" "DATA:a data file or folder" OUTPUT=./output -- "$@"
+start --model_name_or_path "$MODEL" --data_path "$DATA" --data_output_path "$OUTPUT/.data"

@@ -1,0 +1,84 @@
+# What every training script shares; it sources this file, names its recipe, and calls
+#   take NAME=DEFAULT NAME:MEANING ... -- "$@"   positional arguments into variables, more flags
+#   start [FLAG ...]                             main.py with recipe, FLAGs, arguments, more flags
+# Later flags win: those after the positional arguments over all others, the recipe loses to all.
+#
+# From the environment:
+#   HOSTFILE   of the multi_node scripts, as `deepspeed --hostfile` reads it (/job/hostfile)
+#   LAUNCHER   in place of `deepspeed` and its options: "torchrun --nproc_per_node 8", python
+
+TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SCRIPT="$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/${BASH_SOURCE[1]##*/}"
+STEP="${SCRIPT#"$TRAINING/"}"
+STEP="${STEP%%/*}"
+ACTOR_MODEL_PATH="" CRITIC_MODEL_PATH="" ZERO_STAGE="" ACTOR_ZERO_STAGE="" CRITIC_ZERO_STAGE=""
+
+fail() {
+  echo "error: ${SCRIPT##*/}: $1" >&2
+  exit 2
+}
+
+# NAME=DEFAULT takes a word, where it is missing or empty the default; NAME:MEANING needs one.
+# What is left over becomes MORE.
+take() {
+  local -a names=()
+  local spec name
+  while [ "$1" != -- ]; do
+    names+=("$1")
+    shift
+  done
+  shift
+  for spec in "${names[@]}"; do
+    name="${spec%%[=:]*}"
+    if [ -n "${1:-}" ]; then
+      printf -v "$name" '%s' "$1"
+    elif [ "$spec" != "${spec#"$name="}" ]; then
+      printf -v "$name" '%s' "${spec#*=}"
+    else
+      fail "$name is missing: give ${spec#*:}"
+    fi
+    shift "$(($# < 1 ? 0 : 1))"
+  done
+  MORE=("$@")
+}
+
+# The program that starts main.py on the recipe's hardware, into COMMAND.
+choose_launcher() {
+  if [ -n "${LAUNCHER:-}" ]; then
+    read -ra COMMAND <<< "$LAUNCHER"
+    return
+  fi
+  COMMAND=(deepspeed)
+  case "$RECIPE" in
+    */single_gpu/*) COMMAND+=(--num_gpus 1) ;;
+    */multi_node/*)
+      HOSTFILE="${HOSTFILE:-/job/hostfile}"
+      [ -f "$HOSTFILE" ] || fail "HOSTFILE $HOSTFILE: no such file; name one, with a line \`host slots=8\` for each node"
+      COMMAND+=(--hostfile "$HOSTFILE")
+      ;;
+    quickstart/*) COMMAND=(python) ;;
+  esac
+  # Step 3 leaves the usual port to a step that runs beside it.
+  case "$STEP:$RECIPE" in
+    step3*:*/single_node/* | step3*:*/multi_node/*) COMMAND+=(--master_port 12346) ;;
+  esac
+}
+
+# A flag and its value, where there is one, into COMMAND; without one the recipe's value holds.
+add() {
+  if [ -n "${2:-}" ]; then
+    COMMAND+=("$1" "$2")
+  fi
+}
+
+start() {
+  choose_launcher
+  COMMAND+=("$TRAINING/$STEP/main.py" --config "${TRAINING%/*}/dschat/recipes/$RECIPE" "$@")
+  add --actor_model_name_or_path "${ACTOR_MODEL_PATH:-}"
+  add --critic_model_name_or_path "${CRITIC_MODEL_PATH:-}"
+  add --zero_stage "${ZERO_STAGE:-}"
+  add --actor_zero_stage "${ACTOR_ZERO_STAGE:-}"
+  add --critic_zero_stage "${CRITIC_ZERO_STAGE:-}"
+  mkdir -p "$OUTPUT"
+  "${COMMAND[@]}" --output_dir "$OUTPUT" ${MORE[@]+"${MORE[@]}"} 2>&1 | tee -a "$OUTPUT/training.log"
+}
