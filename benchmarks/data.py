@@ -100,7 +100,7 @@ def padded_rank(args: argparse.Namespace, rows: Path, cache: Path, rank: int) ->
         torch.save(masks, file)
         del encoded, masks, examples, lines
     dist.barrier()
-    loaded = torch.load(file)
+    loaded = torch.load(file, weights_only=True)
     ready = time.perf_counter() - start
     real = slots = 0
     for row in loaded[rank::RANKS]:

@@ -70,7 +70,8 @@ def write_data(folder: Path, names: list[str], things: list[str], seed: int) -> 
 
 def untied(model: Path, folder: Path) -> Path:
     """Write a copy of the model whose output head is a weight of its own."""
-    module, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_hf_tokenizer(str(model))
+    module = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    tokenizer = load_hf_tokenizer(str(model))
     module.config.tie_word_embeddings = False
     module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach().clone())
     module.save_pretrained(folder)

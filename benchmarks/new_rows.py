@@ -46,7 +46,9 @@ PLAIN = (
 
 def grown(name: str, spread: str) -> tuple[PreTrainedModel, int]:
     """Load the model with one more token; its id is that of the first new row."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     rows = model.config.vocab_size
     if spread == "fresh":
         torch.manual_seed(vocabulary.NEW_ROWS_SEED)

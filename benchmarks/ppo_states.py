@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
 )
 
+from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
@@ -111,7 +111,7 @@ class Count:
 def count(config: PretrainedConfig, lora: LoraConfig, *, critic: bool) -> Count:
     """A model's parameters, tied ones once; an actor has an output head, a critic a value head."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = build_causal_lm(config)
         if critic:
             model = RewardModel(model.base_model)
         if lora.lora_dim:
@@ -151,9 +151,7 @@ def states(
 
 def _trunk(config: PretrainedConfig) -> int:
     with torch.device("meta"):
-        return sum(
-            p.numel() for p in AutoModelForCausalLM.from_config(config).base_model.parameters()
-        )
+        return sum(p.numel() for p in build_causal_lm(config).base_model.parameters())
 
 
 def _trained(counted: Count, options: Options) -> States:

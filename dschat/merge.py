@@ -27,6 +27,7 @@ from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import torch_dtype
 from dschat.utils.distributed import Distributed
 from dschat.utils.module.model_source import resolve_model
+from dschat.utils.printable import printable
 
 
 def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     merge(args.adapter, args.output_dir, args.dtype)
-    print(f"{args.adapter} merged into {args.output_dir}")
+    print(printable(f"{args.adapter} merged into {args.output_dir}"))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from dschat.text.encoding import decode, encode
 from dschat.text.formats import set_format
 from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.utils.printable import printable
 from inference.conversation import Turn, fit_conversation, settled_part
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -217,7 +218,7 @@ def converse(chatbot: Chatbot) -> None:
     """Read questions and print answers until `quit` or the end of input."""
 
     def show(piece: str) -> None:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
 
     while True:
         try:
@@ -240,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Chat on the terminal."""
     settings = parse(ChatSettings, argv, __doc__)
     chatbot = load_chatbot(settings)
-    print(f"{settings.path} on {chatbot.model.device}: 'clear' forgets, 'quit' leaves.")
+    path = printable(settings.path)
+    print(f"{path} on {chatbot.model.device}: 'clear' forgets, 'quit' leaves.")
     converse(chatbot)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
 from dschat.utils.distributed import launched_rank, print_rank_0
+from dschat.utils.printable import guard_terminal, printable
 
 S = TypeVar("S", bound=Settings)
 
@@ -145,10 +146,12 @@ def _yaml_tokens(path: str, flag: Flag, value: Any) -> list[str]:
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on stderr (rank 0) and exit code 2."""
+    guard_terminal()
     try:
         main()
     except UserError as error:
         if launched_rank() == 0:
-            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, after any bar
+            line = printable(f"error: {error}", keep="")
+            tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar
             sys.stderr.flush()
         sys.exit(2)

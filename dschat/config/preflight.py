@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from transformers import AutoModelForCausalLM
-
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data.datasets import PromptData
-from dschat.models.config import Build, load_config, on_meta
+from dschat.models.config import Build, build_causal_lm, load_config, on_meta
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
 from dschat.text.tokenizer import check_same_tokenizer
@@ -25,7 +23,7 @@ from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
 
-BUILDS: dict[int, Build] = {1: AutoModelForCausalLM.from_config, 2: RewardModel.from_config}
+BUILDS: dict[int, Build] = {1: build_causal_lm, 2: RewardModel.from_config}
 
 
 @dataclass(frozen=True)

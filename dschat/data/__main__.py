@@ -28,6 +28,7 @@ from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
 from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.utils.printable import printable
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def inspect(
             if settings.phase is not None:
                 raise
             refused += 1
-            yield f"cannot be made of this data: {error}"
+            yield printable(f"cannot be made of this data: {error}")
         yield ""
     if refused == len(PHASE_NAMES):
         raise UserError("no phase can be made of this data; fix what is said above")
@@ -93,7 +94,7 @@ def _phase_lines(
 ) -> Iterator[str]:
     data = settings.tokenised(tokenizer, phase)
     assert isinstance(data.train, datasets.Dataset)  # streaming is refused
-    yield from data.report.lines()
+    yield from map(printable, data.report.lines())
     yield ""
     lengths = sequence_lengths(data.train, phase)
     yield from histogram(lengths)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.batching import BatchSampler, RowBatches
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
+from dschat.utils.printable import printable
 
 _BINS, _BAR = 12, 40
 _GREEN, _PLAIN = "\033[1;32m", "\033[0m"
@@ -122,7 +123,7 @@ def _marked(
     texts = [str(tokenizer.decode(ids[:bound])) for bound in bounds]
     pieces = []
     for number, (before, text) in enumerate(pairwise(texts)):
-        piece = text[len(before) :]
+        piece = printable(text[len(before) :])
         is_trained = number % 2 == 1
         pieces.append(f"{marks.start}{piece}{marks.stop}" if is_trained and piece else piece)
     return "".join(pieces)

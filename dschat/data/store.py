@@ -32,6 +32,7 @@ from dschat.data.sources import Finder, Rows, digest, read_examples
 from dschat.data.user_reader import READER, ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example, Turn
+from dschat.utils.printable import printable
 from dschat.utils.user_functions import source_digest
 
 PHASES = (1, 2, 3)
@@ -224,7 +225,7 @@ def written_once(root: Path, name: str, write: Callable[[Path], None]) -> Path:
         try:
             held = lock.acquire(blocking=False)
         except Timeout:
-            print(f"{target}: another process writes it, waiting", flush=True)
+            print(printable(f"{target}: another process writes it, waiting"), flush=True)
             held = lock.acquire(poll_interval=0.1)
         with held:
             if target.exists():

@@ -132,6 +132,7 @@ def load_weights(
             name if state_dict is None else None,
             **({} if state_dict is None else {"state_dict": state_dict}),
             **options,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # to be reported by `check_loading`
             output_loading_info=True,
         )

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
-from dschat.utils.module.model_source import resolve_model
+from dschat.utils.module.model_source import OWN_CODE, resolve_model, wants_own_code
 
 Build = Callable[[PretrainedConfig], nn.Module]
 
@@ -29,8 +29,10 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
     source = resolve_model(model_name_or_path)
     try:
         _check_keys(Path(source.base).expanduser() / "config.json")
-        config = AutoConfig.from_pretrained(source.base)
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=False)
     except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
+        if wants_own_code(error):
+            raise UserError(f"model {source.label}: {OWN_CODE}") from error
         raise UserError(
             f"model {source.label}: no readable config.json ({brief(error)}); {source.remedy}"
         ) from error
@@ -39,9 +41,28 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
         raise UserError(f"model {source.label}: {kind} has encoder and decoder; {text_model}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model {source.label}: {kind} writes no text; {text_model}")
+    _check_kernels(config, source.label)
     if dropout is not None:
         set_dropout(config, dropout)
     return config
+
+
+def _check_kernels(config: PretrainedConfig, label: str) -> None:
+    """Stop at a config that would have transformers fetch a kernel, which is code, from the hub."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        for kind in ("_attn_implementation", "_experts_implementation"):
+            name = getattr(part, kind, None)
+            if isinstance(name, str) and "/" in name:
+                raise UserError(
+                    f"model {label}: its config.json names the kernel {name!r}, and no code of a "
+                    f"model is run; remove {kind.removeprefix('_')} from it"
+                )
+
+
+def build_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a causal language model of this shape with fresh weights."""
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def check_kind(model_name_or_path: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import takes_argument, unwrap
-from dschat.models.config import load_config
+from dschat.models.config import build_causal_lm, load_config
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 # Layers of other kinds carry a state from each token to the next, which no mask interrupts.
@@ -55,7 +55,7 @@ def check_packing(model_name_or_path: str, max_seq_len: int) -> None:
     """
     config = load_config(model_name_or_path)
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config)
+        module = build_causal_lm(config)
     problem = _obstacle(module, module.config, max_seq_len)
     if problem is not None:
         raise UserError(f"packing: model {model_name_or_path} {problem}; {_UNPACKED}")

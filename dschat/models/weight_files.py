@@ -63,11 +63,18 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return [found]
     try:
         index = json.loads(found.read_text(encoding="utf-8"))
-        files = [folder / part for part in sorted(set(index["weight_map"].values()))]
+        names = sorted(set(index["weight_map"].values()))
+        files = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model {name}: {found.name} names no files of weights; copy it again"
         ) from error
+    for part in names:
+        if Path(part).is_absolute() or ".." in Path(part).parts:
+            raise UserError(
+                f"model {name}: {found.name} names {part!r}, which is outside the folder; copy the "
+                "files of the model into one folder"
+            )
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
             f"model {name}: {found.name} names {len(files)} files, {len(missing)} of them are not "
@@ -77,9 +84,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def read_bin(path: str) -> dict[str, torch.Tensor]:
-    """Read `pytorch_model.bin`; {} for a folder without one."""
-    file = _weights_folder(path) / "pytorch_model.bin"
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+    """Read `pytorch_model.bin`; {} for a folder that has none, or has better files beside it."""
+    folder = _weights_folder(path)
+    found = next((name for name in FILES if (folder / name).is_file()), None)
+    if found != "pytorch_model.bin":
+        return {}
+    return torch.load(folder / found, map_location="cpu", weights_only=True)
 
 
 def stored_head(path: str, bin_state: dict[str, torch.Tensor]) -> torch.Tensor | None:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import adopt_special_tokens, create_hf_model
-from dschat.models.config import on_meta
+from dschat.models.config import build_causal_lm, on_meta
 from dschat.models.reward_model import RewardModel, create_critic_model, read_head, with_head
 from dschat.utils.module.adapter_merge import fitting_updates
 from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_unmerged
@@ -100,7 +100,7 @@ def check_one_trunk(names: Sequence[str]) -> None:
                 f"{sources[0].base}; train both as adapters on one base (lora_save adapter), or "
                 "use share_trunk auto"
             )
-    model = on_meta(names[0], AutoModelForCausalLM.from_config)
+    model = on_meta(names[0], build_causal_lm)
     assert isinstance(model, PreTrainedModel)
     if type(model.base_model) is not AutoModel._model_mapping[type(model.config)]:
         raise UserError(

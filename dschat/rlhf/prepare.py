@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dschat.data.batching import Loader
 from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
+from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import RewardModel
 from dschat.models.reward_statistics import read_statistics
 from dschat.models.save import save_hf_format
@@ -90,7 +91,7 @@ def plan_training(ctx: RunContext, settings: PPORunSettings, names: RoleNames) -
     """
     run, plan = settings.run, TrainingPlan({}, [])
     micro_batch = settings.ppo.per_device_training_batch_size
-    actor = (names.actor, settings.actor, AutoModelForCausalLM.from_config, ("actor", "actor_ema"))
+    actor = (names.actor, settings.actor, build_causal_lm, ("actor", "actor_ema"))
     critic = (names.critic, settings.critic, RewardModel.from_config, ("critic",))
     for name, model, build, folders in (actor, critic):
         if name is None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError, brief
@@ -106,7 +105,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_open
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program, and may fail in any way
         raise UserError(
             f"the chat template refuses the conversation ({brief(error)}); fix or drop the row, "
             "or use --prompt_format dschat"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.errors import UserError, brief
 from dschat.text.formats import CONFIG_KEY, choose_format, set_format
-from dschat.utils.module.model_source import is_local, resolve_model
+from dschat.utils.module.model_source import OWN_CODE, is_local, resolve_model, wants_own_code
 from dschat.utils.predecessor import changed
 
 _WITH_NEW_END: WeakSet[PreTrainedTokenizerBase] = WeakSet()
@@ -35,8 +35,10 @@ def load_hf_tokenizer(
             "or the name of a model on the Hub"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
+        if wants_own_code(error):
+            raise UserError(f"tokenizer {model_name_or_path!r}: {OWN_CODE}") from error
         raise UserError(
             f"tokenizer {model_name_or_path!r} does not load ({brief(error)}): "
             "give a model folder, or the name of a model on the Hub that can be reached"

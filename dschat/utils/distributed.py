@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dschat.errors import UserError
+from dschat.utils.printable import printable
 
 Result = TypeVar("Result")
 
@@ -224,8 +225,12 @@ class RandomState:
 
 
 def print_rank_0(message: str, rank: int | None = None) -> None:
-    """Print on rank 0 alone; without a `rank`, the process group's."""
+    """Print on rank 0 alone, without characters that steer a terminal.
+
+    Args:
+        rank: of this process; by default the process group's.
+    """
     if rank is None:
         rank = dist.get_rank() if dist.is_initialized() else launched_rank()
     if rank == 0:
-        print(message, flush=True)
+        print(printable(str(message)), flush=True)

@@ -117,7 +117,7 @@ def test_a_path_without_tokenizer_files_never_asks_the_hub(name, tmp_path, monke
 def test_unknown_hub_name_is_one_line(monkeypatch):
     class Hub:
         @staticmethod
-        def from_pretrained(name):
+        def from_pretrained(name, **options):
             raise OSError("cannot connect\nsecond line")
 
     monkeypatch.setattr(module, "AutoTokenizer", Hub)

@@ -10,14 +10,13 @@ ranks together. LoRA (`--lora_dim`) trains A and B at rates of ratio `--loraplus
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM
-
 from dschat.config import SFTSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.data.collators import PackedCollator, SFTCollator
 from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import create_hf_model
+from dschat.models.config import build_causal_lm
 from dschat.models.packing import prove_packing
 from dschat.models.reward_model import check_language_model
 from dschat.models.save import save_hf_format
@@ -43,7 +42,7 @@ def main() -> None:
         teaches_format=True,
     )
     check_language_model(settings.model_name_or_path)
-    model = plan_model(ctx, settings, AutoModelForCausalLM.from_config)
+    model = plan_model(ctx, settings, build_causal_lm)
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len)
 
     # 2. batches, model, engine

@@ -30,6 +30,7 @@ from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.utils.distributed import set_random_seed
 from dschat.utils.ds_utils import DTYPES
+from dschat.utils.printable import printable
 
 QUESTIONS = {
     "English": (
@@ -149,7 +150,7 @@ def main() -> None:
     }
     for question in settings.prompts or QUESTIONS[settings.language]:
         shown = question if settings.raw else formats["finetune"].prompt((Turn("user", question),))
-        print(f"\n== {shown.strip()}")
+        print(printable(f"\n== {shown.strip()}"))
         for label, (model, tokenizer) in models.items():
             form = formats[label]
             text = question
@@ -159,7 +160,7 @@ def main() -> None:
             for kind, config in settings.generation_configs(tokenizer).items():
                 set_random_seed(settings.seed)
                 for answer in answers(model, tokenizer, prompt, config):
-                    print(f"{label:>9}, {kind}: {answer.strip()}", flush=True)
+                    print(printable(f"{label:>9}, {kind}: {answer.strip()}"), flush=True)
 
 
 if __name__ == "__main__":

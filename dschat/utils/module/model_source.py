@@ -15,6 +15,9 @@ from dschat.errors import UserError
 from dschat.utils.module.adapter import Adapter, read_adapter
 from dschat.utils.module.adapter_config import CONFIG_FILE, AdapterConfig, read_config
 
+OWN_CODE = (
+    "it needs code that comes with it, which is never run; give a model that transformers knows"
+)
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 HUB_FILES = ("*.json", "adapter_model.*", "*.jinja", "*.model", "*.txt")  # tokenizers included
 
@@ -84,6 +87,11 @@ def place_of(name: str) -> Path | str:
     """Absolute path of a folder; a hub id as it is."""
     folder = Path(name).expanduser()
     return folder.resolve() if folder.is_dir() else name
+
+
+def wants_own_code(error: Exception) -> bool:
+    """Tell whether transformers stopped because it may not run code that comes with a model."""
+    return "trust_remote_code" in str(error)
 
 
 def _repair(adapter: str) -> str:

@@ -1,0 +1,55 @@
+"""Text from outside, made fit for a terminal: what would steer it is shown, not sent."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+import warnings
+from types import TracebackType
+from typing import Any
+
+# Control characters (C0, delete, C1), line and paragraph separators, marks that embed, override or
+# isolate a direction of writing, and halves of surrogate pairs, which no stream can encode.
+_STEERING = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Escape as Python does what a terminal obeys or cannot show: ESC becomes the text `\\x1b`.
+
+    Args:
+        keep: characters that stay as they are.
+    """
+    return _STEERING.sub(lambda m: m[0] if m[0] in keep else _escaped(m[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class _Record(logging.LogRecord):
+    """A record of any library whose message is printable."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def _show_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
+
+
+_format_warning = warnings.formatwarning
+
+
+def _show_warning(*args: Any, **options: Any) -> str:
+    return printable(_format_warning(*args, **options))
+
+
+def guard_terminal() -> None:
+    """Make printable what other libraries print by themselves: logs, warnings, tracebacks."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _show_warning
+    sys.excepthook = _show_error
