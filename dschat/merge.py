@@ -20,6 +20,7 @@ from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import load_config
+from dschat.models.placing import repair
 from dschat.models.reward_model import create_critic_model
 from dschat.models.reward_statistics import VALUE_FILE, read_statistics
 from dschat.models.save import check_output_dir, save_hf_format
@@ -57,6 +58,8 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
     tokenizer = load_hf_tokenizer(adapter)
     is_reward = any(part.is_reward for part in source.read_adapters())
     check_output_dir(output_dir)
+    for line in repair(output_dir):
+        print(line)
     create = create_critic_model if is_reward else create_hf_model
     model = create(adapter, tokenizer, saved if dtype == "auto" else torch_dtype(dtype))
     alone = Distributed(0, 1, 0, torch.device("cpu"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,15 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import unwrap
+from dschat.models.placing import new_model
 from dschat.models.reward_folder import RewardForm, reward_form
 from dschat.models.reward_model import RewardModel
-from dschat.models.reward_note import NOTE_FILE, write_note
+from dschat.models.reward_note import write_note
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
 from dschat.models.weight_files import HEAD
 from dschat.utils.distributed import Distributed, barrier
-from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
+from dschat.utils.module.adapter_config import CAUSAL_LM, REWARD
 from dschat.utils.module.adapter_write import (
     AdapterOrigin,
     AdapterOutline,
@@ -33,14 +31,6 @@ from dschat.utils.module.adapter_write import (
 from dschat.utils.module.lora import merged_state_dict
 from dschat.utils.predecessor import changed
 from dschat.utils.zero import consolidated_state_dict
-
-# Files of the model in a folder: none of them may outlive a newer model there.
-MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin"),
-    *("config.json", "generation_config.json", CONFIG_FILE, "chat_template*", "merges.txt"),
-    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE, VALUE_FILE, NOTE_FILE),
-)
 
 
 @changed("save_hf_format(model, tokenizer, output_dir, distributed, plan)", distributed=Distributed)
@@ -69,7 +59,7 @@ def save_hf_format(
     wanted = None if plan.merged or outline is None else outline.needed
     state = consolidated_state_dict(module, distributed.rank, wanted)
     if distributed.is_main:
-        with _new_folder(output_dir) as folder:
+        with new_model(output_dir) as folder:
             if plan.merged:
                 _write_model(module, merged_state_dict(state, module), form, folder)
                 tokenizer.save_pretrained(folder)
@@ -135,23 +125,6 @@ def _language_model(module: nn.Module) -> PreTrainedModel:
     return module
 
 
-@contextlib.contextmanager
-def _new_folder(output_dir: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder, which then takes `output_dir`'s place by renames."""
-    output_dir = Path(output_dir).resolve()  # of a link, what it points to is replaced
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir.with_name(f".{output_dir.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):  # safetensors writes files that their owner alone reads
-            if file.is_file():
-                file.chmod(temporary.stat().st_mode & 0o666)
-        _put_in_place(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _meta_twin(module: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """Build the plain architecture without storage: names and format of what is saved.
 
@@ -169,23 +142,6 @@ def _meta_twin(module: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Pr
     return twin
 
 
-def _put_in_place(temporary: Path, output_dir: Path) -> None:
-    """Swap folders; logs in the output folder move over to the new one."""
-    if not output_dir.exists():
-        temporary.rename(output_dir)
-        return
-    previous = temporary.with_suffix(".old")
-    output_dir.rename(previous)
-    temporary.rename(output_dir)
-    old_model = {file for pattern in MODEL_FILES for file in previous.glob(pattern)}
-    if (previous / ADAPTER_FOLDER / CONFIG_FILE).is_file():
-        old_model.add(previous / ADAPTER_FOLDER)
-    for entry in previous.iterdir():
-        if entry not in old_model and not (output_dir / entry.name).exists():
-            entry.rename(output_dir / entry.name)
-    shutil.rmtree(previous)
-
-
 def check_output_dir(output_dir: str | None) -> None:
     """Stop before work starts where results could not be written."""
     if output_dir is None:
@@ -199,8 +155,3 @@ def check_output_dir(output_dir: str | None) -> None:
         raise UserError(
             f"output_dir {output_dir}: {error.strerror}; give a writable one"
         ) from error
-    # A finished folder takes this one's place under its name, which neither of these allows.
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise UserError(f"output_dir {output_dir}: is the working folder; give one inside it")
-    if path.is_mount():
-        raise UserError(f"output_dir {output_dir}: is a mount point; give a folder inside it")

@@ -15,6 +15,8 @@ from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.model_source import ModelSource, place_of, resolve_model
 
 ADAPTER_FOLDER = "adapter"  # inside a merged model's folder
+ENTRIES = ("config.json", CONFIG_FILE)  # by which readers recognise a model, or an adapter
+READY, LIST = ".model.new", "files.json"  # a new model that is to be put in place; its files
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ MERGED = SavePlan()
 
 
 def holds_model(folder: Path) -> bool:
-    """Tell whether a folder holds a finished model or adapter."""
-    return any((folder / name).is_file() for name in ("config.json", CONFIG_FILE))
+    """Tell whether a folder holds a finished model or adapter, be it not in its place yet."""
+    return any((folder / name).is_file() for name in (*ENTRIES, f"{READY}/{LIST}"))
 
 
 def plan_saving(

@@ -6,10 +6,8 @@ name that begins with a dot, so a folder under its plain name is complete, whene
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
+from dschat.utils.files import exchange, size_of, sync, sync_tree
 
 RECORD = "state.json"
 FORMAT = 3  # of the folder; raise it when older checkpoints cannot be resumed any more
@@ -42,17 +41,20 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(by_step.items()))
 
 
-def repair(output_dir: str | Path) -> None:
-    """Tidy up after a process that died while it wrote or removed something here."""
-    folder, output_dir = folder_of(output_dir), Path(output_dir).resolve()
-    # Saving a model over the output folder moves it aside for a moment, checkpoints and all.
-    aside = f".{glob.escape(output_dir.name)}.*.old/{folder.name}"
-    if not folder.exists():
-        for moved in sorted(output_dir.parent.glob(aside)):
-            moved.rename(folder)
-            break
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
+def repair(output_dir: str | Path) -> list[str]:
+    """Remove what a process left that died while it wrote or removed a checkpoint here.
+
+    Call it where no other run can be writing here.
+
+    Returns:
+        A line for each thing that was removed.
+    """
+    lines = []
+    for left in sorted(folder_of(output_dir).glob(".step-*.tmp")):
+        size = size_of(left)
+        shutil.rmtree(left)
+        lines.append(f"{left}: removed, a killed run left it unfinished ({size / 1e6:,.1f} MB)")
+    return lines
 
 
 def continues(output_dir: str | Path, resume: str | None) -> bool:
@@ -158,12 +160,14 @@ def publish(folder: Path, step: int, limit: int) -> None:
     earlier one will come to those steps again.
     """
     part, final = unfinished_path(folder, step), folder / f"step-{step:06d}"
-    for path in (*_files(part), part):
-        _to_disk(path)
-    if final.exists():
-        _remove(final)
-    part.rename(final)
-    _to_disk(folder)
+    sync_tree(part)
+    if final.exists() and exchange(part, final):
+        shutil.rmtree(part)
+    else:
+        if final.exists():
+            _remove(final)
+        part.rename(final)
+    sync(folder)
     present = checkpoints_in(folder)
     newest = sorted(s for s in present if s <= step)[-limit:]
     for other in present.keys() - set(newest):
@@ -179,12 +183,3 @@ def _remove(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, before anything relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,18 +10,20 @@ from typing import ClassVar
 
 from dschat.data.config import BatchConfig, DataConfig
 from dschat.errors import UserError
+from dschat.models import placing
 from dschat.models.causal_lm import check_context
 from dschat.models.save import check_output_dir
 from dschat.models.save_plan import SavePlan, holds_model, plan_saving
 from dschat.settings import Settings, group, setting
-from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of, repair
+from dschat.train import checkpoint_folder
+from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of
 from dschat.train.checkpointer import CheckpointConfig
 from dschat.train.disk import Written, check_disk
 from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
-from dschat.utils.distributed import from_main
+from dschat.utils.distributed import from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory
 
@@ -130,8 +132,9 @@ class RunConfig(StartConfig):
     def _check_output(self, inside: Sequence[str]) -> None:
         check_output_dir(self.output_dir)
         self.log.check_writable()
-        if self.checkpoint.in_use:
-            repair(self.output_dir)
+        left = [line for folder in self._folders(inside) for line in placing.repair(folder)]
+        for line in (*left, *checkpoint_folder.repair(self.output_dir)):
+            print_rank_0(line)
         if self.overwrite_output_dir or continues(self.output_dir, self.checkpoint.resume):
             return
         for folder in self._folders(inside):

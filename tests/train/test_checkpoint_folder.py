@@ -74,23 +74,53 @@ def test_a_run_that_went_back_replaces_what_came_after(tmp_path):
     assert present(tmp_path) == ["step-000010", "step-000015"]
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_step_that_is_there_is_exchanged(tmp_path, monkeypatch, can_exchange):
+    folder = tmp_path / "checkpoints"
+    save(tmp_path, 15)
+    (write_checkpoint(tmp_path, 15) / "new").touch()
+    original, renamed = Path.rename, []
+
+    def rename(path, target):
+        renamed.append(path.name)
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    if not can_exchange:
+        monkeypatch.setattr(checkpoint_folder, "exchange", lambda first, second: False)
+    checkpoint_folder.publish(folder, 15, limit=1)
+    assert present(tmp_path) == ["step-000015"]
+    assert (folder / "step-000015" / "new").exists()
+    assert renamed == ([] if can_exchange else ["step-000015", ".step-000015.tmp"])
+
+
+def test_every_file_and_folder_is_synced_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    part, synced = write_checkpoint(tmp_path, 1), set()
+    original = os.fsync
+
+    def fsync(descriptor):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        original(descriptor)
+
+    expected = {part, *part.rglob("*"), part.parent}
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint_folder.publish(part.parent, 1, limit=1)
+    assert synced == expected and part / "model" in synced
+
+
 def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
     save(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     (tmp_path / "checkpoints" / ".step-000000.old.tmp").mkdir()
     assert [path.name for path in choose(str(tmp_path), NEWEST, True)] == ["step-000001"]
-    checkpoint_folder.repair(tmp_path)
+    lines = checkpoint_folder.repair(tmp_path)
+    assert [line.partition(":")[0].rpartition("/")[2] for line in lines] == [
+        ".step-000000.old.tmp",
+        ".step-000002.tmp",
+    ]
+    assert "removed, a killed run left it unfinished" in lines[1]
+    assert checkpoint_folder.repair(tmp_path) == []
     assert present(tmp_path) == ["step-000001"]
-
-
-def test_checkpoints_come_back_from_a_folder_that_was_moved_aside(tmp_path):
-    """As a process leaves it that dies while a model takes the output folder's place."""
-    output = tmp_path / "out[1]"
-    save(output, 7)
-    output.rename(tmp_path / ".out[1].0a1b2c3d.old")
-    output.mkdir()
-    checkpoint_folder.repair(output)
-    assert present(output) == ["step-000007"]
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ STEP_1 = {
     "sft killed": Run([*SFT_LORA, *SAVING], while_saving(6)),
     # Step 6 is in place and step 3 half removed.
     "sft killed again": Run(RESUMED, ("os.rename", "*/.step-000003.old.tmp")),
-    # The finished model has taken the place of the output folder, checkpoints and all.
-    "sft killed at the end": Run(RESUMED, ("os.rename", "*/.sft-killed.*.old")),
+    # The finished model is complete and not yet in its place.
+    "sft killed at the end": Run(RESUMED, ("os.rename", "*/.model.new")),
     "sft resumed": Run(RESUMED),
     "new rates": Run(
         [*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates", "--output_dir", "new-rates"]
@@ -153,6 +153,7 @@ def test_step_1_survives_three_kills(step_1):
     resumed.append(outcomes["sft resumed"].stdout)
     for step, text in zip((3, 6, 12), resumed, strict=True):
         assert f"resumed from sft-killed/checkpoints/step-{step:06d} at step {step}\n" in text
+    assert "sft-killed: put the finished model of a killed run in place\n" in resumed[-1]
     assert_same_run(folder / "sft-complete", folder / "sft-killed")
     assert checkpoints(folder / "sft-killed") == ["step-000012"]  # and no leftovers
 

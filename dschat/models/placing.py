@@ -1,0 +1,175 @@
+"""Put a complete model into its output folder, beside the files that are not the model's.
+
+The folder itself and what else lies in it (logs, notes, checkpoints) are never moved or copied: a
+model is written to FOLDER/.model.tmp and synced. Renaming that to FOLDER/.model.new decides: before
+it the old model is in place, untouched; after it the new one counts, and its files take their
+places one by one. What a kill interrupts there, `finish` completes at the next start, from the list
+of files in the new folder.
+
+A reader never finds files of two models together. Where one changed file decides (the weights of a
+model that was trained again), its rename is the exchange. Where several do, config.json goes first,
+then the other old files; the new ones come, config.json last. In between there is no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import glob
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dschat.models.reward_note import NOTE_FILE
+from dschat.models.reward_statistics import FILE as STATISTICS_FILE
+from dschat.models.reward_statistics import VALUE_FILE
+from dschat.models.save_plan import ADAPTER_FOLDER, ENTRIES, LIST, READY
+from dschat.utils.files import size_of, sync, sync_tree
+from dschat.utils.module.adapter_config import CONFIG_FILE
+
+PART = ".model.tmp"
+# Files of the model in a folder: none of them may outlive a newer model there.
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin"),
+    *("config.json", "generation_config.json", CONFIG_FILE, "chat_template*", "merges.txt"),
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE, VALUE_FILE, NOTE_FILE),
+)
+_WEIGHTS = (".safetensors", ".bin")  # too large to compare
+
+
+@contextlib.contextmanager
+def new_model(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder; the model that the block writes there then takes its place.
+
+    An error in the block leaves the old model, and nothing of the new one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)
+    part = folder / PART
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        files = [path for path in part.rglob("*") if path.is_file()]
+        for file in files:  # safetensors writes files that their owner alone reads
+            file.chmod(part.stat().st_mode & 0o666)
+        names = sorted(str(path.relative_to(part)) for path in files)
+        (part / LIST).write_text(json.dumps(names), encoding="utf-8")
+        sync_tree(part)
+        part.rename(folder / READY)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    sync(folder)
+    finish(folder)
+
+
+def finish(folder: Path) -> bool:
+    """Put the files of a complete new model in place, from wherever that stopped.
+
+    Returns:
+        True where there was one.
+    """
+    ready = folder / READY
+    if not ready.is_dir():
+        return False
+    is_whole = (ready / LIST).is_file()  # else all its files are in place already
+    if is_whole:
+        names = [Path(name) for name in json.loads((ready / LIST).read_text(encoding="utf-8"))]
+        inner = {path.name for path in names if path.parent.name == ADAPTER_FOLDER}
+        if inner:
+            (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+            _place(ready / ADAPTER_FOLDER, folder / ADAPTER_FOLDER, inner)
+        elif (folder / ADAPTER_FOLDER / CONFIG_FILE).is_file():
+            _remove_adapter(folder / ADAPTER_FOLDER)
+        _place(ready, folder, {path.name for path in names if path.parent.name == ""})
+        (ready / LIST).unlink()
+    shutil.rmtree(ready)
+    return is_whole
+
+
+def _place(source: Path, target: Path, names: set[str]) -> None:
+    """Move these files from source to target, and remove an older model's from there."""
+    stale = _model_files(target) - names
+    waiting = [name for name in names if (source / name).exists()]
+    changed = [name for name in waiting if _differ(source / name, target / name)]
+    gone = {*stale, *changed, *ENTRIES} if len(stale) + len(changed) > 1 else stale
+    for name in sorted(gone, key=lambda name: name not in ENTRIES):
+        (target / name).unlink(missing_ok=True)
+        if name in ENTRIES:
+            sync(target)
+    for name in sorted(waiting, key=lambda name: name in ENTRIES):
+        if name in ENTRIES:
+            sync(target)
+        (source / name).rename(target / name)
+    sync(target)
+
+
+def _remove_adapter(folder: Path) -> None:
+    """Remove an older model's adapter, its config last; what else lies in the folder stays."""
+    for name in sorted(_model_files(folder), key=lambda name: name in ENTRIES):
+        (folder / name).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _model_files(folder: Path) -> set[str]:
+    return {path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+
+
+def _differ(new: Path, old: Path) -> bool:
+    is_weight = new.suffix in _WEIGHTS
+    return is_weight or not old.is_file() or not filecmp.cmp(new, old, shallow=False)
+
+
+def repair(folder: str | Path) -> list[str]:
+    """Finish or remove what a killed run left of a model in this folder.
+
+    Call it where no other run can be writing here.
+
+    Returns:
+        A line for each thing that was done.
+    """
+    folder, done = Path(folder), []
+    if finish(folder):
+        done.append(f"{folder}: put the finished model of a killed run in place")
+    if (folder / PART).is_dir():
+        done.append(_removed(folder / PART))
+    real = folder.resolve()
+    pattern = re.compile(re.escape(f".{real.name}.") + r"[0-9a-f]{8}\.(tmp|old)")
+    # Earlier versions moved the output folder aside for a moment, all that was in it included.
+    beside = real.parent.glob(f".{glob.escape(real.name)}.*") if real.parent.is_dir() else ()
+    for left in sorted(path for path in beside if pattern.fullmatch(path.name)):
+        done.append(_brought_back(left, real) if left.suffix == ".old" else _removed(left))
+    return done
+
+
+def _brought_back(aside: Path, folder: Path) -> str:
+    """Move what `folder` lacks back from where it was moved aside to, and remove the older model.
+
+    A file that stands in both places stays in both.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any((folder / name).exists() for name in ENTRIES):
+        for name in _model_files(aside):
+            (aside / name).unlink()
+        if (aside / ADAPTER_FOLDER / CONFIG_FILE).is_file():
+            _remove_adapter(aside / ADAPTER_FOLDER)
+    lacking = sorted(p.name for p in aside.iterdir() if not (folder / p.name).exists())
+    for name in lacking:
+        (aside / name).rename(folder / name)
+    sync(folder)
+    line = f"{folder}: brought back from {aside}: {', '.join(lacking) or 'nothing'}"
+    if more := sorted(path.name for path in aside.iterdir()):
+        return f"{line}; there as well are {', '.join(more)}: keep what you need, and remove it"
+    aside.rmdir()
+    return line
+
+
+def _removed(left: Path) -> str:
+    size = size_of(left)
+    shutil.rmtree(left)
+    return f"{left}: removed, a killed run left it unfinished ({size / 1e6:,.1f} MB)"
