@@ -65,12 +65,18 @@ def reading_notes(name: str, splits: Sequence[SourceReport]) -> list[str]:
         lines.append(
             f"{which} are plain text, each one question (prompt_format raw leaves text as it is)"
         )
-    if named:
-        lines.append(
-            f"rows that name special tokens: {named}; there the names are ordinary text "
-            "(keep_special_tokens makes them the tokens)"
-        )
+    lines += named_note(named)
     return [f"{name}: {line}" for line in lines]
+
+
+def named_note(rows: int) -> list[str]:
+    """Say of so many rows that they name special tokens; nothing of none."""
+    if not rows:
+        return []
+    return [
+        f"rows that name special tokens: {rows}; there the names are ordinary text "
+        "(keep_special_tokens makes them the tokens)"
+    ]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

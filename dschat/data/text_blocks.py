@@ -2,9 +2,11 @@
 
 Texts follow one another, each with the tokenizer's own beginning and an end token, and are divided
 into blocks without padding; the rest at the end makes no block. Nothing keeps the texts of
-one block apart, as in pretraining.
+one block apart, as in pretraining. Names of special tokens in a text are ordinary text, and an end
+token at its end is the one that is put there.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +18,16 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.files import TEXT_COLUMN
+from dschat.data.report import named_note
 from dschat.data.sources import SUFFIXES, Finder, Rows, digest
 from dschat.data.store import written_once
 from dschat.errors import UserError
 from dschat.text.conversations import kind_of
 from dschat.text.encoding import encode, tokenizer_fingerprint
+from dschat.text.ordinary import ordinary_texts
 
 # Part of every stored set's key: raise it when the same texts are to become other blocks.
-VERSION = 1
+VERSION = 2
 SETTING = "unsupervised_dataset_name"
 KINDS = (".txt", *SUFFIXES)
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32()))])
@@ -32,11 +36,21 @@ _TEXTS_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class TextBlocks:
-    """Rows of `input_ids`, each of `length` tokens."""
+    """Rows of `input_ids`, each of `length` tokens.
+
+    Attributes:
+        key: digest of texts, tokenizer and length.
+        special_names: texts that name special tokens, which are ordinary text there.
+    """
 
     blocks: datasets.Dataset
     length: int
-    key: str  # digest of texts, tokenizer and length
+    key: str
+    special_names: int = 0
+
+    def lines(self) -> list[str]:
+        """Say how the texts are read, where it may be otherwise than meant."""
+        return [f"{SETTING}: {note}" for note in named_note(self.special_names)]
 
 
 def create_text_blocks(
@@ -46,6 +60,7 @@ def create_text_blocks(
     length: int,
     cache: str,
     once: Callable[[Callable[[], str]], str] | None = None,
+    keep_special_tokens: bool = False,
 ) -> TextBlocks:
     """Tokenise a source into blocks, once by one process.
 
@@ -54,6 +69,7 @@ def create_text_blocks(
             folder of files of one such kind, one written by `datasets`, or a hub id.
         config: the configuration of a hub id.
         once: as in `create_prompt_dataset`.
+        keep_special_tokens: names of special tokens in the texts are the tokens.
 
     Raises:
         UserError: nothing there, a row without text, or less text than one block.
@@ -61,12 +77,15 @@ def create_text_blocks(
 
     def prepare() -> str:
         rows, _ = Finder(SETTING, KINDS, config, any_file=True).find(name)
-        key = digest(tokenizer_fingerprint(tokenizer), rows.digest(), f"{length} {VERSION}")
-        write = partial(_write, rows, tokenizer, length)
-        return str(written_once(Path(cache).expanduser(), f"{key}.blocks.arrow", write))
+        recipe = f"{length} {keep_special_tokens} {VERSION}"
+        key = digest(tokenizer_fingerprint(tokenizer), rows.digest(), recipe)
+        write = partial(_write, rows, tokenizer, length, keep_special_tokens)
+        return str(written_once(Path(cache).expanduser(), f"{key}.blocks", write))
 
-    path = Path(prepare() if once is None else once(prepare))
-    return TextBlocks(datasets.Dataset.from_file(str(path)), length, path.name.partition(".")[0])
+    folder = Path(prepare() if once is None else once(prepare))
+    blocks = datasets.Dataset.from_file(str(folder / "blocks.arrow"))
+    counts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return TextBlocks(blocks, length, folder.stem, **counts)
 
 
 def _texts(rows: Rows) -> Iterator[str]:
@@ -83,11 +102,19 @@ def _texts(rows: Rows) -> Iterator[str]:
             yield text
 
 
-def _write(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, path: Path) -> None:
-    texts, count = _texts(rows), 0
+def _write(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, keeps: bool, folder: Path
+) -> None:
+    """Write the new `folder`: blocks.arrow and report.json."""
+    folder.mkdir()
+    texts, count, named = _texts(rows), 0, 0
     waiting: list[int] = []
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    path = str(folder / "blocks.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         while batch := list(islice(texts, _TEXTS_AT_A_TIME)):
+            if not keeps:
+                batch, found = ordinary_texts(tokenizer, batch)
+                named += found
             for ids in encode(tokenizer, batch):
                 # Some tokenizers put an end token there themselves.
                 has_end = ids[-1:] == [tokenizer.eos_token_id]
@@ -102,3 +129,4 @@ def _write(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, path: Pa
             f"{SETTING} {rows.label}: {len(waiting)} tokens, less than one block of {length} "
             "(--max_prompt_seq_len + --max_answer_seq_len); give more text"
         )
+    (folder / "report.json").write_text(json.dumps({"special_names": named}), encoding="utf-8")

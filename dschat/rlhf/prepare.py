@@ -174,12 +174,13 @@ def prepare(
         UserError: a checkpoint of another run, or weights that do not fit.
     """
     run, config, tokenizer = settings.run, settings.ppo, ctx.tokenizer
-    cache = settings.data.data_output_path
-    text = settings.ptx.blocks(tokenizer, settings.max_seq_len, cache, from_local_main)
+    cache, kept = settings.data.data_output_path, settings.data.keep_special_tokens
+    text = settings.ptx.blocks(tokenizer, settings.max_seq_len, cache, from_local_main, kept)
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
     length = settings.length(iterations, batches)
-    for line in (*settings.remarks(iterations), *length.advice()):
+    lines = text.lines() if text else []
+    for line in (*lines, *settings.remarks(iterations), *length.advice()):
         print_rank_0(line)
     rewards = plan.rewards
     setup = settings.role_setup(ctx.dtype_name, iterations, plan.retokenise, rewards.scaling)

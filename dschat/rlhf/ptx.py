@@ -56,12 +56,13 @@ class PTXConfig(Settings):
         length: int,
         cache: str,
         once: Callable[[Callable[[], str]], str],
+        keep_special_tokens: bool,
     ) -> TextBlocks | None:
         """Read the text in blocks of `length` tokens; None where the settings name none."""
         name, config = self.unsupervised_dataset_name, self.unsupervised_dataset_config_name
         if name is None:
             return None
-        return create_text_blocks(name, config, tokenizer, length, cache, once)
+        return create_text_blocks(name, config, tokenizer, length, cache, once, keep_special_tokens)
 
 
 class BlockOrder:

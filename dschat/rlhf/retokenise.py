@@ -19,7 +19,7 @@ from dschat.text.chat_template import render
 from dschat.text.conversations import Turn
 from dschat.text.encoding import decode, encode, encode_answers, tokenizer_fingerprint
 from dschat.text.formats import PromptFormat, choose_format
-from dschat.text.ordinary import as_ordinary
+from dschat.text.ordinary import SpecialNames, as_ordinary, special_ids
 
 CONVERSATION = (Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?"))
 WITH_SYSTEM = (Turn("system", "Zero."), *CONVERSATION)
@@ -98,30 +98,38 @@ class Retokeniser:
         return ids.to(sequences.device), mask.to(sequences.device)
 
     def _text(self, prompt: list[int], answer: list[int]) -> tuple[str, str]:
-        """Decode prompt and answer.
+        """Decode prompt and answer; mark what are names of the reader's special tokens in letters.
 
         Tokens that the source's tokenizer puts before every text are dropped, and special tokens
         inside an answer, the end token among them.
         """
-        form, special = choose_format(self.source), set(self.source.all_special_ids)
+        form, special = choose_format(self.source), special_ids(self.source)
         start = encode(self.source, [""])[0] if form.adds_special else []
         if prompt[: len(start)] == start:
             prompt = prompt[len(start) :]
         answer = [i for i in answer if i not in special]
         opened, joint = decode(self.source, prompt), decode(self.source, prompt + answer)
         # After its prompt, since tokenizers drop the space that a text of its own begins with.
-        if joint.startswith(opened):
-            return opened, joint[len(opened) :]
-        return opened, decode(self.source, answer)
+        is_joined = joint.startswith(opened)
+        text = joint[len(opened) :] if is_joined else decode(self.source, answer)
+        return self._marked(prompt, opened, special), as_ordinary(self.reader, text)
+
+    def _marked(self, ids: list[int], text: str, special: set[int]) -> str:
+        """Mark the reader's names in a decoded text, save those of the source's special tokens."""
+        names = SpecialNames(self.reader)
+        if not names.within(text):
+            return text
+        pieces, end = [], 0
+        for at in (at for at, token in enumerate(ids) if token in special):
+            start, stop = (len(decode(self.source, ids[:until])) for until in (at, at + 1))
+            pieces += [names.mark(text[end:start]), text[start:stop]]
+            end = stop
+        return "".join([*pieces, names.mark(text[end:])])
 
     def _encoded(self, texts: list[tuple[str, str]], ended: list[bool]) -> list[list[int]]:
         """Encode as step 2 does; an answer that did not end has no end token."""
         form = choose_format(self.reader)
-        # Special tokens were left out of answers: names that are there are text of the answer.
-        answers = [as_ordinary(self.reader, answer) for _, answer in texts]
-        prompts = [opened for opened, _ in texts]
-        if choose_format(self.source).name != "chat":  # so they are in prompts, without a template
-            prompts = [as_ordinary(self.reader, opened) for opened in prompts]
+        prompts, answers = [opened for opened, _ in texts], [answer for _, answer in texts]
         if self.around is not None:
             before, after = self.around
             prompts = [form.prompt(text) for text in prompts]

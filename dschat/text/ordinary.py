@@ -67,10 +67,7 @@ def ordinary_examples(
     names, eos, count = SpecialNames(tokenizer), tokenizer.eos_token, 0
 
     def text_of(text: str, is_answer: bool) -> str:
-        if is_answer and text.rstrip().endswith(eos):
-            while text.rstrip().endswith(eos):
-                text = text.rstrip().removesuffix(eos)
-        return names.mark(text)
+        return names.mark(_without_ends(text, eos) if is_answer else text)
 
     marked = []
     for e in examples:
@@ -85,6 +82,26 @@ def ordinary_examples(
         prompt = turns[0].text if isinstance(e.prompt, str) else turns
         marked.append(replace(e, prompt=prompt, chosen=sides[0], rejected=sides[1]))
     return marked, count
+
+
+def ordinary_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[str], int]:
+    """Mark the names in texts, each of which ends as an answer does; count those that hold some."""
+    names, eos = SpecialNames(tokenizer), tokenizer.eos_token
+    marked = [names.mark(_without_ends(text, eos)) for text in texts]
+    return marked, sum(MARK in text for text in marked)
+
+
+def _without_ends(text: str, eos: str) -> str:
+    """Take end tokens off a text's end, and the white space between and after them."""
+    while text.rstrip().endswith(eos):
+        text = text.rstrip().removesuffix(eos)
+    return text
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect the ids of all special tokens."""
+    of_backend = map(tokenizer.backend_tokenizer.token_to_id, special_tokens(tokenizer))
+    return {token for token in of_backend if token is not None} | set(tokenizer.all_special_ids)
 
 
 def without_marks(text: str) -> str:

@@ -17,9 +17,12 @@ EOS = 0
 
 @pytest.fixture
 def make(tmp_path, byte_tokenizer) -> Callable[..., TextBlocks]:
-    def create(source: Path | str, length: int = 4, config: str | None = None) -> TextBlocks:
+    def create(
+        source: Path | str, length: int = 4, config: str | None = None, keeps: bool = False
+    ) -> TextBlocks:
+        cache = str(tmp_path / "cache")
         return create_text_blocks(
-            str(source), config, byte_tokenizer, length, str(tmp_path / "cache")
+            str(source), config, byte_tokenizer, length, cache, keep_special_tokens=keeps
         )
 
     return create
@@ -86,17 +89,35 @@ def test_the_tokenizer_begins_each_text_its_own_way(tmp_path, space_tokenizer):
     assert found.blocks["input_ids"][:] == [ids]
 
 
+def test_names_of_special_tokens_are_letters_and_counted(tmp_path, make, byte_tokenizer):
+    """An end token at a text's end is the one that stands there anyhow."""
+    source = tmp_path / "a.jsonl"
+    source.write_text(rows_of(["a<eos>b", "low <eos>\n<eos>", "we <pad>", "no"]))
+    texts = ("a", "b", "low ", "we ", "no", "<", "eos>", "pad>")
+    a, b, low, we, no, less, end, pad = byte_tokenizer([*texts])["input_ids"]
+    ids = [*a, *less, *end, *b, EOS, *low, EOS, *we, *less, *pad, EOS, *no, EOS]
+    found = make(source, length=len(ids))
+    assert found.blocks["input_ids"][:] == [ids] and found.special_names == 2
+    (line,) = found.lines()
+    assert line.startswith("unsupervised_dataset_name: rows that name special tokens: 2; there ")
+    assert make(source, length=len(ids)).special_names == 2  # from the cache
+    kept = make(source, keeps=True)
+    assert kept.key != found.key and kept.lines() == []
+    ids = [i for block in kept.blocks["input_ids"][:] for i in block]
+    assert ids[: len(a) + 2] == [*a, EOS, *b] and less[0] not in ids
+
+
 def test_done_once_and_again_when_anything_changes(tmp_path, make):
     source = tmp_path / "a.jsonl"
     source.write_text(rows_of(TEXTS))
     first = make(source)
-    files = sorted((tmp_path / "cache").glob("*.arrow"))
+    files = sorted((tmp_path / "cache").glob("*.blocks/blocks.arrow"))
     stamp = files[0].stat().st_mtime_ns
     assert make(source).key == first.key and files[0].stat().st_mtime_ns == stamp
     assert make(source, length=3).key != first.key
     source.write_text(rows_of([*TEXTS, "more"]))
     assert make(source).key != first.key
-    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 3
+    assert len(list((tmp_path / "cache").glob("*.blocks/blocks.arrow"))) == 3
 
 
 @pytest.mark.parametrize(

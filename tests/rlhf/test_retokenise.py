@@ -13,7 +13,7 @@ from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.rlhf.retokenise import Retokeniser
-from dschat.text.conversations import Example
+from dschat.text.conversations import Example, Turn
 from dschat.text.formats import choose_format
 from dschat.train.evaluation import pair_scores
 from tests.helpers.adapters import ALONE
@@ -206,6 +206,53 @@ def test_prompts_in_a_template_cannot_be_read_back(ours, theirs, says):
     both = [other_tokenizer(chat_template=template) for template in (ours, theirs)]
     with pytest.raises(UserError, match=f"^reward: {says}"):
         Retokeniser.between(*both, "reward", None)
+
+
+NAMED = "what is <end>, <begin> and <void>?"
+
+
+def read(source, reader, prompt: list[int], answer: list[int]) -> list[int]:
+    """The reader's ids for one sampled row."""
+    turn = Retokeniser.between(source, reader, "reward", None)
+    row = torch.tensor([[*prompt, *answer]])
+    ids, mask = turn(row, torch.ones_like(row, dtype=torch.bool), len(answer))
+    return ids[0][mask[0]].tolist()
+
+
+def prompt_of(tokenizer, prompt, keeps: bool) -> list[int]:
+    """A prompt of step 3."""
+    form = choose_format(tokenizer)
+    columns = Converter(tokenizer, form, 3, 128, None, keeps)([Example(prompt)], Counter())
+    return columns["prompt_ids"][0]
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["letters", "tokens"])
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["dschat", "chat"])
+def test_names_in_prompts_are_what_they_were_for_the_source(template, keeps):
+    """As step 2 reads the same row: letters, or with keep_special_tokens the tokens."""
+    merges = [("h", "a"), ("i", "s")]
+    source = other_tokenizer(chat_template=template, merges=merges)
+    reader = other_tokenizer(chat_template=template)
+    asked = (Turn("user", NAMED), Turn("assistant", "yes"), Turn("user", "so <end>"))
+    answer = source(" it <" if template is None else "it < ")["input_ids"]
+    prompt = prompt_of(source, asked, keeps)
+    ids = read(source, reader, prompt, [*answer, source.eos_token_id])
+    step_2 = Converter(reader, choose_format(reader), 2, 128, None, keeps)
+    columns = step_2([Example(asked, "it <", "?")], Counter())
+    assert ids == columns["chosen_ids"][0]
+    assert ids.count(reader.convert_tokens_to_ids("<void>")) == keeps
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["dschat", "chat"])
+def test_names_of_the_readers_own_are_letters(template):
+    """The source does not know them: a prompt and an answer that hold them."""
+    source, reader = byte_tokenizer(), other_tokenizer(chat_template=template)
+    prompt = prompt_of(source, (Turn("user", NAMED),), False)
+    ids = read(source, reader, prompt, source(" <end> is <void>")["input_ids"])
+    expected = prompt_of(reader, (Turn("user", NAMED),), False)
+    assert ids[: len(expected)] == expected
+    special = {reader.convert_tokens_to_ids(name) for name in ("<end>", "<begin>", "<void>")}
+    assert not special & set(ids)
 
 
 def test_one_template_in_two_vocabularies_is_text():
