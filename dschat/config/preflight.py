@@ -18,7 +18,7 @@ from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
 from dschat.text.tokenizer import check_same_tokenizer
 from dschat.train.disk import Written
-from dschat.train.model_config import ModelConfig, largest_rank
+from dschat.train.model_config import ModelConfig, adapter_ranks
 from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
@@ -148,7 +148,7 @@ def _fitting_model(
     factor = widths[prefix] / width if prefix in widths and width else 1.0
     flags = {f"{prefix}{key}": rate for key, rate in _scaled_rates(model, factor).items()}
     if model.lora.lora_dim:
-        _, largest = largest_rank(on_meta(name, build), model.lora)
+        largest = max(adapter_ranks(on_meta(name, build), model.lora).values())
         if model.lora.lora_dim > largest:
             model = replace(model, lora=replace(model.lora, lora_dim=largest))
             flags[f"{prefix}lora_dim"] = largest

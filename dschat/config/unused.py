@@ -29,7 +29,14 @@ SWITCHES = {
 DISPLACED = {
     "language": "prompts",
     "modules_to_save": "train_base_model",
-    "per_device_train_batch_size": "max_tokens_per_batch",
+}
+# Flags of `inspect` that some phases alone have a use for.
+OF_PHASES = {
+    "train_on": (1,),
+    "sft_only_data_path": (1,),
+    "max_seq_len": (1, 2),
+    "max_tokens_per_batch": (1, 2),
+    "max_prompt_seq_len": (3,),
 }
 NO_HEAD = "a language model has no head of its own"
 
@@ -50,7 +57,15 @@ def unused_flags(settings: Settings) -> Iterator[str]:
             yield f"--{name} does nothing without --{SWITCHES[name]}"
         if name in DISPLACED and values.get(DISPLACED[name]):
             yield f"--{name} does nothing: --{DISPLACED[name]} takes its place"
+        phase = values.get("phase")
+        if phase is not None and phase not in OF_PHASES.get(name, (phase,)):
+            of = " and ".join(map(str, OF_PHASES[name]))
+            yield f"--{name} does nothing in phase {phase}; it is of phase {of}"
     if isinstance(settings, StepSettings):
+        if "per_device_train_batch_size" in changed and settings.batch.own_batching:
+            yield (
+                "--per_device_train_batch_size does nothing: --max_tokens_per_batch takes its place"
+            )
         yield from _of_training(settings, settings.run, {"model": settings.model})
         if settings.PHASE == 1 and "head_learning_rate" in changed:
             yield f"--head_learning_rate does nothing: {NO_HEAD}"
@@ -111,7 +126,7 @@ def _of_training(
         if run.lora_save == "merged":
             yield "--lora_save merged does nothing: without LoRA there is nothing to merge"
     given = {flag.name for flag in given_flags(settings)}
-    if run.num_warmup_steps > run.warm_up and "num_warmup_steps" in given:
+    if (run.num_warmup_steps or 0) > run.warm_up and "num_warmup_steps" in given:
         yield "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes the rate"
 
 

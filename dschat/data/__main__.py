@@ -20,7 +20,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dschat.config.cli import parse, run_cli
-from dschat.data.config import SHORTEST, SFTDataConfig
+from dschat.config.unused import tell_unused
+from dschat.data.config import SHORTEST, BatchConfig, SFTDataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.inspection import Marks, histogram, padding_lines, render, sequence_lengths
 from dschat.data.report import PHASE_NAMES
@@ -29,6 +30,8 @@ from dschat.settings import Settings, group, setting
 from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.printable import printable
+
+TOKENS = 8192  # of a batch, unless a number is given
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class InspectSettings(Settings):
     max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
     max_prompt_seq_len: int = setting(256, "tokens of a prompt in phase 3", at_least=1)
     per_device_train_batch_size: int = setting(16, "rows per batch", at_least=1)
-    max_tokens_per_batch: int = setting(
-        8192, "tokens per batch, where batches are made by them", at_least=1
+    max_tokens_per_batch: int | None = setting(
+        None, "tokens per batch, where batches are made by them (default: 8192)", at_least=1
     )
     samples: int = setting(3, "rows to show", at_least=0)
     seed: int = setting(1234, "seed of splits; as in training", at_least=0)
@@ -101,7 +104,9 @@ def _phase_lines(
     yield ""
     longest = settings.max_prompt_seq_len if phase == 3 else settings.max_seq_len
     batch, tokens = settings.per_device_train_batch_size, settings.max_tokens_per_batch
-    yield from padding_lines(lengths, phase, batch, tokens, longest)
+    if tokens is not None and phase != 3:  # stop where training would
+        BatchConfig(max_seq_len=longest, max_tokens_per_batch=tokens).sampler(len(lengths))
+    yield from padding_lines(lengths, phase, batch, tokens or TOKENS, longest)
     # From all over the set, always the same.
     shown = min(settings.samples, len(data.train))
     for number in range(shown):
@@ -122,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         found = f"unknown command {command}" if command else "no command"
         raise UserError(f"{found}; give: python -m dschat.data inspect --data_path ...")
     settings = parse(InspectSettings, flags, __doc__)
+    tell_unused(settings)
     tokenizer = load_hf_tokenizer(
         settings.model_name_or_path,
         add_eot_token=settings.add_eot_token,

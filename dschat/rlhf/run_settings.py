@@ -22,7 +22,7 @@ from dschat.train.run_config import RunConfig
 from dschat.train.run_length import RunLength
 from dschat.train.steps import num_accumulation_groups
 
-WARM_UP = 100  # optimizer steps at most, unless others are given
+WARM_UP = 100  # optimizer steps at most, unless a number is given
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PPORunSettings(Settings):
     run: RunConfig = group(
         RunConfig,
         output_dir="./output/ppo",
-        num_warmup_steps=WARM_UP,
+        num_warmup_steps=None,
         log={"tensorboard_path": "step3_tensorboard", "log_every": 1},
     )
     max_prompt_seq_len: int = setting(
@@ -161,8 +161,8 @@ class PPORunSettings(Settings):
         return self._paced(self.actor_steps(iterations)).warm_up
 
     def _paced(self, steps: int) -> RunConfig:
-        """Shorten the default warm-up to a tenth of so many optimizer steps."""
-        if self.run.num_warmup_steps != WARM_UP:
+        """Choose the warm-up in so many optimizer steps, where none is given."""
+        if self.run.num_warmup_steps is not None:
             return self.run
         return replace(self.run, num_warmup_steps=min(WARM_UP, steps // 10))
 
@@ -186,8 +186,8 @@ class PPORunSettings(Settings):
                 f"{', '.join(filters)}: answers come from a part of the distribution that "
                 "log-probabilities are of, so the KL of sampled tokens is off and can be negative"
             )
-        warm_up = self.warm_up(iterations)
-        if warm_up < self.run.warm_up:
+        is_chosen = self.run.num_warmup_steps is None and self.run.lr_scheduler_type != "constant"
+        if is_chosen and (warm_up := self.warm_up(iterations)) < WARM_UP:
             yield (
                 f"num_warmup_steps {WARM_UP}, the default, is a tenth of a shorter run: {warm_up} "
                 f"of the actor's {self.actor_steps(iterations)} optimizer steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,21 +21,46 @@ from dschat.utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.targets import fully_trained_modules, match_layers
+from dschat.utils.module.targets import fully_trained_modules, match_layers, short_name
 from dschat.utils.module.token_rows import add_token_rows, check_tables, tables_of
 from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim import OptimizerConfig
 
 
-def largest_rank(module: nn.Module, lora: LoraConfig) -> tuple[str, int]:
-    """Find the matrix of the highest rank among those that get adapters, and that rank."""
+def adapter_ranks(module: nn.Module, lora: LoraConfig) -> dict[str, int]:
+    """Map the matrices that get adapters to the highest rank that each can have."""
     modules, weights = dict(module.named_modules()), dict(module.named_parameters())
-    ranks = {
+    return {
         name: min((modules[name].weight if name in modules else weights[name]).shape[-2:])
         for name in match_layers(module, lora)
     }
-    name = max(ranks, key=ranks.__getitem__)
-    return name, ranks[name]
+
+
+def beyond_rank(ranks: Mapping[str, int], lora_dim: int) -> str | None:
+    """Say which layers a `lora_dim` is too high for; None where there are none.
+
+    Raises:
+        UserError: it is too high for all of them.
+    """
+    lower = {name: rank for name, rank in ranks.items() if rank < lora_dim}
+    if not lower:
+        return None
+    if len(lower) == len(ranks):
+        name = max(ranks, key=ranks.__getitem__)
+        raise UserError(
+            f"lora_dim {lora_dim}: no adapted layer has a rank above {ranks[name]} "
+            f"({name}), so a larger adapter adds nothing; give at most that"
+        )
+    kinds: dict[int, list[str]] = {}
+    for name, rank in sorted(lower.items(), key=lambda item: item[1]):
+        kind = kinds.setdefault(rank, [])
+        if (short := short_name(name)) not in kind:
+            kind.append(short)
+    listed = "; ".join(f"{', '.join(names)}: {rank}" for rank, names in kinds.items())
+    return (
+        f"lora_dim {lora_dim} is above the rank of {len(lower)} of {len(ranks)} adapted layers "
+        f"({listed}), where the rest of it adds nothing; at most {min(kinds)} counts in every layer"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,12 +113,8 @@ class ModelConfig(Settings):
         module = on_meta(model_name_or_path, build)
         base = sum(parameter.numel() for parameter in module.parameters())
         if self.lora.lora_dim:
-            name, rank = largest_rank(module, self.lora)
-            if self.lora.lora_dim > rank:
-                raise UserError(
-                    f"lora_dim {self.lora.lora_dim}: no adapted layer has a rank above {rank} "
-                    f"({name}), so a larger adapter adds nothing; give at most that"
-                )
+            if line := beyond_rank(adapter_ranks(module, self.lora), self.lora.lora_dim):
+                print_rank_0(f"advice: {model_name_or_path}: {line}")
             with torch.device("meta"):
                 self._add_adapters(module, replace(self.lora, quantize_base=None))
         if self.tokens.always:

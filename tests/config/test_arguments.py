@@ -9,6 +9,7 @@ import torch
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.unused import tell_unused, unused_flags
+from dschat.data.__main__ import InspectSettings
 from dschat.data.batching import RowBatches
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.errors import UserError
@@ -29,6 +30,10 @@ def reward(*argv: str) -> RewardSettings:
 def rlhf(*argv: str) -> RLHFSettings:
     models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
     return parse(RLHFSettings, [*models, *argv], "")
+
+
+def inspect(*argv: str) -> InspectSettings:
+    return parse(InspectSettings, ["--model_name_or_path", "m", *argv], "")
 
 
 def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
@@ -221,12 +226,27 @@ def test_the_default_warm_up_of_ppo_is_a_tenth_of_a_short_run():
     assert rising("--critic_warmup_iterations", "10") == [2, 3]
     assert rising("--num_warmup_steps", "9") == [9, 9]
     assert rising("--ppo_epochs", "40") == [100, 100]
+    constant = rlhf("--lr_scheduler_type", "constant")
+    assert [*constant.remarks(iterations=5), *constant.length(5, 30).advice()[1:]] == []
     (line,) = rlhf().remarks(iterations=30)
     assert line == (
         "num_warmup_steps 100, the default, is a tenth of a shorter run: 3 of the actor's 30 "
         "optimizer steps"
     )
     assert rlhf().length(iterations=30, batches_per_epoch=30).advice() == []
+
+
+def test_a_warm_up_of_100_that_is_given_is_not_the_default():
+    """The scripts give it: it is kept, and advice says that it is long."""
+    given = rlhf("--num_warmup_steps", "100")
+    assert given.warm_up(iterations=200) == 100 and [*given.remarks(iterations=200)] == []
+    (line,) = given.length(200, 200).advice()
+    assert line.startswith("advice: num_warmup_steps 100: more than a third of the run's 200 ")
+    assert rlhf().warm_up(iterations=200) == 20
+    constant = rlhf("--num_warmup_steps", "100", "--lr_scheduler_type", "constant")
+    assert [*unused_flags(constant)] == [
+        "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes the rate"
+    ]
 
 
 def test_sampling_from_a_part_of_the_distribution_is_said():
@@ -534,10 +554,26 @@ def test_step_3_says_what_does_nothing(argv, said):
             "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes",
         ),
         (rlhf, "--lr_scheduler_type constant", ""),  # its warm-up is a default
+        (inspect, "", ""),
+        (inspect, "--eot_token x", "--eot_token does nothing without --add_eot_token"),
+        (inspect, "--phase 1 --max_prompt_seq_len 9", "--max_prompt_seq_len does nothing in phase"),
+        (
+            inspect,
+            "--phase 2 --train_on last_turn",
+            "--train_on does nothing in phase 2; it is of ",
+        ),
+        (inspect, "--phase 3 --max_tokens_per_batch 99", "--max_tokens_per_batch does nothing in"),
+        (
+            inspect,
+            "--phase 3 --sft_only_data_path x --data_path y",
+            "--sft_only_data_path does not",
+        ),
+        (inspect, "--train_on last_turn --max_prompt_seq_len 9 --max_tokens_per_batch 9999", ""),
+        (inspect, "--max_tokens_per_batch 9999 --per_device_train_batch_size 4", ""),
         (rlhf, "--only_optimize_lora", "--only_optimize_lora does nothing: without LoRA"),
     ],
 )
-def test_every_step_says_what_does_nothing(build, argv, said):
+def test_every_program_says_what_does_nothing(build, argv, said):
     lines = list(unused_flags(build(*argv.split())))
     assert len(lines) == (said != "") and "".join(lines).startswith(said)
 

@@ -59,6 +59,17 @@ def test_data_that_no_phase_can_use_is_an_error(flags, write_rows, capsys):
     assert capsys.readouterr().out.count("no column 'prompt' (columns: question)") == 3
 
 
+def test_flags_that_do_nothing_and_batches_that_training_would_refuse(flags, capsys):
+    main([*flags, "--phase", "3", "--eot_token", "x", "--train_on", "last_turn"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " does nothing" in line]
+    said = {line.split(" does nothing")[0] for line in lines}
+    assert said == {"--train_on", "--eot_token", "--max_seq_len"}
+    with pytest.raises(UserError, match="max_tokens_per_batch is 100: a pair may have 128 tokens"):
+        main([*flags, "--phase", "2", "--max_tokens_per_batch", "100"])
+    main([*flags, "--phase", "1", "--max_tokens_per_batch", "100"])
+    assert "--max_tokens_per_batch 100 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -11,7 +11,7 @@ from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.save_plan import MERGED, SavePlan
 from dschat.train.disk import ModelSize, Written, check_disk, in_words
-from dschat.train.model_config import ModelConfig
+from dschat.train.model_config import ModelConfig, beyond_rank
 from dschat.train.run_config import RunConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.adapter_write import AdapterOrigin
@@ -131,6 +131,31 @@ def test_a_rank_above_that_of_every_layer(tmp_path: Path):
     check(widest)
     with pytest.raises(UserError, match=f"lora_dim {widest + 1}: no adapted layer has a rank"):
         check(widest + 1)
+
+
+def test_a_rank_above_that_of_some_layers_is_said(tmp_path: Path, capsys):
+    """Width 32, two heads of 8 for keys and values; 2 layers of 7 matrices."""
+    save_llama_folder(tmp_path)
+
+    def said(lora_dim: int, *names: str) -> str:
+        lora = LoraConfig(lora_dim=lora_dim, lora_module_name=names or ("all-linear",))
+        ModelConfig(lora=lora).check(str(tmp_path), lambda config: tiny_llama())
+        return capsys.readouterr().out
+
+    assert said(16) == "" == said(32, "q_proj", "mlp")
+    assert said(17) == (
+        f"advice: {tmp_path}: lora_dim 17 is above the rank of 4 of 14 adapted layers "
+        "(self_attn.k_proj, self_attn.v_proj: 16), where the rest of it adds nothing; at most 16 "
+        "counts in every layer\n"
+    )
+
+
+def test_every_lower_rank_is_named_with_its_layers():
+    ranks = {"m.layers.0.mlp.gate": 8, "m.layers.1.mlp.gate": 8, "a.v": 16, "a.k": 16, "a.q": 64}
+    line = beyond_rank(ranks, 32)
+    assert line is not None
+    assert "4 of 5 adapted layers (mlp.gate: 8; a.v, a.k: 16)" in line and "at most 8 " in line
+    assert beyond_rank(ranks, 8) is None
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

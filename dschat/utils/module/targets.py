@@ -112,9 +112,7 @@ def left_without_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
                 continue
             total += full_numel(parameter)
             if leaf not in adapted and not parameter.requires_grad:
-                parts = [part for part in name.split(".") if not part.isdigit()]
-                parts += [] if leaf == "weight" else [leaf]
-                left[".".join(parts[-2:])] += full_numel(parameter)
+                left[short_name(f"{name}.{leaf}")] += full_numel(parameter)
     if config.lora_dim == 0 or not left:
         return []
     return [
@@ -122,6 +120,12 @@ def left_without_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
         f"({100 * left.total() / total:.1f} % of the matrices outside embeddings and head) "
         f"without adapters: {', '.join(left)}"
     ]
+
+
+def short_name(name: str) -> str:
+    """Name a layer or weight without its place: `mlp.gate` for `model.layers.0.mlp.gate.weight`."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join([part for part in parts if not part.isdigit()][-2:])
 
 
 def fully_trained_modules(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
