@@ -1,6 +1,8 @@
 # What every training script shares; it sources this file, names its recipe, and calls
 #   take NAME=DEFAULT NAME:MEANING ... -- "$@"   positional arguments into variables, more flags
 #   start [FLAG ...]                             main.py with recipe, FLAGs, arguments, more flags
+#   asked NAME                                   whether an argument of true or false is true
+# A sweep calls `attempt WORDS...` for each run of its neighbour run_single.sh, then `conclude`.
 # Later flags win: those after the positional arguments over all others, the recipe loses to all.
 #
 # From the environment:
@@ -81,4 +83,23 @@ start() {
   add --critic_zero_stage "${CRITIC_ZERO_STAGE:-}"
   mkdir -p "$OUTPUT"
   "${COMMAND[@]}" --output_dir "$OUTPUT" ${MORE[@]+"${MORE[@]}"} 2>&1 | tee -a "$OUTPUT/training.log"
+}
+
+asked() {
+  case "${!1}" in
+    true) return 0 ;;
+    false) return 1 ;;
+    *) fail "$1 is ${!1}: give true or false" ;;
+  esac
+}
+
+# A run that fails is counted and does not stop the others.
+FAILED=0
+attempt() {
+  echo "== run_single.sh $*"
+  bash "${SCRIPT%/*}/run_single.sh" "$@" || FAILED=$((FAILED + 1))
+}
+
+conclude() {
+  [ "$FAILED" = 0 ] || fail "$FAILED of the runs failed; each has its training.log"
 }

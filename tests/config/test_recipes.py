@@ -25,7 +25,10 @@ HARDWARE = {
     "multi_node": r"\d+ nodes of 8 x \d+ GB",
 }
 # Hidden size by family and size; a critic of OPT's step 3 is the 350M.
-WIDTHS = {"opt": {"350m": 1024, "1.3b": 2048}}
+WIDTHS = {
+    "opt": {"350m": 1024, "1.3b": 2048, "6.7b": 4096, "13b": 5120, "30b": 7168, "66b": 9216},
+    "llama2": {"7b": 4096},
+}
 # Full fine-tuning's rate and the width that it suits: of step 1 and the actor, step 2, the critic.
 FULL_RATES = {"sft": (9.65e-6, 2048), "reward": (5e-5, 1024), "critic": (5e-6, 1024)}
 
@@ -70,7 +73,7 @@ def test_a_recipe_stands_alone_and_says_what_it_needs(name: str):
     hardware = name.split("/")[1]
     assert re.fullmatch(HARDWARE[hardware], said["hardware"]), said["hardware"]
     needs, parts = said["needs"].removeprefix("about ").split(" GB: ", 1)
-    numbers = [float(part) for part in re.findall(r"\b(\d+)\b(?=,|$)", parts)]
+    numbers = [float(part) for part in re.findall(r" (\d+)(?=,|$)", parts.split(";")[0])]
     assert abs(sum(numbers) - float(needs)) <= 1.5, said["needs"]  # of rounding
     assert float(needs) <= 0.9 * float(said["hardware"].split()[-2])
 
@@ -93,6 +96,25 @@ def test_rates_of_adapters_follow_the_rule(name: str):
         size = rates.full_rate_size
         if width(name, role) == its_width:  # whose rates are known
             assert lora_advice(model.lora, rates, engine, ranks, size) == []
+
+
+def test_the_page_on_hardware_has_what_each_recipe_needs():
+    lines = (ROOT / "docs/hardware.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| recipes in |"))
+    table = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines[start:]]
+    table = table[: table.index([])]
+    (_, _, _, *prefixes), _, *rows = table
+    told = {
+        f"{folder}/{prefix}{model}.yaml": (hardware, needs)
+        for folder, hardware, model, *figures in rows
+        for prefix, needs in zip(prefixes, figures, strict=True)
+        if needs
+    }
+    heads = {name: head(name) for name in RECIPES if not name.startswith(OWN_MODEL)}
+    assert told == {
+        name: (said["hardware"], re.match(r"about (\d+) GB: ", said["needs"])[1])
+        for name, said in heads.items()
+    }
 
 
 def test_every_recipe_is_used_by_a_script():

@@ -25,7 +25,10 @@ SOURCES = "\n".join(
     for path in sorted(ROOT.glob(place))
 )
 WORDS = set(re.findall(r"\w+", SOURCES.replace("-", "_")))
-LAUNCHERS = {"nproc_per_node", "num_gpus", "include", "master_port"}  # and their flags
+LAUNCHERS = {  # and their flags
+    *("nproc_per_node", "nnodes", "rdzv_endpoint"),
+    *("num_gpus", "include", "master_port", "hostfile"),
+}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     for name, (_, command) in ROWS.items()
     if command != "(driver)" and "training_scripts" in name
 }
+LLAMA1, LLAMA2, LLAMA3 = (step.replace("/opt/", "/llama2/") for step in (STEP1, STEP2, STEP3))
 PLAIN = [name for name in COMMANDS if "/sweep/" not in name and (TRAINING / name).is_file()]
 CORE = [STEP1 + "single_node/run_1.3b_lora.sh", STEP3 + "single_node/run_1.3b.sh"]
 every_script = pytest.mark.parametrize("name", tiers(PLAIN, CORE))
@@ -40,6 +41,12 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def run(shell, name: str, *words: str) -> Started:
     return started(shell(BASH, str(TRAINING / name), *words))
+
+
+def test_every_script_is_there():
+    """But those of DPO."""
+    missing = [name for name in ROWS if not (TRAINING / name).is_file()]
+    assert missing == [name for name in ROWS if "dpo" in name]
 
 
 @every_script
@@ -65,13 +72,29 @@ EVERYWHERE = {"deepspeed", "actor_model_name_or_path", "critic_model_name_or_pat
 # Flags that differ by intention: rates of adapters, and what the comment beside them says.
 LORA = {"learning_rate", "loraplus_lr_ratio", "lora_learning_rate"}
 ACTOR_LORA = {f"actor_{flag}" for flag in LORA}
+CRITIC_LORA = {f"critic_{flag}" for flag in LORA}
+# All answers to one optimizer step in an iteration, where DeepSpeed-Chat added up over iterations.
+ONE_ITERATION = {"generation_batches"}
 DEPARTURES: dict[str, set[str]] = {
+    LLAMA1 + "run_llama2_7b_lora.sh": LORA,
+    STEP1 + "multi_node/run_66b.sh": LORA,
     STEP1 + "single_gpu/run_1.3b.sh": LORA,
+    STEP1 + "single_gpu/run_6.7b_lora.sh": LORA,
     STEP1 + "single_node/run_1.3b_lora.sh": LORA,
-    STEP2 + "single_gpu/run_350m.sh": LORA,  # the same rate, written out
-    # One iteration takes the batches that one optimizer step adds up.
-    STEP3 + "single_gpu/run_1.3b.sh": {*ACTOR_LORA, "generation_batches", "critic_learning_rate"},
+    STEP1 + "single_node/run_13b.sh": LORA,
+    STEP1 + "single_node/run_30b_lora.sh": LORA,
+    LLAMA2 + "run_llama2_7b_lora.sh": LORA,
+    STEP2 + "single_gpu/run_350m.sh": {"learning_rate"},  # the same, written out
+    # The reference is the actor with its adapters off, and no copy to put elsewhere.
+    LLAMA3 + "run_llama2_7b_lora.sh": {*ACTOR_LORA, *CRITIC_LORA, "offload_reference_model"},
+    LLAMA3 + "run_llama2_7b_mixz.sh": {*ACTOR_LORA, *CRITIC_LORA, "offload_reference_model"},
+    STEP3 + "multi_node/run_66b.sh": ACTOR_LORA,
+    STEP3 + "single_gpu/run_1.3b.sh": {*ACTOR_LORA, *ONE_ITERATION, "critic_learning_rate"},
+    STEP3 + "single_gpu/run_6.7b_lora.sh": {*ACTOR_LORA, *ONE_ITERATION},
     STEP3 + "single_node/run_1.3b_lora.sh": ACTOR_LORA,
+    STEP3 + "single_node/run_13b.sh": ACTOR_LORA,
+    # Its stages are variables without a value in the table.
+    STEP3 + "single_node/run_30b_lora.sh": {*ACTOR_LORA, "actor_zero_stage", "critic_zero_stage"},
 }
 
 
@@ -91,7 +114,10 @@ def test_a_script_sets_what_deepspeed_chat_s_does_but_for_a_list(name: str, shel
     here = run(shell, name, *models)
     ours, theirs = flag_values(here.settings()), of_deepspeed_chat(name, type(here.settings()))
     different = {flag for flag in theirs if ours[flag] != theirs[flag]} - EVERYWHERE
-    assert different <= DEPARTURES.get(name, set())
+    if name.startswith("step3"):  # 100 as there, but in a short run a tenth of it
+        assert ours["num_warmup_steps"] is None and theirs.get("num_warmup_steps") in (100, None)
+        different -= {"num_warmup_steps"}
+    assert different <= DEPARTURES.get(name, set()), different
     launcher = COMMANDS[name].split(" main.py")[0].replace("--num_nodes=1", "").split()
     options = here.options
     if "/multi_node/" in name:

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -11,7 +12,8 @@ from tests.helpers.shell import STEP1, STEP3, TRAINING, fake_launchers, started
 from tests.helpers.tiers import tiers
 
 LAUNCH = TRAINING / "launch.sh"
-SCRIPTS = sorted({*TRAINING.rglob("*.sh")} - {LAUNCH})
+SWEEPS = sorted(TRAINING.rglob("*_sweep.sh"))  # they start their neighbour run_single.sh
+SCRIPTS = sorted({*TRAINING.rglob("*.sh")} - {LAUNCH, *SWEEPS})
 RECIPES = TRAINING.parent / "dschat" / "recipes"
 BASH = shutil.which("bash")
 
@@ -40,7 +42,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def positional(script: Path) -> tuple[list[str], list[str]]:
     """The names of a script's required and optional arguments, from its usage line."""
-    usage = re.search(r"^# Usage: bash \S+ (.+) \[more flags of \S+", script.read_text(), re.M)
+    usage = re.search(r"^# Usage: bash \S+ (.*)\[more flags of \S+", script.read_text(), re.M)
     assert usage is not None, f"{script}: no line `# Usage: bash NAME ARGUMENTS [more flags of ...`"
     names = usage.group(1).split()
     optional = [name.strip("[]") for name in names if name.startswith("[")]
@@ -49,11 +51,23 @@ def positional(script: Path) -> tuple[list[str], list[str]]:
     return required, optional
 
 
+def words_for(script: Path, folder: Path) -> dict[str, str]:
+    """A word for each argument; with a space in what may have one: unquoted it would fall apart."""
+    words = {}
+    for name in [word for part in positional(script) for word in part]:
+        words[name] = str(folder / name.lower() / "with space")
+        if name.endswith(("ZERO_STAGE", "STEP")):
+            words[name] = "1"
+        elif name in ("OFFLOAD", "LORA", "MIXED_PRECISION_LORA", "ENABLE_HYBRID_ENGINE", "TEST"):
+            words[name] = "true"
+    return words
+
+
 def test_scripts_are_sound_bash_in_the_house_form():
     assert {name[:5] for name in map(name_of, SCRIPTS)} >= {"step1", "step2", "step3"}
-    for script in (LAUNCH, *SCRIPTS):
+    for script in (LAUNCH, *SCRIPTS, *SWEEPS):
         assert subprocess.run([BASH, "-n", script], check=False).returncode == 0, script
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, *SWEEPS):
         lines = script.read_text().splitlines()
         assert lines[0] == "#!/usr/bin/env bash" and script.stat().st_mode & 0o111, script
         commands = [line for line in lines if line.strip() and not line.startswith("#")]
@@ -62,7 +76,7 @@ def test_scripts_are_sound_bash_in_the_house_form():
             depth = len(script.relative_to(TRAINING).parts) - 1
             up = "../" * depth
             assert commands[1] == f'source "$(dirname "${{BASH_SOURCE[0]}}")/{up}launch.sh"', script
-            assert commands[-1].split()[0] == "start", script
+            assert re.search("conclude" if script in SWEEPS else r"\bstart\b", commands[-1]), script
         else:
             assert commands[-1].strip() == '"$@"', script
 
@@ -84,14 +98,11 @@ def test_defaults_and_empty_words_mean_the_same(name: str, shell):
 
 @every_script
 def test_given_words_and_more_flags_arrive(name: str, shell, tmp_path: Path):
-    required, optional = positional(TRAINING / name)
-    # A space in each word: one that is not quoted would fall apart.
-    words = {word: str(tmp_path / word.lower() / "with space") for word in [*required, *optional]}
-    words |= {word: "1" for word in words if word.endswith("ZERO_STAGE")}
+    words = words_for(TRAINING / name, tmp_path)
     command = started(shell(BASH, str(TRAINING / name), *words.values(), "--seed", "77"))
     assert command.arguments[-2:] == ["--seed", "77"]
     for word, value in words.items():
-        assert value in command.arguments, word
+        assert value in command.arguments or value == "true", word
     settings = command.settings()
     if is_training(TRAINING / name):
         assert settings.run.seed == 77
@@ -118,9 +129,58 @@ def test_a_failed_run_fails_the_script(
     name: str, shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("FAKE_EXIT", "3")  # must not be hidden by the pipe to the log
-    names = [word for words in positional(TRAINING / name) for word in words]
-    words = [str(tmp_path / "out") if word == "OUTPUT" else "2" for word in names]
+    words = words_for(TRAINING / name, tmp_path).values()
     assert shell(BASH, str(TRAINING / name), *words).returncode == 3
+
+
+RUNS = {"run_step1_sweep.sh": 14, "run_step2_sweep.sh": 7, "run_step3_sweep.sh": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SWEEPS, ids=lambda script: script.name)
+def test_a_sweep_makes_every_run_in_a_folder_of_its_own(script: Path, shell, monkeypatch):
+    models = [""] * len(positional(script)[1])
+    process = shell(BASH, str(script), *models, "--seed", "7")
+    assert process.returncode == 0, process.stderr
+    _, *runs = process.stdout.split("== run_single.sh ")
+    settings = []
+    for run in runs:
+        call, printed = run.split("\n", 1)
+        settings.append(started(CompletedProcess([], 0, printed, "")).settings())
+        assert settings[-1].run.seed == 7 and settings[-1].run.output_dir in call
+    assert len({s.run.output_dir for s in settings}) == len(runs) == RUNS[script.name]
+    monkeypatch.setenv("FAKE_EXIT", "3")
+    process = shell(BASH, str(script), *models)
+    assert process.returncode == 2 and process.stdout.count("== run_single.sh ") == len(runs)
+    assert f"{script.name}: {len(runs)} of the runs failed" in process.stderr
+
+
+@pytest.mark.slow
+def test_a_switch_of_a_sweep_s_run_is_true_or_false(shell):
+    script = TRAINING / STEP1 / "single_node/sweep/run_single.sh"
+    process = shell(BASH, str(script), "2", "yes")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "error: run_single.sh: OFFLOAD is yes: give true or false\n"
+    plain, switched = (
+        started(shell(BASH, str(script), "3", switch, switch, "out")).settings()
+        for switch in ("false", "true")
+    )
+    assert (plain.run.engine.offload, plain.model.lora.lora_dim) == (False, 0)
+    assert (switched.run.engine.offload, switched.model.lora.lora_dim) == (True, 128)
+    assert plain.model.optimizer.weight_decay == switched.model.optimizer.weight_decay == 0
+
+
+def test_several_nodes_need_a_hostfile(shell, tmp_path: Path, monkeypatch):
+    script = str(TRAINING / STEP1 / "multi_node/run_66b.sh")
+    command = started(shell(BASH, script, str(tmp_path / "out")))
+    assert command.options == ["--hostfile", str(tmp_path / "hosts")]
+    monkeypatch.setenv("HOSTFILE", "nowhere")
+    process = shell(BASH, script, str(tmp_path / "other"))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("error: run_66b.sh: HOSTFILE nowhere: no such file; name one")
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setenv("LAUNCHER", "python")  # which finds its nodes elsewhere
+    assert started(shell(BASH, script, str(tmp_path / "out"))).arguments == command.arguments
 
 
 def test_more_flags_stand_after_the_script_s_own_and_the_log_grows(shell, tmp_path: Path):
