@@ -91,7 +91,8 @@ def _look_at_one_model(
     model, flags = _fitting_model(settings.model, stand_ins.get(name, name), build, "", widths)
     settings = replace(settings, model_name_or_path=stand_ins.get(name, name), model=model)
     plan = plan_model(ctx, settings, build)
-    data = ctx.load_data(settings.data, settings.PHASE, settings.batch.max_seq_len)
+    length = settings.batch.max_seq_len
+    data = ctx.load_data(settings.data, settings.PHASE, length, later=plan.later)
     loader = ctx.loader(data.train, list, settings.sampler(), shuffle=True)
     batches = [loader.batches_in(epoch) for epoch in range(settings.run.num_train_epochs)]
     return _ahead(plan.name, data, settings.length(batches), [plan.written], flags, fixed)
@@ -128,16 +129,15 @@ def _look_at_ppo(
         names.check_context(settings.max_seq_len, None)
         if critic is not None:
             check_same_tokenizer(ctx.tokenizer, critic, settings.run.answer_end)
-        written = plan_training(ctx, settings, names).written
+        plan = plan_training(ctx, settings, names)
     else:
-        written = plan_roles(ctx, settings).training.written
-    data = ctx.load_data(
-        settings.data, settings.PHASE, settings.max_seq_len, settings.max_prompt_seq_len
-    )
+        plan = plan_roles(ctx, settings).training
+    lengths = settings.max_seq_len, settings.max_prompt_seq_len
+    data = ctx.load_data(settings.data, settings.PHASE, *lengths, later=plan.later)
     batch_size = settings.ppo.per_device_generation_batch_size
     batches = ctx.loader(data.train, list, batch_size, shuffle=True).batches_in(0)
     length = settings.length(settings.iterations(batches), batches)
-    return _ahead(actor, data, length, written, flags, fixed)
+    return _ahead(actor, data, length, plan.written, flags, fixed)
 
 
 def _fitting_model(

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.cache_room import check_room
 from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.readers import format_by_name
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
@@ -34,6 +35,7 @@ from dschat.errors import UserError
 from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format
+from dschat.utils.disk import Reserve
 from dschat.utils.predecessor import changed
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
@@ -69,6 +71,7 @@ def create_prompt_dataset(
     max_seq_len: int,
     max_prompt_len: int | None = None,
     once: Callable[[Callable[[], str]], str] | None = None,
+    later: Reserve | None = None,
 ) -> PromptData:
     """Make the tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
 
@@ -83,9 +86,10 @@ def create_prompt_dataset(
         max_prompt_len: tokens of a prompt, in phase 3 alone.
         once: has the work done by one rank of each node and gives its result to all of them
             (`distributed.from_local_main`).
+        later: what the run will write after the rows, for which they leave room.
 
     Raises:
-        UserError: bad input, a full disk, or no rows left.
+        UserError: bad input, a disk that is too small, or no rows left.
     """
     _check_lengths(phase, seed, max_seq_len, max_prompt_len)
     form = choose_format(tokenizer)
@@ -109,7 +113,8 @@ def create_prompt_dataset(
         report = DataReport(phase, (counts,), None, len(evaluation))
         return PromptData(stream, evaluation, report, key="streamed")
 
-    prepare = partial(_prepare, config, sources, convert, [seed, [max_seq_len, max_prompt_len]])
+    numbers = [seed, [max_seq_len, max_prompt_len]]
+    prepare = partial(_prepare, config, sources, convert, numbers, later)
     folder = Path(prepare() if once is None else once(prepare))
     counts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     parts = []
@@ -144,7 +149,11 @@ def _check_lengths(phase: int, seed: int, max_seq_len: int, max_prompt_len: int 
 
 
 def _prepare(
-    config: DataConfig, names: list[tuple[str, str]], convert: Converter, numbers: list[Any]
+    config: DataConfig,
+    names: list[tuple[str, str]],
+    convert: Converter,
+    numbers: list[Any],
+    later: Reserve | None,
 ) -> str:
     """Find the folder of the tokenised set, written first if it is not there yet."""
     root, seed = Path(config.data_output_path).expanduser(), numbers[0]
@@ -155,7 +164,7 @@ def _prepare(
     recipe = [RECIPE_VERSION, convert.phase, *numbers, contents, config.train_on]
     recipe += [convert.form.name, convert.keep_special_tokens]
     key = digest(tokenizer_fingerprint(convert.tokenizer), json.dumps(recipe))
-    return str(written_once(root, key, partial(_write, config, convert, seed, sources)))
+    return str(written_once(root, key, partial(_write, config, convert, seed, sources, later)))
 
 
 def _require_columns(source: Source, phase: int) -> None:
@@ -171,36 +180,59 @@ def _require_columns(source: Source, phase: int) -> None:
                 )
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one source and split that a phase gets; `left` counts those that others get."""
+
+    source: Source
+    split: str
+    number: int
+    rows: datasets.Dataset
+    left: dict[str, int]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Rows of the source that are of no use to any phase, by reason."""
+        return self.source.skipped.get("train" if self.split == "train" else "test", {})
+
+
+def _parts(sources: list[tuple[Source, str]], seed: int, phase: int) -> Iterator[_Part]:
+    for number, (source, text) in enumerate(sources):
+        chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
+        rows = source.train.select(np.sort(chosen))  # read from front to back
+        left = {"held out": source.held_out, "for other steps": len(source.train) - len(rows)}
+        yield _Part(source, "train", number, rows, left)
+    for number, (source, _) in enumerate(sources):
+        left = {"for training": len(source.train) if source.held_out else 0}
+        yield _Part(source, "eval", number, source.test, left)
+
+
 def _write(
     config: DataConfig,
     convert: Converter,
     seed: int,
     sources: list[tuple[Source, str]],
+    later: Reserve | None,
     folder: Path,
 ) -> None:
     """Tokenise into the new `folder`: train-*.arrow, eval-*.arrow and report.json."""
     phase = convert.phase
     for source, _ in sources:
         _require_columns(source, phase)
+    parts = list(_parts(sources, seed, phase))
+    check_room((part.rows for part in parts), convert, folder.parent, later)
     folder.mkdir()
     reports: list[SourceReport] = []
+    for part in parts:
+        used, counts = 0, Counter[str]()
+        if len(part.rows):
+            file = folder / f"{part.split}-{part.number:03d}.arrow"
+            workers = choose_workers(config.preprocessing_num_workers, len(part.rows))
+            used, counts = tokenise(part.rows, convert, file, workers)
+        about: dict[str, Any] = {"skipped": part.skipped, "left": part.left, **counts}
+        name, rows = part.source.name, len(part.rows)
+        reports.append(SourceReport(name, part.split, rows, used, **about))
     for split in ("train", "eval"):
-        for number, (source, text) in enumerate(sources):
-            rows = source.test
-            left = {"for training": len(source.train) if source.held_out else 0}
-            if split == "train":
-                chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
-                rows = source.train.select(np.sort(chosen))  # read from front to back
-                others = len(source.train) - len(rows)
-                left = {"held out": source.held_out, "for other steps": others}
-            used, counts = 0, Counter[str]()
-            if len(rows):
-                part = folder / f"{split}-{number:03d}.arrow"
-                workers = choose_workers(config.preprocessing_num_workers, len(rows))
-                used, counts = tokenise(rows, convert, part, workers)
-            skipped = source.skipped.get("train" if split == "train" else "test", {})
-            about: dict[str, Any] = {"skipped": skipped, "left": left, **counts}
-            reports.append(SourceReport(source.name, split, len(rows), used, **about))
         if not any(report.used for report in reports if report.split == split):
             raise UserError(nothing_left(reports, split, sources[0][1], phase))
     (folder / "report.json").write_text(

@@ -34,12 +34,13 @@ from dschat.rlhf.role_setup import RoleConfig, RoleSetup
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.train.checkpointer import Checkpointer, Position
-from dschat.train.disk import Written
+from dschat.train.disk import Written, reserve
 from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import RunContext
 from dschat.train.resume import RunPlan
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
+from dschat.utils.disk import Reserve
 from dschat.utils.distributed import from_local_main, print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
 
@@ -52,6 +53,12 @@ class TrainingPlan:
 
     saves: dict[str, SavePlan]
     written: list[Written]
+    output_dir: str
+
+    @property
+    def later(self) -> Reserve:
+        """Folders that the roles become, which the data must leave room for."""
+        return reserve(self.output_dir, self.written)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def plan_training(ctx: RunContext, settings: PPORunSettings, names: RoleNames) -
     Raises:
         UserError: adapters that cannot be trained or saved.
     """
-    run, plan = settings.run, TrainingPlan({}, [])
+    run, plan = settings.run, TrainingPlan({}, [], settings.run.output_dir)
     micro_batch = settings.ppo.per_device_training_batch_size
     actor = (names.actor, settings.actor, build_causal_lm, ("actor", "actor_ema"))
     critic = (names.critic, settings.critic, RewardModel.from_config, ("critic",))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from dschat.errors import UserError
 from dschat.models.save_plan import SavePlan
+from dschat.utils.disk import Reserve, free_bytes, in_words
 from dschat.utils.ds_utils import EngineConfig
 
 OPTIMIZER_BYTES = 12  # a parameter: the weight in fp32, and Adam's two averages
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,13 @@ class Written:
         return cls(folder * (1 + averaged), size.trained * state)
 
 
+def reserve(output_dir: str, models: Iterable[Written]) -> Reserve:
+    """Bytes of model folders that a run will write, which its data must leave free."""
+    return Reserve(output_dir, sum(model.folders for model in models))
+
+
 def check_disk(output_dir: str, models: Iterable[Written], checkpoints: int) -> None:
-    """Stop where the disk of the output folder is too small.
+    """Stop where the disk of the output folder is too small; what is cached is on it by then.
 
     Args:
         checkpoints: the most that there are at a time, beside those that are there already.
@@ -79,20 +82,3 @@ def check_disk(output_dir: str, models: Iterable[Written], checkpoints: int) -> 
             f"({' and '.join(parts)}), and {in_words(free)} are free on that disk; free some, or "
             "give an output_dir on another disk"
         )
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Bytes free on the disk that holds a folder, or would hold it."""
-    path = Path(folder).resolve()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def in_words(size: float) -> str:
-    """Format bytes: 12.3 GB."""
-    for unit in _UNITS[:-1]:
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} {_UNITS[-1]}"

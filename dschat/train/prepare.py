@@ -28,7 +28,7 @@ from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.checkpointer import Checkpointer, Position
-from dschat.train.disk import Written
+from dschat.train.disk import Written, reserve
 from dschat.train.engine import Engine, build_engine, resolve_dtype, torch_dtype
 from dschat.train.metrics import MetricLogger
 from dschat.train.model_config import ModelConfig
@@ -37,6 +37,7 @@ from dschat.train.resume import RunPlan
 from dschat.train.run_config import StartConfig, StepSettings
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
+from dschat.utils.disk import Reserve
 from dschat.utils.distributed import (
     Distributed,
     from_local_main,
@@ -73,9 +74,19 @@ class RunContext(Distributed):
         return Gpus(self.world_size, self.dtype, name)
 
     def load_data(
-        self, config: DataConfig, phase: int, max_seq_len: int, max_prompt_len: int | None = None
+        self,
+        config: DataConfig,
+        phase: int,
+        max_seq_len: int,
+        max_prompt_len: int | None = None,
+        *,
+        later: Reserve | None = None,
     ) -> PromptData:
-        """Tokenise the rows of a phase, once on each node, and print their counts."""
+        """Tokenise the rows of a phase, once on each node, and print their counts.
+
+        Args:
+            later: what the run will write after them.
+        """
         data = create_prompt_dataset(
             config,
             self.tokenizer,
@@ -84,6 +95,7 @@ class RunContext(Distributed):
             max_seq_len=max_seq_len,
             max_prompt_len=max_prompt_len,
             once=from_local_main,
+            later=later,
         )
         print_rank_0("\n".join(data.report.lines()))
         return data
@@ -144,13 +156,14 @@ def setup_run(
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model to train, checked before its weights load."""
+    """One model to train, checked before its weights load; `later` are the folders it becomes."""
 
     name: str
     config: ModelConfig
     engine: EngineConfig
     save: SavePlan
     written: Written
+    later: Reserve
 
 
 def plan_model(
@@ -175,7 +188,8 @@ def plan_model(
     size = config.check(name, build)
     settings.check_model()
     save = run.save_plan(name, config)
-    return ModelPlan(name, config, engine, save, Written.of(size, engine, save))
+    written = Written.of(size, engine, save)
+    return ModelPlan(name, config, engine, save, written, reserve(run.output_dir, [written]))
 
 
 @dataclass(frozen=True)

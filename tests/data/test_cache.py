@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
+import dschat.data.datasets
 from dschat.data import tokenise
 from dschat.data.store import written_once
 from dschat.errors import UserError
@@ -36,6 +37,7 @@ def _run(source: str, folder: Path, workers: int, limit: int | None) -> None:
         return convert(*args, **options)
 
     tokenise.Converter._sft_rows = announced
+    dschat.data.datasets.check_room = lambda *args: None  # which tokenises some rows first
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     spec = Spec(

@@ -245,6 +245,17 @@ def test_a_later_step_is_refused_before_the_first(e2e: ModuleType, inputs: Path,
         ahead(e2e, inputs)
 
 
+def test_rows_leave_room_for_the_models(e2e: ModuleType, inputs: Path, monkeypatch):
+    """Before they are tokenised."""
+    said = r"^step 1: data_output_path .*cache: the tokenised rows of phase 1 take about \d\S+ kB"
+    said += r", the models of the run \d\S+ kB, and 100 kB are free"
+    monkeypatch.setattr("dschat.data.cache_room.free_bytes", lambda folder: 100_000)
+    with pytest.raises(UserError, match=said):
+        ahead(e2e, inputs, "--seed", "5")
+    monkeypatch.setattr("dschat.data.cache_room.free_bytes", lambda folder: 300_000)
+    ahead(e2e, inputs, "--seed", "5", "--step", "1")
+
+
 def test_an_output_folder_that_cannot_be(e2e: ModuleType, tmp_path: Path):
     (tmp_path / "file").touch()
     args = e2e.parse_args(["--output-dir", str(tmp_path / "file" / "below")])

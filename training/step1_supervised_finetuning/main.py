@@ -43,7 +43,7 @@ def main() -> None:
     )
     check_language_model(settings.model_name_or_path)
     model = plan_model(ctx, settings, build_causal_lm)
-    data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len)
+    data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
 
     # 2. batches, model, engine
     pad_token_id, on_prompt = ctx.tokenizer.pad_token_id, settings.train_on_prompt

@@ -42,7 +42,7 @@ def main() -> None:
     )
     model = plan_model(ctx, settings, RewardModel.from_config)
     tell_reward_form(settings.model_name_or_path, ctx.tokenizer)
-    data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len)
+    data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
 
     # 2. batches, model, engine
     collator = PairCollator(ctx.tokenizer.pad_token_id)

@@ -38,7 +38,11 @@ def main() -> None:
     )
     plan = plan_roles(ctx, settings)
     data = ctx.load_data(
-        settings.data, settings.PHASE, settings.max_seq_len, settings.max_prompt_seq_len
+        settings.data,
+        settings.PHASE,
+        settings.max_seq_len,
+        settings.max_prompt_seq_len,
+        later=plan.training.later,
     )
 
     # 2. prompts, roles
