@@ -39,8 +39,8 @@ STEP_DIRS = {
 }
 STEP_NAMES = {1: "actor-models", 2: "reward-models", 3: "step3-models"}
 FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any other model
-# Hidden sizes of the models that a script's learning rates are meant for, by its flags' prefix.
-SCRIPT_WIDTHS = {"run_1.3b.sh": 2048, "run_350m.sh": 1024}
+# Hidden sizes of the models that a script's learning rates are meant for, by their sizes.
+WIDTHS = {"350m": 1024, "1.3b": 2048, "6.7b": 4096, "13b": 5120, "30b": 7168, "66b": 9216}
 CRITIC_WIDTH = 1024
 # Flags of main.py in every step, where given.
 PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps")
@@ -51,6 +51,7 @@ OF_A_MODEL = (
     "actor_zero_stage",
     "reward_zero_stage",
     "deployment_type",
+    "hostfile",
 )
 # What a script calls, in `arguments_of`: nothing is made, printed or started.
 STAND_INS = {"mkdir": ":", "tee": "cat > /dev/null"} | dict.fromkeys(
@@ -87,6 +88,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("single_gpu", "single_node", "multi_node"),
         help="which scripts: one GPU, all of one machine, several machines",
     )
+    add(
+        "--hostfile",
+        type=lambda p: Path(text(p)).resolve(),
+        default=Path(os.environ.get("HOSTFILE") or "/job/hostfile").resolve(),
+        help="of multi_node: a line `host slots=8` for each machine",
+    )
     add("--data-path", type=text, nargs="+", default=[], help="data of all steps, not the scripts'")
     add("--seed", type=int, default=1234, help="seed of all steps")
     add("--num-train-epochs", type=int, help="of all steps (default: by the rows)")
@@ -117,8 +124,9 @@ def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]
     """Find the step's script for a model, and the flags that put the model into it."""
     folder = STEP_DIRS[step] / "training_scripts" / "opt" / deployment
     size = size_of(model)
-    if size is not None and (script := folder / f"run_{size}.sh").is_file():
-        return script, []
+    for name in (f"run_{size}.sh", f"run_{size}_lora.sh"):
+        if size is not None and (script := folder / name).is_file():
+            return script, []
     script = folder / f"run_{FALLBACK_SIZE[step]}.sh"
     if not script.is_file():
         raise UserError(
@@ -130,13 +138,18 @@ def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]
     return script, [] if step == 3 else ["--model_name_or_path", name]
 
 
+def size_in(script: Path) -> str:
+    """1.3b for run_1.3b.sh and run_1.3b_lora.sh."""
+    return script.stem.removeprefix("run_").removesuffix("_lora")
+
+
 def borrowed(args: argparse.Namespace, step: int, command: list[str]) -> str | None:
     """Say whose script serves a model that has none of its own; None for one that has."""
     if args.actor_model is None:
         return None
     model = args.reward_model or FALLBACK_SIZE[2] if step == 2 else args.actor_model
     script = Path(command[1])
-    size = script.stem.removeprefix("run_")
+    size = size_in(script)
     if size == size_of(model):
         return None
     return (
@@ -182,7 +195,7 @@ def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
 
 def widths_of(step: int, command: list[str]) -> dict[str, int]:
     """Hidden sizes that the rates in a step's script are meant for; none of the quickstart's."""
-    width = SCRIPT_WIDTHS.get(Path(command[1]).name)
+    width = WIDTHS.get(size_in(Path(command[1])))
     if width is None:
         return {}
     return {"actor_": width, "critic_": CRITIC_WIDTH} if step == 3 else {"": width}
@@ -258,6 +271,18 @@ def local(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
+def check_hostfile(args: argparse.Namespace) -> None:
+    """Stop where several machines are asked for and none are named; scripts read HOSTFILE."""
+    if args.deployment_type != "multi_node" or os.environ.get("LAUNCHER"):
+        return
+    if not args.hostfile.is_file():
+        raise UserError(
+            f"--hostfile {args.hostfile}: no such file; name one, with a line `host slots=8` for "
+            "each machine"
+        )
+    os.environ["HOSTFILE"] = str(args.hostfile)
+
+
 def prepare_output_dir(args: argparse.Namespace) -> None:
     """Make the output folder; stop where that cannot be, or would replace a finished model."""
     from dschat.models.save_plan import holds_model
@@ -294,6 +319,7 @@ def main() -> None:
     """Build what the default needs, check, run the steps, print the closing table."""
     args = parse_args()
     plan = commands(args)
+    check_hostfile(args)
     prepare_output_dir(args)
     if args.actor_model is None:
         from dschat.quickstart import build

@@ -154,6 +154,47 @@ def test_a_borrowed_script_is_named(e2e: ModuleType, actor: str, script: str | N
             )
 
 
+def test_several_machines_have_a_hostfile(e2e: ModuleType, tmp_path: Path, monkeypatch):
+    shell, out = fake_launchers(tmp_path, monkeypatch), tmp_path / "out"
+    monkeypatch.delenv("HOSTFILE")
+    models = ["--actor-model", "66b", "--reward-model", "350m", "--output-dir", str(out)]
+    argv = [*models, "--deployment-type", "multi_node", "--hostfile"]
+    monkeypatch.setattr("sys.argv", ["e2e_rlhf.py", *argv, str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"^--hostfile .*none: no such file; name one, with a line"):
+        e2e.main()
+    assert not out.exists()
+    args = e2e.parse_args([*argv, str(tmp_path / "hosts")])
+    monkeypatch.setenv("HOSTFILE", "")  # taken back after the test
+    e2e.check_hostfile(args)
+    places = {1: STEP1 + "multi_node/run_66b.sh", 2: STEP2 + "multi_node/run_350m.sh"}
+    for step, command in e2e.commands(args).items():
+        assert command[1] == str(TRAINING / places.get(step, STEP3 + "multi_node/run_66b.sh"))
+        assert e2e.borrowed(args, step, command) is None
+        start = started(shell(*command))
+        assert start.options[:2] == ["--hostfile", str(tmp_path / "hosts")]
+        assert e2e.arguments_of(command) == start.arguments
+
+
+@pytest.mark.parametrize(
+    ("deployment", "size", "script", "width"),
+    [
+        ("single_gpu", "6.7b", "run_6.7b_lora.sh", 4096),
+        ("single_node", "6.7b", "run_6.7b.sh", 4096),
+        ("single_node", "13b", "run_13b.sh", 5120),
+        ("single_node", "30b", "run_30b_lora.sh", 7168),
+        ("multi_node", "66b", "run_66b.sh", 9216),
+    ],
+)
+def test_every_size_has_its_script(e2e: ModuleType, deployment, size, script, width):
+    args = e2e.parse_args(["--actor-model", size, "--deployment-type", deployment])
+    commands = e2e.commands(args)
+    assert [Path(commands[step][1]).name for step in (1, 3)] == [script, script]
+    assert {e2e.borrowed(args, step, commands[step]) for step in (1, 2, 3)} == {None}
+    assert e2e.widths_of(1, commands[1]) == {"": width}
+    assert e2e.widths_of(3, commands[3]) == {"actor_": width, "critic_": 1024}
+    assert e2e.widths_of(1, ["bash", "quickstart/run.sh"]) == {}
+
+
 def test_flags_of_all_steps(e2e: ModuleType):
     flags = ["--num-train-epochs", "3", "--num-warmup-steps", "0", "--overwrite-output-dir"]
     for command in plan(e2e, "--actor-model", "1.3b", *flags).values():
