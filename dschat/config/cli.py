@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
+from dschat.utils import signals
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.printable import guard_terminal, printable
 
@@ -145,13 +146,26 @@ def _yaml_tokens(path: str, flag: Flag, value: Any) -> list[str]:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point; a UserError becomes one line on stderr (rank 0) and exit code 2."""
+    """Run an entry point; what ends it early is one line on stderr (rank 0), and its exit code.
+
+    A UserError ends with 2, a stop by a signal with 75.
+    """
     guard_terminal()
     try:
         main()
     except UserError as error:
-        if launched_rank() == 0:
-            line = printable(f"error: {error}", keep="")
-            tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar
-            sys.stderr.flush()
+        _say(f"error: {error}")
         sys.exit(2)
+    except signals.Stopped as stop:
+        _say(stop.line)
+        signals.ignore_at_exit()
+        raise
+    finally:
+        signals.restore()
+
+
+def _say(line: str) -> None:
+    if launched_rank() == 0:
+        line = printable(line, keep="")
+        tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar
+        sys.stderr.flush()

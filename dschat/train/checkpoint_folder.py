@@ -29,6 +29,11 @@ def folder_of(output_dir: str | Path) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
+def path_of(output_dir: str | Path, step: int) -> Path:
+    """Path of a step's checkpoint."""
+    return folder_of(output_dir) / f"step-{step:06d}"
+
+
 def unfinished_path(folder: Path, step: int) -> Path:
     """Path of a step's checkpoint while it is being written, the same on all ranks."""
     return folder / f".step-{step:06d}.tmp"
@@ -65,7 +70,7 @@ def continues(output_dir: str | Path, resume: str | None) -> bool:
     return resume is not None and Path(resume).resolve().parent == folder.resolve()
 
 
-def choose(output_dir: str, resume: str | None, will_save: bool) -> list[Path]:
+def choose(output_dir: str, resume: str | None) -> list[Path]:
     """Checkpoints to resume from, the best first; none where the run starts from the beginning.
 
     Only without a value has `resume` more than one: older ones stand in for a damaged newest.
@@ -79,7 +84,7 @@ def choose(output_dir: str, resume: str | None, will_save: bool) -> list[Path]:
         return list(reversed(present.values()))
     if resume is not None and not Path(resume).is_dir():
         raise UserError(f"resume {resume}: no such folder; give a step-... folder, or no value")
-    if present and will_save and not continues(output_dir, resume):
+    if present and not continues(output_dir, resume):
         raise UserError(
             f"output_dir {output_dir}: holds checkpoints of an earlier run "
             f"({present[max(present)].name}); give resume to continue it, or remove {folder}"

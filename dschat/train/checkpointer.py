@@ -34,10 +34,12 @@ from dschat.train.resume import (
     set_peak_rates,
 )
 from dschat.train.safe_load import load_file, make_loading_safe
+from dschat.utils import signals
 from dschat.utils.distributed import (
     Distributed,
     RandomState,
     all_gather,
+    all_reduce_max,
     all_reduce_sum,
     barrier,
     from_main,
@@ -82,7 +84,7 @@ class CheckpointConfig(Settings):
 
     @property
     def in_use(self) -> bool:
-        """Tell whether checkpoints are written or read."""
+        """Tell whether checkpoints are read, or written other than by a signal."""
         return self.save_steps > 0 or self.resume is not None
 
 
@@ -144,10 +146,8 @@ class Checkpointer:
         self.output_dir = output_dir
         self.engines: Mapping[str, Engine] = {}
         self.others: Mapping[str, Stateful] = {}
-        self._checksums: dict[str, str] = {}
-        self._source: Checkpoint | None = None
-        if config.in_use:
-            self._source = self._find_source()
+        self._modules: dict[str, nn.Module] = {}
+        self._source = self._find_source()
         if self._source is None and config.resume is not None:
             folder = checkpoint_folder.folder_of(self.output_dir)
             print_rank_0(f"resume: no checkpoint in {folder}, starting from the beginning")
@@ -170,8 +170,7 @@ class Checkpointer:
         return None
 
     def _candidates(self) -> list[Path]:
-        config = self.config
-        return checkpoint_folder.choose(self.output_dir, config.resume, config.save_steps > 0)
+        return checkpoint_folder.choose(self.output_dir, self.config.resume)
 
     def _check_files(self, folder: Path, digests: Mapping[str, str]) -> None:
         """Check this rank's share of the files."""
@@ -197,8 +196,8 @@ class Checkpointer:
     ) -> Position:
         """Fill everything from the checkpoint that the run resumes from; return where it was.
 
-        The last call before the loop: the random generators are restored as well. Without a
-        checkpoint nothing changes.
+        The last call before the loop: the random generators are restored as well, and signals wait
+        for the end of a step from here. Without a checkpoint nothing else changes.
 
         Args:
             others: what is saved beside the engines. frozen: modules beside them that must be the
@@ -207,11 +206,9 @@ class Checkpointer:
         self.engines = engines
         everything = {**others, "random": RandomState()}
         self.others = {name: other for name, other in everything.items() if other is not None}
-        if not self.config.in_use:
-            return Position()
-        modules = {name: engine.module for name, engine in engines.items()}
-        modules |= {name: m for name, m in (frozen or {}).items() if m is not None}
-        self._checksums = {name: frozen_checksum(module) for name, module in modules.items()}
+        self._modules = {name: engine.module for name, engine in engines.items()}
+        self._modules |= {name: m for name, m in (frozen or {}).items() if m is not None}
+        signals.finish_steps()
         if self._source is None:
             return Position()
         folder, record = self._source.folder, self._source.record
@@ -228,6 +225,11 @@ class Checkpointer:
         print_rank_0(f"resumed from {folder} at step {position.step}")
         return position
 
+    @functools.cached_property
+    def _checksums(self) -> dict[str, str]:
+        """Checksums of all frozen weights, which no step changes."""
+        return {name: frozen_checksum(module) for name, module in self._modules.items()}
+
     def _restore_engine(self, place: str, name: str, engine: Engine) -> None:
         optimizer = self.plan.optimizers[name]
         make_loading_safe(engine)
@@ -239,10 +241,21 @@ class Checkpointer:
         check_restored_rates(engine.optimizer, engine.lr_scheduler, optimizer)
 
     def save_if_due(self, step: int, epoch: int) -> None:
-        """Save after every `save_steps`-th step, when everything of the step has been done."""
-        if self.config.save_steps and step % self.config.save_steps == 0:
+        """Save after every `save_steps`-th step, when everything of the step has been done.
+
+        Raises:
+            Stopped: on every rank, when a signal has reached any of them; that saves as well.
+        """
+        signum = int(all_reduce_max([signals.requested()])[0])
+        counted = len(self.plan.steps.epoch_steps) > 0  # else nobody could resume
+        interval = self.config.save_steps
+        if (interval and step % interval == 0) or (signum and counted):
             batch = self.plan.steps.batches_of(step, epoch)
             self.save(Position(step, epoch, batch))
+        if signum:
+            barrier()  # a launcher ends all ranks when the first one ends
+            folder = str(checkpoint_folder.path_of(self.output_dir, step))
+            raise signals.Stopped(signum, step, folder if counted else None)
 
     def save(self, position: Position) -> None:
         """Write a checkpoint; it appears under its name when complete, and older ones go then.

@@ -46,11 +46,15 @@ TIMES = ("seconds", "samples_per_s", "tokens_per_s", "tflops", "answer_tokens_pe
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a program: what kills it, what a shell does before it."""
+    """One start of a program: what kills it, what a shell does before it.
+
+    A signal is its name, the rank that gets it, and the lines of metrics that come before it.
+    """
 
     argv: Sequence[str]
     kill: tuple[str, str] | None = None
     shell: str | None = None
+    signal: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ def interrupted(argv: Sequence[str], name: str, save_steps: int, killed: int) ->
         f"{name} complete": Run([*argv, "--output_dir", f"{name}-complete"]),
         f"{name} killed": Run(saving, while_saving(killed)),
         f"{name} resumed": Run([*saving, "--resume"]),
+    }
+
+
+def stopped(argv: Sequence[str], name: str, signal: tuple[str, int, int]) -> dict[str, Run]:
+    """A run that never stops; one that a signal stops, which saves nothing else; the rest of it."""
+    there = [*argv, "--output_dir", f"{name}-stopped"]
+    return {
+        f"{name} complete": Run([*argv, "--output_dir", f"{name}-complete"]),
+        f"{name} stopped": Run(there, signal=signal),
+        f"{name} resumed": Run([*there, "--resume"]),
     }
 
 

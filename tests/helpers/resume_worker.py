@@ -3,8 +3,9 @@
 Started with one argument: a JSON file that holds a list of runs (`resume_runs.Run`, and a port).
 Each is a fork of this process, which has imported everything already, in the folder of that file.
 On rank 0, `shell` is run before it, and the first `torch.save` or `os.rename` to a path like the
-one of `kill` is the last thing that happens; then SIGKILL ends all ranks. What came of the runs
-goes into `results.<rank>.json` beside the list.
+one of `kill` is the last thing that happens; then SIGKILL ends all ranks. `signal` is sent to one
+rank, when the metrics have so many lines. What came of the runs goes into `results.<rank>.json`
+beside the list.
 """
 
 from __future__ import annotations
@@ -72,6 +73,17 @@ def child(item: dict, folder: Path, rank: int) -> None:
     os._exit(code)
 
 
+def send_signal(item: dict, pid: int) -> None:
+    """Send the run's signal to this rank, when its metrics have the lines for it."""
+    name, _, lines = item["signal"]
+    metrics = Path(item["argv"][item["argv"].index("--output_dir") + 1], "metrics.jsonl")
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return  # it has ended, which the result tells
+        time.sleep(0.01)
+    os.kill(pid, signal.Signals[name])
+
+
 def main() -> None:
     """Run them all, whatever comes of each."""
     plan, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -86,6 +98,8 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             child(item, folder, rank)
+        if item["signal"] and item["signal"][1] == rank:
+            send_signal(item, pid)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         print(f"-- run {number} ended with {code} after {time.perf_counter() - start:.1f} s")
         read = folder / f"read.{rank}"

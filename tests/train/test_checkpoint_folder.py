@@ -42,7 +42,7 @@ def test_the_newest_stay_and_steps_are_numbers(tmp_path):
     for step in (5, 999_999, 1_000_000):
         save(tmp_path, step, limit=2)
     assert list(checkpoints_in(tmp_path / "checkpoints")) == [999_999, 1_000_000]
-    chosen = choose(str(tmp_path), NEWEST, True)
+    chosen = choose(str(tmp_path), NEWEST)
     assert [path.name for path in chosen] == ["step-1000000", "step-999999"]
 
 
@@ -112,7 +112,7 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
     save(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     (tmp_path / "checkpoints" / ".step-000000.old.tmp").mkdir()
-    assert [path.name for path in choose(str(tmp_path), NEWEST, True)] == ["step-000001"]
+    assert [path.name for path in choose(str(tmp_path), NEWEST)] == ["step-000001"]
     lines = checkpoint_folder.repair(tmp_path)
     assert [line.partition(":")[0].rpartition("/")[2] for line in lines] == [
         ".step-000000.old.tmp",
@@ -124,19 +124,19 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "resume, will_save, message",
+    "resume, message",
     [
-        (None, True, "holds checkpoints of an earlier run (step-000001); give resume"),
-        ("elsewhere", True, "holds checkpoints of an earlier run (step-000001); give resume"),
-        ("nowhere", False, "resume nowhere: no such folder"),
+        (None, "holds checkpoints of an earlier run (step-000001); give resume"),
+        ("elsewhere", "holds checkpoints of an earlier run (step-000001); give resume"),
+        ("nowhere", "resume nowhere: no such folder"),
     ],
 )
-def test_a_run_that_does_not_start(tmp_path, monkeypatch, resume, will_save, message):
+def test_a_run_that_does_not_start(tmp_path, monkeypatch, resume, message):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "out", 1)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(UserError) as error:
-        choose("out", resume, will_save)
+        choose("out", resume)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -145,10 +145,10 @@ def test_where_a_run_starts(tmp_path, monkeypatch):
     save(tmp_path / "out", 1)
     (tmp_path / "elsewhere").mkdir()
     state = "out/checkpoints/step-000001"
-    assert choose("out", state, True) == [Path(state)]
-    assert choose("out", None, False) == []  # without new states nothing mixes
-    assert choose("new", "elsewhere", True) == [Path("elsewhere")]
-    assert choose("new", NEWEST, True) == []
+    assert choose("out", state) == [Path(state)]
+    assert choose("new", None) == []
+    assert choose("new", "elsewhere") == [Path("elsewhere")]
+    assert choose("new", NEWEST) == []
 
 
 def test_a_complete_checkpoint(tmp_path):

@@ -10,6 +10,11 @@ ranks together. LoRA (`--lora_dim`) trains A and B at rates of ratio `--loraplus
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
+    from dschat.utils import signals
+
+    signals.start()
+
 from dschat.config import SFTSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused

@@ -10,6 +10,11 @@ trunk; the head trains in a group of its own.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
+    from dschat.utils import signals
+
+    signals.start()
+
 from functools import partial
 
 from dschat.config import RewardSettings

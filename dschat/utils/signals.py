@@ -1,0 +1,159 @@
+"""Signals that stop a run: in its loop after the present step, elsewhere at once.
+
+SIGTERM, SIGINT and SIGUSR1, a scheduler's warning, reach a thread, which answers also while the
+main thread waits inside a library. Only `start` installs anything; programs call it, no library
+code does.
+
+1. `start`: from here a signal ends the process at once, with one line
+2. `finish_steps`: from here the first signal is noted and a second one ends the process
+3. `requested`: asked after each step, by a loop that then saves and raises `Stopped`
+4. `restore`: handlers as they were
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+STOPPED = 75  # exit code of a stopped run; EX_TEMPFAIL of sysexits.h: start it again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO = 1.0  # seconds in which a launcher may pass on the signal that the process has already
+
+
+class Stopped(SystemExit):
+    """A run has stopped between two steps; the process ends with code 75.
+
+    Attributes:
+        line: what happened, and how to go on.
+    """
+
+    def __init__(self, signum: int, step: int, saved: str | None):
+        super().__init__(STOPPED)
+        how = "streamed rows cannot be resumed, start from the beginning"
+        if saved is not None:
+            how = f"saved in {saved}, go on with the same command and --resume"
+        self.line = f"stopped by {signal.Signals(signum).name} after step {step}: {how}"
+
+
+@dataclass
+class _Watch:
+    """Handlers that were replaced, the pipe that signals are written to, and what has come."""
+
+    replaced: dict[signal.Signals, Any] = field(default_factory=dict)
+    wakeup: int = -1
+    pipe: tuple[int, int] = (-1, -1)
+    thread: threading.Thread | None = None
+    finishes_steps: bool = False
+    first: int = 0
+    first_at: float = 0.0
+
+
+_watch = _Watch()
+
+
+def start() -> None:
+    """Watch for signals; does nothing outside the main thread, where no handler can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    restore()
+    _watch.pipe = os.pipe()
+    os.set_blocking(_watch.pipe[1], False)
+    _watch.thread = threading.Thread(target=_attend, args=(_watch.pipe[0],), daemon=True)
+    _watch.thread.start()
+    _watch.wakeup = signal.set_wakeup_fd(_watch.pipe[1], warn_on_full_buffer=False)
+    _watch.replaced = {name: signal.signal(name, _nothing) for name in STOP_SIGNALS}
+
+
+def restore() -> None:
+    """Put back the handlers that `start` found."""
+    global _watch
+    if _watch.thread is None or threading.current_thread() is not threading.main_thread():
+        return
+    for name, handler in _watch.replaced.items():
+        signal.signal(name, handler)
+    signal.set_wakeup_fd(_watch.wakeup)
+    os.write(_watch.pipe[1], b"\0")
+    _watch.thread.join()
+    for end in _watch.pipe:
+        os.close(end)
+    _watch = _Watch()
+
+
+def finish_steps() -> None:
+    """Leave the first signal to the loop: it calls `requested` after each step."""
+    _watch.finishes_steps = True
+
+
+def requested() -> int:
+    """Return the signal that asks for a stop, or 0."""
+    return _watch.first
+
+
+def ignore_at_exit() -> None:
+    """Let the process end with its own code when launchers signal what ended first elsewhere."""
+    atexit.register(lambda: [signal.signal(name, signal.SIG_IGN) for name in STOP_SIGNALS])
+
+
+def _nothing(signum: int, frame: object) -> None:
+    """Handle a signal: the interpreter has written its number to the pipe."""
+
+
+def _attend(reader: int) -> None:
+    while number := os.read(reader, 1)[0]:
+        if number in STOP_SIGNALS:
+            _note(number)
+
+
+def _note(signum: int) -> None:
+    name, now = signal.Signals(signum).name, time.monotonic()
+    if not _watch.first:
+        _watch.first_at, _watch.first = now, signum
+        if not _watch.finishes_steps:
+            _end(f"stopped by {name} before the first step; start the same command again", STOPPED)
+    elif now - _watch.first_at > ECHO:
+        line = f"ended by a second signal, {name}: what was done since the last checkpoint is lost"
+        _end(line, 128 + signum)
+
+
+def _end(line: str, code: int) -> None:
+    """Say a line on rank 0, below any progress bar, and end the process from any thread."""
+    if os.environ.get("RANK", "0") == "0":
+        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
+        os.write(2, f"{above}{line}\n".encode())
+    os._exit(code)
+
+
+# A worker is forked with signals blocked: one that came before the child has let go of the pipe
+# would be taken for the run's.
+def _before_fork() -> None:
+    if _watch.thread is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _in_parent() -> None:
+    if _watch.thread is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _in_child() -> None:
+    """Leave signals of a forked worker to the system: they are not the run's."""
+    global _watch
+    if _watch.thread is None:
+        return
+    with contextlib.suppress(ValueError):  # forked by another thread
+        signal.set_wakeup_fd(-1)
+        for name in STOP_SIGNALS:
+            signal.signal(name, signal.SIG_DFL)
+    _watch = _Watch()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
