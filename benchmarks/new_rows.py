@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.end_token import NAMES, THINGS, row
-from dschat.functional.losses import sft_loss
 from dschat.models import vocabulary
+from dschat.models.logprobs import target_loss
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
@@ -96,7 +96,7 @@ def learnt(
     for step in range(steps):
         rows, answers = zip(*questions[16 * step : 16 * step + 16], strict=True)
         ids, loss_mask = (pad_sequence(part, batch_first=True) for part in (rows, answers))
-        loss = sft_loss(model(input_ids=ids).logits, ids, loss_mask)  # padding comes last
+        loss = target_loss(model, {"input_ids": ids}, loss_mask)  # padding comes last
         (loss / loss_mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()

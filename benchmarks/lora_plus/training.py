@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dschat.data.collators import SFTBatch, SFTCollator
-from dschat.functional.losses import mean_scale, sft_loss
+from dschat.functional.losses import mean_scale
+from dschat.models.logprobs import target_loss
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import (
@@ -82,8 +83,7 @@ def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Iterator[l
 
 def _loss_sum(model: PreTrainedModel, batch: SFTBatch) -> torch.Tensor:
     # Without a padding mask: padding is on the right, where no real token looks.
-    logits = model(batch.input_ids, use_cache=False).logits
-    return sft_loss(logits, batch.input_ids, batch.loss_mask)
+    return target_loss(model, {"input_ids": batch.input_ids}, batch.loss_mask)
 
 
 @torch.no_grad()

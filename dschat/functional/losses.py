@@ -36,20 +36,6 @@ def mean_scale(count: float, world_size: int) -> float:
     return world_size / max(count, 1.0)
 
 
-def sft_loss(
-    logits: torch.Tensor, input_ids: torch.Tensor, loss_mask: torch.Tensor
-) -> torch.Tensor:
-    """Sum over trained tokens of -log p(token | the tokens before it).
-
-    Args:
-        logits: (B, T, V), any float type; only rows that are trained are turned into fp32.
-        input_ids: (B, T).
-        loss_mask: (B, T) bool, True where the token itself is a target.
-    """
-    mask = loss_mask[:, 1:]
-    return -token_logprobs(logits[:, :-1][mask], input_ids[:, 1:][mask]).sum()
-
-
 def pairwise_loss(
     chosen: torch.Tensor,
     rejected: torch.Tensor,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dschat.data.collators import Batch, PackedBatch, PairBatch, SFTBatch
-from dschat.functional.losses import sft_loss
 from dschat.models.causal_lm import forward_inputs
+from dschat.models.logprobs import target_loss
 from dschat.models.packing import packed_inputs
 from dschat.models.reward_model import scores_at_end
 from dschat.models.reward_statistics import RewardStatistics
@@ -30,8 +30,7 @@ def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
         inputs = packed_inputs(model, batch.input_ids, batch.position_ids)
     else:
         inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
-    logits = model(**inputs, use_cache=False).logits
-    return sft_loss(logits, batch.input_ids, batch.loss_mask)
+    return target_loss(model, inputs, batch.loss_mask)
 
 
 def trained_tokens(batch: SFTBatch) -> torch.Tensor:

@@ -8,7 +8,6 @@ from dschat.functional.losses import (
     mean_scale,
     pairwise_loss,
     policy_loss,
-    sft_loss,
     token_entropy,
     token_logprobs,
     value_loss,
@@ -47,33 +46,6 @@ def test_bf16_logits_are_computed_in_fp32():
     # In bf16 itself a log-probability of this size is off by more than a hundredth.
     rough = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     assert (rough.double() - logprobs.double()).abs().max() > 1e-3
-
-
-def test_sft_loss_by_hand():
-    # -log p(1 | 0) = log 4 and, at the last trained token, -log p(0 | 0, 1) = log 2
-    logits = torch.tensor([[[LOG3, 0.0], [0.0, 0.0], [9.0, -9.0]]])
-    ids = torch.tensor([[0, 1, 0]])
-    close(sft_loss(logits, ids, torch.tensor([[False, True, True]])), 2 * LOG2 + LOG2)
-    close(sft_loss(logits, ids, torch.tensor([[False, False, True]])), LOG2)
-    # The first token has nothing before it: a True there counts as nothing.
-    close(sft_loss(logits, ids, torch.tensor([[True, False, False]])), 0.0)
-
-
-def test_sft_loss_never_sees_padding():
-    torch.manual_seed(1)
-    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
-    plain = sft_loss(logits, ids, mask)
-    spoilt, other_ids = logits.clone(), ids.clone()
-    # Logits predict the token behind them: those of columns 0 and 3, 4 predict nothing in row 0.
-    spoilt[0, [0, 3, 4]] = spoilt[1, [2, 3, 4]] = torch.nan
-    other_ids[0, [0, 1, 4]] = other_ids[1, [0, 3, 4]] = 6
-    close(sft_loss(spoilt, other_ids, mask), plain.item(), 0)
-    nothing = torch.zeros_like(mask)
-    logits.requires_grad_(True)
-    loss = sft_loss(logits, ids, nothing)
-    loss.backward()
-    assert loss.item() == 0.0 and not logits.grad.any()
 
 
 def test_pairwise_loss_by_hand():
@@ -193,7 +165,7 @@ def loss_of(kind: str, weight: torch.Tensor, part: slice) -> tuple[torch.Tensor,
         mask[:, 0] = False
         ids = torch.randint(5, (8, 6), generator=generator)[part]
         logits = torch.randn(8, 6, 5, generator=generator)[part] * weight
-        loss = sft_loss(logits, ids, mask)
+        loss = -(token_logprobs(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]).sum()
     return loss, float(mask.sum())
 
 

@@ -11,9 +11,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dschat.models import logprobs
+from dschat.models import head, head_blocks
 from dschat.models.causal_lm import forward_inputs
-from dschat.models.logprobs import answer_logprobs, target_logprobs
+from dschat.models.logprobs import answer_logprobs, target_logprobs, target_loss
 from dschat.utils.module.lora import (
     convert_linear_layer_to_lora,
     make_model_gradient_checkpointing_compatible,
@@ -61,7 +61,7 @@ FAMILIES = pytest.mark.parametrize("family", MODELS)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 5 tokens: 28 make six, the last one short."""
-    monkeypatch.setattr(logprobs, "BLOCK_BYTES", 5 * 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(head_blocks, "BLOCK_BYTES", 5 * 4 * tiny.VOCABULARY)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,9 +247,9 @@ def test_a_cap_that_small_logits_would_hide_is_found():
 
     model.__class__ = Hidden
     with torch.no_grad():
-        assert logprobs._proven_split(model, ids) is None
+        assert head._proven_split(model, ids) is None
         model.__class__ = Hidden.__base__
-        assert logprobs._proven_split(model, ids) is not None
+        assert head._proven_split(model, ids) is not None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -291,7 +291,7 @@ def test_the_model_is_whole_again_after_a_pass_and_after_a_failure(monkeypatch):
     model, (ids, mask) = tiny.tiny_llama(), batch()
     with torch.no_grad():
         answer_logprobs(model, ids, mask, 7)
-        monkeypatch.setattr(logprobs, "_block", lambda *_: 1 / 0)
+        monkeypatch.setattr(head_blocks.HeadBlocks, "_block", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             answer_logprobs(model, ids, mask, 7)
     assert "forward" not in vars(model) and "forward" not in vars(model.lm_head)
@@ -315,3 +315,103 @@ def test_autograd_keeps_no_logits():
         kept.clear()
         answer_logprobs(model, ids, mask, 7, with_entropy=True)
     assert kept and not any(tiny.VOCABULARY in shape for shape in kept)
+
+
+def wanted_of(ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Targets at random places of right-padded rows, a first token among them."""
+    wanted = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+    wanted[0, 0] = True  # it has nothing before it and counts as nothing
+    return wanted
+
+
+def loss_and_gradients(
+    model: nn.Module, loss: Callable[[], torch.Tensor]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """A loss and a multiple of its gradient."""
+    model.zero_grad()
+    value = loss()
+    (value * -0.3).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return value.item(), found
+
+
+def plain_loss(model: nn.Module, inputs: dict, wanted: torch.Tensor) -> torch.Tensor:
+    """By all logits at once."""
+    every = model(**inputs).logits[:, :-1].float().log_softmax(-1)
+    return -every.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)[wanted[:, 1:]].sum()
+
+
+TRAINED = {
+    "everything": lambda model: model,
+    "frozen head": lambda model: model.get_output_embeddings().requires_grad_(False) and model,
+    "adapters": lambda model: tiny.adapted(model, lora_module_name=("all-linear",)),
+}
+
+
+FAST = {"llama", "capped logits"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
+@pytest.mark.parametrize("trained", TRAINED)
+def test_the_loss_over_targets_is_the_models_own(family, trained):
+    ids, mask = batch()
+    ids, mask = ids.flip(1), mask.flip(1)  # padding on the right
+    model = TRAINED[trained](MODELS[family]())
+    inputs, wanted = forward_inputs(model, ids, mask), wanted_of(ids) & mask
+    value, gradients = loss_and_gradients(model, lambda: plain_loss(model, inputs, wanted))
+    found, own = loss_and_gradients(model, lambda: target_loss(model, inputs, wanted))
+    # Up to 60 terms of up to 20 nats, each good to a few roundings of fp32.
+    assert found == pytest.approx(value, rel=1e-6)
+    assert own.keys() == gradients.keys() and own
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, atol=1e-5, rtol=1e-5)
+    nothing, zeros = loss_and_gradients(
+        model, lambda: target_loss(model, inputs, torch.zeros_like(wanted))
+    )
+    assert nothing == 0.0 and zeros and not any(gradient.any() for gradient in zeros.values())
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_the_head_makes_the_logits_of_targets_once(trained):
+    model, (ids, mask) = TRAINED[trained](tiny.tiny_llama()), batch()
+    inputs, wanted = forward_inputs(model, ids, mask), wanted_of(ids)
+    target_loss(model, inputs, wanted)  # the proof makes the logits of a few tokens
+    head, rows = model.get_output_embeddings(), []
+    plain = head.forward
+    head.forward = lambda states: rows.append(len(states)) or plain(states)
+    target_loss(model, inputs, wanted).backward()
+    assert sum(rows) == wanted[:, 1:].sum() and max(rows) == 5
+
+
+def test_a_frozen_head_is_not_called_in_the_backward_pass():
+    model, (ids, mask) = tiny.adapted(tiny.tiny_llama(), lora_module_name=("q_proj",)), batch()
+    answer_logprobs(model, ids, mask, 7)
+    head, rows = model.get_output_embeddings(), []
+    plain = head.forward
+    head.forward = lambda states: rows.append(len(states)) or plain(states)
+    answer_logprobs(model, ids, mask, 7).logprobs.sum().backward()
+    assert sum(rows) == 28
+
+
+def test_sums_of_a_head_gradient_do_not_round_from_block_to_block():
+    """bf16: the head's gradient over six blocks is as good as over one."""
+    model, (ids, mask) = tiny.tiny_llama().to(torch.bfloat16), batch()
+    inputs, wanted = forward_inputs(model, ids, mask), wanted_of(ids)
+    _, blocks = loss_and_gradients(model, lambda: target_loss(model, inputs, wanted))
+    exact = model.double()
+    _, gradients = loss_and_gradients(exact, lambda: plain_loss(exact, inputs, wanted))
+    name = next(n for n, p in model.named_parameters() if p is model.get_output_embeddings().weight)
+    difference = (blocks[name] - gradients[name]).norm() / gradients[name].norm()
+    assert difference < 0.02, difference
+
+
+def test_the_proof_of_the_head_draws_no_random_numbers():
+    """A resumed run proves it again, in the middle of its draws."""
+    model, (ids, _) = tiny.tiny_llama(attention_dropout=0.5), batch()
+    model.train()
+    before = torch.get_rng_state()
+    assert head.split_of(model, ids) is not None and model.training
+    assert torch.equal(torch.get_rng_state(), before)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dschat.data.collators import PromptBatch
-from dschat.models import logprobs
+from dschat.models import head_blocks
 from dschat.models.causal_lm import create_hf_model
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
@@ -56,7 +56,7 @@ def iterate(
     setting: Setting, folders: Folders, distributed: Distributed, block_bytes: int
 ) -> dict[str, object]:
     """One iteration: what was sampled, and the weights after it."""
-    logprobs.BLOCK_BYTES = block_bytes
+    head_blocks.BLOCK_BYTES = block_bytes
     roles = setting.load(folders, distributed)
     trainer = ppo_trainer(
         roles,

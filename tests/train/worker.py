@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dschat.functional.losses import mean_scale, pairwise_loss, sft_loss
+from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.causal_lm import create_hf_model, forward_inputs
+from dschat.models.logprobs import target_loss
 from dschat.models.reward_model import create_critic_model, scores_at_end
 from dschat.train.engine import backward, build_engine, torch_dtype
 from dschat.train.steps import accumulation_groups
@@ -47,8 +48,7 @@ def loss_and_count(engine: nn.Module, cell: cells.Cell, rows: list[int]) -> tupl
         ids, mask, loss_mask = cells.sft_batch(rows)
 
         def sft() -> torch.Tensor:
-            logits = engine(**forward_inputs(engine, ids, mask), use_cache=False).logits
-            return sft_loss(logits, ids, loss_mask)
+            return target_loss(engine, forward_inputs(engine, ids, mask), loss_mask)
 
         return sft, loss_mask[:, 1:].sum().item()
     ids, mask, real = cells.pair_batch(rows, size=max(4, len(rows)))

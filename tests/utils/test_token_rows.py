@@ -119,7 +119,7 @@ def test_rows_are_a_group_of_their_own():
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_scoring_in_blocks_sees_the_rows(monkeypatch, name: str):
     """PPO's log-probabilities, made block by block from the head, and their gradient."""
-    monkeypatch.setattr("dschat.models.logprobs.BLOCK_BYTES", 4 * tiny.VOCABULARY * 5)
+    monkeypatch.setattr("dschat.models.head_blocks.BLOCK_BYTES", 4 * tiny.VOCABULARY * 5)
     model = as_trained(with_rows(name))
     ids = IDS[:, :8].clone()
     ids[:, 6] = 2
