@@ -3,6 +3,7 @@
 # make test-slow    lint, and the tests that `make test` leaves out
 # make test-all     lint, and both
 # make test-gpu     tests/gpu, on the first GPU
+# make faults       kill, fill up, damage and stop hundreds of runs: an hour, it may be interrupted
 # make lint         check format, style and types
 # make format       rewrite the sources in the house format
 # make clean        remove builds and caches; the environment stays, `rm -r .venv` removes it
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
 
-.PHONY: quickstart test test-slow test-all test-gpu lint format clean
+.PHONY: quickstart test test-slow test-all test-gpu faults lint format clean
 .DEFAULT_GOAL := quickstart
 
 # torch first and pinned, so that nothing after it asks for another build. DeepSpeed comes as
@@ -43,6 +44,10 @@ test-all: lint
 # DeepSpeed has one device a process: these tests run by themselves.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest --gpu tests/gpu
+
+# Goes on where it was interrupted; build/faults holds the results, and what failed.
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults --jobs 2 --write build/faults/faults.json
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
