@@ -31,7 +31,11 @@ class DataConfig(Settings):
         "proportions of the training rows for steps 1, 2 and 3, as in 2,4,4 (default: all rows to "
         "every step; 2,4,4 for the sets that DeepSpeed-Chat names)",
     )
-    data_output_path: str = setting("/tmp/data_files/", "cache of tokenised data", may_change=True)
+    data_output_path: str | None = setting(
+        None,
+        "cache of tokenised data (default: dschat in the user's own cache folder)",
+        may_change=True,
+    )
     read: ReadOptions = group(ReadOptions)
     prompt_format: str | None = setting(
         None,

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.cache import open_folder, written_once
 from dschat.data.cache_room import check_room
 from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.readers import format_by_name
@@ -27,7 +28,6 @@ from dschat.data.store import (
     Source,
     load_source,
     parse_proportions,
-    written_once,
 )
 from dschat.data.stream import RowStream, stream_sources
 from dschat.data.tokenise import NEEDED, Converter, tokenise
@@ -156,15 +156,14 @@ def _prepare(
     later: Reserve | None,
 ) -> str:
     """Find the folder of the tokenised set, written first if it is not there yet."""
-    root, seed = Path(config.data_output_path).expanduser(), numbers[0]
-    sources = [
-        (load_source(name, seed, root / "sources", config.read), split) for name, split in names
-    ]
+    root, seed = open_folder(config.data_output_path), numbers[0]
+    sources = [(load_source(name, seed, root, config.read), split) for name, split in names]
     contents = [[source.name, source.fingerprint, split] for source, split in sources]
     recipe = [RECIPE_VERSION, convert.phase, *numbers, contents, config.train_on]
     recipe += [convert.form.name, convert.keep_special_tokens]
     key = digest(tokenizer_fingerprint(convert.tokenizer), json.dumps(recipe))
-    return str(written_once(root, key, partial(_write, config, convert, seed, sources, later)))
+    write = partial(_write, config, convert, seed, sources, later)
+    return str(written_once(root, "sets", key, write))
 
 
 def _require_columns(source: Source, phase: int) -> None:
@@ -215,13 +214,12 @@ def _write(
     later: Reserve | None,
     folder: Path,
 ) -> None:
-    """Tokenise into the new `folder`: train-*.arrow, eval-*.arrow and report.json."""
+    """Tokenise into `folder`: train-*.arrow, eval-*.arrow and report.json."""
     phase = convert.phase
     for source, _ in sources:
         _require_columns(source, phase)
     parts = list(_parts(sources, seed, phase))
     check_room((part.rows for part in parts), convert, folder.parent, later)
-    folder.mkdir()
     reports: list[SourceReport] = []
     for part in parts:
         used, counts = 0, Counter[str]()

@@ -1,22 +1,12 @@
 """Checked examples of a source, kept as memory-mapped Arrow under their content's key, and split.
 
-`written_once` writes what is kept completely or not at all, by the first process. A name is a
-digest of what its content is made of, so what stands under a name is never stale. The lock is the
-operating system's: it ends with the process that holds it, however that ends.
-
 `Example` is the one form of a row in memory; `SCHEMA` is its form on disk.
 """
 
-import ctypes
 import json
 import math
-import os
-import shutil
-import signal
-import sys
-import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,14 +15,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
+from dschat.data.cache import open_folder, written_once
 from dschat.data.readers import format_by_name
 from dschat.data.sources import Finder, Rows, digest, read_examples
 from dschat.data.user_reader import READER, ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example, Turn
-from dschat.utils.printable import printable
 from dschat.utils.user_functions import source_digest
 
 PHASES = (1, 2, 3)
@@ -57,10 +46,7 @@ SCHEMA = pa.schema(
 # Streams of the one seed: a held-out test set and a split among phases are independent draws.
 SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
 
-_LOCKS, _PART = ".locks", ".tmp"
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-
-_writing: set[Path] = set()  # what this process is writing
+_ROWS, _SKIPPED = "rows.arrow", "skipped.json"
 
 
 @dataclass(frozen=True)
@@ -88,13 +74,14 @@ def load_source(
     A file is .jsonl, .json or .parquet; a folder holds train and test (eval, validation, val, dev)
     files of one such kind, or was written by `datasets`; `local/jsonfile` is data/train.json and
     data/eval.json under the current directory, else under the repository's root. Checked rows are
-    kept as Arrow under `cache_dir` (default: the `datasets` cache), keyed by content and options.
+    kept as Arrow under `cache_dir` (default: the user's own cache folder), keyed by content and
+    options.
 
     Raises:
         UserError: nothing there, no rows, or a malformed row, named by file and line.
     """
     options = options or ReadOptions()
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "dschat")
+    folder = open_folder(None if cache_dir is None else str(cache_dir))
     parts, counts, contents = [], {}, []
     for split, rows in zip(("train", "test"), Finder().find(name), strict=True):
         if rows is not None:
@@ -132,12 +119,11 @@ def _store(
         The rows, and the counts of skipped ones by reason.
     """
     key = digest(content, rows.label, _way_to_read(name, options), str(READER_VERSION))
-    counts = folder / f"{key}.json"
 
     def write(part: Path) -> None:
         skipped: Counter[str] = Counter()
         examples, count = read_examples(rows, name, options, skipped), 0
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        with pa.OSFile(str(part / _ROWS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             while batch := list(islice(examples, 1000)):
                 writer.write_batch(pa.RecordBatch.from_pydict(columns_of(batch), schema=SCHEMA))
                 count += len(batch)
@@ -148,14 +134,11 @@ def _store(
             )
         if not count:
             raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
-        # First the counts, and both complete: whoever finds the rows finds them too.
-        part_counts = part.with_suffix(".counts")
-        part_counts.write_text(json.dumps(skipped), encoding="utf-8")
-        part_counts.replace(counts)
+        (part / _SKIPPED).write_text(json.dumps(skipped), encoding="utf-8")
 
-    target = written_once(folder, f"{key}.arrow", write)
-    skipped = json.loads(counts.read_text(encoding="utf-8"))
-    return datasets.Dataset.from_file(str(target)), skipped
+    target = written_once(folder, "sources", key, write)
+    skipped = json.loads((target / _SKIPPED).read_text(encoding="utf-8"))
+    return datasets.Dataset.from_file(str(target / _ROWS)), skipped
 
 
 def parse_proportions(text: str) -> tuple[float, ...]:
@@ -205,77 +188,3 @@ def examples_of(columns: Mapping[str, list[Any]]) -> list[Example]:
         Example(text if turns is None else tuple(Turn(**turn) for turn in turns), *more)
         for text, turns, *more in zip(*(columns[name] for name in names), strict=True)
     ]
-
-
-def written_once(root: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Give `root / name`, which `write(path)` writes under another name first unless it is there.
-
-    Other processes of this machine that want it wait for the first one, and take over when that is
-    killed. What killed writers left under `root` is removed.
-
-    Raises:
-        UserError: `root` cannot be written or locked, or its disk is full; nothing is left over.
-    """
-    target = root / name
-    if target.exists():
-        return target
-    try:
-        (root / _LOCKS).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / _LOCKS / name)
-        try:
-            held = lock.acquire(blocking=False)
-        except Timeout:
-            print(printable(f"{target}: another process writes it, waiting"), flush=True)
-            held = lock.acquire(poll_interval=0.1)
-        with held:
-            if target.exists():
-                return target
-            _sweep(root, name)
-            part = root / f"{name}.{uuid.uuid4().hex}{_PART}"
-            _writing.add(target)
-            try:
-                write(part)
-                part.rename(target)
-            finally:
-                _writing.discard(target)
-                _remove(part)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(
-            f"{root} cannot be written ({reason}): free some space or give another data_output_path"
-        ) from error
-    return target
-
-
-def _sweep(root: Path, name: str) -> None:
-    """Remove the unfinished files of processes that are gone: nobody holds their locks."""
-    for part in root.glob(f"*{_PART}"):
-        owner = part.name.rsplit(".", 2)[0]
-        if owner == name:  # this process holds its lock
-            _remove(part)
-            continue
-        try:
-            with FileLock(root / _LOCKS / owner, blocking=False):
-                _remove(part)
-        except Timeout:
-            pass
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _in_child() -> None:
-    """End a process that was forked in the middle of writing with its parent.
-
-    A worker would outlive a killed parent, waiting for work that does not come.
-    """
-    if _writing and sys.platform == "linux":
-        _writing.clear()
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-
-
-os.register_at_fork(after_in_child=_in_child)

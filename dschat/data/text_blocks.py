@@ -17,10 +17,10 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.cache import open_folder, written_once
 from dschat.data.files import TEXT_COLUMN
 from dschat.data.report import named_note
 from dschat.data.sources import SUFFIXES, Finder, Rows, digest
-from dschat.data.store import written_once
 from dschat.errors import UserError
 from dschat.text.conversations import kind_of
 from dschat.text.encoding import encode, tokenizer_fingerprint
@@ -58,7 +58,7 @@ def create_text_blocks(
     config: str | None,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
-    cache: str,
+    cache: str | None,
     once: Callable[[Callable[[], str]], str] | None = None,
     keep_special_tokens: bool = False,
 ) -> TextBlocks:
@@ -67,7 +67,7 @@ def create_text_blocks(
     Args:
         name: a .txt file (one text), a .jsonl, .json or .parquet file with a column `text`, a
             folder of files of one such kind, one written by `datasets`, or a hub id.
-        config: the configuration of a hub id.
+        config: the configuration of a hub id. cache: `data_output_path`.
         once: as in `create_prompt_dataset`.
         keep_special_tokens: names of special tokens in the texts are the tokens.
 
@@ -80,12 +80,12 @@ def create_text_blocks(
         recipe = f"{length} {keep_special_tokens} {VERSION}"
         key = digest(tokenizer_fingerprint(tokenizer), rows.digest(), recipe)
         write = partial(_write, rows, tokenizer, length, keep_special_tokens)
-        return str(written_once(Path(cache).expanduser(), f"{key}.blocks", write))
+        return str(written_once(open_folder(cache), "blocks", key, write))
 
     folder = Path(prepare() if once is None else once(prepare))
     blocks = datasets.Dataset.from_file(str(folder / "blocks.arrow"))
     counts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return TextBlocks(blocks, length, folder.stem, **counts)
+    return TextBlocks(blocks, length, folder.name, **counts)
 
 
 def _texts(rows: Rows) -> Iterator[str]:
@@ -105,8 +105,7 @@ def _texts(rows: Rows) -> Iterator[str]:
 def _write(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, keeps: bool, folder: Path
 ) -> None:
-    """Write the new `folder`: blocks.arrow and report.json."""
-    folder.mkdir()
+    """Write into `folder`: blocks.arrow and report.json."""
     texts, count, named = _texts(rows), 0, 0
     waiting: list[int] = []
     path = str(folder / "blocks.arrow")

@@ -54,7 +54,7 @@ class PTXConfig(Settings):
         self,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
-        cache: str,
+        cache: str | None,
         once: Callable[[Callable[[], str]], str],
         keep_special_tokens: bool,
     ) -> TextBlocks | None:

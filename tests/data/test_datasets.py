@@ -37,8 +37,8 @@ def _texts(rows, column, tokenizer):
 
 
 def _folders(spec):
-    root = data_utils.Path(spec.config.data_output_path)
-    return sorted(path for path in root.iterdir() if path.name not in ("sources", ".locks"))
+    root = data_utils.Path(spec.config.data_output_path) / "sets"
+    return sorted(root.iterdir()) if root.is_dir() else []
 
 
 def test_rows_fit_as_they_are():
@@ -164,6 +164,7 @@ def test_cache_is_reused_and_every_change_makes_another(spec, write_rows, byte_t
     assert _folders(spec) == [folder]
     assert (folder / "report.json").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in folder.iterdir()) == [
+        "digests.json",
         "eval-000.arrow",
         "report.json",
         "train-000.arrow",
@@ -197,7 +198,7 @@ def test_several_processes_write_and_count_what_one_does(spec, write_rows, byte_
     assert three.report == one.report and three.key == one.key
     report = one.report.sources[0]
     assert report.prompts_cut > 0 and (phase == 3 or report.used + report.identical_pairs == 60)
-    assert len(list(data_utils.Path(out, one.key).glob("train-*.arrow"))) == 3
+    assert len(list(data_utils.Path(out, "sets", one.key).glob("train-*.arrow"))) == 3
 
 
 def test_a_choice_of_processes():

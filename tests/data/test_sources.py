@@ -130,7 +130,7 @@ def test_edited_file_is_another_source(write_rows, tmp_path):
 
 def test_a_failed_read_leaves_nothing_behind(write_rows, tmp_path):
     _error(write_rows([PAIR, {"prompt": 3}]), tmp_path)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
+    assert list((tmp_path / "cache" / "sources").iterdir()) == []
 
 
 @pytest.mark.parametrize(

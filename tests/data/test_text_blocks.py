@@ -111,13 +111,13 @@ def test_done_once_and_again_when_anything_changes(tmp_path, make):
     source = tmp_path / "a.jsonl"
     source.write_text(rows_of(TEXTS))
     first = make(source)
-    files = sorted((tmp_path / "cache").glob("*.blocks/blocks.arrow"))
+    files = sorted((tmp_path / "cache").rglob("*.arrow"))
     stamp = files[0].stat().st_mtime_ns
     assert make(source).key == first.key and files[0].stat().st_mtime_ns == stamp
     assert make(source, length=3).key != first.key
     source.write_text(rows_of([*TEXTS, "more"]))
     assert make(source).key != first.key
-    assert len(list((tmp_path / "cache").glob("*.blocks/blocks.arrow"))) == 3
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,16 @@ from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import steps
 from tests.helpers.tiny import byte_tokenizer, tiny_moe
 
-COMMON = ["--data_path", "rows.jsonl", "--dtype", "fp32", "--seed", "7"]
+COMMON = [
+    "--data_path",
+    "rows.jsonl",
+    "--data_output_path",
+    "cache",
+    "--dtype",
+    "fp32",
+    "--seed",
+    "7",
+]
 SHORT = [*COMMON, "--max_seq_len", "96", "--lora_dim", "4", "--learning_rate", "1e-3"]
 ROLES = ["--actor_model_name_or_path", "sft", "--critic_model_name_or_path", "reward"]
 SIZES = ["--max_prompt_seq_len", "64", "--max_answer_seq_len", "6"]

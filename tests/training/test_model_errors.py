@@ -68,7 +68,17 @@ def test_nan_in_one_ranks_shard_stops_both(tmp_path: Path):
     tiny.save_llama_folder(tmp_path / "good", **odd)  # norms of 33, in shards of 17
     write_rows(tmp_path / "data.jsonl", preference_rows(40, seed=0))
     step = [SFT, "--data_path", "data.jsonl", "--max_seq_len", 64, "--zero_stage", 3]
-    step += ["--max_steps", 1, "--dtype", "fp32", "--output_dir", "out", "--model_name_or_path"]
+    step += [
+        "--data_output_path",
+        "cache",
+        "--max_steps",
+        1,
+        "--dtype",
+        "fp32",
+        "--output_dir",
+        "out",
+        "--model_name_or_path",
+    ]
     results, _ = run_worker([[*step, "nan"], [*step, "good"]], tmp_path, ranks=2)
     assert [result.code for result in results] == [2, 0], [r.stderr[-2000:] for r in results]
     assert "error: model nan: NaN or infinity in 1 of its" in results[0].stderr

@@ -23,7 +23,16 @@ from tests.helpers.steps import (
     write_rows,
 )
 
-COMMON = ["--data_path", "data.jsonl", "--data_split", "4,4,2", "--dtype", "fp32"]
+COMMON = [
+    "--data_path",
+    "data.jsonl",
+    "--data_output_path",
+    "cache",
+    "--data_split",
+    "4,4,2",
+    "--dtype",
+    "fp32",
+]
 STEP = [*COMMON, "--max_seq_len", "64", "--learning_rate", "1e-3", "--max_steps", "3"]
 STEP += ["--num_warmup_steps", "0"]
 LORA = ["--lora_dim", "4", "--lora_module_name", "attn"]
