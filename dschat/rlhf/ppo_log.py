@@ -12,6 +12,7 @@ from dschat.rlhf.ppo_rules import NO_ENDS
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
+from dschat.train.overflow import skips
 from dschat.train.progress import training_work
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.optim import group_rates
@@ -98,8 +99,13 @@ class PPOLog:
             "seconds/training": times.training,
             "answer_tokens_per_s": answer_tokens / times.generation,
         }
+        skipped = {
+            f"{role}_{name}": count
+            for role, engine in self.roles.trained.items()
+            for name, count in skips(engine).items()
+        }
         if self.metrics.is_due(iteration, self.iterations):
-            self.metrics.log(iteration, statistics | self._rates | seconds)
+            self.metrics.log(iteration, statistics | self._rates | seconds | skipped)
         self.bar.update(1)
         hidden = PARTS if "reward_function" not in statistics else ()
         shown = {n: statistics[n] for n in SHOWN if n in statistics and n not in hidden}

@@ -13,6 +13,7 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.train.advice import lora_advice
 from dschat.train.model_config import ModelConfig
+from dschat.train.overflow import limit_skips
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_json import read_user_config
 from dschat.utils.ds_utils import (
@@ -45,6 +46,8 @@ class Engine(nn.Module):
     backward: Callable[..., None]
     step: Callable[[], None]
     was_step_applied: Callable[[], bool]  # False where fp16 skipped an overflow
+    skipped_steps: int  # since the run's beginning
+    fp16_enabled: Callable[[], bool]
     get_global_grad_norm: Callable[[], float | None]  # before clipping; None before the first step
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., tuple[str | None, dict[str, object]]]
@@ -122,6 +125,8 @@ def build_engine(
             dist_init_required=False,
         )
     check_rates(engine.optimizer, optimizer_config)
+    if config.dtype == "fp16":
+        limit_skips(engine, config.max_skipped_steps, title)
     engine.train()  # models load in eval mode, where dropout and checkpointing are off
     return engine
 

@@ -15,6 +15,7 @@ from dschat.errors import UserError
 from dschat.train.engine import Engine
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
+from dschat.train.overflow import skips
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.flops import Matrices
 from dschat.utils.optim import group_rates
@@ -157,7 +158,7 @@ class TrainingLog:
         rates, self._rates = self._rates, group_rates(self.engine.optimizer)
         if not self.metrics.is_due(step, self.total_steps):
             return
-        values = self._means(self._since_log)
+        values = self._means(self._since_log) | skips(self.engine)
         rates = {f"lr/{name}": rate for name, rate in rates.items()}
         self.metrics.log(
             step, values | rates | ({} if norm is None else {"grad_norm": float(norm)})

@@ -20,6 +20,12 @@ class EngineSettings(Settings):
     """Flags that all engines of a run share."""
 
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
+    max_skipped_steps: int = setting(
+        50,
+        "with fp16, optimizer steps in a row that may overflow and be skipped",
+        at_least=1,
+        may_change=True,
+    )
     gradient_clipping: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     offload: bool = setting(False, "keep optimizer states on the CPU (parameters too at ZeRO-3)")
     deepspeed_config: str | None = setting(None, "DeepSpeed JSON merged over ours", may_change=True)
