@@ -219,7 +219,7 @@ def _write(
     for source, _ in sources:
         _require_columns(source, phase)
     parts = list(_parts(sources, seed, phase))
-    check_room((part.rows for part in parts), convert, folder.parent, later)
+    check_room((part.rows for part in parts), convert, folder.parents[1], later)
     reports: list[SourceReport] = []
     for part in parts:
         used, counts = 0, Counter[str]()
