@@ -225,6 +225,8 @@ def generation_flops(m: Matrices, prompt_tokens: float, new_tokens: float, sampl
 
 
 def _size(config: Any, *names: str, default: int | None = None) -> int:
+    if hasattr(config, "get_text_config"):  # beside a tower for images, say
+        config = config.get_text_config()
     for name in names:
         value = getattr(config, name, None)
         if value is not None:

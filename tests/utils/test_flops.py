@@ -108,6 +108,13 @@ def test_get_hf_configs_reads_gpt2_names_and_unpacks():
 SMALL = Matrices(body=84, adapters=0, head=20, trained=104, attention=2 * 2)
 
 
+def test_sizes_are_those_of_the_part_that_reads_text():
+    text = {"num_hidden_layers": 3, "hidden_size": 16, "vocab_size": 40}
+    vision = {"num_hidden_layers": 5, "hidden_size": 8}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    assert get_hf_configs(config) == (3, 16, 40)
+
+
 def test_training_flops_by_hand():
     # 3 tokens: 2·84·3 = 504; 6 causal pairs: 4·2·2·6 = 96; head 2·20·3 = 120.
     assert training_flops(SMALL, 3, causal_pairs(3)) == (720, 1440)

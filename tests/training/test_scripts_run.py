@@ -1,0 +1,147 @@
+"""A script of each family and step really trains, for a step or two, on a tiny model of its family.
+
+Its recipe is kept but for the model, the data and what makes it large.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from dschat.settings import flags_of
+from tests.helpers.shell import TRAINING, fake_launchers, settings_class, started
+from tests.helpers.steps import preference_rows, run_worker, write_rows
+from tests.helpers.steps_outputs import assert_all_finite
+from tests.helpers.tiny import SHAPE, byte_tokenizer
+from tests.text.templates import FAMILIES, THINKING, Family, with_template
+from tests.training.test_scripts import BASH
+
+GEMMA = Family(
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + "
+    "('model' if m['role'] == 'assistant' else m['role']) + '\\n' + m['content'] | trim + "
+    "'<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
+    "<end_of_turn>",
+    ("<start_of_turn>", "<end_of_turn>"),
+)
+TEXT = {**SHAPE, "vocab_size": 288, "max_position_embeddings": 160, "head_dim": 8}
+VISION = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 28},
+    **{"num_attention_heads": 4, "patch_size": 14},
+}
+OPT = {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}
+GPT = {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}
+BLOOM = {**TEXT, "n_layer": 2, "n_head": 4}
+# family: its shape, its chat template; scripts of steps 1, 2 and 3, as far as it has them
+CASES: dict[str, tuple[PretrainedConfig, Family | None, list[str]]] = {
+    "opt": (
+        AutoConfig.for_model("opt", **OPT),
+        None,
+        [f"opt/single_gpu/run_{n}.sh" for n in ("6.7b_lora", "350m", "6.7b_lora")],
+    ),
+    "llama2": (
+        AutoConfig.for_model("llama", **TEXT),
+        None,
+        [f"llama2/run_llama2_7b_{n}.sh" for n in ("lora", "lora", "mixz")],
+    ),
+    "bloom": (AutoConfig.for_model("bloom", **BLOOM), None, ["other_language/run_chinese.sh"]),
+    "mgpt": (AutoConfig.for_model("gpt2", **GPT), None, ["other_language/run_japanese.sh"]),
+    "llama3": (
+        AutoConfig.for_model("llama", **TEXT),
+        FAMILIES["llama-3"],
+        [f"llama3/single_gpu/run_{n}.sh" for n in ("8b", "8b", "8b_one_trunk")],
+    ),
+    "qwen3": (
+        AutoConfig.for_model("qwen3", **TEXT),
+        THINKING,
+        ["qwen3/single_gpu/run_0.6b.sh"] * 3,
+    ),
+    "gemma3": (
+        AutoConfig.for_model("gemma3", text_config=TEXT, vision_config=VISION),
+        GEMMA,
+        ["gemma3/single_gpu/run_4b.sh"] * 3,
+    ),
+    "gemma3 text": (
+        AutoConfig.for_model("gemma3_text", **TEXT),
+        GEMMA,
+        ["gemma3/single_gpu/run_1b.sh"],
+    ),
+}
+STEPS = {1: "step1_supervised", 2: "step2_reward_model", 3: "step3_rlhf"}
+SMALL = {
+    "data_path": "data.jsonl",
+    "data_split": "1",
+    "data_output_path": "cache",
+    "dtype": "fp32",
+    "num_train_epochs": 1,
+    "gradient_accumulation_steps": 1,
+    "generation_batches": 1,
+    "max_seq_len": 128,
+    "max_prompt_seq_len": 96,
+    "max_answer_seq_len": 8,
+    "max_steps": 2,
+    "num_warmup_steps": 0,
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 4),
+    **dict.fromkeys(("per_device_generation_batch_size", "per_device_training_batch_size"), 4),
+    **dict.fromkeys(("lora_dim", "actor_lora_dim", "critic_lora_dim"), 4),
+}
+
+
+def save_model(folder: Path, config: PretrainedConfig, template: Family | None) -> None:
+    """A model of this shape with the byte tokenizer, under the family's template or none."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if template is not None:
+        tokenizer = with_template(tokenizer, template)
+        del tokenizer.init_kwargs["prompt_format"]
+    tokenizer.save_pretrained(folder)
+
+
+def command(shell, name: str, step: int, script: str) -> list[str]:
+    """main.py and its arguments, as the script starts it, made small."""
+    (folder,) = TRAINING.glob(f"{STEPS[step]}*")
+    words = ["sft", "reward", "0", "0", "ppo"] if step == 3 else [["sft", "reward"][step - 1], ""]
+    words = [word and f"{name}/{word}" if word not in ("0", "") else word for word in words]
+    if "one_trunk" in script:
+        words[:2] = [f"{word}/adapter" for word in words[:2]]
+    start = started(shell(BASH, str(folder / "training_scripts" / script), *words))
+    settings, flags = (
+        start.settings(),
+        {flag.name for flag in flags_of(settings_class(start.program))},
+    )
+    small = {flag: value for flag, value in SMALL.items() if flag in flags}
+    for role in ("", "actor_", "critic_"):
+        if f"{role}lora_dim" in small and not start_rank(settings, role):
+            del small[f"{role}lora_dim"]
+    if step < 3:
+        small["model_name_or_path"] = f"{name}/model"
+    more = [str(word) for flag, value in small.items() for word in (f"--{flag}", value)]
+    return [str(start.program.relative_to(TRAINING.parent)), *start.arguments, *more]
+
+
+def start_rank(settings: object, role: str) -> int:
+    """The rank of the adapters that a recipe gives to a role."""
+    return getattr(settings, role.rstrip("_") or "model").lora.lora_dim
+
+
+@pytest.mark.slow
+def test_a_script_of_each_family_trains_a_tiny_model_of_it(tmp_path: Path, monkeypatch):
+    (tmp_path / "shell").mkdir()
+    shell = fake_launchers(tmp_path / "shell", monkeypatch)
+    write_rows(tmp_path / "data.jsonl", preference_rows(16, seed=0))
+    plan = {}
+    for name, (config, template, scripts) in CASES.items():
+        save_model(tmp_path / name / "model", config, template)
+        for step, script in enumerate(scripts, 1):
+            plan[f"{name}, step {step}"] = command(shell, name, step, script)
+    results, _ = run_worker(list(plan.values()), tmp_path, ranks=1)
+    codes = {place: result.code for place, result in zip(plan, results, strict=True)}
+    errors = {p: r.stderr[-1500:] for p, r in zip(plan, results, strict=True) if r.code}
+    assert set(codes.values()) == {0}, errors
+    for name, (_, _, scripts) in CASES.items():
+        for folder in ("sft", "reward", "ppo")[: len(scripts)]:
+            assert_all_finite(tmp_path / name / folder)
