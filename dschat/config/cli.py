@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
-from dschat.utils import signals
+from dschat.utils import run_lock, signals
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.printable import guard_terminal, printable
 
@@ -161,6 +161,7 @@ def run_cli(main: Callable[[], None]) -> None:
         signals.ignore_at_exit()
         raise
     finally:
+        run_lock.release()
         signals.restore()
 
 

@@ -21,6 +21,7 @@ from dschat.train.disk import Written
 from dschat.train.model_config import ModelConfig, adapter_ranks
 from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
+from dschat.utils import run_lock
 from dschat.utils.distributed import Distributed
 
 BUILDS: dict[int, Build] = {1: build_causal_lm, 2: RewardModel.from_config}
@@ -63,13 +64,15 @@ def look_ahead(
     Raises:
         UserError: what would stop the step.
     """
+    widths = widths or {}
     if step == 3:
-        return _look_at_ppo(
-            parse(RLHFSettings, argv, None), stand_ins, process, fixed, widths or {}
-        )
+        rlhf = parse(RLHFSettings, argv, None)
+        with run_lock.released_after(rlhf.run.output_dir):  # the step itself will hold it
+            return _look_at_ppo(rlhf, stand_ins, process, fixed, widths)
     settings: SFTSettings | RewardSettings
     settings = parse(SFTSettings, argv, None) if step == 1 else parse(RewardSettings, argv, None)
-    return _look_at_one_model(settings, BUILDS[step], stand_ins, process, fixed, widths or {})
+    with run_lock.released_after(settings.run.output_dir):
+        return _look_at_one_model(settings, BUILDS[step], stand_ins, process, fixed, widths)
 
 
 def _look_at_one_model(

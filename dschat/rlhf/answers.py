@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.functional.returns import kl_k1
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.rewards import texts_of
-from dschat.train.metrics import format_value, set_aside
+from dschat.train.metrics import format_value, keep_longest, set_aside
 
 FILE = "answers.jsonl"
 LINES = 4  # of one text on the screen, about
@@ -103,6 +103,8 @@ class AnswerFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resumed_at is None:
             set_aside(self.path)
+        elif resumed_at == 0:  # at the beginning, without a checkpoint
+            keep_longest(self.path)
         elif self.path.exists():
             self._truncate(resumed_at)
 

@@ -183,9 +183,9 @@ class Checkpointer:
 
     @property
     def continued(self) -> Continued | None:
-        """Metrics file and step to append to."""
+        """Metrics file and step to append to; of a resumed run without a checkpoint, none."""
         if self._source is None:
-            return None
+            return None if self.config.resume is None else Continued(None, 0)
         return Continued(self._source.folder / METRICS, self._source.position.step)
 
     def restore(

@@ -72,9 +72,9 @@ class LogConfig(Settings):
 
 @dataclass(frozen=True)
 class Continued:
-    """The run that a resumed one continues: its metrics file as of a step."""
+    """The run that a resumed one continues: its metrics as of a step; None: nothing was saved."""
 
-    metrics: Path
+    metrics: Path | None
     step: int
 
 
@@ -104,6 +104,8 @@ class MetricLogger:
         path.parent.mkdir(parents=True, exist_ok=True)
         if continued is None:
             set_aside(path)
+        elif continued.metrics is None:
+            keep_longest(path)
         else:
             _restore_lines(path, continued.metrics)
         self._file = path.open("a", encoding="utf-8")
@@ -184,6 +186,14 @@ def set_aside(path: Path) -> None:
     while (numbered := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1
     path.rename(numbered)
+
+
+def keep_longest(path: Path) -> None:
+    """Keep one file of the starts that ended before a checkpoint: restarts may be many."""
+    kept = path.with_suffix(f".unfinished{path.suffix}")
+    if path.exists() and (not kept.exists() or path.stat().st_size >= kept.stat().st_size):
+        path.replace(kept)
+    path.unlink(missing_ok=True)
 
 
 def _restore_lines(path: Path, earlier: Path) -> None:

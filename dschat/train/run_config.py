@@ -23,6 +23,7 @@ from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
+from dschat.utils import run_lock
 from dschat.utils.distributed import from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory
@@ -123,19 +124,20 @@ class RunConfig(StartConfig):
         return [Path(self.output_dir, name) for name in inside or ("",)]
 
     def check_output(self, *inside: str) -> None:
-        """Stop, on every rank, where the models of this run could not be written.
+        """Stop, on every rank, where the models of this run could not be written; hold the folder.
 
         Args:
             inside: folders in the output folder that will hold them; none: it holds one itself.
 
         Raises:
-            UserError: a folder that cannot be written, or one that holds a finished model which
-                this run neither continues nor may replace.
+            UserError: a folder that cannot be written, that another run holds, or that has a
+                finished model which this run neither continues nor may replace.
         """
         from_main(partial(self._check_output, inside))
 
     def _check_output(self, inside: Sequence[str]) -> None:
         check_output_dir(self.output_dir)
+        run_lock.hold(self.output_dir)
         self.log.check_writable()
         left = [line for folder in self._folders(inside) for line in placing.repair(folder)]
         for line in (*left, *checkpoint_folder.repair(self.output_dir)):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dschat.errors import UserError
+from dschat.utils.launchers import rank_of, torch_variables
 from dschat.utils.printable import printable
 
 Result = TypeVar("Result")
@@ -38,12 +39,19 @@ class Distributed:
 
 
 def init_distributed() -> Distributed:
-    """Join the process group that the launcher describes; without one, be a group of one."""
+    """Join the process group that the launcher describes; without one, be a group of one.
+
+    Launchers are torchrun, deepspeed, and those of `launchers.LAUNCHERS`.
+
+    Raises:
+        UserError: several processes that cannot find each other.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed, once per bucket.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.update(torch_variables(os.environ))
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         with socket.socket() as probe:  # a free port
@@ -63,7 +71,7 @@ def init_distributed() -> Distributed:
 
 def launched_rank() -> int:
     """Return the rank that the launcher set; usable before `init_distributed`."""
-    return int(os.environ.get("RANK", "0"))
+    return rank_of(os.environ)
 
 
 def from_local_main(work: Callable[[], str]) -> str:

@@ -22,6 +22,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from dschat.utils.launchers import rank_of
+
 STOPPED = 75  # exit code of a stopped run; EX_TEMPFAIL of sysexits.h: start it again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO = 1.0  # seconds in which a launcher may pass on the signal that the process has already
@@ -124,7 +126,7 @@ def _note(signum: int) -> None:
 
 def _end(line: str, code: int) -> None:
     """Say a line on rank 0, below any progress bar, and end the process from any thread."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank_of(os.environ) == 0:
         bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
         above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
         os.write(2, f"{above}{line}\n".encode())

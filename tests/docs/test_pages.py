@@ -28,6 +28,8 @@ WORDS = set(re.findall(r"\w+", SOURCES.replace("-", "_")))
 LAUNCHERS = {  # and their flags
     *("nproc_per_node", "nnodes", "rdzv_endpoint"),
     *("num_gpus", "include", "master_port", "hostfile"),
+    *("max_restarts", "signals_to_handle", "standalone"),
+    *("nodes", "gpus", "time", "ntasks", "requeue", "open_mode", "signal"),
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

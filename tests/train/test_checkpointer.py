@@ -288,6 +288,18 @@ def test_metrics_are_cut_and_go_on(tmp_path):
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
+def test_restarts_without_a_checkpoint_leave_one_file(tmp_path):
+    """The longest, which need not be a restart's."""
+    run, nothing = tmp_path / "run", Continued(None, 0)
+    longest = write_metrics(run, range(1, 9))
+    for end in (3, 4, 2):
+        last = write_metrics(run, range(1, end), nothing)
+    assert {path.name: path.read_text() for path in run.iterdir()} == {
+        "metrics.jsonl": last,
+        "metrics.unfinished.jsonl": longest,
+    }
+
+
 def test_metrics_of_another_run_are_kept(tmp_path):
     state = tmp_path / "state.jsonl"
     state.write_text(write_metrics(tmp_path / "first", range(1, 4)))

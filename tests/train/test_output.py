@@ -13,6 +13,7 @@ from dschat.models.save_plan import MERGED, SavePlan
 from dschat.train.disk import ModelSize, Written, check_disk, in_words
 from dschat.train.model_config import ModelConfig, beyond_rank
 from dschat.train.run_config import RunConfig
+from dschat.utils import run_lock
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.adapter_write import AdapterOrigin
 from dschat.utils.module.lora import LoraConfig
@@ -24,6 +25,13 @@ Usage = namedtuple("Usage", "total used free")
 
 def engine(dtype: str = "fp32", zero_stage: int = 0) -> EngineConfig:
     return EngineConfig(zero_stage=zero_stage, micro_batch_size=1, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def released():
+    """What a run holds until its end, no test keeps."""
+    yield
+    run_lock.release()
 
 
 @pytest.fixture
@@ -50,6 +58,7 @@ def test_a_finished_model_is_not_replaced(finished: Path):
     )
     RunConfig.of(output_dir=str(finished), overwrite_output_dir=True).check_output()
     RunConfig.of(output_dir=str(finished.parent / "other")).check_output()
+    run_lock.release()
     assert [path.name for path in finished.iterdir()] == ["config.json"]
 
 

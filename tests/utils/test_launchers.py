@@ -1,0 +1,96 @@
+"""Ranks by the variables of srun, mpirun and mpiexec, as these set them."""
+
+import subprocess
+
+import pytest
+
+from dschat.errors import UserError
+from dschat.utils import launchers
+from dschat.utils.launchers import rank_of, torch_variables
+
+SRUN = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+TWO_ON_ONE_HOST = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_a_process_by_itself_and_one_of_torchrun():
+    assert torch_variables({}) == {} and rank_of({}) == 0
+    given = {**SRUN, "WORLD_SIZE": "8", "RANK": "6"}
+    assert torch_variables(given) == {} and rank_of(given) == 6
+    alone = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    assert torch_variables(alone) == {}
+
+
+@pytest.mark.parametrize("environ", [OPENMPI, MPICH])
+def test_mpi_on_one_host(environ):
+    assert torch_variables(environ) == TWO_ON_ONE_HOST and rank_of(environ) == 1
+    there = {"MASTER_ADDR": "there", "MASTER_PORT": "1234"}
+    kept = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    assert torch_variables(environ | there) == {name: TWO_ON_ONE_HOST[name] for name in kept}
+
+
+def test_mpirun_that_was_started_by_srun():
+    """Of the processes that srun started, one a host, each starts two."""
+    started = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    assert torch_variables(OPENMPI | started)["RANK"] == "1"
+    assert torch_variables(MPICH | started)["RANK"] == "1"
+
+
+def test_srun_on_two_hosts(monkeypatch):
+    def run(command, **_):
+        assert command == ["scontrol", "show", "hostnames", "node[07-08]"]
+        return subprocess.CompletedProcess(command, 0, "node07\nnode08\n")
+
+    monkeypatch.setattr(launchers.subprocess, "run", run)
+    assert torch_variables(SRUN) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "node07",
+        "MASTER_PORT": "26456",  # 20000 + 123456 % 9000
+    }
+    assert rank_of(SRUN) == 3
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        (OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "mpirun on several hosts: set MASTER_ADDR"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"},
+            "SLURM_NTASKS is 2, and nothing tells this process its place among them: start them by "
+            "srun or torchrun, or one alone by `srun --ntasks 1`",
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_SIZE is 2, and nothing tells this process"),
+    ],
+)
+def test_ranks_that_cannot_find_each_other(environ, message):
+    with pytest.raises(UserError) as error:
+        torch_variables(environ)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_missing_scontrol_asks_for_the_address(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="srun on several hosts: set MASTER_ADDR to the first one"):
+        torch_variables(SRUN)
