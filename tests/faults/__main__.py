@@ -5,7 +5,8 @@
     python -m tests.faults --case "sft-z0-r1 kill 7"      one case again
     python -m tests.faults --table                        what is known so far, as in the docs
 
-Results are kept in FOLDER/results.jsonl, a line a case; a case that has one is not tried again.
+Results are kept in FOLDER/results.jsonl, a line a case with the commit that it was tried at; a case
+that has one is not tried again, with --failed unless it failed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import json
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from tests.faults import library
@@ -34,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(FOLDER), help="of runs and results")
     parser.add_argument("--case", action="append", help="try this one, whether or not it was tried")
     parser.add_argument("--middle", action="store_true", help="the cases of the slow tests alone")
+    parser.add_argument("--failed", action="store_true", help="try what failed again as well")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--minutes", type=float, help="start no case after so many")
@@ -60,7 +64,7 @@ def warm_up() -> None:
         getattr(transformers, name)
 
 
-def work(queue: int, names: list[str], folder: Path, again: bool) -> None:
+def work(queue: int, names: list[str], folder: Path, done: Callable[[dict], bool]) -> None:
     """Take cases from a pipe of their numbers until it is empty; append each verdict."""
     from tests.faults.bench import Bench
     from tests.faults.cases import Case
@@ -69,7 +73,7 @@ def work(queue: int, names: list[str], folder: Path, again: bool) -> None:
     bench, results = Bench(folder), folder / "results.jsonl"
     while number := os.read(queue, 4):
         for case in expand(Case.named(names[struct.unpack("i", number)[0]]), bench):
-            if not again and case.name in tried(results):
+            if (verdict := tried(results).get(case.name)) and done(verdict):
                 continue
             began = time.perf_counter()
             try:
@@ -77,11 +81,22 @@ def work(queue: int, names: list[str], folder: Path, again: bool) -> None:
             except Exception:
                 complaint = f"the driver itself: {traceback.format_exc(limit=-3)}"
                 verdict = Verdict(case.name, "driver", complaints=[complaint])
-            line = {**vars(verdict), "seconds": round(time.perf_counter() - began, 2)}
+            seconds = round(time.perf_counter() - began, 2)
+            line = {**vars(verdict), "seconds": seconds, "commit": commit()}
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             state = "; ".join(verdict.complaints) or "ok"
             print(f"{case.name}: {verdict.result}, {line['seconds']} s, {state}", flush=True)
+
+
+@cache
+def commit() -> str:
+    """Commit of this checkout, in short."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def tried(results: Path) -> dict[str, dict]:
@@ -92,16 +107,20 @@ def tried(results: Path) -> dict[str, dict]:
     return {line["case"]: line for line in lines}
 
 
-def run_all(names: list[str], folder: Path, jobs: int, again: bool, minutes: float | None) -> None:
+def run_all(names: list[str], folder: Path, args: argparse.Namespace) -> None:
     """Hand out the cases to processes that are forked from this one."""
+
+    def done(verdict: dict) -> bool:
+        return not args.case and not (args.failed and verdict["complaints"])
+
     reading, writing = os.pipe()
     workers = []
-    for _ in range(jobs):
+    for _ in range(args.jobs):
         pid = os.fork()
         if pid == 0:
             os.close(writing)
             try:
-                work(reading, names, folder, again)
+                work(reading, names, folder, done)
             except KeyboardInterrupt:
                 os._exit(130)
             except BaseException:
@@ -110,7 +129,7 @@ def run_all(names: list[str], folder: Path, jobs: int, again: bool, minutes: flo
             os._exit(0)
         workers.append(pid)
     os.close(reading)
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         hand_out(writing, len(names), deadline)
@@ -154,7 +173,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         cases = args.case or [c.name for c in (middle_form if args.middle else long_form)()]
         names = [name for name in cases if args.only in name]
-        run_all(names, folder, args.jobs, bool(args.case), args.minutes)
+        run_all(names, folder, args)
     from tests.faults.report import counts, table
 
     verdicts = list(tried(folder / "results.jsonl").values())

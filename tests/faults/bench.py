@@ -11,9 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tests.faults import judge
 from tests.faults.judge import Results
 from tests.faults.library import Aim
-from tests.faults.programs import OUTPUT, Layout, copy_inputs, write_inputs
+from tests.faults.programs import OLDER, OUTPUT, Layout, copy_inputs, write_inputs
 from tests.faults.runs import Outcome, start
 from tests.faults.sites import Call, published, read_trace, sites_of
 
@@ -25,12 +26,14 @@ class Reference:
     """A layout's run without checkpoints, and one with them, that nothing happened to.
 
     Attributes:
-        sites: calls of the second by site. trace_bytes: of its trace.
+        sites: calls of the second by site. trace_bytes: of its trace. older:
+            digests of the model that it replaces.
     """
 
     results: Results
     sites: dict[str, int]
     trace_bytes: int
+    older: dict[str, str]
 
 
 class Bench:
@@ -60,22 +63,27 @@ class Bench:
         """What a layout's run comes to."""
         path = self._once(f"references/{layout.name}", lambda part: self._refer(layout, part))
         kept = json.loads((path / "reference.json").read_text())
-        return Reference(Results(**kept["results"]), kept["sites"], kept["trace_bytes"])
+        return Reference(
+            Results(**kept["results"]), kept["sites"], kept["trace_bytes"], kept["older"]
+        )
 
     def _refer(self, layout: Layout, part: Path) -> None:
         results = []
         for name, argv in (("plain", layout.argv()), ("saving", layout.saving(KEPT))):
-            run = Workplace(copy_inputs(self.inputs, part / name / "run"), layout)
+            run = Workplace(copy_inputs(self.inputs, part / name / "run", layout), layout)
             outcome = run.start(argv)
             if any(outcome.codes):
                 raise RuntimeError(f"{layout.name}: no reference\n{outcome.stderr[-3000:]}")
             results.append(Results.of(run.output))
         plain, saving = results
+        if layout.plain != layout:
+            plain = self.reference(layout.plain).results
         if differences := saving.differences(plain):
             raise RuntimeError(f"{layout.name}: saving checkpoints changes it: {differences}")
         kept = {
             "results": asdict(plain),
             "sites": sites_of(run.calls),
+            "older": judge.digests(self.inputs / OLDER) if layout.record.replaces else {},
             "trace_bytes": (part / "saving/logs-1/trace").stat().st_size,
         }
         (part / "reference.json").write_text(json.dumps(kept))
@@ -84,7 +92,7 @@ class Bench:
         """A folder whose run was killed in its third save, two checkpoints lying there."""
 
         def make(part: Path) -> None:
-            run = Workplace(copy_inputs(self.inputs, part / "run"), layout)
+            run = Workplace(copy_inputs(self.inputs, part / "run", layout), layout)
             third = 3 * layout.record.save_steps
             aim = Aim("kill", f"mkdir {OUTPUT}/checkpoints/.step-{third:06d}.tmp")
             outcome = run.start(layout.saving(KEPT), aim=aim)
@@ -107,7 +115,7 @@ class Bench:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         if source == self.inputs:
-            return Workplace(copy_inputs(source, path / "run"), layout)
+            return Workplace(copy_inputs(source, path / "run", layout), layout)
         shutil.copytree(source, path / "run", symlinks=True)
         return Workplace(path / "run", layout)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,24 @@ def finished(folder: Path, reference: Results) -> list[str]:
         if not path.exists() or path.read_text() != text:
             found.append(f"the user's {name} is lost")
     return found + leftovers(folder)
+
+
+def mixture(output: Path, models: Sequence[dict[str, str]]) -> list[str]:
+    """Judge what a reader finds in an output folder and its adapter: no model, or one of these.
+
+    Args:
+        models: digests of their files.
+    """
+    found, there = [], digests(output)
+    for part, entry in {"": "config.json", "adapter": "adapter/adapter_config.json"}.items():
+        here = _inside(there, part)
+        if entry in here and here not in [_inside(model, part) for model in models]:
+            found.append(f"a mixture of models: {', '.join(sorted(here))}")
+    return found
+
+
+def _inside(files: dict[str, str], folder: str) -> dict[str, str]:
+    return {n: digest for n, digest in files.items() if n.rpartition("/")[0] == folder}
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.helpers import resume_runs
 from tests.helpers.steps import PPO, REWARD, ROOT, SFT
+from tests.helpers.tiny import save_llama_folder
 
 DPO = "training/step2_dpo_finetuning/main.py"
-OUTPUT = "out"
+OUTPUT, OLDER = "out", "older"
 # Of 67 rows a third train, 4 in a step: 5 steps in each of 2 epochs with a short one at the end.
 # Dropout draws at each step, and saves (every 3) lie between lines of the log (every 2).
 DATA = "--data_path data --data_split 1,1,1 --data_output_path cache --dtype fp32 --log_every 2"
@@ -39,13 +40,15 @@ class Program:
 
     Attributes:
         flags: with {rows} (of one rank, 4 on all) and {stage} of ZeRO. save_steps: its steps, or
-            iterations, between checkpoints. models: the model folders that it reads.
+            iterations, between checkpoints. models: the model folders that it reads. replaces: the
+        output folder holds an older model, and the results are those of this other program.
     """
 
     main: str
     flags: str
     save_steps: int
     models: tuple[str, ...] = ("model",)
+    replaces: str | None = None
 
     @property
     def is_there(self) -> bool:
@@ -55,6 +58,7 @@ class Program:
 
 PROGRAMS = {
     "sft": Program(SFT, ONE_MODEL, save_steps=3),
+    "sft-over": Program(SFT, f"--overwrite_output_dir {ONE_MODEL}", save_steps=3, replaces="sft"),
     "sft-adapter": Program(SFT, ADAPTER, save_steps=3),
     "reward": Program(REWARD, ONE_MODEL, save_steps=3),
     "dpo": Program(DPO, ONE_MODEL, save_steps=3),
@@ -86,6 +90,11 @@ class Layout:
         """The program's record."""
         return PROGRAMS[self.program]
 
+    @property
+    def plain(self) -> Layout:
+        """The layout that has the same results, and begins in an empty folder."""
+        return replace(self, program=self.record.replaces or self.program)
+
     def argv(self) -> list[str]:
         """Command line of a run that never saves a checkpoint."""
         program = self.record
@@ -114,11 +123,14 @@ def write_inputs(folder: Path) -> None:
     """Data and models that all programs read."""
     folder.mkdir(parents=True)
     resume_runs.write_models(folder)
+    save_llama_folder(folder / OLDER, seed=5, num_hidden_layers=1)
 
 
-def copy_inputs(inputs: Path, folder: Path) -> Path:
+def copy_inputs(inputs: Path, folder: Path, layout: Layout) -> Path:
     """A folder for one run, with files of the user's own in its output folder."""
     shutil.copytree(inputs, folder)
+    if layout.record.replaces:
+        shutil.copytree(inputs / OLDER, folder / OUTPUT)
     for name, text in USERS_FILES.items():
         path = folder / OUTPUT / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,17 @@ def test_what_is_left_behind_is_named(run, reference, name):
     assert judge.finished(run, reference) == [f"{Path(name).parent} is left"]
 
 
+def test_a_mixture_of_two_models_is_noticed(run):
+    output = run / OUTPUT
+    new, old = judge.digests(output), {"config.json": "1", "model.safetensors": "2"}
+    assert judge.mixture(output, [old, new]) == []
+    (output / "tokenizer.json").write_text("the old one's")
+    (text,) = judge.mixture(output, [old, new])
+    assert text == "a mixture of models: config.json, model.safetensors, tokenizer.json"
+    (output / "config.json").unlink()  # what is left is no model
+    assert judge.mixture(output, [old, new]) == []
+
+
 @pytest.mark.parametrize("name", USERS_FILES)
 def test_a_file_of_the_users_is_missed(run, reference, name):
     (run / OUTPUT / name).unlink()

@@ -80,6 +80,9 @@ def kill(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
             break
         verdict.faults += 1
         verdict.at.append(at)
+        if reference.older:
+            models = (reference.older, reference.results.files)
+            verdict.complaints += judge.mixture(place.output, models)
         if judge.RESUMED.search(outcome.stdout):
             verdict.complaints += judge.went_back(outcome, saved)
     _finish(case, bench, place, verdict)
