@@ -4,8 +4,9 @@
     python benchmarks/checkpoint_cost.py --shape opt-1.3b --steps 6 --save_steps 2
 
 The embedded default trains all weights, OPT-1.3B's shape LoRA of rank 128. Weights are random and
-rows made up: neither changes what is written. SHA-256 of every file and fsync are timed apart. On
-the CPU; opt-1.3b takes about 12 GB of memory and 8 GB of disk under --folder.
+rows made up: neither changes what is written. SHA-256 of every file and fsync are timed apart, by
+the clock and as CPU time of the process, which other work on the machine does not change. On one
+thread of the CPU; opt-1.3b takes about 12 GB of memory and 8 GB of disk under --folder.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import OPTConfig, OPTForCausalLM
@@ -39,10 +41,10 @@ SHAPES = {
     "embedded": ["--per_device_train_batch_size", "16", "--max_seq_len", "128"],
     "opt-1.3b": [
         *("--per_device_train_batch_size", "1", "--max_seq_len", "128"),
-        *("--lora_dim", "128", "--lora_save", "adapter"),
+        *("--lora_dim", "128", "--lora_save", "adapter", "--dtype", "bf16"),
     ],
 }
-COMMON = ["--data_split", "10,0,0", "--dtype", "bf16", "--max_eval_samples", "1"]
+COMMON = ["--data_split", "10,0,0", "--max_eval_samples", "1"]
 
 
 def write_opt(folder: Path) -> None:
@@ -68,13 +70,37 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+class Seconds(NamedTuple):
+    """Seconds by the clock, and of CPU time."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Seconds:
+        """This moment, counted from any other."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, other: Seconds) -> Seconds:
+        """The time between two moments."""
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
+
+    @classmethod
+    def median(cls, all_: Sequence[Seconds]) -> Seconds:
+        """Median of each."""
+        return cls(*map(statistics.median, zip(*all_, strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.wall:.3g} ({self.cpu:.3g})"
+
+
 class Clock:
-    """Seconds spent in functions, call by call, by a name; moments at which steps ended."""
+    """Time spent in functions, call by call, by a name; moments at which steps ended."""
 
     def __init__(self, save_steps: int):
         self.save_steps = save_steps
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.moments: list[float] = []
+        self.spent: dict[str, list[Seconds]] = defaultdict(list)
+        self.moments: list[Seconds] = []
 
     def time(self, owner: Any, name: str, label: str) -> None:
         """Time every call of `owner.name` from now on."""
@@ -82,21 +108,18 @@ class Clock:
 
         @functools.wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = Seconds.now()
             try:
                 return original(*args, **kwargs)
             finally:
-                self.seconds[label].append(time.perf_counter() - start)
+                self.spent[label].append(Seconds.now().since(start))
 
         setattr(owner, name, timed)
 
-    def steps(self) -> list[float]:
-        """Seconds from the end of a step to that of the next, less the save in between."""
-        saves, found = iter(self.seconds["save"]), []
-        for number, (one, other) in enumerate(itertools.pairwise(self.moments), start=1):
-            saved = number % self.save_steps == 0
-            found.append(other - one - (next(saves) if saved else 0.0))
-        return found
+    def steps(self) -> list[Seconds]:
+        """Time from the end of a step to that of the next, where no save came between."""
+        pairs = enumerate(itertools.pairwise(self.moments), start=1)
+        return [two.since(one) for number, (one, two) in pairs if number % self.save_steps]
 
 
 def watch(save_steps: int) -> Clock:
@@ -109,7 +132,7 @@ def watch(save_steps: int) -> Clock:
 
     @functools.wraps(log_step)
     def step(*args: Any, **kwargs: Any) -> Any:
-        clock.moments.append(time.perf_counter())
+        clock.moments.append(Seconds.now())
         return log_step(*args, **kwargs)
 
     TrainingLog.step = step
@@ -143,6 +166,7 @@ def main() -> None:
     shutil.rmtree(output, ignore_errors=True)
     flags = SHAPES[args.shape]
     write_rows(args.folder / "rows.jsonl", args.steps * int(flags[1]) + 2)
+    torch.set_num_threads(1)
     clock = watch(args.save_steps)
     steps = ["--max_steps", str(args.steps), "--save_steps", str(args.save_steps)]
     paths = ["--model_name_or_path", str(model), "--data_path", str(args.folder / "rows.jsonl")]
@@ -155,17 +179,15 @@ def report(shape: str, clock: Clock, output: Path) -> None:
     """Print the figures as a row of a table, with what they were measured on."""
     (checkpoint,) = checkpoint_folder.checkpoints_in(checkpoint_folder.folder_of(output)).values()
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    save, digests, fsync = (
-        statistics.median(clock.seconds[name]) for name in ("save", "digests", "fsync")
+    step = Seconds.median(clock.steps())
+    save, digests, fsync = map(
+        Seconds.median, (clock.spent[n] for n in ("save", "digests", "fsync"))
     )
-    step = statistics.median(clock.steps())
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    print("| shape | step, s | checkpoint | save, s | of it digests, s | fsync, s | in steps |")
+    shares = Seconds(save.wall / step.wall, save.cpu / step.cpu)
+    print(f"{platform.machine()}, {os.cpu_count()} cores; seconds by the clock (of CPU time)")
+    print("| shape | step | checkpoint | save | of it digests | of it fsync | save in steps |")
     print("| --- |" + " --- |" * 6)
-    print(
-        f"| {shape} | {step:.3g} | {in_words(size)} | {save:.3g} | {digests:.3g} | {fsync:.3g} | "
-        f"{save / step:.2g} |"
-    )
+    print(f"| {shape} | {step} | {in_words(size)} | {save} | {digests} | {fsync} | {shares} |")
 
 
 if __name__ == "__main__":
