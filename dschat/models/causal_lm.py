@@ -247,6 +247,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode for the block, and then as it was; inside an engine or alone.
+
+    DeepSpeed's engine passes `train()` and `eval()` on, and itself says that it trains, always.
+    """
+    was_training = unwrap(model).training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence transformers' load report and bars: `check_loading` reports what matters."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dschat.models.causal_lm import forward_inputs, unwrap
+from dschat.models.causal_lm import eval_mode, forward_inputs, unwrap
 from dschat.models.head_blocks import HeadBlocks, Tensors
 from dschat.utils.distributed import print_rank_0
 
@@ -100,8 +100,6 @@ def _proven_split(model: nn.Module, sequences: torch.Tensor) -> Split | None:
     trunk, head = _parts(module)
     if trunk is None or head is None:
         return None
-    was_training = model.training
-    model.eval()  # dropout would draw from the generator that the run's own draws come from
     seen: dict[str, torch.Tensor] = {}
 
     def probe(_, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -117,11 +115,12 @@ def _proven_split(model: nn.Module, sequences: torch.Tensor) -> Split | None:
     ids = sequences[:1, -4:]
     try:
         inputs = forward_inputs(model, ids, torch.ones_like(ids, dtype=torch.bool))
-        actual = model(**inputs, use_cache=False).logits
+        # Dropout would draw from the generator that the run's own draws come from.
+        with eval_mode(model):
+            actual = model(**inputs, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     if not {"trunk", "probe"} <= seen.keys() or not torch.equal(seen["trunk"], seen["states"]):
         return None
     assert isinstance(module, PreTrainedModel)  # else it has no such parts

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import takes_argument, unwrap
+from dschat.models.causal_lm import eval_mode, takes_argument, unwrap
 from dschat.models.config import build_causal_lm, load_config
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
@@ -91,8 +91,6 @@ def prove_packing(model: nn.Module, device: torch.device) -> None:
     Raises:
         UserError: neighbours are seen, or positions do not begin anew.
     """
-    was_training = model.training
-    model.eval()
     logits_at = []  # of the same four tokens, (4, V)
     for before, after, first in ((5, 7, 10), (7, 5, 30)):
         lengths = (before, 4, after)
@@ -100,9 +98,9 @@ def prove_packing(model: nn.Module, device: torch.device) -> None:
         ids[before : before + 4] = torch.tensor([3, 5, 4, 6])
         positions = torch.cat([torch.arange(n) for n in lengths])
         inputs = packed_inputs(model, ids[None].to(device), positions[None].to(device))
-        logits = model(**inputs, use_cache=False).logits
+        with eval_mode(model):
+            logits = model(**inputs, use_cache=False).logits
         logits_at.append(logits[0, before : before + 4].float())
-    model.train(was_training)
     one, other = logits_at
     difference = ((one - other).abs().max() / one.abs().max()).item()
     if not difference <= _TOLERANCE[_language_model(model).dtype]:

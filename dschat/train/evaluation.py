@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dschat.data.collators import Batch, PackedBatch, PairBatch, SFTBatch
-from dschat.models.causal_lm import forward_inputs
+from dschat.models.causal_lm import eval_mode, forward_inputs
 from dschat.models.logprobs import target_loss
 from dschat.models.packing import packed_inputs
 from dschat.models.reward_model import scores_at_end
@@ -93,13 +93,11 @@ def _totals(
     sums: Callable[[BatchT], dict[str, float]],
 ) -> dict[str, float]:
     """Add up the sums of every batch, in eval mode, over all ranks."""
-    was_training = engine.training
-    engine.eval()
     totals: dict[str, float] = {}
-    for batch in loader:
-        for name, total in sums(batch.to(device)).items():
-            totals[name] = totals.get(name, 0.0) + total
-    engine.train(was_training)
+    with eval_mode(engine):
+        for batch in loader:
+            for name, total in sums(batch.to(device)).items():
+                totals[name] = totals.get(name, 0.0) + total
     return dict(zip(totals, all_reduce_sum([*totals.values()]), strict=True))
 
 

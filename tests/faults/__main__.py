@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -38,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", help="try this one, whether or not it was tried")
     parser.add_argument("--middle", action="store_true", help="the cases of the slow tests alone")
     parser.add_argument("--failed", action="store_true", help="try what failed again as well")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name this pattern is in")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--minutes", type=float, help="start no case after so many")
     parser.add_argument("--table", action="store_true", help="print the table of results, try none")
@@ -172,7 +173,7 @@ def main() -> None:
 
         folder.mkdir(parents=True, exist_ok=True)
         cases = args.case or [c.name for c in (middle_form if args.middle else long_form)()]
-        names = [name for name in cases if args.only in name]
+        names = [name for name in cases if re.search(args.only, name)]
         run_all(names, folder, args)
     from tests.faults.report import counts, table
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -408,10 +409,26 @@ def test_sums_of_a_head_gradient_do_not_round_from_block_to_block():
     assert difference < 0.02, difference
 
 
-def test_the_proof_of_the_head_draws_no_random_numbers():
-    """A resumed run proves it again, in the middle of its draws."""
+class Engine(nn.Module):
+    """A module inside DeepSpeed's engine, as far as its modes go."""
+
+    train, eval = DeepSpeedEngine.train, DeepSpeedEngine.eval
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: torch.Tensor) -> object:
+        return self.module(**inputs)
+
+
+@pytest.mark.parametrize("wrap", [Engine, lambda model: model])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_proof_of_the_head_draws_no_random_numbers(wrap, is_training):
+    """A resumed run proves it again, amid its draws; an evaluation must not go on with dropout."""
     model, (ids, _) = tiny.tiny_llama(attention_dropout=0.5), batch()
-    model.train()
+    wrap(model).train(is_training)
     before = torch.get_rng_state()
-    assert head.split_of(model, ids) is not None and model.training
+    assert head.split_of(wrap(model), ids) is not None
+    assert all(module.training == is_training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), before)
