@@ -20,7 +20,7 @@ FLOORS = [
     ("train",),
     ("rlhf",),
     ("config",),
-    ("quickstart", "merge"),
+    ("quickstart", "merge", "checkpoint"),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Re-exports of names that DeepSpeed-Chat's users import: they may look up, nobody looks at them.

@@ -19,6 +19,7 @@ COLOURS = {
     "users": "#f6f8fa",
     "quickstart": "#e6eaef",
     "merge": "#e6eaef",
+    "checkpoint": "#e6eaef",
     "config": "#e3dcf5",
     "rlhf": "#fbd9d3",
     "train": "#fde3c4",
@@ -37,6 +38,7 @@ FLOORS = (
     (
         ("quickstart", "quickstart", "the embedded default"),
         ("merge", "merge", "an adapter into its base"),
+        ("checkpoint", "checkpoint", "look, verify, convert"),
     ),
     (("config", "config", "the flags of each step, from the settings of the rooms; CLI and YAML"),),
     (("rlhf", "rlhf", "roles, rollouts, rewards, advantages, the PPO update"),),

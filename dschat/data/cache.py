@@ -24,6 +24,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from dschat.errors import UserError
+from dschat.utils.files import sync
 from dschat.utils.printable import printable
 
 RECORD = "digests.json"
@@ -149,11 +150,11 @@ def _publish(part: Path, target: Path, mode: int) -> None:
     (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     for path in (*files.values(), part / RECORD):
         path.chmod(mode & 0o666)
-        _to_disk(path)
+        sync(path)
     part.chmod(mode)
-    _to_disk(part)
+    sync(part)
     part.rename(target)
-    _to_disk(target.parent)
+    sync(target.parent)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -219,15 +220,6 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"{folder} cannot be written ({reason}): free some space or give another data_output_path"
     )
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

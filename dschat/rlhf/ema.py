@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from dschat.settings import Settings, setting
-from dschat.utils.zero import is_partitioned, local_shard, set_local_shard
+from dschat.utils.zero import (
+    full_shape,
+    is_partitioned,
+    local_shard,
+    own_part,
+    set_local_shard,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.module, self.decay = module, decay
+        self._parameters = dict(module.named_parameters())
         # Under ZeRO-3 each rank averages shards of its own; otherwise all hold the same.
         self.per_rank = any(is_partitioned(p) for p in module.parameters())
         self.shadow = {
@@ -50,11 +57,19 @@ class EMA:
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore averages; their names and shapes must be those of the actor."""
+        """Restore averages, of this rank or whole; names and shapes must be those of the actor."""
+        state = {name: self._own(name, average) for name, average in state.items()}
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self.shadow.items()}:
             raise RuntimeError("the saved moving average is not of this actor's parameters")
         for name, average in state.items():
             self.shadow[name].copy_(average)
+
+    def _own(self, name: str, average: torch.Tensor) -> torch.Tensor:
+        parameter = self._parameters.get(name)
+        if parameter is None or not is_partitioned(parameter):
+            return average
+        is_whole = average.shape == full_shape(parameter)
+        return own_part(parameter, average) if is_whole else average
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:

@@ -20,17 +20,19 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.settings import Settings, setting
+from dschat.settings import Settings, flag_values, setting
 from dschat.train import checkpoint_folder
 from dschat.train.checkpoint_folder import NEWEST
 from dschat.train.engine import Engine
 from dschat.train.metrics import Continued
+from dschat.train.portable_restore import restore_portable, start_generators_anew
 from dschat.train.resume import (
     RunPlan,
     check_restored_rates,
     check_same_frozen,
     check_same_groups,
     frozen_checksum,
+    named_groups,
     set_peak_rates,
 )
 from dschat.train.safe_load import load_file, make_loading_safe
@@ -46,7 +48,6 @@ from dschat.utils.distributed import (
     on_every_rank,
     print_rank_0,
 )
-from dschat.utils.optim import group_rates
 from dschat.utils.zero import local_values
 
 METRICS = "metrics.jsonl"
@@ -119,6 +120,11 @@ class Checkpoint:
 
     folder: Path
     record: dict[str, Any]
+
+    @property
+    def is_portable(self) -> bool:
+        """Tell whether it is by the names of parameters, not by ranks."""
+        return bool(self.record.get("portable"))
 
     @property
     def position(self) -> Position:
@@ -217,11 +223,13 @@ class Checkpointer:
             check_same_groups(
                 str(folder), name, record["engines"][name]["peak_rates"], engine.optimizer
             )
-            self._restore_engine(str(folder), name, engine)
+            self._restore_engine(self._source, name, engine)
         for name, other in self.others.items():
-            file = folder / self._file(name, other)
-            other.load_state_dict(load_file(str(file)))
+            self._restore_other(self._source, name, other)
         position = self._source.position
+        if self._source.is_portable:
+            batch = self.plan.steps.batches_of(position.step, position.epoch)
+            position = Position(position.step, position.epoch, batch)
         print_rank_0(f"resumed from {folder} at step {position.step}")
         return position
 
@@ -230,12 +238,27 @@ class Checkpointer:
         """Checksums of all frozen weights, which no step changes."""
         return {name: frozen_checksum(module) for name, module in self._modules.items()}
 
-    def _restore_engine(self, place: str, name: str, engine: Engine) -> None:
+    def _restore_other(self, source: Checkpoint, name: str, other: Stateful) -> None:
+        file = self._file(name, other)
+        if source.is_portable:
+            ranks = source.record["processes"]
+            if name == "random" and ranks != self.distributed.world_size:
+                seed = int(flag_values(self.plan.settings)["seed"])
+                start_generators_anew(seed, source.position.step, ranks, self.distributed)
+                return
+            file = file if name == "random" else f"{name}.pt"
+        other.load_state_dict(load_file(str(source.folder / file)))
+
+    def _restore_engine(self, source: Checkpoint, name: str, engine: Engine) -> None:
         optimizer = self.plan.optimizers[name]
-        make_loading_safe(engine)
-        path, _ = engine.load_checkpoint(place, tag=name, custom_load_fn=_load_trained)
-        if path is None:  # DeepSpeed says no more than that
-            raise RuntimeError(f"{place}: DeepSpeed found nothing to load for the {name}")
+        if source.is_portable:
+            restore_portable(engine, source.folder, name)
+        else:
+            place = str(source.folder)
+            make_loading_safe(engine)
+            path, _ = engine.load_checkpoint(place, tag=name, custom_load_fn=_load_trained)
+            if path is None:  # DeepSpeed says no more than that
+                raise RuntimeError(f"{place}: DeepSpeed found nothing to load for the {name}")
         if self.config.resume_with_new_rates:
             set_peak_rates(engine.optimizer, engine.lr_scheduler, optimizer)
         check_restored_rates(engine.optimizer, engine.lr_scheduler, optimizer)
@@ -265,6 +288,7 @@ class Checkpointer:
         """
         for name, engine in self.engines.items():
             check_weights(name, engine.module, position.step)
+        frozen = self._checksums  # here: ZeRO-3 gathers for it, which every rank must do
         folder, step = checkpoint_folder.folder_of(self.output_dir), position.step
         part = checkpoint_folder.unfinished_path(folder, step)
         if self.distributed.is_main:
@@ -282,9 +306,12 @@ class Checkpointer:
         names = from_main(functools.partial(self._complete, part))
         digests = all_gather(checkpoint_folder.digests_of(part, self._share(names)))
         if self.distributed.is_main:
-            groups = {name: list(group_rates(e.optimizer)) for name, e in self.engines.items()}
+            groups = {
+                name: named_groups(engine.module, self.plan.optimizers[name])
+                for name, engine in self.engines.items()
+            }
             plan = self.plan.record(groups, self.distributed.world_size)
-            record = {**vars(position), **plan, "frozen_weights": self._checksums}
+            record = {**vars(position), **plan, "frozen_weights": frozen}
             together = {name: d for part_of in digests for name, d in part_of.items()}
             checkpoint_folder.write_record(part, record, dict(sorted(together.items())))
             checkpoint_folder.publish(folder, step, self.config.save_total_limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,15 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, flags_of
+from dschat.train.machine import without_shape
 from dschat.train.steps import StepPlan
 from dschat.utils.ds_json import read_user_config
-from dschat.utils.optim import OptimizerConfig, check_rates, group_rates
+from dschat.utils.optim import (
+    OptimizerConfig,
+    check_rates,
+    get_optimizer_grouped_parameters,
+    group_rates,
+)
 from dschat.utils.zero import full_shape, gathered
 
 OVERRIDE = "resume_with_new_rates"
@@ -64,12 +70,15 @@ class RunPlan:
         fixed |= {"total_steps": self.steps.total_steps, "epoch_steps": self.steps.epoch_steps}
         return json.loads(json.dumps(fixed))
 
-    def record(self, groups: Mapping[str, Sequence[str]], processes: int) -> dict[str, Any]:
-        """Describe the plan for a checkpoint; `groups` are the names of each engine's groups."""
+    def record(
+        self, groups: Mapping[str, Mapping[str, Mapping[str, list[int]]]], processes: int
+    ) -> dict[str, Any]:
+        """Describe the plan for a checkpoint; `groups` are each engine's `named_groups`."""
         engines = {
             name: {
                 "loraplus_lr_ratio": optimizer.loraplus_lr_ratio,
                 "peak_rates": {group: optimizer.rate(group) for group in groups[name]},
+                "parameters": groups[name],
             }
             for name, optimizer in self.optimizers.items()
         }
@@ -95,12 +104,15 @@ class RunPlan:
             raise UserError(
                 f"resume {place}: a checkpoint of {record['kind']}, this is {self.kind}"
             )
-        if record["processes"] != processes:
+        saved, now = record["settings"], self.fixed
+        if record.get("portable"):
+            saved, now = without_shape(place, record, now, processes)
+        elif record["processes"] != processes:
             raise UserError(
                 f"resume {place}: saved by {record['processes']} processes, now there are "
-                f"{processes}; start {record['processes']}, each holds a shard of it"
+                f"{processes}; start {record['processes']}, each holds a shard of it, or make it "
+                f"portable: python -m dschat.checkpoint convert {place}"
             )
-        saved, now = record["settings"], self.fixed
         for name in sorted({*saved, *now}, key=lambda n: (n in FACTS, n)):
             if saved.get(name) != now.get(name):
                 difference = self._explain(name, saved.get(name), now.get(name))
@@ -164,6 +176,15 @@ def _check_same_rates(
                 f"resume {place}: saved with a {prefix}learning rate of {rate:g} for {group}, now "
                 f"{now:g}; give the rates as they were, or {OVERRIDE} to continue with {now:g}"
             )
+
+
+def named_groups(module: nn.Module, config: OptimizerConfig) -> dict[str, dict[str, list[int]]]:
+    """Map each parameter group to the names and shapes in it, in the optimizer's order."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {
+        group["name"]: {names[id(p)]: [*full_shape(p)] for p in group["params"]}
+        for group in get_optimizer_grouped_parameters(module, config)
+    }
 
 
 def check_same_groups(

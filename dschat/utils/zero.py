@@ -87,6 +87,17 @@ def local_values(parameter: torch.Tensor) -> torch.Tensor:
     return shard.flatten()[: max(0, full_numel(parameter) - before)]
 
 
+def own_part(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Cut this rank's part, flat and filled up with zeros, out of all of a sharded parameter."""
+    assert is_partitioned(parameter)
+    size = parameter.ds_tensor.numel()
+    start = dist.get_rank(parameter.ds_process_group) * size
+    part = full.new_zeros(size)
+    own = full.flatten()[start : start + size]
+    part[: own.numel()] = own
+    return part
+
+
 def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Overwrite what this rank owns of the parameter; every rank must do so.
 

@@ -1,0 +1,131 @@
+"""A run goes on with another number of ranks and another ZeRO stage, to the same losses."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dschat.checkpoint import main as checkpoint
+from tests.helpers.resume_runs import TIMES, write_models
+from tests.helpers.steps import PPO, SFT, Result, run_worker
+
+DATA = "--data_path data --data_split 4,4,2 --data_output_path cache --dtype fp32 --log_every 1"
+COMMON = f"{DATA} --max_seq_len 64 --num_train_epochs 2 --num_warmup_steps 2 --learning_rate 1e-3"
+COMMON += " --lora_dim 4 --model_name_or_path model --gradient_accumulation_steps 2"
+# The likeliest token each time: sampling draws from generators of each rank.
+ROLES = f"{DATA} --actor_model_name_or_path model --critic_model_name_or_path critic --top_k 1"
+ROLES += " --max_prompt_seq_len 48 --max_answer_seq_len 4 --num_warmup_steps 0 --enable_ema"
+ROLES += " --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --actor_lora_dim 4"
+ROLES += " --max_eval_samples 4 --kl_target 0.5 --kl_horizon 8 --ppo_epochs 2"
+ROLES += " --reward_function own_rewards:length"
+ROLES += " --unsupervised_dataset_name texts.jsonl --unsup_coef 0.3"
+SAVING = "--save_total_limit 99 --save_steps"
+TOLERANCE = 1e-5
+
+
+def sft(rows: int, more: str) -> list[str]:
+    return [SFT, *shlex.split(f"{COMMON} --per_device_train_batch_size {rows} {more}")]
+
+
+def ppo(rows: int, more: str) -> list[str]:
+    sizes = f"--per_device_generation_batch_size {rows} --per_device_training_batch_size {rows}"
+    return [PPO, *shlex.split(f"{ROLES} {sizes} {more}")]
+
+
+def convert(folder: Path, name: str) -> str:
+    made = folder / f"{name.replace('/', '-')}-portable"
+    checkpoint(["convert", str(folder / name), str(made)])
+    return str(made)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Result]]:
+    """Runs of one rank, that go on with two; one of two ranks, that goes on with one."""
+    folder = tmp_path_factory.mktemp("machines")
+    write_models(folder)
+    results = {}
+
+    def launch(ranks: int, name: str, plan: dict[str, list[str]]) -> None:
+        found, _ = run_worker(list(plan.values()), folder, ranks=ranks, name=name)
+        results.update(dict(zip(plan, found, strict=True)))
+
+    launch(
+        1,
+        "first",
+        {
+            "one": sft(4, f"{SAVING} 5 --output_dir one"),
+            "ppo": ppo(4, f"{SAVING} 1 --output_dir ppo"),
+        },
+    )
+    one = convert(folder, "one/checkpoints/step-000005")
+    roles = convert(folder, "ppo/checkpoints/step-000002")
+    more = "--actor_zero_stage 3 --critic_zero_stage 2"
+    launch(
+        2,
+        "second",
+        {
+            "one at ZeRO 3": sft(2, f"--zero_stage 3 --resume {one} --output_dir one-3"),
+            "one, too many rows": sft(4, f"--zero_stage 3 --resume {one} --output_dir one-4"),
+            "ppo at ZeRO 3 and 2": ppo(2, f"{more} --resume {roles} --output_dir ppo-3"),
+            "two": sft(2, f"--zero_stage 2 {SAVING} 5 --output_dir two"),
+            "ppo of two": ppo(2, f"{more} {SAVING} 1 --output_dir ppo-two"),
+        },
+    )
+    two = convert(folder, "two/checkpoints/step-000005")
+    roles = convert(folder, "ppo-two/checkpoints/step-000002")
+    launch(
+        1,
+        "third",
+        {
+            "two at ZeRO 0": sft(4, f"--resume {two} --output_dir two-0"),
+            "two as it is": sft(4, "--resume two/checkpoints/step-000005 --output_dir two-x"),
+            "ppo of two at ZeRO 0": ppo(4, f"--resume {roles} --output_dir ppo-0"),
+        },
+    )
+    return folder, results
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    kept = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith("grad_norm")} for line in kept]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "whole, rest",
+    [("one", "one-3"), ("two", "two-0"), ("ppo", "ppo-3"), ("ppo-two", "ppo-0")],
+)
+def test_the_rest_is_that_of_a_run_that_never_stopped(runs, whole, rest):
+    folder, results = runs
+    assert not [r.stderr[-3000:] for n, r in results.items() if r.code not in (0, 2)]
+    before, after = figures(folder / whole), figures(folder / rest)
+    assert len(before) == len(after) > 5
+    for one, other in zip(before, after, strict=True):
+        assert [one.pop("kind"), one["step"]] == [other.pop("kind"), other["step"]]
+        assert one == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE), (one, other)
+    assert before[-2] != pytest.approx(before[1], rel=1e-3)  # it has trained
+
+
+@pytest.mark.slow
+def test_other_rows_in_a_step_and_other_ranks_without_conversion_are_refused(runs):
+    _, results = runs
+    rows = results["one, too many rows"]
+    assert (
+        rows.code == 2
+        and (
+            "1 processes with per_device_train_batch_size 4 took 4 together, 2 with 4 would take "
+            "8; give per_device_train_batch_size 2"
+        )
+        in rows.stderr
+    )
+    ranks = results["two as it is"]
+    assert (
+        ranks.code == 2
+        and (
+            "saved by 2 processes, now there are 1; start 2, each holds a shard of it, or make it "
+            "portable: python -m dschat.checkpoint convert two/checkpoints/step-000005"
+        )
+        in ranks.stderr
+    )
