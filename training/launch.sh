@@ -82,7 +82,11 @@ start() {
   add --actor_zero_stage "${ACTOR_ZERO_STAGE:-}"
   add --critic_zero_stage "${CRITIC_ZERO_STAGE:-}"
   mkdir -p "$OUTPUT"
-  "${COMMAND[@]}" --output_dir "$OUTPUT" ${MORE[@]+"${MORE[@]}"} 2>&1 | tee -a "$OUTPUT/training.log"
+  # A signal to all processes lets main.py finish its step and save: what writes its log, and this
+  # shell, wait for it.
+  trap : TERM HUP USR1
+  "${COMMAND[@]}" --output_dir "$OUTPUT" ${MORE[@]+"${MORE[@]}"} 2>&1 |
+    (trap '' INT TERM HUP USR1 && exec tee -a "$OUTPUT/training.log")
 }
 
 asked() {

@@ -85,9 +85,15 @@ def fake_launchers(
     monkeypatch.delenv("LAUNCHER", raising=False)
     monkeypatch.setenv("PATH", f"{fakes}{os.pathsep}{os.environ['PATH']}")
 
-    def run(*command: str) -> subprocess.CompletedProcess:
+    def run(*command: str, start_new_session: bool = False) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, cwd=empty, capture_output=True, text=True, check=False, timeout=TIME_LIMIT
+            command,
+            cwd=empty,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIME_LIMIT,
+            start_new_session=start_new_session,
         )
 
     return run
