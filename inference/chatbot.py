@@ -28,6 +28,7 @@ if __name__ == "__main__":  # run as a file: the checkout is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
 from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
@@ -240,6 +241,7 @@ def converse(chatbot: Chatbot) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Chat on the terminal."""
     settings = parse(ChatSettings, argv, __doc__)
+    tell_unused(settings)
     chatbot = load_chatbot(settings)
     path = printable(settings.path)
     print(f"{path} on {chatbot.model.device}: 'clear' forgets, 'quit' leaves.")

@@ -29,6 +29,7 @@ SWITCHES = {
 DISPLACED = {
     "language": "prompts",
     "modules_to_save": "train_base_model",
+    "train_on": "train_on_prompt",
 }
 # Flags of `inspect` that some phases alone have a use for.
 OF_PHASES = {
@@ -61,6 +62,13 @@ def unused_flags(settings: Settings) -> Iterator[str]:
         if phase is not None and phase not in OF_PHASES.get(name, (phase,)):
             of = " and ".join(map(str, OF_PHASES[name]))
             yield f"--{name} does nothing in phase {phase}; it is of phase {of}"
+    for name, reason in getattr(settings, "NO_USE", {}).items():
+        if name in changed:
+            yield f"--{name} does nothing: {reason}"
+    if values.get("temperature") == 0:
+        for name in ("top_p", "seed"):
+            if name in changed:
+                yield f"--{name} does nothing: at --temperature 0 nothing is drawn"
     if isinstance(settings, StepSettings):
         if "per_device_train_batch_size" in changed and settings.batch.own_batching:
             yield (
@@ -90,6 +98,11 @@ def _of_ppo(settings: RLHFSettings) -> Iterator[str]:
             "--reward_clip does nothing: it clips a reward model's scores, and none of them count; "
             "a reward function's values are taken as they are"
         )
+    answers = settings.ppo.per_device_generation_batch_size * settings.ppo.answers_per_prompt
+    if settings.ppo.generation_chunk_size >= answers:
+        yield f"--generation_chunk_size does nothing: a device samples {answers} answers at a time"
+    if settings.enable_test_mode and 0 < settings.max_steps <= settings.test_stop_step:
+        yield "--test_stop_step does nothing: --max_steps ends the run before"
     if settings.updates == 1:
         for name in sorted(given & OF_LATER_STEPS):
             yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
 from dschat.utils.module.model_source import OWN_CODE, resolve_model, wants_own_code
@@ -41,10 +50,26 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
         raise UserError(f"model {source.label}: {kind} has encoder and decoder; {text_model}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model {source.label}: {kind} writes no text; {text_model}")
+    for folder in (Path(source.base).expanduser(), *(a.folder for a in source.adapters)):
+        _check_generation(folder)
     _check_kernels(config, source.label)
+    _check_quantised(config, source.label)
     if dropout is not None:
         set_dropout(config, dropout)
     return config
+
+
+def _check_generation(folder: Path) -> None:
+    """Stop at a generation_config.json that is there and cannot be read."""
+    file = folder / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever is in it
+        raise UserError(
+            f"{file} cannot be read ({brief(error, with_type=True)}); copy it again, or remove it"
+        ) from error
 
 
 def _check_kernels(config: PretrainedConfig, label: str) -> None:
@@ -58,6 +83,19 @@ def _check_kernels(config: PretrainedConfig, label: str) -> None:
                     f"model {label}: its config.json names the kernel {name!r}, and no code of a "
                     f"model is run; remove {kind.removeprefix('_')} from it"
                 )
+
+
+def _check_quantised(config: PretrainedConfig, label: str) -> None:
+    """Stop at packed weights that cannot be read on this machine."""
+    if getattr(config.get_text_config(), "quantization_config", None) is None:
+        return
+    try:
+        get_hf_quantizer(copy.deepcopy(config), None, None, True, {})
+    except Exception as error:  # each kind has its own
+        raise UserError(
+            f"model {label}: its weights are quantised, and cannot be read here ({brief(error)}); "
+            "give the model that they were made of"
+        ) from error
 
 
 def build_causal_lm(config: PretrainedConfig) -> PreTrainedModel:

@@ -186,7 +186,9 @@ def prepare(
     batches = prompts.batches_in(0)  # those of every epoch
     iterations = settings.iterations(batches)
     length = settings.length(iterations, batches)
-    lines = text.lines() if text else []
+    per_iteration = settings.batches_per_iteration
+    steps = StepPlan.of(run.num_train_epochs * [batches], per_iteration, iterations)
+    lines = [*(text.lines() if text else ()), *run.remarks(steps, settings.eval_interval)]
     for line in (*lines, *settings.remarks(iterations), *length.advice()):
         print_rank_0(line)
     rewards = plan.rewards
@@ -196,8 +198,6 @@ def prepare(
     for role in setup.trained.values():
         get_train_ds_config(role.engine, ctx.world_size)
     run.check_disk(plan.training.written, iterations)
-    per_iteration = settings.batches_per_iteration
-    steps = StepPlan.of(run.num_train_epochs * [batches], per_iteration, iterations)
     optimizers = {name: role.config.optimizer for name, role in setup.trained.items()}
     derived = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
     run_plan = RunPlan(

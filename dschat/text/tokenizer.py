@@ -36,11 +36,13 @@ def load_hf_tokenizer(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever a broken file of it leads to
         if wants_own_code(error):
             raise UserError(f"tokenizer {model_name_or_path!r}: {OWN_CODE}") from error
+        is_said = isinstance(error, (OSError, ValueError, ImportError))
         raise UserError(
-            f"tokenizer {model_name_or_path!r} does not load ({brief(error)}): "
+            f"tokenizer {model_name_or_path!r} does not load "
+            f"({brief(error, with_type=not is_said)}): "
             "give a model folder, or the name of a model on the Hub that can be reached"
         ) from error
     if not tokenizer.is_fast:

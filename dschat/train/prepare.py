@@ -235,7 +235,8 @@ def prepare(
     plan = RunPlan(settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps)
     checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx)
     run.check_disk([model.written], steps.total_steps)
-    for line in settings.length(batches).advice():
+    lines = run.remarks(steps, settings.eval_interval)
+    for line in (*lines, *settings.length(batches).advice()):
         print_rank_0(line)
     module = create(
         model.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
+from dschat.train.steps import StepPlan
 from dschat.utils import run_lock
 from dschat.utils.distributed import from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
@@ -164,6 +166,28 @@ class RunConfig(StartConfig):
     def warm_up(self) -> int:
         """Optimizer steps in which the learning rate rises."""
         return 0 if self.lr_scheduler_type == "constant" else self.num_warmup_steps or 0
+
+    def remarks(self, steps: StepPlan, eval_interval: int) -> list[str]:
+        """Say which intervals and epochs lie beyond the end of the run."""
+        total, lines = steps.total_steps, []
+        if self.checkpoint.save_steps > total:
+            lines.append(
+                f"save_steps {self.checkpoint.save_steps}: the run ends after {total} steps, so "
+                f"there will be no checkpoint; give fewer, such as {math.ceil(total / 2)}"
+            )
+        if eval_interval > total:
+            lines.append(
+                f"eval_interval {eval_interval}: the run ends after {total} steps, so it is "
+                "evaluated before them and after each epoch alone"
+            )
+        epochs = [sum(steps.epoch_steps[:n]) for n in range(1, len(steps.epoch_steps))]
+        if epochs and total <= epochs[-1]:
+            last = 1 + sum(total > end for end in epochs)
+            lines.append(
+                f"num_train_epochs {self.num_train_epochs}: the run ends in epoch {last}, after "
+                f"{total} steps"
+            )
+        return lines
 
     def schedule(self, total_steps: int) -> Schedule:
         """Learning-rate schedule over so many optimizer steps."""

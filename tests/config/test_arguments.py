@@ -16,7 +16,10 @@ from dschat.errors import UserError
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.rlhf.estimators import ESTIMATORS
 from dschat.rlhf.role_settings import RoleNames, RoleSettings
+from dschat.settings import Settings
 from dschat.utils.module.lora_config import LoraConfig
+from inference.chatbot import ChatSettings
+from tests.config.test_dschat_flags import script
 
 
 def sft(*argv: str) -> SFTSettings:
@@ -34,6 +37,15 @@ def rlhf(*argv: str) -> RLHFSettings:
 
 def inspect(*argv: str) -> InspectSettings:
     return parse(InspectSettings, ["--model_name_or_path", "m", *argv], "")
+
+
+def chat(*argv: str) -> ChatSettings:
+    return parse(ChatSettings, ["--path", "m", *argv], "")
+
+
+def rw_eval(*argv: str) -> Settings:
+    settings = script("training/step2_reward_model_finetuning/rw_eval.py")["RewardEvaluation"]
+    return parse(settings, ["--model_name_or_path", "m", *argv], "")
 
 
 def test_a_run_of_deepspeed_chat_is_taken_as_it_was():
@@ -554,6 +566,15 @@ def test_step_3_says_what_does_nothing(argv, said):
             "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes",
         ),
         (rlhf, "--lr_scheduler_type constant", ""),  # its warm-up is a default
+        (sft, "--train_on_prompt --train_on last_turn", "--train_on does nothing: --train_on_pr"),
+        (rlhf, "--generation_chunk_size 16", "--generation_chunk_size does nothing: a device sam"),
+        (rlhf, "--generation_chunk_size 16 --answers_per_prompt 2", ""),
+        (rlhf, "--enable_test_mode --test_stop_step 5 --max_steps 5", "--test_stop_step does not"),
+        (rlhf, "--enable_test_mode --test_stop_step 5 --max_steps 6", ""),
+        (chat, "--top_p 0.5", ""),
+        (chat, "--top_p 0.5 --temperature 0", "--top_p does nothing: at --temperature 0 nothing "),
+        (rw_eval, "--max_train_samples 5", "--max_train_samples does nothing: the rows that are "),
+        (rw_eval, "--max_eval_samples 5", ""),
         (inspect, "", ""),
         (inspect, "--eot_token x", "--eot_token does nothing without --add_eot_token"),
         (inspect, "--phase 1 --max_prompt_seq_len 9", "--max_prompt_seq_len does nothing in phase"),

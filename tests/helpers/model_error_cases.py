@@ -129,6 +129,18 @@ EARLY: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown type": (_config(model_type="llamma"), r"no readable config.json \(.*llamma"),
     "wrong value": (_config(hidden_size="x"), r"no readable config.json \(.*expected int, got str"),
     "no such dtype": (_config(dtype="float33"), r"no readable config.json \(.*float33"),
+    "generation config cut": (
+        _text("generation_config.json", '{"max'),
+        r"generation_config.json cannot be read \(OSError.*; copy it again, or remove it",
+    ),
+    "generation config a list": (
+        _text("generation_config.json", "[]"),
+        r"generation_config.json cannot be read \(TypeError",
+    ),
+    "packed weights": (
+        _config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"its weights are quantised, and cannot be read here \(.*; give the model that they",
+    ),
     "another's tokenizer": (_few_rows, r"195 of the tokenizer's 259 tokens have no"),
 }
 # Found when the weights are loaded.

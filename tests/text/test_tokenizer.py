@@ -89,6 +89,20 @@ def test_known_eot_token_keeps_its_id(byte_tokenizer, tmp_path):
     assert (known.eos_token_id, len(known)) == (1, len(byte_tokenizer))
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("tokenizer.json", "{}"), ("tokenizer.json", '{"mo'), ("tokenizer_config.json", "[1]")],
+)
+def test_damaged_files_are_one_line(byte_tokenizer, tmp_path, file, text):
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(
+        UserError, match=r"tokenizer '.*' does not load \(.+\): give a model"
+    ) as caught:
+        load_hf_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_no_end_token_is_refused(byte_tokenizer, tmp_path):
     byte_tokenizer.eos_token = None
     byte_tokenizer.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 
 from dschat.config import RewardSettings, SFTSettings
 from dschat.train.run_length import RunLength
+from dschat.train.steps import StepPlan
 
 
 def advice(*argv: str, batches: list[int | None]) -> list[str]:
@@ -80,3 +81,41 @@ def test_epochs_make_up_for_few_rows():
 def test_the_reward_model_too():
     settings = RewardSettings.of(model_name_or_path="m", num_warmup_steps=5)
     assert len(settings.length([2, 2, 2]).advice()) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"save_steps": 12, "num_train_epochs": 2}, []),
+        (
+            {"save_steps": 13, "num_train_epochs": 2},
+            [
+                "save_steps 13: the run ends after 12 steps, so there will be no checkpoint; give "
+                "fewer, such as 6"
+            ],
+        ),
+        ({"num_train_epochs": 2, "max_steps": 7}, []),
+        (
+            {"num_train_epochs": 3, "max_steps": 6},
+            ["num_train_epochs 3: the run ends in epoch 1, after 6 steps"],
+        ),
+        (
+            {"num_train_epochs": 3, "max_steps": 7},
+            ["num_train_epochs 3: the run ends in epoch 2, after 7 steps"],
+        ),
+        (
+            {"eval_interval": 13, "num_train_epochs": 2},
+            [
+                "eval_interval 13: the run ends after 12 steps, so it is evaluated before them and "
+                "after each epoch alone"
+            ],
+        ),
+    ],
+)
+def test_what_lies_beyond_the_end_of_a_run_is_said(flags: dict[str, int], said: list[str]):
+    """Epochs of six steps."""
+    settings = SFTSettings.of(model_name_or_path="m", **flags)
+    steps = StepPlan.of([6] * settings.run.num_train_epochs, 1, settings.max_steps)
+    assert settings.run.remarks(steps, settings.eval_interval) == said
+    streamed = StepPlan.of([None], 1, 12)
+    assert settings.run.remarks(streamed, 0) == [line for line in said if "save_steps" in line]

@@ -7,6 +7,7 @@ python rw_eval.py --model_name_or_path ./output --data_path ./pairs.jsonl --show
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,10 @@ from dschat.utils.distributed import print_rank_0
 @dataclass(frozen=True, kw_only=True)
 class RewardEvaluation(StartConfig):
     """Settings of this script."""
+
+    NO_USE: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("data_split", "max_train_samples"), "the rows that are held out are scored, all of them"
+    )
 
     model_name_or_path: str = setting(MISSING, "model folder or hub id")
     batch_size: int = setting(16, "rows per batch", at_least=1)
