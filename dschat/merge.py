@@ -24,6 +24,7 @@ from dschat.models.placing import repair
 from dschat.models.reward_model import create_critic_model
 from dschat.models.reward_statistics import VALUE_FILE, read_statistics
 from dschat.models.save import check_output_dir, save_hf_format
+from dschat.models.save_plan import holds_model
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import torch_dtype
 from dschat.utils.distributed import Distributed
@@ -31,11 +32,14 @@ from dschat.utils.module.model_source import resolve_model
 from dschat.utils.printable import printable
 
 
-def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
+def merge(
+    adapter: str, output_dir: str, dtype: str = "auto", overwrite_output_dir: bool = False
+) -> None:
     """Write the merged model folder, tokenizer included; it gets its name when it is complete.
 
     Args:
         adapter: a folder or hub id. dtype: fp32, bf16, fp16, or auto for the base's own.
+        overwrite_output_dir: replace a model that is there.
 
     Raises:
         UserError: no adapter there, its base is gone or does not fit, or an unusable output folder.
@@ -60,6 +64,11 @@ def merge(adapter: str, output_dir: str, dtype: str = "auto") -> None:
     check_output_dir(output_dir)
     for line in repair(output_dir):
         print(line)
+    if holds_model(target) and not overwrite_output_dir:
+        raise UserError(
+            f"output_dir {output_dir}: holds a finished model; give another, or "
+            "--overwrite_output_dir to replace it"
+        )
     create = create_critic_model if is_reward else create_hf_model
     model = create(adapter, tokenizer, saved if dtype == "auto" else torch_dtype(dtype))
     alone = Distributed(0, 1, 0, torch.device("cpu"))
@@ -86,8 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="auto",
         help="of the merged weights; auto is the base's own (default: auto)",
     )
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace a model that is there"
+    )
     args = parser.parse_args(argv)
-    merge(args.adapter, args.output_dir, args.dtype)
+    merge(args.adapter, args.output_dir, args.dtype, args.overwrite_output_dir)
     print(printable(f"{args.adapter} merged into {args.output_dir}"))
 
 

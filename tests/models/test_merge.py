@@ -96,8 +96,8 @@ def test_without_a_task_the_head_decides(made: Path, tmp_path: Path):
         folder = Path(shutil.copytree(made / name, tmp_path / name))
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
-        merge.main([str(folder), str(tmp_path / "merged")])
-        written = json.loads((tmp_path / "merged/config.json").read_text())
+        merge.main([str(folder), str(tmp_path / name / "merged")])
+        written = json.loads((tmp_path / name / "merged/config.json").read_text())
         assert written["architectures"] == [kind]
 
 
@@ -116,6 +116,17 @@ def test_dtype_is_the_bases_own_or_the_one_given(made, tmp_path, name, given, dt
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == dtype
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert {str(p.dtype) for p in loaded.parameters()} == {f"torch.{dtype}"}
+
+
+def test_a_finished_model_is_not_replaced(made: Path, tmp_path: Path):
+    words = [str(made / "adapter"), str(tmp_path / "merged")]
+    merge.main(words)
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"merged: holds a finished model; give another, or --over"):
+        merge.main(words)
+    assert (tmp_path / "merged" / "config.json").read_text() == "{}"
+    merge.main([*words, "--overwrite_output_dir"])
+    assert (tmp_path / "merged" / "config.json").read_text() != "{}"
 
 
 def test_bad_input_is_one_line_and_changes_nothing(made: Path, tmp_path: Path):

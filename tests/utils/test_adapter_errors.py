@@ -97,12 +97,24 @@ def assert_one_line(call, *words: str) -> None:
         ("lora_alpha", "much", "adapter_config.json is malformed"),
         ("lora_alpha", 0, "malformed (lora_alpha is 0.0: give a number above 0); save"),
         ("r", 0, "malformed (r is 0)"),
+        ("r", 4.5, "malformed (lora_dim is 4.5: give 0 or more)"),
+        ("rank_pattern", {"q_proj": "x"}, "malformed (lora_dim is x: give 0 or more)"),
+        ("alpha_pattern", {"q_proj": float("inf")}, "malformed (lora_alpha is inf: give a number"),
+        ("use_rslora", "no", "malformed (use_rslora is no: give True or False)"),
     ],
 )
 def test_configs_that_mean_something_else(folder: Path, key: str, value: object, reason: str):
     set_config(folder, **{key: value})
     for check in (load_config, load_hf_tokenizer, check_reward_head):  # before weights are read
         assert_one_line(lambda check=check: check(str(folder)), str(folder), reason)
+
+
+def test_a_key_that_stands_twice(folder: Path):
+    """A reader would take its last value."""
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace("{", '{"r": 8,', 1))
+    reason = "cannot be read (the key 'r' stands twice)"
+    assert_one_line(lambda: load_config(str(folder)), str(folder), reason)
 
 
 def test_starts_that_leave_the_base_alone_are_read(folder: Path):

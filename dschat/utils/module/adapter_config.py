@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dschat.errors import UserError
+from dschat.errors import RepeatedKeyError, UserError, unique_keys
 from dschat.utils.module.adapter_rows import TokenIndices, read_indices
 from dschat.utils.module.lora_config import LoraConfig
 
@@ -67,8 +67,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for rank in (self.lora.lora_dim, *self.rank_pattern.values()):
-            if rank < 1:
+            if replace(self.lora, lora_dim=rank).lora_dim == 0:
                 raise ValueError(f"r is {rank}")
+        for alpha in self.alpha_pattern.values():
+            replace(self.lora, lora_alpha=alpha)  # it checks itself
 
     def of_layer(self, layer: str) -> LoraConfig:
         """Return the settings of the layer of this name: its own rank and alpha."""
@@ -100,10 +102,13 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         UserError: unreadable, not LoRA, no base named, or an option that is not supported.
     """
     try:
-        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+        raw = json.loads(text, object_pairs_hook=unique_keys)
         kind, base = raw.get("peft_type"), raw.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "not a JSON object"
+        if isinstance(error, RepeatedKeyError):
+            reason = str(error)
         raise UserError(
             f"adapter {name}: {CONFIG_FILE} cannot be read ({reason}); save the adapter again"
         ) from error
@@ -121,10 +126,10 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
     _refuse(raw, name)
     try:
         lora = LoraConfig(
-            lora_dim=int(raw.get("r", 8)),
+            lora_dim=raw.get("r", 8),
             lora_alpha=float(raw.get("lora_alpha", 8)),
-            use_rslora=bool(raw.get("use_rslora")),
-            use_dora=bool(raw.get("use_dora")),
+            use_rslora=raw.get("use_rslora") or False,
+            use_dora=raw.get("use_dora") or False,
             modules_to_save=tuple(raw.get("modules_to_save") or ()),
         )
         return AdapterConfig(
