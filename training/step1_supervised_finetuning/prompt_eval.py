@@ -18,13 +18,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
-from dschat.models.causal_lm import create_hf_model
+from dschat.models.causal_lm import check_context, create_hf_model
 from dschat.models.config import check_kind
 from dschat.rlhf.generation import own_generation_config
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
 from dschat.text.encoding import encode
-from dschat.text.formats import set_format
+from dschat.text.formats import choose_format, set_format
 from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
@@ -121,6 +121,13 @@ def answers(
     return tokenizer.batch_decode(ids[:, len(prompt) :], skip_special_tokens=True)
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, question: str, raw: bool) -> list[int]:
+    """Encode a question as its tokenizer's format asks it, or as it stands."""
+    form = choose_format(tokenizer)
+    text = question if raw else form.prompt((Turn("user", as_ordinary(tokenizer, question)),))
+    return encode(tokenizer, [text], raw or form.adds_special)[0]
+
+
 def main() -> None:
     """Load both models and print their answers."""
     settings = parse(PromptEvaluation, None, __doc__)
@@ -138,25 +145,24 @@ def main() -> None:
         label: load_hf_tokenizer(path, add_eot_token=settings.add_eot_token)
         for label, path in paths.items()
     }
-    models: dict[str, tuple[LanguageModel, PreTrainedTokenizerBase]] = {}
-    for label, path in paths.items():
-        module: nn.Module = create_hf_model(path, tokenizers[label], dtype)
-        models[label] = cast(LanguageModel, module.to(device).eval()), tokenizers[label]
-
     # Each model gets the format that it was trained with
     formats = {
         label: set_format(tokenizer, end_is_given=settings.add_eot_token)
         for label, tokenizer in tokenizers.items()
     }
-    for question in settings.prompts or QUESTIONS[settings.language]:
+    questions = settings.prompts or QUESTIONS[settings.language]
+    for label, path in paths.items():
+        longest = max(len(encoded(tokenizers[label], q, settings.raw)) for q in questions)
+        check_context(path, longest + settings.max_new_tokens, "prompts and max_new_tokens")
+    models: dict[str, tuple[LanguageModel, PreTrainedTokenizerBase]] = {}
+    for label, path in paths.items():
+        module: nn.Module = create_hf_model(path, tokenizers[label], dtype)
+        models[label] = cast(LanguageModel, module.to(device).eval()), tokenizers[label]
+    for question in questions:
         shown = question if settings.raw else formats["finetune"].prompt((Turn("user", question),))
         print(printable(f"\n== {shown.strip()}"))
         for label, (model, tokenizer) in models.items():
-            form = formats[label]
-            text = question
-            if not settings.raw:
-                text = form.prompt((Turn("user", as_ordinary(tokenizer, question)),))
-            (prompt,) = encode(tokenizer, [text], settings.raw or form.adds_special)
+            prompt = encoded(tokenizer, question, settings.raw)
             for kind, config in settings.generation_configs(tokenizer).items():
                 set_random_seed(settings.seed)
                 for answer in answers(model, tokenizer, prompt, config):
