@@ -1,7 +1,7 @@
 """Cost of a checkpoint in seconds, bytes and steps, measured in step 1's own program.
 
     python benchmarks/checkpoint_cost.py --shape embedded
-    python benchmarks/checkpoint_cost.py --shape opt-1.3b --steps 6 --save_steps 2
+    python benchmarks/checkpoint_cost.py --shape opt-1.3b --steps 3 --save_steps 2
 
 The embedded default trains all weights, OPT-1.3B's shape LoRA of rank 128. Weights are random and
 rows made up: neither changes what is written. SHA-256 of every file and fsync are timed apart, by
@@ -40,7 +40,7 @@ STEP1 = ROOT / "training/step1_supervised_finetuning/main.py"
 SHAPES = {
     "embedded": ["--per_device_train_batch_size", "16", "--max_seq_len", "128"],
     "opt-1.3b": [
-        *("--per_device_train_batch_size", "1", "--max_seq_len", "128"),
+        *("--per_device_train_batch_size", "1", "--max_seq_len", "32"),
         *("--lora_dim", "128", "--lora_save", "adapter", "--dtype", "bf16"),
     ],
 }
@@ -63,10 +63,10 @@ def write_opt(folder: Path) -> None:
     build_tokenizer(corpus()).save_pretrained(folder)
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Rows whose prompt and answer fill 128 tokens."""
-    words = " ".join(f"word {n}" for n in range(40))
-    rows = ({"prompt": f"Human: {n} {words}\n\nAssistant:", "chosen": words} for n in range(count))
+def write_rows(path: Path, count: int, length: int) -> None:
+    """Rows whose prompt and answer come close to so many tokens."""
+    words = " word" * (length // 4)
+    rows = ({"prompt": f"Human: {n}{words}\n\nAssistant:", "chosen": words} for n in range(count))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -165,7 +165,7 @@ def main() -> None:
         write_opt(model) if args.shape == "opt-1.3b" else write_model(model, seed=0)
     shutil.rmtree(output, ignore_errors=True)
     flags = SHAPES[args.shape]
-    write_rows(args.folder / "rows.jsonl", args.steps * int(flags[1]) + 2)
+    write_rows(args.folder / "rows.jsonl", (args.steps + 1) * int(flags[1]) + 2, int(flags[3]))
     torch.set_num_threads(1)
     clock = watch(args.save_steps)
     steps = ["--max_steps", str(args.steps), "--save_steps", str(args.save_steps)]

@@ -95,6 +95,16 @@ def test_what_a_page_names_exists(page: Path):
         assert f"class {name}(" in SOURCES or f"class {name}:" in SOURCES, name
 
 
+def test_every_promise_of_reliability_names_tests_that_exist():
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (`tests/[^|]+) \|$", text, re.M)
+    assert len(rows) > 10
+    for promise, tests in rows:
+        for path, _, name in (test.partition("::") for test in re.findall(r"`([^`]+)`", tests)):
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^def {name or 'test_'}", source, re.M), f"{promise}: {path} {name}"
+
+
 def test_every_page_is_reached_from_the_readme():
     reached, queue = set(), [ROOT / "README.md"]
     while queue:

@@ -92,7 +92,8 @@ def middle_form() -> list[Case]:
     """Cases of the slow tests: some of each kind, in seconds."""
     checkpoint = "out/checkpoints/step-000006"
     names = [
-        *("sft-z0-r1 kill 1", "sft-z0-r1 kill 3", "sft-z2-r2 kill 1"),
+        *("sft-z0-r1 kill 1", "sft-over-z0-r1 kill 1", "sft-z2-r2 kill 1"),
+        *("sft-z0-r1 signal SIGTERM 1", "sft-z2-r2 signal SIGUSR1 1"),
         f"sft-z0-r1 damage checkpoint middle {checkpoint}/model/mp_rank_00_model_states.pt",
         f"sft-z0-r1 damage checkpoint truncate {checkpoint}/random-rank-0000.pt",
         f"sft-z0-r1 damage only-checkpoint end {checkpoint}/state.json",

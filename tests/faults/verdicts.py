@@ -163,7 +163,8 @@ def damage(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
         if target in ("checkpoint", "cache"):
             verdict.complaints.append(f"refused: {judge.error_lines(outcome)}")
         return place
-    verdict.result = "stood in for" if named else "same results"
+    mended = "made again" if target == "cache" else "older one taken"
+    verdict.result = mended if named else "same results"
     reference = bench.reference(case.layout).results
     differences = judge.finished(place.folder, reference)
     if differences and not named:
