@@ -76,10 +76,17 @@ def mood(text: str) -> int:
     return sum((word in HAPPY) - (word in SAD) for word in words)
 
 
-def run(step: int, folder: Path, flags: dict[str, str], switches: tuple[str, ...] = ()) -> float:
+STEPS = {
+    "1": "step1_supervised_finetuning",
+    "2": "step2_reward_model_finetuning",
+    "dpo": "step2_dpo_finetuning",
+    "3": "step3_rlhf_finetuning",
+}
+
+
+def run(step: str, folder: Path, flags: dict[str, str], switches: tuple[str, ...] = ()) -> float:
     """One step into a new folder, its log beside it; seconds."""
-    names = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning"}
-    program = TRAINING / names.get(step, "step3_rlhf_finetuning") / "main.py"
+    program = TRAINING / STEPS[step] / "main.py"
     command = [sys.executable, str(program), "--output_dir", str(folder)]
     command += [part for name, value in flags.items() for part in (f"--{name}", *value.split(" "))]
     start = time.perf_counter()
@@ -130,8 +137,8 @@ def curve(folder: Path, name: str) -> list[float]:
     return [record[name] for record in records if record["kind"] == "train" and name in record]
 
 
-def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, float]]:
-    """Steps 1 and 2, then every arm; mood and nats by name."""
+def supervised(args: argparse.Namespace, seed: int) -> tuple[Path, dict[str, str], dict[str, str]]:
+    """Step 1; its seed's folder, the flags of every step, and those of steps 1 and 2."""
     out = args.output / f"seed-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "data").exists() or (out / "data").symlink_to(args.data.resolve())
@@ -140,13 +147,19 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
         "data_split": "2,6,2", "prompt_format": "raw", "seed": str(seed), "dtype": args.dtype,
     }  # fmt: skip
     small = {"max_seq_len": str(PROMPT + ANSWER), "per_device_train_batch_size": "32"}
-    sft, reward = out / "sft", out / "reward"
-    if not (sft / "config.json").is_file():
+    if not (out / "sft" / "config.json").is_file():
         flags = {"model_name_or_path": str(args.model), "learning_rate": "5e-4"}
-        run(1, sft, shared | small | flags)
+        run("1", out / "sft", shared | small | flags)
+    return out, shared, small
+
+
+def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, float]]:
+    """Steps 1 and 2, then every arm; mood and nats by name."""
+    out, shared, small = supervised(args, seed)
+    sft, reward = out / "sft", out / "reward"
     if not (reward / "config.json").is_file():
         flags = {"model_name_or_path": str(sft), "learning_rate": "1e-3", "num_train_epochs": "2"}
-        run(2, reward, shared | small | flags)
+        run("2", reward, shared | small | flags)
     accuracy = curve_end(reward, "accuracy")
     found = {"sft": judge(sft, sft, out, args.draws, seed)}
     print(
@@ -157,7 +170,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
         models = {"actor_model_name_or_path": str(sft), "critic_model_name_or_path": str(reward)}
         steps = {"max_steps": str(args.iterations), "actor_lora_dim": "16"}
         if not (folder / "actor").is_dir():
-            seconds = run(3, folder, shared | COMMON | models | steps | ARMS[arm] | args.more)
+            seconds = run("3", folder, shared | COMMON | models | steps | ARMS[arm] | args.more)
             print(f"  {arm}: {seconds / args.iterations:.1f} s an iteration", flush=True)
         found[arm] = judge(folder / "actor", sft, out, args.draws, seed)
         rewards = " ".join(f"{r:.2f}" for r in curve(folder, "reward"))
@@ -178,22 +191,39 @@ def told(mean_mood: float, nats: float) -> str:
 
 def main() -> None:
     """Every seed, then a table of the arms."""
+    parser = options(__doc__)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--iterations", type=int, default=14)
+    args = parsed(parser)
+    found = {seed: one_seed(args, seed) for seed in args.seeds}
+    table(found, args.arms)
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """Flags of every comparison on the stories."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--iterations", type=int, default=14)
     parser.add_argument("--draws", type=int, default=4, help="continuations of each prompt")
     parser.add_argument("--dtype", default="auto")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; flags that it does not know go to the programs, as `more`."""
     args, more = parser.parse_known_args()
     args.more = {name.removeprefix("--"): v for name, v in zip(more[::2], more[1::2], strict=True)}
-    found = {seed: one_seed(args, seed) for seed in args.seeds}
+    return args
+
+
+def table(found: dict[int, dict[str, tuple[float, float]]], arms: list[str]) -> None:
+    """Print every arm's figures by seed, and their means."""
     print("\narm: mood and nats/token above step 1's, by seed")
-    for arm in ("sft", *args.arms):
+    for arm in ("sft", *arms):
         pairs = [(f[arm][0], f[arm][1] - f["sft"][1]) for f in found.values()]
         cells = "; ".join(f"{m:.2f} {nats:+.3f}" for m, nats in pairs)
         means = " ".join(f"{statistics.mean(column):+.2f}" for column in zip(*pairs, strict=True))

@@ -1,8 +1,8 @@
-"""The settings of steps 1 and 2."""
+"""The settings of steps 1 and 2, and of DPO."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dschat.config.data import check_streaming
 from dschat.data.batching import BatchSampler
@@ -10,6 +10,7 @@ from dschat.data.config import SFTDataConfig
 from dschat.models.packing import check_packing
 from dschat.settings import group, setting
 from dschat.train.model_config import ModelConfig
+from dschat.train.preference_config import PreferenceConfig
 from dschat.train.run_config import RunConfig, StepSettings
 
 
@@ -68,6 +69,43 @@ class RewardSettings(StepSettings):
         super().__post_init__()
         self.sampler()
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
+
+    def sampler(self) -> BatchSampler:
+        """Choose how training pairs become batches."""
+        return self.batch.sampler(sequences=2)
+
+
+@dataclass(frozen=True)
+class DPOSettings(StepSettings):
+    """DPO and its kin: learn from preferences without a reward model."""
+
+    KIND, PHASE = "step 2 (DPO)", 2
+
+    model: ModelConfig = group(
+        ModelConfig,
+        dropout=0.0,
+        optimizer={"full_rate": 1e-6, "full_rate_size": 2.8e9, "full_to_lora": 10.0},
+    )
+    run: RunConfig = group(
+        RunConfig, output_dir="./output/dpo", log={"tensorboard_path": "step2_tensorboard"}
+    )
+    preference: PreferenceConfig = group(PreferenceConfig)
+    print_loss: bool = setting(False, "print the loss of every optimizer step", may_change=True)
+    offload_reference_model: bool = setting(
+        False,
+        "no second model stands on the device: see --reference",
+        retired=True,
+    )
+    num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sampler()
+        model = replace(self.model, train_base=self.run.train_base_model)
+        self.preference.choose_reference(model)
+        check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
+        if self.data.streaming:
+            self.preference.check_streaming(model)
 
     def sampler(self) -> BatchSampler:
         """Choose how training pairs become batches."""

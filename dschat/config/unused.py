@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from dschat.config.rlhf import RLHFSettings
+from dschat.config.steps import DPOSettings, RewardSettings
 from dschat.rlhf.role_setup import RoleSetup
 from dschat.settings import Settings, flag_values, given_flags
 from dschat.train.model_config import ModelConfig
@@ -75,8 +76,10 @@ def unused_flags(settings: Settings) -> Iterator[str]:
                 "--per_device_train_batch_size does nothing: --max_tokens_per_batch takes its place"
             )
         yield from _of_training(settings, settings.run, {"model": settings.model})
-        if settings.PHASE == 1 and "head_learning_rate" in changed:
+        if not isinstance(settings, RewardSettings) and "head_learning_rate" in changed:
             yield f"--head_learning_rate does nothing: {NO_HEAD}"
+        if isinstance(settings, DPOSettings):
+            yield from settings.preference.unused()
     elif isinstance(settings, RLHFSettings):
         yield from _of_ppo(settings)
 

@@ -95,7 +95,8 @@ class SortedBatches(RowBatches):
 class Loader:
     """Batches of one rank: the same number on every rank, each row of the set once an epoch.
 
-    A rank left without rows by the last global batch gets a single filler row, `real` False.
+    Beside its columns a row has `number`, its place in the set, and `real`: a rank left without
+    rows by the last global batch gets a single filler row, for which it is False.
     """
 
     def __init__(
@@ -113,6 +114,11 @@ class Loader:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._epoch = self._skip = 0
         self._last_draw: tuple[int, Epoch] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Count the rows of the set."""
+        return len(self._lengths)
 
     def __len__(self) -> int:
         """Count the batches of the present epoch, the same on every rank."""
@@ -138,10 +144,11 @@ class Loader:
             is_real = bool(mine)
             if not is_real:
                 mine = [items[0][:1]]
-            columns = self._dataset[list(chain.from_iterable(mine))]  # read in one go
+            numbers = list(chain.from_iterable(mine))
+            columns = self._dataset[numbers]  # read in one go
             rows: Iterator[Any] = (
-                {**dict(zip(columns, values, strict=True)), "real": is_real}
-                for values in zip(*columns.values(), strict=True)
+                {**dict(zip(columns, values, strict=True)), "real": is_real, "number": number}
+                for number, *values in zip(numbers, *columns.values(), strict=True)
             )
             if self._sampler.packs:
                 yield self._collator([[next(rows) for _ in pack] for pack in mine])

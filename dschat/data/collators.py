@@ -1,6 +1,6 @@
 """Rows of tokens to padded or packed batches of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any, TypeVar
@@ -54,6 +54,20 @@ class PairBatch(Batch):
     """Preference pairs, right-padded: rows 0..B-1 chosen, rows B..2B-1 rejected, all (2B, T)."""
 
     answer_mask: torch.Tensor  # (2B, T) bool; True = token of the answer, its end token included
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(PairBatch):
+    """Preference pairs whose places in their sets are known."""
+
+    numbers: torch.Tensor  # (B,) int64; -1 in a stream
+
+
+@dataclass(frozen=True)
+class MismatchedBatch(PreferenceBatch):
+    """The same, and each pair's prompt with an answer to another prompt."""
+
+    mismatched: SFTBatch  # B rows
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,29 @@ class PairCollator:
         is_answer = torch.arange(attention_mask.shape[1]) >= starts[:, None]
         answer_mask = attention_mask & is_answer & real.repeat(2)[:, None]
         return PairBatch(input_ids, attention_mask, real, answer_mask)
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Phase-2 rows → PreferenceBatch; with `mismatched`, which makes phase-1 rows of them, more.
+
+    Attributes:
+        first: number of the set's first row; the evaluation rows follow those of training.
+    """
+
+    pad_token_id: int
+    first: int = 0
+    mismatched: Callable[[Row], Row] | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> PreferenceBatch:
+        """Pad and stack chosen over rejected; raises KeyError on rows of another phase."""
+        pairs = PairCollator(self.pad_token_id)(rows)
+        places = [self.first + row["number"] if "number" in row else -1 for row in rows]
+        fields = {**vars(pairs), "numbers": torch.tensor(places)}
+        if self.mismatched is None:
+            return PreferenceBatch(**fields)
+        others = SFTCollator(self.pad_token_id)([self.mismatched(row) for row in rows])
+        return MismatchedBatch(**fields, mismatched=others)
 
 
 @dataclass(frozen=True)

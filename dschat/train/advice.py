@@ -11,7 +11,7 @@ from dschat.utils.optim import FIRST_RATIO, OptimizerConfig, first_lora_rate
 RATIO_RANGE = (8.0, 32.0)  # where the LoRA+ authors found the best ratios (arXiv:2402.12354)
 # A rate of full fine-tuning speaks of models of up to so many times its model's size, or as small.
 NEAR_SIZE = 4.0
-PLAIN_LORA_RATES = 2.0
+PLAIN_LORA_SHARE = 2 / 3  # of what adapters start from: plain LoRA's rate at the least
 LARGE_DIM, CALIBRATED_ACCUMULATION = 128, 8
 
 
@@ -73,10 +73,11 @@ def _about_rates(rates: OptimizerConfig, scaling: float, parameters: float) -> l
     else:
         return []
     ratio, rate_A = rates.loraplus_lr_ratio, rates.lora_A_rate
-    start = first_lora_rate(full_rate, ratio * scaling)  # a scaling acts as a ratio does
+    factor = rates.full_to_lora
+    start = first_lora_rate(full_rate, ratio * scaling, factor)  # a scaling acts as a ratio does
     felt = rate_A * math.sqrt(scaling)
-    raised = ratio > 1 and felt >= PLAIN_LORA_RATES * full_rate
-    raised |= ratio > FIRST_RATIO and felt >= first_lora_rate(full_rate, FIRST_RATIO)
+    raised = ratio > 1 and felt >= PLAIN_LORA_SHARE * factor * full_rate
+    raised |= ratio > FIRST_RATIO and felt >= first_lora_rate(full_rate, FIRST_RATIO, factor)
     if raised:
         return [
             f"loraplus_lr_ratio {ratio:g} raises B's rate to {ratio * rate_A:.3g}, and A's is "

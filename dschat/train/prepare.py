@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
@@ -27,12 +27,12 @@ from dschat.models.config import check_kind
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.train.checkpointer import Checkpointer, Position
+from dschat.train.checkpointer import Checkpointer, Position, Stateful
 from dschat.train.disk import Written, reserve
 from dschat.train.engine import Engine, build_engine, resolve_dtype, torch_dtype
 from dschat.train.metrics import MetricLogger
 from dschat.train.model_config import ModelConfig
-from dschat.train.progress import TrainingLog
+from dschat.train.progress import TrainingLog, Watch
 from dschat.train.resume import RunPlan
 from dschat.train.run_config import StartConfig, StepSettings
 from dschat.train.steps import StepPlan
@@ -192,6 +192,10 @@ def plan_model(
     return ModelPlan(name, config, engine, save, written, reserve(run.output_dir, [written]))
 
 
+class SavedWatch(Watch, Stateful, Protocol):
+    """A watch whose state a checkpoint holds."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of steps 1 or 2 whose engine is built."""
@@ -203,13 +207,23 @@ class Run:
     engine: Engine
     checkpointer: Checkpointer
 
-    def start(self) -> tuple[TrainingLog, Position]:
-        """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
+    def start(
+        self, watch: SavedWatch | None = None, **others: Stateful | None
+    ) -> tuple[TrainingLog, Position]:
+        """Open the log, seed this rank, and restore the checkpoint where the run resumes.
+
+        Args:
+            watch: what the log asks for advice. others: what else a checkpoint holds, by name.
+        """
         run, ctx = self.settings.run, self.ctx
         metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
-        log = TrainingLog(metrics, self.engine, self.model.config, ctx.gpus, self.steps.total_steps)
+        log = TrainingLog(
+            metrics, self.engine, self.model.config, ctx.gpus, self.steps.total_steps, watch
+        )
         set_random_seed(ctx.seed + ctx.rank)
-        return log, self.checkpointer.restore({"model": self.engine}, {"log": log})
+        return log, self.checkpointer.restore(
+            {"model": self.engine}, {"log": log, "watch": watch, **others}
+        )
 
 
 def prepare(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from dschat.data.collators import Batch
 from dschat.errors import UserError
 from dschat.train.engine import Engine
+from dschat.train.means import Means
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
@@ -91,6 +92,7 @@ class Interval:
     tokens: float = 0.0
     samples: float = 0.0
     steps: float = 0.0
+    more: Means = field(default_factory=Means)
     start: float = field(default_factory=time.perf_counter)
 
     def add(self, loss_sum: float, targets: float, tokens: float, samples: float) -> None:
@@ -110,16 +112,24 @@ class Interval:
         """Fill the interval's tokens and sequences into the work."""
         return replace(work, tokens=int(self.tokens), samples=int(self.samples))
 
-    def sums(self) -> dict[str, float]:
+    def sums(self) -> dict[str, Any]:
         """State for a checkpoint: the start counts from now."""
         return {**asdict(self), "start": -self.seconds}
 
     @classmethod
-    def resumed(cls, sums: dict[str, float]) -> Interval:
+    def resumed(cls, sums: dict[str, Any]) -> Interval:
         """Restore an interval; the time between the two processes does not count."""
-        interval = cls(**sums)
+        interval = cls(**{**sums, "more": Means(**sums["more"])})
         interval.start += time.perf_counter()
         return interval
+
+
+class Watch(Protocol):
+    """Looks at figures for what goes wrong."""
+
+    def advice(self, step: int, figures: Mapping[str, float]) -> str | None:
+        """Give a line to print, or None."""
+        ...
 
 
 class TrainingLog:
@@ -134,16 +144,19 @@ class TrainingLog:
         config: ModelConfig,
         gpus: Gpus,
         total_steps: int,
+        watch: Watch | None = None,
     ):
-        self.metrics, self.engine, self.gpus = metrics, engine, gpus
+        self.metrics, self.engine, self.gpus, self.watch = metrics, engine, gpus, watch
         self.work, self.total_steps = training_work(engine, config), total_steps
         self.bar = progress_bar(total_steps, "train", metrics)
         self._rates = group_rates(engine.optimizer)
         self._since_log = Interval()
         self._since_evaluation = Interval()
 
-    def step(self, step: int, loss_sum: float, counts: Sequence[float]) -> None:
-        """Add one optimizer step: its summed loss and `batch_counts`, over all ranks.
+    def step(
+        self, step: int, loss_sum: float, counts: Sequence[float], more: Means | None = None
+    ) -> None:
+        """Add one optimizer step: its summed loss, `batch_counts` and more means, over all ranks.
 
         Raises:
             UserError: its gradients were not finite, and yet they have changed the weights.
@@ -153,6 +166,8 @@ class TrainingLog:
             check_finite(float(norm), f"gradient norm of optimizer step {step}")
         for interval in (self._since_log, self._since_evaluation):
             interval.add(loss_sum, *counts)
+        if more is not None:
+            self._since_log.more.add(more)
         self.bar.update(1)
         # The schedule has moved on by now: the rates of this step were read before it.
         rates, self._rates = self._rates, group_rates(self.engine.optimizer)
@@ -166,6 +181,13 @@ class TrainingLog:
         shown = {"loss": values["loss"]} | rates | {"tokens/s": values["tokens_per_s"]}
         self.bar.set_postfix_str(", ".join(f"{n} {format_value(v)}" for n, v in shown.items()))
         self._since_log = Interval()
+        self._advise(step, values)
+
+    def _advise(self, step: int, figures: Mapping[str, float]) -> None:
+        line = self.watch.advice(step, figures) if self.watch is not None else None
+        if line is not None:
+            self.bar.clear()
+            print_rank_0(f"advice: step {step}: {line}")
 
     def _means(self, interval: Interval) -> dict[str, float]:
         """Mean loss and speed."""
@@ -177,6 +199,7 @@ class TrainingLog:
             "samples_per_s": speed.samples_per_s,
             "tflops_per_gpu": speed.tflops_per_gpu,
             "seconds_per_step": seconds / interval.steps,
+            **interval.more.values(),
         }
 
     def evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
@@ -197,12 +220,13 @@ class TrainingLog:
         self.metrics.log(step, values, kind="eval")
         self._since_evaluation = Interval()
         check_finite(values["loss"], f"evaluation loss after {step} optimizer steps")
+        self._advise(step, values)
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the sums since the last figures, of which the next ones will be means."""
         return {"log": self._since_log.sums(), "evaluation": self._since_evaluation.sums()}
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Continue from those sums, and from the rates of the restored optimizer."""
         self._since_log = Interval.resumed(state["log"])
         self._since_evaluation = Interval.resumed(state["evaluation"])

@@ -17,6 +17,7 @@ from dschat.settings import Settings, flag_values, flags_of
 from dschat.train.machine import without_shape
 from dschat.train.steps import StepPlan
 from dschat.utils.ds_json import read_user_config
+from dschat.utils.module.lora import is_adapter_key
 from dschat.utils.optim import (
     OptimizerConfig,
     check_rates,
@@ -217,10 +218,26 @@ def frozen_checksum(module: nn.Module) -> str:
     it, and so does another order of elements. It is the same on every device. Under ZeRO-3 a
     collective call.
     """
+    return _checksum(module, {n: not p.requires_grad for n, p in module.named_parameters()})
+
+
+def base_checksum(module: nn.Module) -> str:
+    """SHA-256 over the configuration and all contents but those of adapters, likewise.
+
+    It is that of the model before adapters were added, whatever trains.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    return _checksum(module, {name: True for name in names if not is_adapter_key(name)})
+
+
+def _checksum(module: nn.Module, read: Mapping[str, bool]) -> str:
+    """Checksum over these parameters: names and shapes, and contents where `read` is True."""
     total = hashlib.sha256(_configuration(module).encode())
     for name, parameter in module.named_parameters():
+        if name not in read:
+            continue
         content = 0
-        if not parameter.requires_grad:
+        if read[name]:
             with gathered([parameter]):
                 content = _weighted_bits(parameter.detach())
         total.update(repr((name, [*full_shape(parameter)], content)).encode())

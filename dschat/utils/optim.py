@@ -32,9 +32,9 @@ FIRST_RATIO = 16.0  # lambda that the LoRA+ authors try first
 FULL_TO_LORA_RATE = 3.0
 
 
-def first_lora_rate(full_rate: float, ratio: float) -> float:
-    """First learning rate of A to try: three times full fine-tuning's over the ratio's root."""
-    return FULL_TO_LORA_RATE * full_rate / math.sqrt(ratio)
+def first_lora_rate(full_rate: float, ratio: float, factor: float = FULL_TO_LORA_RATE) -> float:
+    """First learning rate of A to try: `factor` times full fine-tuning's over the ratio's root."""
+    return factor * full_rate / math.sqrt(ratio)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OptimizerConfig(Settings):
 
     Attributes:
         full_rate: learning rate that suits training all weights in this step, of a model of
-            `full_rate_size` parameters; no flags.
+            `full_rate_size` parameters; adapters take `full_to_lora` times as much. No flags.
     """
 
     learning_rate: float | None = setting(
@@ -83,6 +83,7 @@ class OptimizerConfig(Settings):
     eps: float = 1e-8
     full_rate: float = 1e-5
     full_rate_size: float = 1.3e9
+    full_to_lora: float = FULL_TO_LORA_RATE
 
     @property
     def base_rate(self) -> float:
@@ -92,7 +93,7 @@ class OptimizerConfig(Settings):
     @property
     def lora_A_rate(self) -> float:
         """eta_A: the adapters' own rate, else the rate given, else what suits the ratio."""
-        first = first_lora_rate(self.full_rate, self.loraplus_lr_ratio)
+        first = first_lora_rate(self.full_rate, self.loraplus_lr_ratio, self.full_to_lora)
         return self.lora_learning_rate or self.learning_rate or first
 
     @property

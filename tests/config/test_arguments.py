@@ -6,7 +6,7 @@ import shlex
 import pytest
 import torch
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.unused import tell_unused, unused_flags
 from dschat.data.__main__ import InspectSettings
@@ -28,6 +28,10 @@ def sft(*argv: str) -> SFTSettings:
 
 def reward(*argv: str) -> RewardSettings:
     return parse(RewardSettings, ["--model_name_or_path", "m", *argv], "")
+
+
+def dpo(*argv: str) -> DPOSettings:
+    return parse(DPOSettings, ["--model_name_or_path", "m", *argv], "")
 
 
 def rlhf(*argv: str) -> RLHFSettings:
@@ -565,6 +569,21 @@ def test_step_3_says_what_does_nothing(argv, said):
             "--lr_scheduler_type constant --num_warmup_steps 5",
             "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes",
         ),
+        (dpo, "--head_learning_rate 1e-3", "--head_learning_rate does nothing: a language model"),
+        (dpo, "--beta 0.3 --label_smoothing 0.1", ""),
+        (dpo, "--loss_type orpo --label_smoothing 0.1", "--label_smoothing does nothing: --loss"),
+        (
+            dpo,
+            "--simpo_gamma 0.5",
+            "--simpo_gamma does nothing: --loss_type sigmoid has no such coefficient; of simpo",
+        ),
+        (dpo, "--loss_type kto --desirable_weight 2 --undesirable_weight 3", ""),
+        (
+            dpo,
+            "--loss_type simpo --reference precomputed",
+            "--reference precomputed does nothing: --loss_type simpo compares with no reference",
+        ),
+        (dpo, "--loss_type robust --label_smoothing 0", "--loss_type robust does nothing: with"),
         (rlhf, "--lr_scheduler_type constant", ""),  # its warm-up is a default
         (sft, "--train_on_prompt --train_on last_turn", "--train_on does nothing: --train_on_pr"),
         (rlhf, "--generation_chunk_size 16", "--generation_chunk_size does nothing: a device sam"),
@@ -610,6 +629,7 @@ def test_what_does_nothing_is_printed_once_on_the_first_rank(capsys, monkeypatch
 RETIRED = {
     sft: ["compute_fp32_loss"],
     reward: ["compute_fp32_loss", "num_padding_at_beginning"],
+    dpo: ["compute_fp32_loss", "num_padding_at_beginning", "offload_reference_model"],
     rlhf: [
         "compute_fp32_loss",
         "enable_mixed_precision_lora",

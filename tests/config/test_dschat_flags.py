@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.settings import flags_of
 from inference.chatbot import ChatSettings
 
@@ -25,6 +25,10 @@ ONE_MODEL = (
 # The flags of DeepSpeed-Chat, script by script.
 STEP1 = f"{SHARED} {ONE_MODEL} sft_only_data_path eot_token print_loss"
 STEP2 = f"{SHARED} {ONE_MODEL} num_padding_at_beginning eval_interval eval_iters"
+DPO = (
+    f"{SHARED} {ONE_MODEL} beta label_smoothing offload_reference_model print_loss "
+    "num_padding_at_beginning"
+)
 STEP3 = (
     f"{SHARED} unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef "
     "actor_model_name_or_path critic_model_name_or_path num_padding_at_beginning "
@@ -70,8 +74,14 @@ def assert_accepts(settings: type, names: str) -> None:
 
 @pytest.mark.parametrize(
     "settings, names",
-    [(SFTSettings, STEP1), (RewardSettings, STEP2), (RLHFSettings, STEP3), (ChatSettings, CHAT)],
-    ids=["step1", "step2", "step3", "chat"],
+    [
+        (SFTSettings, STEP1),
+        (RewardSettings, STEP2),
+        (DPOSettings, DPO),
+        (RLHFSettings, STEP3),
+        (ChatSettings, CHAT),
+    ],
+    ids=["step1", "step2", "dpo", "step3", "chat"],
 )
 def test_the_flags_of_deepspeed_chat(settings, names):
     assert_accepts(settings, names)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from dschat import merge
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import OneLineParser, add_flag, parse
 from dschat.data.__main__ import InspectSettings
 from dschat.errors import UserError
@@ -22,6 +22,7 @@ from tests.config.test_dschat_flags import script
 PROGRAMS: dict[str, type[Settings]] = {
     "step1": SFTSettings,
     "step2": RewardSettings,
+    "dpo": DPOSettings,
     "step3": RLHFSettings,
     "inspect": InspectSettings,
     "chat": ChatSettings,
@@ -51,6 +52,7 @@ ZERO_IS_VALID = {
     "generation_chunk_size": "all answers at a time",
     "gradient_clipping": "none",
     "kl_coef": "no penalty",
+    "label_smoothing": "no label is taken for wrong",
     "lam": "one-step advantages",
     "local_rank": "a launcher's",
     "lora_dim": "no adapters",
@@ -64,6 +66,7 @@ ZERO_IS_VALID = {
     "save_steps": "no checkpoints",
     "seed": "a seed like any other",
     "show": "none is shown",
+    "simpo_gamma": "no margin",
     "temperature": "chat takes the likeliest token",
     "test_stop_step": "no early stop",
     "top_k": "no restriction, in step 3",
@@ -189,6 +192,16 @@ CONTRADICTIONS = {
         "--wandb_project x": "wandb is not installed",
     },
     "step2": {"--max_tokens_per_batch 1000": "a pair may have 1024"},
+    "dpo": {
+        "--max_tokens_per_batch 1000": "a pair may have 1024",
+        "--reference adapters_off": "nothing can be switched off; use precomputed",
+        "--reference adapters_off --lora_dim 4 --train_base_model": "more than the adapters trains",
+        "--label_smoothing 0.5": "label_smoothing is 0.5: give a number in [0, 0.5)",
+        "--loss_type dpo": "invalid choice: 'dpo'",
+        "--streaming --max_steps 5": "cannot be computed beforehand",
+        "--streaming --max_steps 5 --lora_dim 4 --reference precomputed": "train adapters",
+        "--streaming --max_steps 5 --lora_dim 4 --loss_type kto": "drop streaming",
+    },
     "step3": {
         "--kl_target 6 --kl_coef 0": "kl_coef, which is 0",
         "--kl_horizon 10": "give kl_target",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.unused import unused_flags
 from dschat.settings import Settings
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dschat" / "recipes"
 RECIPES = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.yaml"))]
 OWN_MODEL = "quickstart/"  # half a million weights: rates of its own, any hardware
-STEPS = {"sft": SFTSettings, "reward": RewardSettings, "ppo": RLHFSettings}
+STEPS = {"sft": SFTSettings, "reward": RewardSettings, "dpo": DPOSettings, "ppo": RLHFSettings}
 HARDWARE = {
     "single_gpu": r"1 x \d+ GB",
     "single_node": r"8 x \d+ GB",
@@ -33,8 +33,13 @@ WIDTHS = {
     "gemma3": {"1b": 1152, "4b": 2560},
 }
 OF_DEEPSPEED_CHAT = ("opt", "llama2", "bloom", "mgpt")  # its rates for all weights stay
-# Full fine-tuning's rate and the width that it suits: of step 1 and the actor, step 2, the critic.
-FULL_RATES = {"sft": (9.65e-6, 2048), "reward": (5e-5, 1024), "critic": (5e-6, 1024)}
+# Full fine-tuning's rate and the width that it suits: of step 1 and actor, step 2, critic, DPO.
+FULL_RATES = {
+    "sft": (9.65e-6, 2048),
+    "reward": (5e-5, 1024),
+    "critic": (5e-6, 1024),
+    "dpo": (5e-7, 4096),
+}
 
 
 def of_recipe(name: str) -> Settings:
@@ -84,7 +89,10 @@ def test_a_recipe_stands_alone_and_says_what_it_needs(name: str):
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if not n.startswith(OWN_MODEL)])
 def test_rates_of_adapters_follow_the_rule(name: str):
-    """A learns at 3 / sqrt(ratio) of what all weights would, which falls as one over the width."""
+    """A learns at 3 / sqrt(ratio) of what all weights would, which falls as one over the width.
+
+    With DPO 10 in place of 3.
+    """
     settings, ranks = of_recipe(name), 1 if "/single_gpu/" in name else 8
     for role, model in roles(name).items():
         rates = model.optimizer
@@ -96,7 +104,7 @@ def test_rates_of_adapters_follow_the_rule(name: str):
             if name.split("/")[0] not in OF_DEEPSPEED_CHAT:
                 assert rates.base_rate == float(f"{full:.3g}")
             full = rates.base_rate
-        expected = first_lora_rate(full, rates.loraplus_lr_ratio)
+        expected = first_lora_rate(full, rates.loraplus_lr_ratio, rates.full_to_lora)
         assert rates.lora_A_rate == float(f"{expected:.2g}")
         engine = settings.run.engine_config(model, "bf16", micro_batch=1)
         size = rates.full_rate_size

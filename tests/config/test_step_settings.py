@@ -2,7 +2,7 @@
 
 import pytest
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.errors import UserError
 from dschat.settings import flags_of
@@ -37,6 +37,7 @@ ROLES = {
     [
         (SFTSettings, COMMON | RATES | {"model_name_or_path", "print_loss"}),
         (RewardSettings, COMMON | RATES | {"model_name_or_path"}),
+        (DPOSettings, COMMON | RATES | {"model_name_or_path", "print_loss"}),
         (RLHFSettings, COMMON | ROLES),
     ],
 )

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from tests.helpers.launch import TIME_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "training"
+DPO = "step2_dpo_finetuning/training_scripts/"
 STEP1, STEP2, STEP3 = (
     "step1_supervised_finetuning/training_scripts/opt/",
     "step2_reward_model_finetuning/training_scripts/opt/",
@@ -59,9 +60,12 @@ def settings_class(program: Path) -> type:
     if program.name == "prompt_eval.py":
         return load(program, "prompt_eval").PromptEvaluation
     assert program.name == "main.py"
-    return {"step1": SFTSettings, "step2": RewardSettings, "step3": RLHFSettings}[
-        program.parent.name[:5]
-    ]
+    return {
+        "step1_supervised_finetuning": SFTSettings,
+        "step2_reward_model_finetuning": RewardSettings,
+        "step2_dpo_finetuning": DPOSettings,
+        "step3_rlhf_finetuning": RLHFSettings,
+    }[program.parent.name]
 
 
 def fake_launchers(

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("steps_worker.py")
 SFT = "training/step1_supervised_finetuning/main.py"
 REWARD = "training/step2_reward_model_finetuning/main.py"
+DPO = "training/step2_dpo_finetuning/main.py"
 REWARD_EVALUATION = "training/step2_reward_model_finetuning/rw_eval.py"
 PROMPT_EVALUATION = "training/step1_supervised_finetuning/prompt_eval.py"
 PPO = "training/step3_rlhf_finetuning/main.py"

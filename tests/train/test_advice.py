@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.train.advice import lora_advice
 from dschat.utils.ds_utils import EngineConfig
@@ -116,7 +116,7 @@ def test_fp16_adapters():
     assert advice(engine={"dtype": "fp32"}) == ""
 
 
-@pytest.mark.parametrize("settings", [SFTSettings, RewardSettings, RLHFSettings])
+@pytest.mark.parametrize("settings", [SFTSettings, RewardSettings, DPOSettings, RLHFSettings])
 def test_the_defaults_of_every_step_follow_the_advice(settings: type):
     names = ["--actor_", "--critic_"] if settings is RLHFSettings else ["--"]
     argv = [word for name in names for word in (f"{name}lora_dim", "16")]

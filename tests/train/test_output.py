@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.save_plan import MERGED, SavePlan
 from dschat.train.disk import ModelSize, Written, check_disk, in_words
@@ -43,10 +43,10 @@ def finished(tmp_path: Path) -> Path:
 
 
 def test_every_step_has_a_folder_of_its_own():
-    one = [cls.of(model_name_or_path="m") for cls in (SFTSettings, RewardSettings)]
+    one = [cls.of(model_name_or_path="m") for cls in (SFTSettings, RewardSettings, DPOSettings)]
     three = RLHFSettings.of(actor_model_name_or_path="m", critic_model_name_or_path="m")
     folders = [settings.run.output_dir for settings in (*one, three)]
-    assert folders == ["./output/sft", "./output/reward", "./output/ppo"]
+    assert folders == ["./output/sft", "./output/reward", "./output/dpo", "./output/ppo"]
 
 
 def test_a_finished_model_is_not_replaced(finished: Path):

@@ -1,4 +1,4 @@
-"""The three steps end to end, in miniature: one rank, two ranks, and the deepspeed launcher."""
+"""The steps end to end, in miniature: one rank, two ranks, and the deepspeed launcher."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.helpers.rounding import LOGITS
 from tests.helpers.steps import (
+    DPO,
     PPO,
     PROMPT_EVALUATION,
     REWARD,
@@ -93,6 +94,8 @@ def one_rank(inputs: Path) -> Run:
     ]
     plan[2] += ["--critic_lora_dim", "4", "--output_dir", folder / "ppo"]
     plan += sft_in_other_batches(folder, 1)
+    dpo = [DPO, "--model_name_or_path", sft, *fp32, *SHORT, *LORA, *batch, "--max_steps", "2"]
+    plan.append([*dpo, "--output_dir", folder / "dpo"])
     return Run(folder, *run_worker(plan, inputs, ranks=1))
 
 
@@ -135,8 +138,8 @@ def two_ranks_again(inputs: Path, one_rank: Run) -> Run:
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
-    assert [result.code for result in one_rank.results] == 8 * [0]
-    for name in ("sft", "reward", "ppo"):
+    assert [result.code for result in one_rank.results] == 9 * [0]
+    for name in ("sft", "reward", "ppo", "dpo"):
         assert_all_finite(one_rank.folder / name)
     assert list((one_rank.folder / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -157,7 +160,7 @@ def test_every_role_carries_the_same_adapters(one_rank: Run):
     """Seven in each of two layers: none on an output head, a value head or a copy of one."""
     rows = re.findall(r"^(lora_[AB]) .* (\d+)  +([\d,]+)$", one_rank.printed, re.MULTILINE)
     # r = 4: A has 4 x (6 x 32 + 48) numbers a layer, B has 4 x (32 + 16 + 16 + 32 + 48 + 48 + 32).
-    assert rows == 7 * [("lora_A", "14", "1,920"), ("lora_B", "14", "1,792")]
+    assert rows == 8 * [("lora_A", "14", "1,920"), ("lora_B", "14", "1,792")]
 
 
 def test_the_saved_language_model_has_the_loss_that_was_reported(one_rank: Run, inputs: Path):

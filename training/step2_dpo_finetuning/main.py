@@ -1,0 +1,100 @@
+"""Step 2, DPO: learn from preferences without a reward model, by the policy's own probabilities.
+
+The loss of an optimizer step is the mean over its pairs, on all ranks together, of
+-log sigmoid(beta (ratio(chosen) - ratio(rejected))), ratio the log-probability of an answer less
+that of the reference; `--loss_type` has its kin. The reference is the model with its adapters off,
+or log-probabilities computed before training: there is no second model.
+
+    deepspeed main.py --model_name_or_path ./sft --output_dir ./output --zero_stage 2
+    python main.py --model_name_or_path ./sft --data_path ./pairs.jsonl --lora_dim 16
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from transformers import AutoModelForCausalLM
+
+from dschat.config import DPOSettings
+from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
+from dschat.functional.losses import mean_scale
+from dschat.models.causal_lm import create_hf_model
+from dschat.models.reward_model import check_language_model
+from dschat.models.save import save_hf_format
+from dschat.train.engine import backward
+from dschat.train.evaluation import pair_count
+from dschat.train.means import Means
+from dschat.train.preference_setup import preference_loaders, prepare_objective
+from dschat.train.preferences import FallWatch, evaluate_preferences
+from dschat.train.prepare import plan_model, prepare, setup_run
+from dschat.train.progress import batch_counts, finite_loss, timed
+from dschat.train.steps import accumulation_groups
+from dschat.utils.distributed import all_reduce_sum, print_rank_0
+
+
+def main() -> None:
+    """Check, load, train, save."""
+    settings = parse(DPOSettings, None, __doc__)
+    tell_unused(settings)
+
+    # 1. check everything that can be wrong before weights are loaded
+    ctx = setup_run(
+        settings.model_name_or_path,
+        settings.run,
+        prompt_format=settings.data.prompt_format,
+    )
+    check_language_model(settings.model_name_or_path)
+    model = plan_model(ctx, settings, AutoModelForCausalLM.from_config)
+    data = ctx.load_data(
+        settings.data, settings.PHASE, settings.batch.max_seq_len, later=model.later
+    )
+
+    # 2. batches, model, engine, reference
+    batch_config, preference = settings.batch, settings.preference
+    train_loader, eval_loader = preference_loaders(ctx, data, preference.loss, batch_config)
+    run = prepare(ctx, settings, model, data, train_loader, create_hf_model)
+    engine, steps, device = run.engine, run.steps, ctx.device
+    objective = prepare_objective(run, data, preference)
+    evaluate = partial(evaluate_preferences, engine, eval_loader, device, objective)
+    log, position = run.start(FallWatch(), reference=objective.reference)
+
+    # 3. train; evaluate before, at intervals, after each epoch
+    step = position.step
+    if step == 0:
+        log.evaluation(step, *timed(evaluate))
+    for epoch in range(position.epoch, steps.epochs):
+        train_loader.set_epoch(epoch, skip=position.batches(epoch))
+        for micro_batches in accumulation_groups(train_loader, steps.batches_per_step):
+            if step == steps.total_steps:
+                break
+            micro_batches = [batch.to(device) for batch in micro_batches]
+            counts = all_reduce_sum(batch_counts(micro_batches, pair_count))
+            scale, loss_sum, figures = mean_scale(counts[0], ctx.world_size), 0.0, Means()
+            distance = objective.distance(engine, micro_batches)
+            for i, batch in enumerate(micro_batches):
+                loss, of_batch = objective(engine, batch, distance)
+                backward(engine, loss * scale, last=i == len(micro_batches) - 1)
+                loss_sum += loss.item()
+                figures.add(of_batch)
+            step += 1
+            loss_sum = finite_loss(step, loss_sum, counts[0])
+            engine.step()
+            log.step(step, loss_sum, counts, figures.over_ranks())
+            if settings.print_loss:
+                mean = loss_sum / max(counts[0], 1.0)
+                print_rank_0(f"step {step}/{steps.total_steps} | loss {mean:.4f}")
+            if settings.eval_interval and step % settings.eval_interval == 0:
+                log.evaluation(step, *timed(evaluate))
+            run.checkpointer.save_if_due(step, epoch)
+        log.evaluation(step, *timed(evaluate))
+        if step == steps.total_steps:
+            break
+
+    # 4. a model folder that transformers loads
+    save_hf_format(engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save)
+    log.close()
+
+
+if __name__ == "__main__":
+    run_cli(main)

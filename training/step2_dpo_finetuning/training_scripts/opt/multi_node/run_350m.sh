@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DPO on several machines: OPT-350M, all weights.
+# Usage: bash run_350m.sh [OUTPUT] [ZERO_STAGE] [more flags of main.py, which win over the recipe]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../../../launch.sh"
+
+RECIPE=opt/multi_node/dpo_350m.yaml
+take OUTPUT=./output ZERO_STAGE= -- "$@"
+start
