@@ -39,7 +39,7 @@ from dschat.utils.disk import Reserve
 from dschat.utils.predecessor import changed
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 
 # Proportions for sources of one's own, and for the sets that DeepSpeed-Chat names.
 ALL_ROWS, NAMED_SPLIT = "1", "2,4,4"

@@ -112,10 +112,12 @@ class Converter:
                 gc.enable()
 
     def _sft_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
-        turns = []
+        turns, says_nothing = [], []
         for e in examples:
             opened = _at(e, self.form.prompt, e.prompt)
             answer = _at(e, self.form.answer, e.prompt, opened, e.chosen)
+            # White space is an answer where texts are taken as they stand, and there alone.
+            says_nothing.append(self.form.name != "raw" and not (e.chosen or "").strip())
             trains_last = self.train_on == "last_turn"
             if trains_last or (self.train_on is None and not e.train_all_turns):
                 pieces = [opened]
@@ -124,10 +126,11 @@ class Converter:
             turns.append(list(zip(pieces[::2], [*pieces[1::2], answer], strict=True)))
         columns: Columns = {name: [] for name in FEATURES[1]}
         bos_id = self.tokenizer.bos_token_id
-        for pairs in encode_turns(self.tokenizer, turns, self.form.adds_special):
+        rows = encode_turns(self.tokenizer, turns, self.form.adds_special)
+        for pairs, is_empty in zip(rows, says_nothing, strict=True):
             prompt, spans = _joined(pairs)
             answer_ids = pairs[-1][1]
-            if len(answer_ids) == 1:  # the end token alone
+            if is_empty or len(answer_ids) == 1:  # the end token alone
                 counts["empty_answers"] += 1
                 continue
             short = truncate(prompt, [answer_ids], self.max_len, bos_id)

@@ -172,20 +172,20 @@ class RunConfig(StartConfig):
         total, lines = steps.total_steps, []
         if self.checkpoint.save_steps > total:
             lines.append(
-                f"save_steps {self.checkpoint.save_steps}: the run ends after {total} steps, so "
+                f"save_steps {self.checkpoint.save_steps}: the run ends at step {total}, so "
                 f"there will be no checkpoint; give fewer, such as {math.ceil(total / 2)}"
             )
         if eval_interval > total:
             lines.append(
-                f"eval_interval {eval_interval}: the run ends after {total} steps, so it is "
-                "evaluated before them and after each epoch alone"
+                f"eval_interval {eval_interval}: the run ends at step {total}, so it is "
+                "evaluated before it and after each epoch alone"
             )
         epochs = [sum(steps.epoch_steps[:n]) for n in range(1, len(steps.epoch_steps))]
         if epochs and total <= epochs[-1]:
             last = 1 + sum(total > end for end in epochs)
             lines.append(
-                f"num_train_epochs {self.num_train_epochs}: the run ends in epoch {last}, after "
-                f"{total} steps"
+                f"num_train_epochs {self.num_train_epochs}: the run ends in epoch {last}, at "
+                f"step {total}"
             )
         return lines
 

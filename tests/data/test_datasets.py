@@ -1,10 +1,13 @@
+from collections import Counter
+
 import pytest
 
 from dschat.data import datasets as data_utils
 from dschat.data.report import PHASE_NAMES
-from dschat.data.tokenise import Truncated, truncate, truncate_left
+from dschat.data.tokenise import Converter, Truncated, truncate, truncate_left
 from dschat.errors import UserError
-from dschat.text.formats import set_format
+from dschat.text.conversations import Example
+from dschat.text.formats import choose_format, set_format
 from tests.data.spec import Spec
 
 BOS, EOS = 1, 2
@@ -129,6 +132,16 @@ def test_every_row_is_used_or_counted(spec, write_rows, byte_tokenizer, tmp_path
     data = spec.make(byte_tokenizer, 3)
     assert (data.report.sources[0].used, data.report.sources[0].prompts_cut) == (5, 1)
     assert byte_tokenizer.decode(max(data.train["prompt_ids"], key=len)) == "ppppp"
+
+
+@pytest.mark.parametrize("prompt_format, used", [("dschat", 1), ("raw", 2)])
+def test_an_answer_of_white_space_says_nothing(tmp_path, byte_tokenizer, prompt_format, used):
+    """It would teach to end at once; text that is taken as it stands may be so."""
+    set_format(byte_tokenizer, prompt_format, teaches=True)
+    convert = Converter(byte_tokenizer, choose_format(byte_tokenizer), 1, 64, None)
+    counts = Counter()
+    columns = convert([Example("p", text) for text in (" \n ", "a", "")], counts)
+    assert (len(columns["input_ids"]), counts["empty_answers"]) == (used, 3 - used)
 
 
 def test_report_reads_aloud_and_is_kept_with_the_set(spec, byte_tokenizer):

@@ -90,23 +90,23 @@ def test_the_reward_model_too():
         (
             {"save_steps": 13, "num_train_epochs": 2},
             [
-                "save_steps 13: the run ends after 12 steps, so there will be no checkpoint; give "
+                "save_steps 13: the run ends at step 12, so there will be no checkpoint; give "
                 "fewer, such as 6"
             ],
         ),
         ({"num_train_epochs": 2, "max_steps": 7}, []),
         (
             {"num_train_epochs": 3, "max_steps": 6},
-            ["num_train_epochs 3: the run ends in epoch 1, after 6 steps"],
+            ["num_train_epochs 3: the run ends in epoch 1, at step 6"],
         ),
         (
             {"num_train_epochs": 3, "max_steps": 7},
-            ["num_train_epochs 3: the run ends in epoch 2, after 7 steps"],
+            ["num_train_epochs 3: the run ends in epoch 2, at step 7"],
         ),
         (
             {"eval_interval": 13, "num_train_epochs": 2},
             [
-                "eval_interval 13: the run ends after 12 steps, so it is evaluated before them and "
+                "eval_interval 13: the run ends at step 12, so it is evaluated before it and "
                 "after each epoch alone"
             ],
         ),
