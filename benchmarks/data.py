@@ -38,7 +38,7 @@ from dschat.data.batching import BatchSampler
 from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.utils.distributed import from_local_main
+from dschat.utils.waiting import from_local_main
 
 RANKS, BATCH = 2, 16
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from tqdm import tqdm
 
+from dschat.config.failures import line_for
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
 from dschat.utils import run_lock, signals
@@ -148,7 +149,8 @@ def _yaml_tokens(path: str, flag: Flag, value: Any) -> list[str]:
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; what ends it early is one line on stderr (rank 0), and its exit code.
 
-    A UserError ends with 2, a stop by a signal with 75.
+    A UserError ends with 2, a stop by a signal with 75; memory or a disk that runs out with 1 and a
+    line of the rank that it happens to.
     """
     guard_terminal()
     try:
@@ -160,13 +162,19 @@ def run_cli(main: Callable[[], None]) -> None:
         _say(stop.line)
         signals.ignore_at_exit()
         raise
+    except Exception as error:
+        known = line_for(error)
+        if known is None:
+            raise
+        _say(f"error: rank {launched_rank()}, {known}", everywhere=True)
+        sys.exit(1)
     finally:
         run_lock.release()
         signals.restore()
 
 
-def _say(line: str) -> None:
-    if launched_rank() == 0:
+def _say(line: str, everywhere: bool = False) -> None:
+    if everywhere or launched_rank() == 0:
         line = printable(line, keep="")
         tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar
         sys.stderr.flush()

@@ -85,7 +85,7 @@ def create_prompt_dataset(
         max_seq_len: tokens of prompt and answer together.
         max_prompt_len: tokens of a prompt, in phase 3 alone.
         once: has the work done by one rank of each node and gives its result to all of them
-            (`distributed.from_local_main`).
+            (`waiting.from_local_main`).
         later: what the run will write after the rows, for which they leave room.
 
     Raises:

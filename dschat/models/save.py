@@ -20,7 +20,8 @@ from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
 from dschat.models.weight_files import HEAD
-from dschat.utils.distributed import Distributed, barrier
+from dschat.utils.distributed import Distributed
+from dschat.utils.files import disk_errors_named
 from dschat.utils.module.adapter_config import CAUSAL_LM, REWARD
 from dschat.utils.module.adapter_write import (
     AdapterOrigin,
@@ -30,7 +31,10 @@ from dschat.utils.module.adapter_write import (
 )
 from dschat.utils.module.lora import merged_state_dict
 from dschat.utils.predecessor import changed
+from dschat.utils.waiting import from_waiting_main
 from dschat.utils.zero import consolidated_state_dict
+
+_AFTER = "no model was written, what was there is as it was; mend that, and start again, or resume"
 
 
 @changed("save_hf_format(model, tokenizer, output_dir, distributed, plan)", distributed=Distributed)
@@ -49,6 +53,9 @@ def save_hf_format(
     adapter, its folder in PEFT's format is OUTPUT_DIR/adapter, or OUTPUT_DIR itself where no merged
     weights are asked for. A reward model's `statistics` go into each folder of weights, and what a
     critic's values were scaled by.
+
+    Raises:
+        UserError: on every rank, where the disk does not take it; what was there stays.
     """
     module = unwrap(model)
     form = None
@@ -58,20 +65,28 @@ def save_hf_format(
     outline = None if plan.adapter is None else adapter_outline(module, plan.adapter, form)
     wanted = None if plan.merged or outline is None else outline.needed
     state = consolidated_state_dict(module, distributed.rank, wanted)
-    if distributed.is_main:
-        with new_model(output_dir) as folder:
-            if plan.merged:
-                _write_model(module, merged_state_dict(state, module), form, folder)
-                tokenizer.save_pretrained(folder)
-                _write_statistics(module, statistics, folder)
-            if outline is not None:
-                inside = folder / ADAPTER_FOLDER if plan.merged else folder
-                _write_adapter(module, outline, state, inside)
-                if form is not None:
-                    write_note(form, inside, outline.config["base_model_name_or_path"])
-                tokenizer.save_pretrained(inside)
-                _write_statistics(module, statistics, inside)
-    barrier()
+
+    def write() -> str:
+        if distributed.is_main:
+            place = f"output_dir {output_dir}"
+            with disk_errors_named(place, lambda: _AFTER), new_model(output_dir) as folder:
+                fill(folder)
+        return ""
+
+    def fill(folder: Path) -> None:
+        if plan.merged:
+            _write_model(module, merged_state_dict(state, module), form, folder)
+            tokenizer.save_pretrained(folder)
+            _write_statistics(module, statistics, folder)
+        if outline is not None:
+            inside = folder / ADAPTER_FOLDER if plan.merged else folder
+            _write_adapter(module, outline, state, inside)
+            if form is not None:
+                write_note(form, inside, outline.config["base_model_name_or_path"])
+            tokenizer.save_pretrained(inside)
+            _write_statistics(module, statistics, inside)
+
+    from_waiting_main(write)
 
 
 def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.functional.returns import kl_k1
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.rewards import texts_of
+from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.metrics import format_value, keep_longest, set_aside
 
 FILE = "answers.jsonl"
@@ -123,5 +124,6 @@ class AnswerFile:
     def write(self, answers: Sequence[Answer]) -> None:
         """Add lines, in one write."""
         lines = (json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)
-        with self.path.open("a", encoding="utf-8") as file:
+        errors = disk_errors(self.path.parent, self.path)
+        with errors, self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))

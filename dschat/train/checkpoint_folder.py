@@ -6,6 +6,8 @@ name that begins with a dot, so a folder under its plain name is complete, whene
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.utils.files import exchange, size_of, sync, sync_tree
+from dschat.utils.files import disk_errors_named, exchange, size_of, sync, sync_tree
 
 RECORD = "state.json"
 FORMAT = 3  # of the folder; raise it when older checkpoints cannot be resumed any more
@@ -60,6 +62,32 @@ def repair(output_dir: str | Path) -> list[str]:
         shutil.rmtree(left)
         lines.append(f"{left}: removed, a killed run left it unfinished ({size / 1e6:,.1f} MB)")
     return lines
+
+
+def disk_errors(
+    output_dir: str | Path, path: str | Path = ""
+) -> contextlib.AbstractContextManager[None]:
+    """Turn an error of writing in the block into one line with the newest checkpoint.
+
+    Args:
+        path: what is written, for errors that do not say it.
+
+    Raises:
+        UserError: in its place.
+    """
+    newest = functools.partial(_newest, output_dir)
+    return disk_errors_named(f"output_dir {output_dir}", newest, path)
+
+
+def _newest(output_dir: str | Path) -> str:
+    try:
+        present = checkpoints_in(folder_of(output_dir))
+    except OSError:
+        present = {}
+    if not present:
+        return "the run stops, and there is no checkpoint; mend that, and start again"
+    newest = present[max(present)]
+    return f"the run stops, and its newest checkpoint is {newest}; mend that, and resume"
 
 
 def continues(output_dir: str | Path, resume: str | None) -> bool:

@@ -10,11 +10,10 @@ resume.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, setting
 from dschat.train import checkpoint_folder
 from dschat.train.checkpoint_folder import NEWEST
+from dschat.train.checkpoint_write import METRICS, Contents, Stateful, write_checkpoint
 from dschat.train.engine import Engine
 from dschat.train.metrics import Continued
 from dschat.train.portable_restore import restore_portable, start_generators_anew
@@ -40,7 +40,6 @@ from dschat.utils import signals
 from dschat.utils.distributed import (
     Distributed,
     RandomState,
-    all_gather,
     all_reduce_max,
     all_reduce_sum,
     barrier,
@@ -49,8 +48,6 @@ from dschat.utils.distributed import (
     print_rank_0,
 )
 from dschat.utils.zero import local_values
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -87,18 +84,6 @@ class CheckpointConfig(Settings):
     def in_use(self) -> bool:
         """Tell whether checkpoints are read, or written other than by a signal."""
         return self.save_steps > 0 or self.resume is not None
-
-
-class Stateful(Protocol):
-    """An object beside the engines whose state a checkpoint holds."""
-
-    per_rank: bool  # True: the state differs between ranks
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors, numbers and texts."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
 
 
 @dataclass(frozen=True)
@@ -284,53 +269,29 @@ class Checkpointer:
         """Write a checkpoint; it appears under its name when complete, and older ones go then.
 
         Raises:
-            UserError: weights that are not finite; older checkpoints stay.
+            UserError: weights that are not finite, or a disk that does not take them; older
+                checkpoints stay.
         """
         for name, engine in self.engines.items():
             check_weights(name, engine.module, position.step)
-        frozen = self._checksums  # here: ZeRO-3 gathers for it, which every rank must do
-        folder, step = checkpoint_folder.folder_of(self.output_dir), position.step
-        part = checkpoint_folder.unfinished_path(folder, step)
-        if self.distributed.is_main:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        barrier()
-        for name, engine in self.engines.items():
-            engine.save_checkpoint(
-                str(part), tag=name, save_latest=False, exclude_frozen_parameters=True
-            )
-        for name, other in self.others.items():
-            if other.per_rank or self.distributed.is_main:
-                torch.save(other.state_dict(), part / self._file(name, other))
-        barrier()
-        names = from_main(functools.partial(self._complete, part))
-        digests = all_gather(checkpoint_folder.digests_of(part, self._share(names)))
-        if self.distributed.is_main:
-            groups = {
-                name: named_groups(engine.module, self.plan.optimizers[name])
-                for name, engine in self.engines.items()
-            }
-            plan = self.plan.record(groups, self.distributed.world_size)
-            record = {**vars(position), **plan, "frozen_weights": frozen}
-            together = {name: d for part_of in digests for name, d in part_of.items()}
-            checkpoint_folder.write_record(part, record, dict(sorted(together.items())))
-            checkpoint_folder.publish(folder, step, self.config.save_total_limit)
-
-    def _complete(self, part: Path) -> list[str]:
-        """Add the metrics, and list the files that all ranks have written."""
-        self._check_shared(part)
-        shutil.copyfile(Path(self.output_dir) / METRICS, part / METRICS)
-        return checkpoint_folder.names_in(part)
+        groups = {
+            name: named_groups(engine.module, self.plan.optimizers[name])
+            for name, engine in self.engines.items()
+        }
+        plan = self.plan.record(groups, self.distributed.world_size)
+        # ZeRO-3 gathers for the checksums, which every rank must do.
+        record = {**vars(position), **plan, "frozen_weights": self._checksums}
+        states = {
+            self._file(name, other): other
+            for name, other in self.others.items()
+            if other.per_rank or self.distributed.is_main
+        }
+        contents, limit = Contents(self.engines, states, record), self.config.save_total_limit
+        write_checkpoint(self.output_dir, position.step, contents, limit, self.distributed)
 
     def _file(self, name: str, other: Stateful) -> str:
         rank = f"-rank-{self.distributed.rank:04d}" if other.per_rank else ""
         return f"{name}{rank}.pt"
-
-    def _check_shared(self, part: Path) -> None:
-        """Stop when other nodes write to a disk of their own: their files would be missing."""
-        present, wanted = len(list(part.glob("random-rank-*.pt"))), self.distributed.world_size
-        if present != wanted:
-            raise RuntimeError(f"{part}: {present} of {wanted} ranks wrote here; share output_dir")
 
 
 def check_weights(name: str, module: nn.Module, step: int) -> None:

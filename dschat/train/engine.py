@@ -52,6 +52,7 @@ class Engine(nn.Module):
     save_checkpoint: Callable[..., bool]
     load_checkpoint: Callable[..., tuple[str | None, dict[str, object]]]
     checkpoint_engine: Any  # reads and writes the files of a checkpoint
+    _copy_recovery_script: Callable[[str], None]  # puts DeepSpeed's zero_to_fp32.py beside them
 
 
 def resolve_dtype(name: str) -> str:

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from tqdm import tqdm
 
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
+from dschat.train.checkpoint_folder import disk_errors
+from dschat.utils.distributed import print_rank_0
 
 
 def format_value(value: float) -> str:
@@ -100,15 +102,16 @@ class MetricLogger:
         self._wandb: Any = None
         if output_dir is None or rank != 0:
             return
-        path = Path(output_dir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if continued is None:
-            set_aside(path)
-        elif continued.metrics is None:
-            keep_longest(path)
-        else:
-            _restore_lines(path, continued.metrics)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = Path(output_dir) / "metrics.jsonl"
+        with disk_errors(output_dir):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if continued is None:
+                set_aside(self._path)
+            elif continued.metrics is None:
+                keep_longest(self._path)
+            else:
+                _restore_lines(self._path, continued.metrics)
+            self._file = self._path.open("a", encoding="utf-8")
         if config.enable_tensorboard:
             module = importlib.import_module("torch.utils.tensorboard")
             hidden = {} if continued is None else {"purge_step": continued.step + 1}
@@ -140,9 +143,8 @@ class MetricLogger:
         if clash:
             raise ValueError(f"metric {min(clash)!r} has the name of a field of the record")
         record |= {name: x if math.isfinite(x) else str(x) for name, x in figures.items()}
-        # One write and a flush per line: a killed run leaves complete lines.
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with disk_errors(self._path.parent, self._path):
+            self._write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in figures.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -150,6 +152,16 @@ class MetricLogger:
             # The step is a figure of its own: W&B's must rise, but train and eval share one.
             named = {f"{kind}/{name}": value for name, value in figures.items()}
             self._wandb.log({"step": step, **named})
+
+    def _write(self, line: str) -> None:
+        """Add a line, in one write and a flush: a killed run leaves complete lines."""
+        assert self._file is not None
+        if os.fstat(self._file.fileno()).st_nlink == 0:  # what went on would be seen by nobody
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
+            print_rank_0(f"{self._path}: was removed; a new one begins here")
+        self._file.write(line)
+        self._file.flush()
 
     def close(self) -> None:
         """Finish every writer; a second call does nothing."""
@@ -162,13 +174,28 @@ class MetricLogger:
         self._file = self._tensorboard = self._wandb = None
 
 
-def progress_bar(total: int, desc: str, metrics: MetricLogger) -> tqdm:
+class StepBar(tqdm):
+    """A bar of steps; `made` are those that this process has made, also where no bar is shown."""
+
+    made: ClassVar[int | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        StepBar.made = kwargs["initial"]
+        super().__init__(*args, **kwargs)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count steps, and show them now and then."""
+        StepBar.made = (StepBar.made or 0) + int(n or 0)
+        return super().update(n)
+
+
+def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
     """Make a bar of `total` steps, silent on ranks other than 0.
 
     It takes figures by `set_postfix_str(...)`. Into a file it writes at most every ten seconds,
     since each refresh is a line there.
     """
-    return tqdm(
+    return StepBar(
         total=total,
         desc=desc,
         disable=metrics.rank != 0,

@@ -40,13 +40,13 @@ from dschat.train.trainable_tokens import asked_tokens, choose_tokens
 from dschat.utils.disk import Reserve
 from dschat.utils.distributed import (
     Distributed,
-    from_local_main,
     init_distributed,
     print_rank_0,
     set_random_seed,
 )
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.perf import Gpus
+from dschat.utils.waiting import from_local_main
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from dschat.utils.distributed import (
     Distributed,
     all_gather,
     all_reduce_max,
-    from_local_main,
     print_rank_0,
 )
 from dschat.utils.module.lora import adapters_disabled
+from dschat.utils.waiting import from_local_main
 
 VERSION = 1  # part of every key: raise it when the same model is to be scored differently
 KIND, FILE, NAME = "references", "logprobs.safetensors", "logprobs"  # in the cache of the data

@@ -24,6 +24,7 @@ from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
+from dschat.train.shared_disk import check_shared
 from dschat.train.steps import StepPlan
 from dschat.utils import run_lock
 from dschat.utils.distributed import from_main, print_rank_0
@@ -132,10 +133,12 @@ class RunConfig(StartConfig):
             inside: folders in the output folder that will hold them; none: it holds one itself.
 
         Raises:
-            UserError: a folder that cannot be written, that another run holds, or that has a
-                finished model which this run neither continues nor may replace.
+            UserError: a folder that cannot be written, that another run holds, that has a finished
+                model which this run neither continues nor may replace, or that not every rank sees.
         """
         from_main(partial(self._check_output, inside))
+        if self.checkpoint.in_use:
+            check_shared(self.output_dir)
 
     def _check_output(self, inside: Sequence[str]) -> None:
         check_output_dir(self.output_dir)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import socket
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,53 +70,6 @@ def init_distributed() -> Distributed:
 def launched_rank() -> int:
     """Return the rank that the launcher set; usable before `init_distributed`."""
     return rank_of(os.environ)
-
-
-def from_local_main(work: Callable[[], str]) -> str:
-    """Run `work` on the first process of each node, and return its result on all of that node.
-
-    The others wait by asking now and then, so work of hours runs into no collective's time limit;
-    all come back when all nodes are done.
-
-    Raises:
-        UserError: on every rank, when any `work` met one: all stop with the same line.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return work()
-    store = dist.distributed_c10d._get_default_store()  # keys and values that all ranks see
-    turn = next(_turns)
-    node = dist.get_rank() - int(os.environ["LOCAL_RANK"])  # by its first rank
-    names = (node, "problem", "arrived", "informed")
-    done, problem, arrived, informed = (f"dschat/{turn}/{name}" for name in names)
-    if dist.get_rank() == node:
-        try:
-            result = work()
-        except UserError as error:
-            result = ""
-            store.set(problem, str(error))
-        store.set(done, result)
-    _until(lambda: store.check([done]))
-    store.add(arrived, 1)
-    _until(lambda: store.add(arrived, 0) == dist.get_world_size())
-    message = store.get(problem).decode() if store.check([problem]) else None
-    result = store.get(done).decode()
-    store.add(informed, 1)
-    if dist.get_rank() == 0:  # it holds the store: stopping now would leave the others unheard
-        _until(lambda: store.add(informed, 0) == dist.get_world_size())
-    if message is not None:
-        raise UserError(message)
-    return result
-
-
-_turns = itertools.count()  # every rank takes the same ones
-
-
-def _until(is_true: Callable[[], bool], longest_wait: float = 1.0) -> None:
-    """Ask again and again, at growing intervals in seconds."""
-    wait = 0.01
-    while not is_true():
-        time.sleep(wait)
-        wait = min(2 * wait, longest_wait)
 
 
 def from_main(work: Callable[[], Result]) -> Result:

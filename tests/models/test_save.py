@@ -198,7 +198,7 @@ def test_failure_while_writing_an_adapter_changes_nothing(
 
     monkeypatch.setattr(checkpoint, "write_adapter", fail)
     for mode in ("both", "adapter"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="No space left on device; no model was written"):
             save_hf_format(model, tiny_tokenizer, out, ALONE, plan(mode, base, lora, out))
     assert files(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
@@ -226,7 +226,7 @@ def test_failure_while_writing_changes_nothing(tmp_path: Path, tiny_tokenizer, m
 
     monkeypatch.setattr(owner, "save_pretrained", fail)
     for target in (out, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="No space left on device; no model was written"):
             save_hf_format(tiny.tiny_llama(seed=1), tiny_tokenizer, target, ALONE)
     assert files(out) == before
     assert list((tmp_path / "new").iterdir()) == []

@@ -1,0 +1,37 @@
+"""Ends of a run that are nobody's bug: memory that runs out, a disk that takes no more."""
+
+from __future__ import annotations
+
+import errno
+
+import torch
+
+from dschat.train.metrics import StepBar
+from dschat.utils.files import disk_error
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_LESS_MEMORY = (
+    "lower the micro-batch (--per_device_train_batch_size; in step 3 --per_device_training_batch_"
+    "size and --generation_chunk_size) and raise --gradient_accumulation_steps by the same factor, "
+    "or add --gradient_checkpointing or a higher --zero_stage; docs/troubleshooting.md has more"
+)
+
+
+def line_for(error: BaseException) -> str | None:
+    """Describe such an end in one line, with the step; None for any other error."""
+    place = "before the first step" if StepBar.made is None else f"step {StepBar.made + 1}"
+    if (what := _memory(error)) is not None:
+        return f"{place}: out of {what}; {_LESS_MEMORY}"
+    found = disk_error(error)
+    if found is not None and found.errno in _DISK:
+        path = f"{found.filename}: " if found.filename else ""
+        return f"{place}: {path}{found.strerror}; free some space, and start again with --resume"
+    return None
+
+
+def _memory(error: BaseException) -> str | None:
+    """Name the memory that ran out: torch has an error for a device's, a text for the CPU's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "memory on the device"
+    is_cpus = "DefaultCPUAllocator" in str(error) and isinstance(error, RuntimeError)
+    return "memory" if is_cpus or isinstance(error, MemoryError) else None
