@@ -1,4 +1,4 @@
-"""Ends of a run that are nobody's bug: memory that runs out, a disk that takes no more."""
+"""Ends of a run that are nobody's bug: memory or a disk that runs out, another rank that ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from dschat.train.metrics import StepBar
 from dschat.utils.files import disk_error
+from dschat.utils.waiting import LostRankError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LESS_MEMORY = (
@@ -22,6 +23,8 @@ def line_for(error: BaseException) -> str | None:
     place = "before the first step" if StepBar.made is None else f"step {StepBar.made + 1}"
     if (what := _memory(error)) is not None:
         return f"{place}: out of {what}; {_LESS_MEMORY}"
+    if isinstance(error, LostRankError):
+        return f"{place}: {error}"
     found = disk_error(error)
     if found is not None and found.errno in _DISK:
         path = f"{found.filename}: " if found.filename else ""

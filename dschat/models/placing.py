@@ -13,13 +13,12 @@ then the other old files; the new ones come, config.json last. In between there 
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import glob
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from dschat.models.reward_note import NOTE_FILE
@@ -40,29 +39,37 @@ MODEL_FILES = (
 _WEIGHTS = (".safetensors", ".bin")  # too large to compare
 
 
-@contextlib.contextmanager
-def new_model(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder; the model that the block writes there then takes its place.
-
-    An error in the block leaves the old model, and nothing of the new one.
-    """
+def begin(folder: str | Path) -> Path:
+    """Make an empty folder for a new model, which `commit` puts in place or `drop` removes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder)
+    drop(folder)
+    (folder / PART).mkdir()
+    return folder / PART
+
+
+def drop(folder: str | Path) -> None:
+    """Remove an unfinished new model; the old one stays."""
+    shutil.rmtree(Path(folder, PART), ignore_errors=True)
+
+
+def commit(folder: str | Path, adapter: Sequence[str] = ()) -> None:
+    """Put the model that was written since `begin` in its place.
+
+    Args:
+        adapter: names of files in FOLDER/adapter that belong to it and are in place already.
+    """
+    folder = Path(folder)
     part = folder / PART
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        files = [path for path in part.rglob("*") if path.is_file()]
-        for file in files:  # safetensors writes files that their owner alone reads
-            file.chmod(part.stat().st_mode & 0o666)
-        names = sorted(str(path.relative_to(part)) for path in files)
-        (part / LIST).write_text(json.dumps(names), encoding="utf-8")
-        sync_tree(part)
-        part.rename(folder / READY)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    files = [path for path in part.rglob("*") if path.is_file()]
+    for file in files:  # safetensors writes files that their owner alone reads
+        file.chmod(part.stat().st_mode & 0o666)
+    names = sorted(str(path.relative_to(part)) for path in files)
+    everything = [*names, *(f"{ADAPTER_FOLDER}/{name}" for name in adapter)]
+    (part / LIST).write_text(json.dumps(everything), encoding="utf-8")
+    sync_tree(part)
+    part.rename(folder / READY)
     sync(folder)
     finish(folder)
 
@@ -134,6 +141,8 @@ def repair(folder: str | Path) -> list[str]:
         A line for each thing that was done.
     """
     folder, done = Path(folder), []
+    if (folder / ADAPTER_FOLDER).is_dir() and folder.name != ADAPTER_FOLDER:
+        done += repair(folder / ADAPTER_FOLDER)  # it is put in place on its own
     if finish(folder):
         done.append(f"{folder}: put the finished model of a killed run in place")
     if (folder / PART).is_dir():

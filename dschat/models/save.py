@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import unwrap
-from dschat.models.placing import new_model
+from dschat.models.placing import PART, begin, commit, drop
 from dschat.models.reward_folder import RewardForm, reward_form
 from dschat.models.reward_model import RewardModel
 from dschat.models.reward_note import write_note
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
-from dschat.models.weight_files import HEAD
+from dschat.models.stream import plan_folder, write_weights
 from dschat.utils.distributed import Distributed
 from dschat.utils.files import disk_errors_named
-from dschat.utils.module.adapter_config import CAUSAL_LM, REWARD
+from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
     AdapterOrigin,
     AdapterOutline,
     outline_of,
     write_adapter,
 )
-from dschat.utils.module.lora import merged_state_dict
 from dschat.utils.predecessor import changed
 from dschat.utils.waiting import from_waiting_main
 from dschat.utils.zero import consolidated_state_dict
-
-_AFTER = "no model was written, what was there is as it was; mend that, and start again, or resume"
 
 
 @changed("save_hf_format(model, tokenizer, output_dir, distributed, plan)", distributed=Distributed)
@@ -62,31 +62,85 @@ def save_hf_format(
     if isinstance(module, RewardModel):
         form = reward_form(module.config, tokenizer)
         tokenizer = form.tokenizer
-    outline = None if plan.adapter is None else adapter_outline(module, plan.adapter, form)
-    wanted = None if plan.merged or outline is None else outline.needed
-    state = consolidated_state_dict(module, distributed.rank, wanted)
+    target, adapter_files = _Target(Path(output_dir), distributed), list[str]()
 
-    def write() -> str:
-        if distributed.is_main:
-            place = f"output_dir {output_dir}"
-            with disk_errors_named(place, lambda: _AFTER), new_model(output_dir) as folder:
-                fill(folder)
-        return ""
+    def fill(part: Path, base: str | None) -> None:
+        """Write what stands beside the weights of a model, or of an adapter on a base."""
+        if form is not None:
+            write_note(form, part, base)
+        tokenizer.save_pretrained(part)
+        _write_statistics(module, statistics, part)
 
-    def fill(folder: Path) -> None:
-        if plan.merged:
-            _write_model(module, merged_state_dict(state, module), form, folder)
-            tokenizer.save_pretrained(folder)
-            _write_statistics(module, statistics, folder)
-        if outline is not None:
-            inside = folder / ADAPTER_FOLDER if plan.merged else folder
-            _write_adapter(module, outline, state, inside)
-            if form is not None:
-                write_note(form, inside, outline.config["base_model_name_or_path"])
-            tokenizer.save_pretrained(inside)
-            _write_statistics(module, statistics, inside)
+    if plan.adapter is not None:  # first: it is small, and holds all that was trained
+        outline = adapter_outline(module, plan.adapter, form)
+        state = consolidated_state_dict(module, distributed.rank, outline.needed)
+        own = target.inside(ADAPTER_FOLDER) if plan.merged else target
 
-    from_waiting_main(write)
+        def fill_adapter(part: Path) -> None:
+            _write_adapter(module, outline, state, part)
+            fill(part, outline.config["base_model_name_or_path"])
+            adapter_files.extend(path.name for path in part.iterdir())
+
+        with own.new_model() as part:
+            own.by_main(functools.partial(fill_adapter, part))
+    if plan.merged:
+        weights = plan_folder(module, form)
+
+        def fill_folder(part: Path) -> None:
+            weights.write_config(part)
+            fill(part, None)
+
+        with target.new_model(adapter_files) as part:
+            target.by_main(functools.partial(fill_folder, part))
+            write_weights(weights, distributed.rank, functools.partial(target.write_weights, part))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A folder that a model takes its place in; rank 0 writes, the others wait without a limit."""
+
+    folder: Path
+    process: Distributed
+
+    def inside(self, name: str) -> _Target:
+        return _Target(self.folder / name, self.process)
+
+    @contextlib.contextmanager
+    def new_model(self, adapter: Sequence[str] = ()) -> Iterator[Path]:
+        """Yield where to write; after the block it takes its place, after an error nothing does."""
+        try:
+            self.by_main(lambda: begin(self.folder))
+            yield self.folder / PART
+            self.by_main(lambda: commit(self.folder, adapter))
+        except Exception:
+            if self.process.is_main:
+                drop(self.folder)
+            raise
+
+    def by_main(self, work: Callable[[], object]) -> None:
+        """Do work on rank 0; errors of the disk are one line on all ranks."""
+
+        def run() -> str:
+            if self.process.is_main:
+                with self._disk_errors():
+                    work()
+            return ""
+
+        from_waiting_main(run)
+
+    def write_weights(self, part: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one file of weights."""
+        with self._disk_errors():
+            save_file(dict(tensors), part / name, metadata={"format": "pt"})
+
+    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+        return disk_errors_named(f"output_dir {self.folder}", self._after)
+
+    def _after(self) -> str:
+        adapter, also = self.folder / ADAPTER_FOLDER, ""
+        if (adapter / CONFIG_FILE).is_file():
+            also = f"; {adapter} is complete, and python -m dschat.merge merges it"
+        return f"no model was written, what was there stays{also}; mend that, and start again"
 
 
 def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, folder: Path) -> None:
@@ -94,24 +148,6 @@ def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, fo
     for name, values in {STATISTICS_FILE: statistics, VALUE_FILE: scaling}.items():
         if values is not None:
             write_statistics(values, folder, name)
-
-
-def _write_model(
-    module: nn.Module, state: Mapping[str, torch.Tensor], form: RewardForm | None, folder: Path
-) -> None:
-    if form is None:
-        twin, expected = _meta_twin(_language_model(module), state), set()
-    else:
-        twin, state = form.twin(), form.on_disk(state)
-        expected = set() if form.has_head else {HEAD}
-    expected |= twin.state_dict().keys()
-    if expected != state.keys():
-        missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-        raise RuntimeError(f"cannot save: missing {missing}, unexpected {unexpected}")
-    nn.Module.to(twin, next(iter(state.values())).dtype)
-    twin.save_pretrained(folder, state_dict=dict(state))
-    if form is not None:
-        write_note(form, folder)
 
 
 def _write_adapter(
@@ -138,23 +174,6 @@ def _language_model(module: nn.Module) -> PreTrainedModel:
     if not isinstance(module, PreTrainedModel):
         raise TypeError(f"a {type(module).__name__} cannot be saved: it is no transformers model")
     return module
-
-
-def _meta_twin(module: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """Build the plain architecture without storage: names and format of what is saved.
-
-    Weights that are tied in the module but not in the state (merging untied them) are not tied.
-    """
-    config = copy.deepcopy(module.config)  # saving changes the config
-    names: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        first = names.setdefault(id(parameter), name)
-        if name in state and state[first].data_ptr() != state[name].data_ptr():
-            config.tie_word_embeddings = False
-    with torch.device("meta"):
-        twin = type(module)(config)
-    twin.generation_config = copy.deepcopy(module.generation_config)
-    return twin
 
 
 def check_output_dir(output_dir: str | None) -> None:

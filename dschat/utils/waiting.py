@@ -15,6 +15,11 @@ import torch.distributed as dist
 
 from dschat.errors import UserError, brief
 
+
+class LostRankError(RuntimeError):
+    """The process that holds the store ended while others waited for work of a rank."""
+
+
 _turns = itertools.count()  # every rank takes the same ones
 
 
@@ -26,6 +31,7 @@ def from_local_main(work: Callable[[], str]) -> str:
     Raises:
         UserError: on every rank, when any `work` met one: all stop with the same line.
         RuntimeError: on every other rank, when one met another error.
+        LostRankError: a process ended instead.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
@@ -41,6 +47,15 @@ def from_waiting_main(work: Callable[[], str]) -> str:
 
 
 def _from(worker: int, work: Callable[[], str]) -> str:
+    try:
+        return _from_by_store(worker, work)
+    except dist.DistNetworkError as error:
+        raise LostRankError(
+            f"rank {worker}, or the launcher, ended while this rank waited for it"
+        ) from error
+
+
+def _from_by_store(worker: int, work: Callable[[], str]) -> str:
     store = dist.distributed_c10d._get_default_store()  # keys and values that all ranks see
     turn = next(_turns)
     names = (worker, "problem", "fault", "arrived", "informed")

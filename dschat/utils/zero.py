@@ -73,6 +73,11 @@ def init_context(ds_config: dict | None) -> Iterator[None]:
         del config
 
 
+def memory_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Identify a tensor's storage and its place there, also on `meta`: equal for tied tensors."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """Return what this rank owns of the parameter: its shard under ZeRO-3, else all of it."""
     return parameter.ds_tensor.data if is_partitioned(parameter) else parameter.data

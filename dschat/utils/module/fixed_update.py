@@ -114,12 +114,17 @@ def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
         )
 
 
+def has_fixed_update(layer: nn.Module) -> bool:
+    """Tell whether a fixed update of a layer's, or of a module's own parameters, acts on it."""
+    return isinstance(layer, FixedParameters) or hasattr(layer, CHILD)
+
+
 def without_fixed_updates(
-    state: Mapping[str, torch.Tensor], model: nn.Module
+    state: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
-    """Return a consolidated state dict with fixed updates merged; the live model stays as it is."""
+    """Return a consolidated state dict with the fixed updates of these modules merged."""
     merged = dict(state)
-    for name, layer in model.named_modules():
+    for name, layer in modules.items():
         for leaf in layer.fixed if isinstance(layer, FixedParameters) else ():
             lora_A, lora_B = (merged.pop(f"{name}.{CHILD}_{leaf}.{matrix}") for matrix in "AB")
             weight = merged[f"{name}.{leaf}"]
@@ -130,13 +135,13 @@ def without_fixed_updates(
         if not hasattr(layer, CHILD):
             continue
         lora_A, lora_B = (merged.pop(f"{name}.{CHILD}.{leaf}") for leaf in "AB")
-        is_adapted = isinstance(layer, LoRAWeight)
+        of_conv1d = isinstance(layer, Conv1D)
         merged[f"{name}.weight"] = merged_weight(
             merged[f"{name}.weight"],
             lora_A,
             lora_B,
             scaling=1.0,
             magnitude=None,
-            transposed=layer.transposed if is_adapted else isinstance(layer, Conv1D),
+            transposed=layer.transposed if isinstance(layer, LoRAWeight) else of_conv1d,
         )
     return merged

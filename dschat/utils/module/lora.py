@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -15,7 +15,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.errors import UserError
-from dschat.utils.module.fixed_update import move_fixed_update, without_fixed_updates
+from dschat.utils.module.fixed_update import (
+    has_fixed_update,
+    move_fixed_update,
+    without_fixed_updates,
+)
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRAEmbedding, LoRALayer, LoRALinear
 from dschat.utils.module.lora_parameters import adapt_parameters
@@ -162,15 +166,25 @@ def is_adapter_key(key: str) -> bool:
 
 
 def merged_state_dict(
-    state: Mapping[str, torch.Tensor], model: nn.Module
+    state: Mapping[str, torch.Tensor], model: nn.Module, within: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
     """Return a consolidated state dict with adapters merged; the live model stays as it is.
 
     Of two tied weights only the one that carries an adapter changes: they are untied.
+
+    Args:
+        within: merge those of these modules alone (names of `merge_groups`), whose tensors `state`
+            holds.
     """
-    state = with_token_rows(without_fixed_updates(state, model), model)
+    if within is None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+    else:
+        modules = {name: model.get_submodule(name) for name in within}
+    state = with_token_rows(without_fixed_updates(state, modules), modules)
     merged = {key: tensor for key, tensor in state.items() if not is_adapter_key(key)}
-    for name, layer in lora_layers(model).items():
+    for name, layer in modules.items():
+        if not isinstance(layer, LoRALayer):
+            continue
         tensors = {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapter}
         if isinstance(layer, QuantizedLoRALinear):  # its weight is in no state dict
             tensors["weight"] = layer.dense_weight().to(tensors["lora_A"].device)
@@ -178,6 +192,15 @@ def merged_state_dict(
             tensors |= {leaf: state[f"{name}.{leaf}"] for leaf in layer.adapted}
         merged |= {f"{name}.{leaf}": weight for leaf, weight in layer.merged(tensors).items()}
     return merged
+
+
+def merge_groups(model: nn.Module) -> dict[str, list[str]]:
+    """Map modules that merge something to the names of the parameters that it takes."""
+    return {
+        name: [f"{name}.{leaf}" for leaf, _ in module.named_parameters(remove_duplicate=False)]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (LoRALayer, TokenRows)) or has_fixed_update(module)
+    }
 
 
 @torch.no_grad()

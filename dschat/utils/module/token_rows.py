@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dschat.errors import UserError
 from dschat.utils.module.fixed_update import move_fixed_update
-from dschat.utils.zero import full_shape, gathered
+from dschat.utils.zero import full_shape, gathered, memory_of
 
 ROWS_NAME = "lora_token_rows"  # begins like the leaf names of adapters, to which it belongs
 SCALED = "ScaledWordEmbedding"  # class names of embeddings that multiply by a number end so
@@ -208,15 +208,23 @@ def trained_rows(weight: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor)
     return (weight[tokens].float() + rows.float()).to(weight.dtype)
 
 
-def with_token_rows(state: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a consolidated state dict with rows merged on a copy; tied tables stay tied."""
+def with_token_rows(
+    state: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
+    """Return a consolidated state dict with rows merged on a copy; tied tables stay tied.
+
+    Args:
+        modules: the tables among them are merged.
+    """
     merged = dict(state)
-    tables: dict[tuple[int, int], torch.Tensor] = {}
-    for name, layer in token_rows(model).items():
+    tables: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
+    for name, layer in modules.items():
+        if not isinstance(layer, TokenRows):
+            continue
         weight, rows = state[f"{name}.weight"], merged.pop(f"{name}.{ROWS_NAME}")
-        tokens = layer.tokens.to(weight.device)
-        key = weight.data_ptr(), rows.data_ptr()
+        key = memory_of(weight), memory_of(rows)
         if key not in tables:
+            tokens = layer.tokens.to(weight.device)
             tables[key] = weight.index_copy(0, tokens, trained_rows(weight, tokens, rows))
         merged[f"{name}.weight"] = tables[key]
     return merged
