@@ -129,12 +129,22 @@ class _Target:
         from_waiting_main(run)
 
     def write_weights(self, part: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one file of weights."""
-        with self._disk_errors():
+        """Write one file of weights.
+
+        Raises:
+            UserError: weights that are not finite; or the disk does not take them.
+        """
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"output_dir {self.folder}: {key} is not finite in the trained model; "
+                    f"{self._after()}, with a lower learning rate"
+                )
+        with self._disk_errors(part / name):
             save_file(dict(tensors), part / name, metadata={"format": "pt"})
 
-    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
-        return disk_errors_named(f"output_dir {self.folder}", self._after)
+    def _disk_errors(self, path: str | Path = "") -> contextlib.AbstractContextManager[None]:
+        return disk_errors_named(f"output_dir {self.folder}", self._after, path)
 
     def _after(self) -> str:
         adapter, also = self.folder / ADAPTER_FOLDER, ""

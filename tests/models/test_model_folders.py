@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dschat.errors import UserError
@@ -72,11 +73,11 @@ def test_found_in_the_weights(tmp_path: Path, tiny_tokenizer, name: str):
 
 
 def test_a_head_that_is_not_finite_is_found(tmp_path: Path, tiny_tokenizer):
-    model = tiny.reward_model()
-    save_hf_format(model, tiny_tokenizer, tmp_path / "good", ALONE)
-    with torch.no_grad():
-        model.v_head.weight[0, 3] = torch.inf
-    save_hf_format(model, tiny_tokenizer, tmp_path / "bad", ALONE)
+    save_hf_format(tiny.reward_model(), tiny_tokenizer, tmp_path / "good", ALONE)
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    weights = load_file(tmp_path / "bad/model.safetensors")
+    weights["score.weight"][0, 3] = torch.inf
+    save_file(weights, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
     create_critic_model(str(tmp_path / "good"), tiny_tokenizer, torch.float32)
     bad = str(tmp_path / "bad")
     assert_one_line(

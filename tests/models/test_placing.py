@@ -196,6 +196,25 @@ def test_what_is_dropped_leaves_the_old_model_alone(tmp_path: Path):
     assert read(out) == {**ONE, **USERS}
 
 
+def test_an_adapter_that_takes_its_place_on_its_own(tmp_path: Path):
+    """It comes before the merged weights, and is theirs when they come."""
+    out, adapter = (
+        tmp_path / "out",
+        {"adapter_config.json": "rank", "adapter_model.safetensors": "a"},
+    )
+    write(out, {**ONE, **USERS})
+    write(begin(out / "adapter"), adapter)
+    (line,) = repair(out)
+    assert line.startswith(f"{out}/adapter/.model.tmp: removed")
+    assert read(out) == {**ONE, **USERS}
+    place(out / "adapter", adapter)
+    write(begin(out), AGAIN)
+    commit(out, adapter=list(adapter))
+    assert read(out) == {**AGAIN, **ADAPTER, **USERS}
+    place(out, ONE)  # a model without one
+    assert read(out) == {**ONE, **USERS}
+
+
 def test_folders_that_earlier_versions_left_beside_the_output(tmp_path: Path):
     out = tmp_path / "out[1]"
     write(tmp_path / ".out[1].0a1b2c3d.tmp", ONE)

@@ -203,6 +203,22 @@ def test_failure_while_writing_an_adapter_changes_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, tiny_tokenizer):
+    model, out = tiny.tiny_llama(), tmp_path / "out"
+    save_hf_format(model, tiny_tokenizer, out, ALONE)
+    before = files(out)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("inf")
+    with pytest.raises(UserError) as error:
+        save_hf_format(model, tiny_tokenizer, out, ALONE)
+    assert str(error.value) == (
+        f"output_dir {out}: model.layers.1.mlp.up_proj.weight is not finite in the trained model; "
+        "no model was written, what was there stays; mend that, and start again, with a lower "
+        "learning rate"
+    )
+    assert files(out) == before
+
+
 def test_link_to_a_folder_stays_a_link(tmp_path: Path, tiny_tokenizer):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -85,7 +85,9 @@ def test_a_save_longer_than_a_collective_may_take(tmp_path: Path):
 def test_a_disk_that_fills_up_ends_all_ranks_with_one_line(tmp_path: Path):
     said = said_by(tmp_path, "full")
     assert said[0] == said[1]
-    assert said[0].startswith(f"error: output_dir {tmp_path}/out: File too large; no model was")
+    file = f"{tmp_path}/out/.model.tmp/model-00002-of-"
+    assert said[0].startswith(f"error: output_dir {tmp_path}/out: {file}")
+    assert ".safetensors: File too large; no model was written, what was there stays" in said[0]
     assert list((tmp_path / "out").iterdir()) == []
 
 

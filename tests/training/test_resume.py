@@ -54,7 +54,7 @@ STEP_1 = {
     # Step 6 is in place and step 3 half removed.
     "sft killed again": Run(RESUMED, ("os.rename", "*/.step-000003.old.tmp")),
     # The finished model is complete and not yet in its place.
-    "sft killed at the end": Run(RESUMED, ("os.rename", "*/.model.new")),
+    "sft killed at the end": Run(RESUMED, ("os.rename", "sft-killed/.model.new")),
     "sft resumed": Run(RESUMED),
     "new rates": Run(
         [*SFT_LORA, *FROM_LAST, *NEW_RATES, "--resume_with_new_rates", "--output_dir", "new-rates"]
