@@ -35,7 +35,7 @@ VISION = {
 OPT = {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}
 GPT = {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}
 BLOOM = {**TEXT, "n_layer": 2, "n_head": 4}
-# family: its shape, its chat template; scripts of steps 1, 2 and 3, as far as it has them
+# family: its shape, its chat template; scripts of steps 1, 2, 3 and of DPO, as far as it has them
 CASES: dict[str, tuple[PretrainedConfig, Family | None, list[str]]] = {
     "opt": (
         AutoConfig.for_model("opt", **OPT),
@@ -57,12 +57,12 @@ CASES: dict[str, tuple[PretrainedConfig, Family | None, list[str]]] = {
     "qwen3": (
         AutoConfig.for_model("qwen3", **TEXT),
         THINKING,
-        ["qwen3/single_gpu/run_0.6b.sh"] * 3,
+        ["qwen3/single_gpu/run_0.6b.sh"] * 4,
     ),
     "gemma3": (
         AutoConfig.for_model("gemma3", text_config=TEXT, vision_config=VISION),
         GEMMA,
-        ["gemma3/single_gpu/run_4b.sh"] * 3,
+        ["gemma3/single_gpu/run_4b.sh"] * 4,
     ),
     "gemma3 text": (
         AutoConfig.for_model("gemma3_text", **TEXT),
@@ -70,7 +70,8 @@ CASES: dict[str, tuple[PretrainedConfig, Family | None, list[str]]] = {
         ["gemma3/single_gpu/run_1b.sh"],
     ),
 }
-STEPS = {1: "step1_supervised", 2: "step2_reward_model", 3: "step3_rlhf"}
+STEPS = ["step1_supervised", "step2_reward_model", "step3_rlhf", "step2_dpo"]
+OUTPUTS = ["sft", "reward", "ppo", "dpo"]
 SMALL = {
     "data_path": "data.jsonl",
     "data_split": "1",
@@ -101,11 +102,12 @@ def save_model(folder: Path, config: PretrainedConfig, template: Family | None) 
     tokenizer.save_pretrained(folder)
 
 
-def command(shell, name: str, step: int, script: str) -> list[str]:
+def command(shell, name: str, output: str, script: str) -> list[str]:
     """main.py and its arguments, as the script starts it, made small."""
-    (folder,) = TRAINING.glob(f"{STEPS[step]}*")
-    words = ["sft", "reward", "0", "0", "ppo"] if step == 3 else [["sft", "reward"][step - 1], ""]
-    words = [word and f"{name}/{word}" if word not in ("0", "") else word for word in words]
+    (folder,) = TRAINING.glob(f"{STEPS[OUTPUTS.index(output)]}*")
+    words = [f"{name}/{output}", ""]
+    if output == "ppo":
+        words = [f"{name}/sft", f"{name}/reward", "0", "0", f"{name}/ppo"]
     if "one_trunk" in script:
         words[:2] = [f"{word}/adapter" for word in words[:2]]
     start = started(shell(BASH, str(folder / "training_scripts" / script), *words))
@@ -117,7 +119,7 @@ def command(shell, name: str, step: int, script: str) -> list[str]:
     for role in ("", "actor_", "critic_"):
         if f"{role}lora_dim" in small and not start_rank(settings, role):
             del small[f"{role}lora_dim"]
-    if step < 3:
+    if output != "ppo":
         small["model_name_or_path"] = f"{name}/model"
     more = [str(word) for flag, value in small.items() for word in (f"--{flag}", value)]
     return [str(start.program.relative_to(TRAINING.parent)), *start.arguments, *more]
@@ -136,12 +138,11 @@ def test_a_script_of_each_family_trains_a_tiny_model_of_it(tmp_path: Path, monke
     plan = {}
     for name, (config, template, scripts) in CASES.items():
         save_model(tmp_path / name / "model", config, template)
-        for step, script in enumerate(scripts, 1):
-            plan[f"{name}, step {step}"] = command(shell, name, step, script)
+        for output, script in zip(OUTPUTS, scripts, strict=False):
+            plan[f"{name}/{output}"] = command(shell, name, output, script)
     results, _ = run_worker(list(plan.values()), tmp_path, ranks=1)
     codes = {place: result.code for place, result in zip(plan, results, strict=True)}
     errors = {p: r.stderr[-1500:] for p, r in zip(plan, results, strict=True) if r.code}
     assert set(codes.values()) == {0}, errors
-    for name, (_, _, scripts) in CASES.items():
-        for folder in ("sft", "reward", "ppo")[: len(scripts)]:
-            assert_all_finite(tmp_path / name / folder)
+    for place in plan:
+        assert_all_finite(tmp_path / place)
