@@ -47,7 +47,7 @@ test-gpu: $(STAMP)
 
 # Goes on where it was interrupted; build/faults holds the results, and what failed.
 faults: $(STAMP)
-	$(BIN)/python -m tests.faults --jobs 2 --write build/faults/faults.json
+	$(BIN)/python -m tests.faults --jobs 2 --write build/faults/counts.json
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,12 +1,14 @@
 """The pages name what is there: the README's map, links, the numbers behind figures."""
 
 import csv
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.faults.report import table
 from tests.test_layering import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +105,13 @@ def test_every_promise_of_reliability_names_tests_that_exist():
         for path, _, name in (test.partition("::") for test in re.findall(r"`([^`]+)`", tests)):
             source = (ROOT / path).read_text(encoding="utf-8")
             assert re.search(rf"^def {name or 'test_'}", source, re.M), f"{promise}: {path} {name}"
+
+
+def test_the_table_of_faults_is_that_of_the_run():
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    counts = json.loads((ROOT / "docs/figures/faults.json").read_text(encoding="utf-8"))
+    assert table(counts) in text
+    assert sum(row["failed"] for row in counts.values()) == 0
 
 
 def test_every_page_is_reached_from_the_readme():

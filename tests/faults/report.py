@@ -48,6 +48,8 @@ def table(found: dict[str, dict]) -> str:
     """The counts as Markdown."""
     lines = ["| fault | cases | faults | starts | outcome | failed |", "| --- |" + " --- |" * 5]
     for row, entry in found.items():
+        if not entry["cases"]:
+            continue
         outcome = ", ".join(f"{count} {result}" for result, count in entry["results"].items())
         numbers = f"{entry['cases']} | {entry['faults']} | {entry['starts']}"
         lines.append(f"| {ROWS[row]} | {numbers} | {outcome or '–'} | {entry['failed']} |")

@@ -57,6 +57,11 @@ def draw_site(random_: random.Random, sites: dict[str, int]) -> tuple[str, int]:
     return site, random_.randint(1, sites[site])
 
 
+def in_loop(sites: dict[str, int]) -> dict[str, int]:
+    """Sites of the training loop: figures and checkpoints."""
+    return {site: n for site, n in sites.items() if "/checkpoints" in site or "metrics" in site}
+
+
 def published(calls: list[Call]) -> int:
     """Newest step whose checkpoint got its name, leaving the call that was aimed at in doubt."""
     name = re.compile(r".*/checkpoints/step-(\d+)")

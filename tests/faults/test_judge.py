@@ -46,6 +46,7 @@ def outcome(*codes: int, stderr: str = "", stdout: str = "", **more: bool) -> Ou
 
 def test_the_same_results_in_another_folder_and_at_another_time_are_the_same(run, reference):
     lines = [{**LINES[0], "seconds": 7.0}, LINES[1]]
+    (run / OUTPUT / "metrics.unfinished.jsonl").write_text("of a start before the first checkpoint")
     (run / OUTPUT / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     assert judge.finished(run, reference) == []
 
@@ -166,4 +167,5 @@ def test_the_table_counts_faults_by_row():
     expected = {"cases": 2, "starts": 5, "faults": 3, "results": {"bit for bit": 1}, "failed": 1}
     assert found["kill"] == expected
     assert "| SIGKILL of all ranks | 2 | 3 | 5 | 1 bit for bit | 1 |" in table(found)
+    assert "(EIO)" not in table(found)  # none was tried
     assert row_of("sft-z0-r1 error EIO 3") == "error EIO" and found["damage cache"]["cases"] == 1

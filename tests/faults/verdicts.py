@@ -13,7 +13,7 @@ from tests.faults.bench import KEPT, Bench, Workplace
 from tests.faults.cases import Case
 from tests.faults.library import Aim
 from tests.faults.runs import Outcome, Pause
-from tests.faults.sites import draw_site
+from tests.faults.sites import draw_site, in_loop
 
 STOPPED = 75  # exit code of a run that a signal has stopped
 REFUSED = 2
@@ -115,7 +115,8 @@ def stop(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
     draw, reference = case.random(), bench.reference(case.layout)
     place = bench.fresh(case.layout, case.name)
     action = "signal one rank" if case.kind == "signal-one" else "signal"
-    aim = _aim(draw, action, reference.sites, case.value)
+    sites = in_loop(reference.sites) if draw.random() < 0.75 else reference.sites
+    aim = _aim(draw, action, sites, case.value)
     outcome = place.start(case.layout.saving(KEPT), aim=aim)
     verdict.faults = int(outcome.fired)
     verdict.at.append(f"{aim.pattern} #{aim.at}")
