@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from dschat.checkpoint import main as checkpoint
 from tests.helpers.resume_runs import TIMES, write_models
@@ -106,6 +107,20 @@ def test_the_rest_is_that_of_a_run_that_never_stopped(runs, whole, rest):
         assert [one.pop("kind"), one["step"]] == [other.pop("kind"), other["step"]]
         assert one == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE), (one, other)
     assert before[-2] != pytest.approx(before[1], rel=1e-3)  # it has trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole, rest", [("ppo", "ppo-3"), ("ppo-two", "ppo-0")])
+def test_the_moving_average_goes_on_too(runs, whole, rest):
+    """It is in shards at ZeRO 3, and whole at ZeRO 0."""
+    folder, _ = runs
+    name = "actor_ema/model.safetensors"
+    before, after = (load_file(folder / run / name) for run in (whole, rest))
+    start = load_file(folder / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = max(float((before[n] - start[n]).abs().max()) for n in before if n in start)
+    apart = max(float((before[n] - after[n]).abs().max()) for n in before)
+    assert apart < 1e-3 * moved, (apart, moved)
 
 
 @pytest.mark.slow
