@@ -27,6 +27,7 @@ from inference.chatbot import Chatbot
 from inference.chatbot import main as chat
 from tests.helpers.doors import REFUSED, mark, plant_inert, planted
 from tests.helpers.steps import (
+    DPO,
     PPO,
     PROMPT_EVALUATION,
     REWARD,
@@ -188,6 +189,7 @@ def programs(folder: str) -> list[list[object]]:
     return [
         [SFT, "--model_name_or_path", folder, *data, *short, *out, "sft"],
         [REWARD, "--model_name_or_path", folder, *data, *short, *out, "reward"],
+        [DPO, "--model_name_or_path", folder, *data, *short, *out, "dpo"],
         [REWARD_EVALUATION, "--model_name_or_path", folder, *data, "--max_seq_len", 64],
         [PROMPT_EVALUATION, *pair, "--prompts", "Hi", "--max_new_tokens", 1],
         [PPO, *roles, *data, *out, "ppo"],
@@ -208,8 +210,8 @@ def test_no_program_runs_code_of_a_folder(tmp_path):
     results, _ = run_worker(plan, tmp_path, ranks=1)
     codes = [result.code for result in results]
     # A folder without a head, one that is no adapter.
-    assert codes[:8] == [0, 0, 2, 0, 0, 0, 2, 0], [r.stderr[-900:] for r in results[:8]]
-    for argv, result in zip(plan[8:], results[8:], strict=True):
+    assert codes[:9] == [0, 0, 0, 2, 0, 0, 0, 2, 0], [r.stderr[-900:] for r in results[:9]]
+    for argv, result in zip(plan[9:], results[9:], strict=True):
         assert result.code in (0, 2) and "Traceback" not in result.stderr, (argv, result)
         assert not (set("\x1b\x07\x9b\u202e") & set(result.stderr)), (argv, result.stderr)
     for folder in folders:

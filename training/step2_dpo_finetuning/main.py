@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from transformers import AutoModelForCausalLM
-
 from dschat.config import DPOSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import create_hf_model
+from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import check_language_model
 from dschat.models.save import save_hf_format
 from dschat.train.engine import backward
@@ -45,7 +44,7 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
     )
     check_language_model(settings.model_name_or_path)
-    model = plan_model(ctx, settings, AutoModelForCausalLM.from_config)
+    model = plan_model(ctx, settings, build_causal_lm)
     data = ctx.load_data(
         settings.data, settings.PHASE, settings.batch.max_seq_len, later=model.later
     )
