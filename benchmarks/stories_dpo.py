@@ -48,7 +48,7 @@ def main() -> None:
     """Every seed, then a table of the arms."""
     parser = options(__doc__)
     parser.add_argument("--arms", nargs="+", default=list(PREFERENCE_LOSSES))
-    parser.add_argument("--rate", default="3e-5", help="of A, where an arm names none")
+    parser.add_argument("--rate", default="1e-4", help="of A, where an arm names none")
     args = parsed(parser)
     table({seed: one_seed(args, seed) for seed in args.seeds}, args.arms)
 
