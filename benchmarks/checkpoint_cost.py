@@ -41,10 +41,10 @@ SHAPES = {
     "embedded": ["--per_device_train_batch_size", "16", "--max_seq_len", "128"],
     "opt-1.3b": [
         *("--per_device_train_batch_size", "1", "--max_seq_len", "32"),
-        *("--lora_dim", "128", "--lora_save", "adapter", "--dtype", "bf16"),
+        *("--lora_dim", "128", "--lora_save", "adapter"),
     ],
 }
-COMMON = ["--data_split", "10,0,0", "--max_eval_samples", "1"]
+COMMON = ["--data_split", "10,0,0", "--dtype", "fp32", "--max_eval_samples", "1"]
 
 
 def write_opt(folder: Path) -> None:

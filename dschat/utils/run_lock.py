@@ -34,6 +34,9 @@ def hold(output_dir: str | Path) -> None:
         return
     try:
         file = _locked(path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     except BlockingIOError as error:
         with path.open(encoding="utf-8") as other:
             holder = other.read().strip() or "another process"
@@ -52,9 +55,6 @@ def hold(output_dir: str | Path) -> None:
         raise UserError(
             f"output_dir {output_dir}: {error.strerror}; give a writable one"
         ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _held[path] = file
 
 
@@ -80,7 +80,8 @@ def release(output_dir: str | Path | None = None) -> None:
     """Let go of this folder, or of all that this process holds."""
     chosen = None if output_dir is None else Path(output_dir).resolve() / NAME
     for path in [path for path in _held if chosen in (None, path)]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk gone read-only: the file stays, locking nothing
+            path.unlink(missing_ok=True)
         _held.pop(path).close()
 
 

@@ -111,7 +111,6 @@ def test_the_table_of_faults_is_that_of_the_run():
     text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
     counts = json.loads((ROOT / "docs/figures/faults.json").read_text(encoding="utf-8"))
     assert table(counts) in text
-    assert sum(row["failed"] for row in counts.values()) == 0
 
 
 def test_every_page_is_reached_from_the_readme():

@@ -1,10 +1,12 @@
 """One process holds an output folder; who else wants it is told who."""
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,4 +97,17 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_lock.fcntl, "lockf", lockf)
     run_lock.hold(tmp_path)
     assert "its disk has no locks (No locks available)" in capsys.readouterr().out
+    run_lock.release()
+
+
+def test_a_disk_that_is_read_only_by_then_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    run_lock.hold(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        run_lock.release()
+    assert (tmp_path / run_lock.NAME).exists()
+    run_lock.hold(tmp_path)  # the file that stays holds nobody up
     run_lock.release()

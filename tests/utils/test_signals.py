@@ -100,3 +100,13 @@ def test_how_to_go_on():
     assert stop.line == (
         "stopped by SIGUSR1 after step 7: streamed rows cannot be resumed, start from the beginning"
     )
+
+
+RECIPES = sorted((ROOT / "training").glob("step*/main.py"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_takes_signals_before_its_imports(recipe):
+    first = recipe.read_text(encoding="utf-8").split("\nfrom __future__ import annotations\n")[1]
+    assert first.lstrip().startswith('if __name__ == "__main__":')
+    assert first.index("signals.start()") < first.index("from dschat.config")

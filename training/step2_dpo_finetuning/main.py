@@ -11,6 +11,11 @@ or log-probabilities computed before training: there is no second model.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
+    from dschat.utils import signals
+
+    signals.start()
+
 from functools import partial
 
 from dschat.config import DPOSettings
