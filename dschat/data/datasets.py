@@ -221,21 +221,25 @@ def _write(
     parts = list(_parts(sources, seed, phase))
     check_room((part.rows for part in parts), convert, folder.parents[1], later)
     reports: list[SourceReport] = []
-    for part in parts:
-        used, counts = 0, Counter[str]()
-        if len(part.rows):
-            file = folder / f"{part.split}-{part.number:03d}.arrow"
-            workers = choose_workers(config.preprocessing_num_workers, len(part.rows))
-            used, counts = tokenise(part.rows, convert, file, workers)
-        about: dict[str, Any] = {"skipped": part.skipped, "left": part.left, **counts}
-        name, rows = part.source.name, len(part.rows)
-        reports.append(SourceReport(name, part.split, rows, used, **about))
-    for split in ("train", "eval"):
+    for split in ("train", "eval"):  # no row to evaluate is tokenised where none would train
+        for part in (part for part in parts if part.split == split):
+            reports.append(_tokenised(part, config, convert, folder))
         if not any(report.used for report in reports if report.split == split):
             raise UserError(nothing_left(reports, split, sources[0][1], phase))
     (folder / "report.json").write_text(
         json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8"
     )
+
+
+def _tokenised(part: _Part, config: DataConfig, convert: Converter, folder: Path) -> SourceReport:
+    """Tokenise one part into a file of its own; none where it has no rows."""
+    used, counts = 0, Counter[str]()
+    if len(part.rows):
+        file = folder / f"{part.split}-{part.number:03d}.arrow"
+        workers = choose_workers(config.preprocessing_num_workers, len(part.rows))
+        used, counts = tokenise(part.rows, convert, file, workers)
+    about: dict[str, Any] = {"skipped": part.skipped, "left": part.left, **counts}
+    return SourceReport(part.source.name, part.split, len(part.rows), used, **about)
 
 
 def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
