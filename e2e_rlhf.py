@@ -7,6 +7,7 @@ output folder and go through the ordinary scripts.
     python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m
     python e2e_rlhf.py --actor-model ./my-model --reward-model ./my-model --data-path ./pairs.jsonl
     python e2e_rlhf.py --actor-model ./my-model --data-path ./pairs.jsonl --dry-run
+    python e2e_rlhf.py --actor-model ./my-model --data-path ./pairs.jsonl --save-steps 100 --resume
 
 1. `commands`: the steps' shell scripts and their arguments
 2. `check_ahead`: settings, models, rows, folders and disk of every step; where the rows are few,
@@ -17,6 +18,11 @@ Leaves out: it does not train; the scripts do.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
+    from dschat.train import signals
+
+    signals.start()
 
 import argparse
 import contextlib
@@ -30,6 +36,7 @@ from pathlib import Path
 
 from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
+from dschat.train import launch, run_lock, signals
 
 ROOT = Path(__file__).resolve().parent
 STEP_DIRS = {
@@ -43,7 +50,8 @@ FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any oth
 WIDTHS = {"350m": 1024, "1.3b": 2048, "6.7b": 4096, "13b": 5120, "30b": 7168, "66b": 9216}
 CRITIC_WIDTH = 1024
 # Flags of main.py in every step, where given.
-PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps")
+PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps", "save_steps")
+RESUME = ["--resume"]
 # Flags that the embedded default has no use for.
 OF_A_MODEL = (
     "reward_model",
@@ -54,7 +62,7 @@ OF_A_MODEL = (
     "hostfile",
 )
 # What a script calls, in `arguments_of`: nothing is made, printed or started.
-STAND_INS = {"mkdir": ":", "tee": "cat > /dev/null"} | dict.fromkeys(
+STAND_INS = {"mkdir": ":"} | dict.fromkeys(
     ("deepspeed", "python"), 'printf "%s\\0" "$@" > "$WORDS"'
 )
 
@@ -100,6 +108,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-accumulation-steps", type=int, help="of all steps (default: by the rows)")
     add("--num-warmup-steps", type=int, help="of all steps (default: by the rows)")
     add("--overwrite-output-dir", action="store_true", help="replace models that are there")
+    add("--save-steps", "--save_steps", type=int, help="steps between checkpoints, of all steps")
+    add("--resume", action="store_true", help="go on inside the step that stopped")
     add("--dry-run", action="store_true", help="check all steps and stop")
     args = parser.parse_args(argv)
     if args.actor_model is None:
@@ -207,7 +217,7 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     for name in PASSED:
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
-    return flags + ["--overwrite_output_dir"] * args.overwrite_output_dir
+    return flags + ["--overwrite_output_dir"] * args.overwrite_output_dir + RESUME * args.resume
 
 
 def arguments_of(command: list[str]) -> list[str]:
@@ -284,31 +294,45 @@ def check_hostfile(args: argparse.Namespace) -> None:
 
 
 def prepare_output_dir(args: argparse.Namespace) -> None:
-    """Make the output folder; stop where that cannot be, or would replace a finished model."""
-    from dschat.models.save_plan import holds_model
-
+    """Make and hold the output folder; stop where that cannot be, or a model would be replaced."""
     place = f"--output-dir {args.output_dir}"
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{place}: {error.strerror}; give a folder") from error
-    for step in () if args.overwrite_output_dir else args.step:
-        folder = args.output_dir / STEP_NAMES[step]
-        if holds_model(folder / "actor" if step == 3 else folder):
+    run_lock.hold(args.output_dir)
+    for step in () if args.overwrite_output_dir or args.resume else args.step:
+        if finished(args.output_dir, step):
             raise UserError(
-                f"{place}: {folder} holds a finished model; give another --output-dir, or "
-                "--overwrite-output-dir to replace it"
+                f"{place}: {args.output_dir / STEP_NAMES[step]} holds a finished model; give "
+                "another --output-dir, or --overwrite-output-dir to replace it"
             )
 
 
+def finished(output_dir: Path, step: int) -> bool:
+    """Tell whether a step has written its model, and no run of it was stopped after that."""
+    from dschat.models.save_plan import holds_model
+    from dschat.train.checkpoint_folder import RECORD, checkpoints_in, folder_of
+
+    folder = output_dir / STEP_NAMES[step]
+    model = folder / "actor" if step == 3 else folder
+    if not holds_model(model):
+        return False
+    written = max(path.stat().st_mtime for path in model.iterdir())
+    saved = checkpoints_in(folder_of(folder)).values()
+    return all((path / RECORD).stat().st_mtime <= written for path in saved)
+
+
 def run_step(step: int, command: list[str]) -> float:
-    """Run one step; returns its seconds, ends the program when it fails."""
+    """Run one step; returns its seconds, ends the program when it fails or a signal stops it."""
     print(f"\n== step {step}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
     # `python` and `deepspeed` in the scripts are those of the environment that runs this.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    code = subprocess.run(command, check=False, env=os.environ | {"PATH": path}).returncode
+    code = launch.run(command, environ=os.environ | {"PATH": path})
     seconds = time.perf_counter() - start
+    if code == signals.STOPPED:  # the step has said how to go on
+        sys.exit(code)
     if code != 0:
         print(f"error: step {step} failed with exit code {code}", file=sys.stderr)
         sys.exit(code)
@@ -325,11 +349,15 @@ def main() -> None:
         from dschat.quickstart import build
 
         build(args.output_dir, args.seed)
+    for step in [step for step in plan if args.resume and finished(args.output_dir, step)]:
+        print(f"step {step}: finished before, its model is in {args.output_dir / STEP_NAMES[step]}")
+        del plan[step]
     plan = check_ahead(args, plan)
     if args.dry_run:
         return
+    signals.restore()  # from here they are the steps'
     seconds = {step: run_step(step, command) for step, command in plan.items()}
-    if args.actor_model is None and set(args.step) == {1, 2, 3}:
+    if args.actor_model is None and set(seconds) == {1, 2, 3}:
         from dschat.quickstart.report import print_report
 
         print_report(args.output_dir, seconds, args.seed)

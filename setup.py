@@ -47,6 +47,7 @@ setup(
         "sentencepiece>=0.2.1",
         "numpy>=2",
         "pyarrow>=21",
+        "psutil>=5.9",
         "pyyaml>=6",
         "tqdm>=4.66",
         "tensorboard>=2.17",

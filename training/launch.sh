@@ -82,11 +82,9 @@ start() {
   add --actor_zero_stage "${ACTOR_ZERO_STAGE:-}"
   add --critic_zero_stage "${CRITIC_ZERO_STAGE:-}"
   mkdir -p "$OUTPUT"
-  # A signal to all processes lets main.py finish its step and save: what writes its log, and this
-  # shell, wait for it.
-  trap : TERM HUP USR1
-  "${COMMAND[@]}" --output_dir "$OUTPUT" ${MORE[@]+"${MORE[@]}"} 2>&1 |
-    (trap '' INT TERM HUP USR1 && exec tee -a "$OUTPUT/training.log")
+  # It takes the place of this shell, and passes signals on to the ranks.
+  exec python -m dschat.train.launch --log "$OUTPUT/training.log" \
+    "${COMMAND[@]}" --output_dir "$OUTPUT" ${MORE[@]+"${MORE[@]}"}
 }
 
 asked() {
@@ -97,11 +95,14 @@ asked() {
   esac
 }
 
-# A run that fails is counted and does not stop the others.
+# A run that fails is counted and does not stop the others; one that a signal stopped does.
 FAILED=0
 attempt() {
+  local code=0
   echo "== run_single.sh $*"
-  bash "${SCRIPT%/*}/run_single.sh" "$@" || FAILED=$((FAILED + 1))
+  bash "${SCRIPT%/*}/run_single.sh" "$@" || code=$?
+  [ "$code" != 75 ] && [ "$code" -lt 128 ] || exit "$code"
+  [ "$code" = 0 ] || FAILED=$((FAILED + 1))
 }
 
 conclude() {

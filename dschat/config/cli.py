@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dschat.config.failures import line_for
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
-from dschat.utils import run_lock, signals
+from dschat.train import run_lock, signals
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.printable import guard_terminal, printable
 
@@ -159,9 +159,11 @@ def run_cli(main: Callable[[], None]) -> None:
         _say(f"error: {error}")
         sys.exit(2)
     except signals.Stopped as stop:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # else it would draw itself once more, below the line
         _say(stop.line)
         signals.ignore_at_exit()
-        raise
+        sys.exit(signals.told(signals.STOPPED))
     except Exception as error:
         known = line_for(error)
         if known is None:

@@ -17,11 +17,11 @@ from dschat.models.config import Build, build_causal_lm, load_config, on_meta
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
 from dschat.text.tokenizer import check_same_tokenizer
+from dschat.train import run_lock
 from dschat.train.disk import Written
 from dschat.train.model_config import ModelConfig, adapter_ranks
 from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
-from dschat.utils import run_lock
 from dschat.utils.distributed import Distributed
 
 BUILDS: dict[int, Build] = {1: build_causal_lm, 2: RewardModel.from_config}

@@ -20,7 +20,7 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, setting
-from dschat.train import checkpoint_folder
+from dschat.train import checkpoint_folder, signals
 from dschat.train.checkpoint_folder import NEWEST
 from dschat.train.checkpoint_write import METRICS, Contents, Stateful, write_checkpoint
 from dschat.train.engine import Engine
@@ -36,7 +36,6 @@ from dschat.train.resume import (
     set_peak_rates,
 )
 from dschat.train.safe_load import load_file, make_loading_safe
-from dschat.utils import signals
 from dschat.utils.distributed import (
     Distributed,
     RandomState,

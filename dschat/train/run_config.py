@@ -16,7 +16,7 @@ from dschat.models.causal_lm import check_context
 from dschat.models.save import check_output_dir
 from dschat.models.save_plan import SavePlan, holds_model, plan_saving
 from dschat.settings import Settings, group, setting
-from dschat.train import checkpoint_folder
+from dschat.train import checkpoint_folder, run_lock
 from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of
 from dschat.train.checkpointer import CheckpointConfig
 from dschat.train.disk import Written, check_disk
@@ -26,7 +26,6 @@ from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
 from dschat.train.shared_disk import check_shared
 from dschat.train.steps import StepPlan
-from dschat.utils import run_lock
 from dschat.utils.distributed import from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory

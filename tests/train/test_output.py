@@ -10,10 +10,10 @@ from torch import nn
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.save_plan import MERGED, SavePlan
+from dschat.train import run_lock
 from dschat.train.disk import ModelSize, Written, check_disk, in_words
 from dschat.train.model_config import ModelConfig, beyond_rank
 from dschat.train.run_config import RunConfig
-from dschat.utils import run_lock
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.adapter_write import AdapterOrigin
 from dschat.utils.module.lora import LoraConfig

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 
 from dschat.errors import UserError
+from dschat.train import run_lock
 from tests.helpers.shell import ROOT, STEP1, STEP2, STEP3, TRAINING, fake_launchers, load, started
 from tests.helpers.steps import preference_rows, write_rows
 from tests.helpers.tiny import save_llama_folder
@@ -312,6 +313,7 @@ def test_a_finished_step_is_not_replaced(e2e: ModuleType, tmp_path: Path, name: 
     monkeypatch.setattr("sys.argv", ["e2e_rlhf.py", "--output-dir", str(tmp_path)])
     with pytest.raises(UserError, match="holds a finished model; give another --output-dir, or --"):
         e2e.main()
+    run_lock.release()
     assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
     steps = {"actor-models": "2", "reward-models": "3", "step3-models/actor": "1"}
     for argv in (["--overwrite-output-dir"], ["--step", steps[name]]):

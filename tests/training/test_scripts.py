@@ -133,19 +133,6 @@ def test_a_failed_run_fails_the_script(
     assert shell(BASH, str(TRAINING / name), *words).returncode == 3
 
 
-def test_a_signal_to_all_leaves_the_log_and_the_code_of_a_run_that_saves(shell, tmp_path: Path):
-    """As Ctrl-C, `timeout` and Slurm send it; main.py ends with 75 after its step."""
-    log = tmp_path / "out" / "training.log"
-    lines = ["#!/bin/sh", "trap : INT TERM HUP USR1", f"until [ -e '{log}' ]; do sleep 0.01; done"]
-    lines += [f"kill -{name} 0" for name in ("INT", "TERM", "HUP", "USR1")]
-    launcher = tmp_path / "bin" / "deepspeed"
-    launcher.write_text("\n".join([*lines, "echo saved", "exit 75", ""]))
-    script = str(TRAINING / STEP1 / "single_node/run_1.3b.sh")
-    process = shell(BASH, script, str(log.parent), start_new_session=True)
-    assert (process.returncode, process.stdout) == (75, "saved\n")
-    assert log.read_text() == "saved\n"
-
-
 RUNS = {"run_step1_sweep.sh": 14, "run_step2_sweep.sh": 7, "run_step3_sweep.sh": 8}
 
 

@@ -12,7 +12,7 @@ or log-probabilities computed before training: there is no second model.
 from __future__ import annotations
 
 if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
-    from dschat.utils import signals
+    from dschat.train import signals
 
     signals.start()
 

@@ -11,7 +11,7 @@ trunk; the head trains in a group of its own.
 from __future__ import annotations
 
 if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
-    from dschat.utils import signals
+    from dschat.train import signals
 
     signals.start()
 

@@ -14,7 +14,7 @@ OUTPUT/critic where one is trained and, with `--enable_ema`, OUTPUT/actor_ema.
 from __future__ import annotations
 
 if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
-    from dschat.utils import signals
+    from dschat.train import signals
 
     signals.start()
 

@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from dschat.utils import signals
+from dschat.train import signals
 from tests.helpers.launch import ROOT, TIME_LIMIT
 
-START = "import os, sys, time; from dschat.utils import signals; signals.start(); "
+START = "import os, sys, time; from dschat.train import signals; signals.start(); "
 # Without the interpreter: no handler of its main thread can run before the end of this.
 IN_A_LIBRARY = "import hashlib; print(flush=True); hashlib.pbkdf2_hmac('sha1', b'', b'', 10**9)"
 LOOP = (

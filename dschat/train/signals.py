@@ -1,7 +1,7 @@
 """Signals that stop a run: in its loop after the present step, elsewhere at once.
 
-SIGTERM, SIGINT and SIGUSR1, a scheduler's warning, reach a thread, which answers also while the
-main thread waits inside a library. Only `start` installs anything; programs call it, no library
+SIGTERM, SIGINT, SIGHUP and SIGUSR1, a scheduler's warning, reach a thread, which answers also while
+the main thread waits inside a library. Only `start` installs anything; programs call it, no library
 code does.
 
 1. `start`: from here a signal ends the process at once, with one line
@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dschat.utils.launchers import rank_of
 
 STOPPED = 75  # exit code of a stopped run; EX_TEMPFAIL of sysexits.h: start it again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+CODE_FILE = "DSCHAT_CODE_FILE"  # variable with the file in which `train.launch` looks for the code
 ECHO = 1.0  # seconds in which a launcher may pass on the signal that the process has already
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Stopped(SystemExit):
@@ -70,7 +74,11 @@ def start() -> None:
     _watch.thread = threading.Thread(target=_attend, args=(_watch.pipe[0],), daemon=True)
     _watch.thread.start()
     _watch.wakeup = signal.set_wakeup_fd(_watch.pipe[1], warn_on_full_buffer=False)
-    _watch.replaced = {name: signal.signal(name, _nothing) for name in STOP_SIGNALS}
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    chosen = [name for name in STOP_SIGNALS if not (ignored and name == signal.SIGHUP)]
+    _watch.replaced = {name: signal.signal(name, _nothing) for name in chosen}
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # the launcher
 
 
 def restore() -> None:
@@ -125,12 +133,29 @@ def _note(signum: int) -> None:
 
 
 def _end(line: str, code: int) -> None:
-    """Say a line on rank 0, below any progress bar, and end the process from any thread."""
+    """Say a line on rank 0, and end the process from any thread."""
     if rank_of(os.environ) == 0:
-        bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
-        os.write(2, f"{above}{line}\n".encode())
-    os._exit(code)
+        end_line(line)
+    os._exit(told(code))
+
+
+def end_line(line: str) -> None:
+    """Print a process's last line, below any progress bar."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
+    os.write(2, f"{above}{line}\n".encode())
+
+
+def told(code: int) -> int:
+    """Tell `train.launch` the exit code; return the one to end with.
+
+    To torchrun any other than 0 is a failure, to be reported and, by `--max-restarts`, undone.
+    """
+    path = os.environ.get(CODE_FILE)
+    if path is None:
+        return code
+    Path(path).write_text(str(code))
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 # A worker is forked with signals blocked: one that came before the child has let go of the pipe

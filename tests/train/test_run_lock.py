@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dschat.errors import UserError
-from dschat.utils import run_lock
+from dschat.train import run_lock
 from tests.helpers.launch import ROOT
 
-HOLD = "import sys, time; from dschat.utils import run_lock; run_lock.hold(sys.argv[1]); "
+HOLD = "import sys, time; from dschat.train import run_lock; run_lock.hold(sys.argv[1]); "
 
 
 @pytest.fixture
