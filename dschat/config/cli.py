@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
@@ -16,8 +17,9 @@ from dschat.config.failures import line_for
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
 from dschat.train import run_lock, signals
+from dschat.utils import rank_watch
 from dschat.utils.distributed import launched_rank, print_rank_0
-from dschat.utils.printable import guard_terminal, printable
+from dschat.utils.printable import guard_terminal, last_line, printable
 
 S = TypeVar("S", bound=Settings)
 
@@ -149,8 +151,8 @@ def _yaml_tokens(path: str, flag: Flag, value: Any) -> list[str]:
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point; what ends it early is one line on stderr (rank 0), and its exit code.
 
-    A UserError ends with 2, a stop by a signal with 75; memory or a disk that runs out with 1 and a
-    line of the rank that it happens to.
+    A UserError ends with 2, a stop by a signal with 75; a rank that is lost, and memory or a disk
+    that runs out, with 1 and a line of the rank that it happens to.
     """
     guard_terminal()
     try:
@@ -164,13 +166,22 @@ def run_cli(main: Callable[[], None]) -> None:
         _say(stop.line)
         signals.ignore_at_exit()
         sys.exit(signals.told(signals.STOPPED))
+    except rank_watch.LostRankError as error:
+        last_line(f"error: {error}")
+        sys.exit(rank_watch.LOST)
     except Exception as error:
+        lost = rank_watch.explain(error)
+        if lost is not None:
+            if lost:
+                last_line(f"error: {lost}; the run ends")
+            os._exit(rank_watch.LOST)  # the libraries would wait for the lost rank
         known = line_for(error)
         if known is None:
             raise
         _say(f"error: rank {launched_rank()}, {known}", everywhere=True)
         sys.exit(1)
     finally:
+        rank_watch.stop()
         run_lock.release()
         signals.restore()
 

@@ -36,6 +36,7 @@ from dschat.train.resume import (
     set_peak_rates,
 )
 from dschat.train.safe_load import load_file, make_loading_safe
+from dschat.utils import rank_watch
 from dschat.utils.distributed import (
     Distributed,
     RandomState,
@@ -199,6 +200,7 @@ class Checkpointer:
         self._modules = {name: engine.module for name, engine in engines.items()}
         self._modules |= {name: m for name, m in (frozen or {}).items() if m is not None}
         signals.finish_steps()
+        rank_watch.in_step(1 if self._source is None else self._source.position.step + 1)
         if self._source is None:
             return Position()
         folder, record = self._source.folder, self._source.record
@@ -263,6 +265,7 @@ class Checkpointer:
             barrier()  # a launcher ends all ranks when the first one ends
             folder = str(checkpoint_folder.path_of(self.output_dir, step))
             raise signals.Stopped(signum, step, folder if counted else None)
+        rank_watch.in_step(step + 1)
 
     def save(self, position: Position) -> None:
         """Write a checkpoint; it appears under its name when complete, and older ones go then.

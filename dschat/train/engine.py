@@ -29,6 +29,7 @@ from dschat.utils.optim import (
     get_optimizer_grouped_parameters,
     group_table,
 )
+from dschat.utils.rank_watch import waiting
 from dschat.utils.zero import full_numel
 
 Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -192,4 +193,5 @@ def backward(engine: Engine, loss: torch.Tensor, last: bool) -> None:
     The loss must already be divided by the count of the group (`losses.mean_scale`).
     """
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss, scale_wrt_gas=False)
+    with waiting("the gradient all-reduce" if last else "a backward pass"):
+        engine.backward(loss, scale_wrt_gas=False)

@@ -148,7 +148,7 @@ def setup_run(
     form = set_format(
         tokenizer, prompt_format, teaches=teaches_format, end_is_given=end is not None
     )
-    process = process or init_distributed()
+    process = process or init_distributed(config.rank_timeout)
     print_rank_0(describe_format(form, tokenizer, stored), process.rank)
     set_random_seed(config.seed)
     return RunContext(**vars(process), dtype_name=dtype, tokenizer=tokenizer, seed=config.seed)

@@ -26,7 +26,7 @@ from dschat.train.model_config import ModelConfig
 from dschat.train.run_length import RunLength
 from dschat.train.shared_disk import check_shared
 from dschat.train.steps import StepPlan
-from dschat.utils.distributed import from_main, print_rank_0
+from dschat.utils.distributed import RANK_TIMEOUT, from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.optim import SCHEDULES, schedule_factory
 
@@ -41,6 +41,12 @@ class StartConfig(Settings):
     )
     add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
     eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
+    rank_timeout: int = setting(
+        RANK_TIMEOUT,
+        "seconds after which a rank that others wait for ends the run",
+        at_least=1,
+        may_change=True,
+    )
 
     @property
     def answer_end(self) -> str | None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.utils.launchers import rank_of
+from dschat.utils.printable import last_line
 
 STOPPED = 75  # exit code of a stopped run; EX_TEMPFAIL of sysexits.h: start it again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -135,15 +136,8 @@ def _note(signum: int) -> None:
 def _end(line: str, code: int) -> None:
     """Say a line on rank 0, and end the process from any thread."""
     if rank_of(os.environ) == 0:
-        end_line(line)
+        last_line(line)
     os._exit(told(code))
-
-
-def end_line(line: str) -> None:
-    """Print a process's last line, below any progress bar."""
-    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
-    os.write(2, f"{above}{line}\n".encode())
 
 
 def told(code: int) -> int:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
+from dschat.utils import rank_watch
 from dschat.utils.launchers import rank_of, torch_variables
 from dschat.utils.printable import printable
+from dschat.utils.rank_watch import waiting
 
 Result = TypeVar("Result")
+
+RANK_TIMEOUT = 600  # seconds
+LONGEST_COLLECTIVE = 7200.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,18 @@ class Distributed:
         return self.rank == 0
 
 
-def init_distributed() -> Distributed:
+def init_distributed(rank_timeout: float = RANK_TIMEOUT) -> Distributed:
     """Join the process group that the launcher describes; without one, be a group of one.
 
-    Launchers are torchrun, deepspeed, and those of `launchers.LAUNCHERS`.
+    Launchers are torchrun, deepspeed, and those of `launchers.LAUNCHERS`. Several ranks watch over
+    each other from here.
+
+    Args:
+        rank_timeout: seconds to wait for another rank, here and later.
 
     Raises:
-        UserError: several processes that cannot find each other.
+        UserError: nothing says where the other processes are.
+        LostRankError: they do not come.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -62,9 +74,53 @@ def init_distributed() -> Distributed:
         # DeepSpeed would compile an all-reduce here that only its inference engine calls: half a
         # minute, a need for a C++ compiler, and a lock file that outlives a killed process.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1:
+        _meet(accelerator.communication_backend_name(), ranks, rank_timeout)
     deepspeed.init_distributed(verbose=False)
     name = accelerator.device_name(local_rank)
     return Distributed(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(name))
+
+
+def _meet(backend: str, ranks: int, timeout: float) -> None:
+    """Build the process group of several ranks, and start the watch over them."""
+    rank = launched_rank()
+    if not dist.is_initialized():
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            if rank != 0:
+                _reach(address, port, timeout)  # torch would print its stack again and again
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        except (OSError, dist.DistError) as error:
+            place = f"{address}:{port}"
+            raise rank_watch.LostRankError(
+                f"rank {rank} of {ranks} waited {timeout:g} s at {place} for the others to start "
+                f"({brief(error)})"
+            ) from error
+        # Below the watch: where all ranks live and none hears the others.
+        limit = timedelta(seconds=max(2 * timeout, LONGEST_COLLECTIVE))
+        rank_watch.start(store, rank, ranks, timeout)
+        dist.init_process_group(backend, timeout=limit, world_size=ranks, rank=rank, store=store)
+    else:
+        store = dist.distributed_c10d._get_default_store()
+        rank_watch.start(store, rank, ranks, timeout)
+
+
+def _reach(address: str, port: int, timeout: float) -> None:
+    """Wait until somebody listens there.
+
+    Raises:
+        OSError: the last reason why nobody was reached in time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=min(timeout, 60.0)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def launched_rank() -> int:
@@ -81,12 +137,13 @@ def from_main(work: Callable[[], Result]) -> Result:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]  # result, message of an error
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
+    with waiting("the work of rank 0", patient=True):
+        if dist.get_rank() == 0:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -117,14 +174,16 @@ def all_gather(value: Result) -> list[Result]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with waiting("a gather"):
+        dist.all_gather_object(values, value)
     return values
 
 
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        with waiting("a barrier", patient=True):
+            dist.barrier()
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
@@ -144,8 +203,9 @@ def _all_reduce(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> 
 
     device = get_accelerator().current_device_name()
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, operation)
-    return tensor.tolist()
+    with waiting("an all-reduce"):
+        dist.all_reduce(tensor, operation)
+        return tensor.tolist()
 
 
 def set_random_seed(seed: int) -> None:

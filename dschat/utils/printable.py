@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -53,3 +54,10 @@ def guard_terminal() -> None:
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _show_warning
     sys.excepthook = _show_error
+
+
+def last_line(line: str) -> None:
+    """Print a process's last line, below any progress bar."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
+    os.write(2, f"{above}{line}\n".encode())

@@ -14,11 +14,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from dschat.errors import UserError, brief
-
-
-class LostRankError(RuntimeError):
-    """The process that holds the store ended while others waited for work of a rank."""
-
+from dschat.utils.rank_watch import LostRankError, waiting
 
 _turns = itertools.count()  # every rank takes the same ones
 
@@ -48,7 +44,8 @@ def from_waiting_main(work: Callable[[], str]) -> str:
 
 def _from(worker: int, work: Callable[[], str]) -> str:
     try:
-        return _from_by_store(worker, work)
+        with waiting(f"the work of rank {worker}", patient=True):
+            return _from_by_store(worker, work)
     except dist.DistNetworkError as error:
         raise LostRankError(
             f"rank {worker}, or the launcher, ended while this rank waited for it"

@@ -34,7 +34,12 @@ RANKS = [sys.executable, "-c", LAUNCHER, RANK]
 def start(command: Sequence[str], *options: str, **env: str) -> subprocess.Popen:
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [*LAUNCH, *options, *command], env=ENV | env, stdout=pipe, stderr=pipe, text=True
+        [*LAUNCH, *options, *command],
+        env=ENV | env,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also under nohup
     )
 
 

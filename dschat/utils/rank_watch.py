@@ -1,0 +1,220 @@
+"""A watch over the other ranks: none is waited for longer than `rank_timeout`, nor without a word.
+
+Each rank tells the others by the store of the process group, every few seconds, how many places it
+has come to; all ranks come to the same ones in the same order (`waiting`). A thread of each rank
+ends the process when
+
+- the main thread has waited in a collective for that long, and a rank has not come to it
+- a rank has given no sign of life for that long: it was killed, or stopped
+
+Rank-dependent work of any length (a tokenisation, a large model being written) is no such wait:
+others wait for it in a `patient` place. The process group's own limit is further away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from dschat.utils.printable import last_line
+
+LOST = 1  # exit code
+_SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+
+
+class LostRankError(RuntimeError):
+    """Another rank has ended or does not answer; the message says which, and where."""
+
+
+@dataclass
+class _Place:
+    """Where the main thread is: its how manyth place, and whether it waits there for others."""
+
+    count: int = 0
+    name: str = "the start"
+    step: int = 0
+    waits: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+    def go(self, name: str, waits: bool) -> None:
+        self.count, self.name, self.waits = self.count + 1, name, waits
+        self.since = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{self.name} of step {self.step}" if self.step else self.name
+
+
+_here = _Place()
+
+
+@contextlib.contextmanager
+def waiting(name: str, patient: bool = False) -> Iterator[None]:
+    """Mark a place where ranks wait for each other; all of them come to it.
+
+    Args:
+        name: such as "a barrier". patient: one of them may work there for hours.
+    """
+    _here.go(name, not patient)
+    yield
+    _here.go(f"the work after {name}", False)
+
+
+def in_step(number: int) -> None:
+    """Tell the number of the present step, for messages."""
+    _here.step = number
+
+
+class RankWatch:
+    """The watch of one rank of several."""
+
+    def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float, key: str):
+        self.rank, self.ranks, self.timeout, self.key = rank, ranks, timeout, key
+        self.interval = min(timeout / 10, 5.0)
+        self._store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: the main thread may wait in another
+        self._store.set_timeout(timedelta(days=1))
+        self._leaves = threading.Lock()
+        self._ended, self._last = threading.Event(), f"{key}/last word"
+        self._beats: dict[int, str] = {}
+        now = time.monotonic()
+        self._heard = dict.fromkeys(range(ranks), now)
+        self._exchanged = now
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._exchange, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the watch, and tell the others that this rank is not missed any more."""
+        self._ended.set()
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{self.key}/{self.rank}", json.dumps(["done"]))
+
+    def silent(self, seconds: float) -> list[int]:
+        """Ranks without a sign of life for so long."""
+        now = time.monotonic()
+        if now - self._exchanged > seconds and self.rank != 0:
+            return [0]  # which keeps the store
+        return [
+            rank
+            for rank, heard in self._heard.items()
+            if now - heard > seconds and self._beats.get(rank) != '["done"]'
+        ]
+
+    def _exchange(self) -> None:
+        """Give and take signs of life; a store that does not answer holds up this thread alone."""
+        keys = [f"{self.key}/{rank}" for rank in range(self.ranks)]
+        beats = 0
+        with contextlib.suppress(RuntimeError):
+            while not self._ended.is_set():
+                beats += 1
+                mine = json.dumps([beats, _here.count, str(_here)])
+                self._store.set(keys[self.rank], mine)
+                present = [key for key in keys if self._store.check([key])]
+                values = self._store.multi_get(present)
+                now = time.monotonic()
+                for key, value in zip(present, values, strict=True):
+                    rank, beat = int(key.rpartition("/")[2]), value.decode()
+                    if self._beats.get(rank) != beat:
+                        self._beats[rank], self._heard[rank] = beat, now
+                self._exchanged = self._heard[self.rank] = now
+                if self._store.check([self._last]):
+                    self._leave(self._store.get(self._last))
+                self._ended.wait(self.interval)
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(self.interval / 2):
+            now = time.monotonic()
+            if now - last > 3 * self.interval:  # this rank was stopped itself, perhaps all were
+                self._heard = dict.fromkeys(self._heard, now)
+                self._exchanged = _here.since = now
+            last = now
+            missing, why = self.silent(self.timeout), "no sign of life"
+            if not missing and _here.waits and now - _here.since > self.timeout:
+                missing = self._behind()
+                why = f"still in {json.loads(self._beats[missing[0]])[2]}" if missing else ""
+            if missing:
+                self._end(missing, why)
+
+    def _end(self, missing: Sequence[int], why: str) -> None:
+        """End the run: the first rank that is not missing says why."""
+        line = f"{self.timeout:g} s for {_ranks(missing)} in {_here} ({why}); the run ends"
+        first = min(set(range(self.ranks)) - set(missing))
+        word = json.dumps([first, f"error: rank {first} waited {line}"])
+        # The store is rank 0's: without that there is nobody to ask whether it is said already.
+        self._leave(word if 0 in missing else self._store.compare_set(self._last, "", word))
+
+    def _leave(self, word: bytes | str) -> None:
+        self.leave_once()
+        first, line = json.loads(word)
+        if self.rank == first:
+            last_line(line)
+        if self.rank == 0:
+            time.sleep(2 * self.interval)  # until the others have read it
+        os._exit(LOST)
+
+    def leave_once(self) -> None:
+        """Let one thread alone end the process, and say why; the others wait here for that."""
+        self._leaves.acquire()
+
+    def _behind(self) -> list[int]:
+        """Ranks that have not come to this place, by what they last said."""
+        counts = {rank: json.loads(beat)[1:2] for rank, beat in self._beats.items()}
+        return [rank for rank, count in counts.items() if count and count[0] < _here.count]
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    names = ", ".join(map(str, numbers))
+    return f"rank {names}" if len(numbers) == 1 else f"ranks {names}"
+
+
+_watch: RankWatch | None = None
+_starts = 0
+atexit.register(lambda: stop())
+
+
+def start(store: dist.Store, rank: int, ranks: int, timeout: float) -> None:
+    """Watch over the other ranks; every rank calls it."""
+    global _watch, _starts
+    stop()
+    _starts += 1
+    _here.count, _here.waits = 0, False
+    in_step(0)
+    _watch = RankWatch(store, rank, ranks, timeout, f"dschat/watch/{_starts}")
+
+
+def stop() -> None:
+    """End the watch, where there is one."""
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+    _watch = None
+
+
+def explain(error: Exception) -> str | None:
+    """Say which rank an error of a collective is about; None for any other error.
+
+    Empty on ranks that leave it to another one to say it.
+    """
+    if _watch is None or not any(sign in str(error) for sign in _SIGNS):
+        return None
+    ranks = set(range(_watch.ranks))
+    missing = sorted(ranks - {_watch.rank}) if len(ranks) == 2 else []
+    deadline = time.monotonic() + 4 * _watch.interval
+    while not missing and time.monotonic() < deadline:
+        time.sleep(_watch.interval / 4)
+        missing = _watch.silent(2.5 * _watch.interval)
+    _watch.leave_once()
+    if missing and _watch.rank != min(ranks - set(missing)):
+        return ""
+    return f"rank {_watch.rank} lost {_ranks(missing) if missing else 'another rank'} in {_here}"

@@ -1,0 +1,103 @@
+"""Runs whose ranks die, stop, hang or never come, all at a time; each rank is a fork of this one.
+
+Started with one argument, a folder: `results.json` there maps each case to every rank's exit code
+(null where it was stopped) and standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+
+from dschat.config.cli import run_cli
+from dschat.train import signals
+from dschat.utils import rank_watch
+from dschat.utils.distributed import all_reduce_sum, barrier, from_main, init_distributed
+from tests.helpers.steps import free_port
+
+HEAVY = deepspeed  # imported once
+LIMIT = 5.0  # seconds
+
+
+def send(signum: int) -> Callable[[], object]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+KILL, STOP, HANG = send(signal.SIGKILL), send(signal.SIGSTOP), lambda: time.sleep(3600)
+# Name → what each rank does in step 4, in its order; None: it never starts.
+CASES: dict[str, list[Callable[[], object] | None]] = {
+    "fine": [print, print],
+    "killed": [print, KILL],
+    "first killed": [KILL, print],
+    "one of three killed": [print, print, KILL],
+    "stopped": [print, STOP],
+    "first stopped": [STOP, print],
+    "hangs": [print, HANG],
+    "one of three hangs": [print, HANG, print],
+    "long work of rank 0": [lambda: from_main(lambda: time.sleep(1.5 * LIMIT))] * 2,
+    "stopped in work of rank 0": [lambda: from_main(STOP)] * 2,
+    "never comes": [print, None],
+    "first never comes": [None, print],
+}
+
+
+def child(case: str, rank: int, port: str, folder: Path) -> None:
+    """Be one rank; never returns."""
+    os.dup2(os.open(folder / f"{case}.{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    ranks = str(len(CASES[case]))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    signals.start()
+
+    def main() -> None:
+        init_distributed(LIMIT)
+        barrier()
+        rank_watch.in_step(4)
+        act = CASES[case][rank]
+        assert act is not None
+        act()
+        all_reduce_sum([1.0])
+
+    code: object = 0
+    try:
+        run_cli(main)
+    except SystemExit as stop:
+        code = stop.code
+    os._exit(int(str(code)))
+
+
+def main() -> None:
+    """Fork them all, and wait for all but those that were stopped."""
+    folder = Path(sys.argv[1])
+    pids: dict[int, tuple[str, int]] = {}
+    for case, acts in CASES.items():
+        port = free_port()
+        for rank, act in enumerate(acts):
+            if act is not None:
+                pid = os.fork()
+                if pid == 0:
+                    child(case, rank, port, folder)
+                pids[pid] = case, rank
+    results: dict[str, dict[int, tuple[int | None, str]]] = {case: {} for case in CASES}
+    stopped = []
+    for pid, (case, rank) in pids.items():
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        code = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+        if code is None:
+            stopped.append(pid)
+        results[case][rank] = code, (folder / f"{case}.{rank}").read_text()
+    for pid in stopped:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
