@@ -117,7 +117,7 @@ def _write(part: Path, contents: Contents) -> None:
     """Write this rank's files; an error is raised when the others no longer wait for this rank."""
     failed: list[Exception] = []
     for name, engine in contents.engines.items():
-        with _errors_kept(engine, failed):
+        with _errors_kept(engine, failed), frozen_left_out(engine):
             engine.save_checkpoint(
                 str(part), tag=name, save_latest=False, exclude_frozen_parameters=True
             )
@@ -136,6 +136,29 @@ def _save(state_dict: dict[str, Any], path: str | Path, zipped: bool = True) -> 
         if found is None:
             raise
         raise OSError(found.errno, found.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def frozen_left_out(engine: Engine) -> Iterator[None]:
+    """Have an engine leave frozen weights out under all their names.
+
+    DeepSpeed leaves a tied weight out once, and writes it under its other name.
+    """
+    names = engine.module.named_parameters(remove_duplicate=False)
+    frozen = [name for name, parameter in names if not parameter.requires_grad]
+    original = engine.module_state_dict
+
+    def trained(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        state = original(*args, **kwargs)
+        for name in frozen:
+            state.pop(name, None)
+        return state
+
+    engine.module_state_dict = trained
+    try:
+        yield
+    finally:
+        del engine.module_state_dict
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class Engine(nn.Module):
     fp16_enabled: Callable[[], bool]
     get_global_grad_norm: Callable[[], float | None]  # before clipping; None before the first step
     save_checkpoint: Callable[..., bool]
+    module_state_dict: Callable[..., dict[str, torch.Tensor]]  # what a checkpoint holds of it
     load_checkpoint: Callable[..., tuple[str | None, dict[str, object]]]
     checkpoint_engine: Any  # reads and writes the files of a checkpoint
     _copy_recovery_script: Callable[[str], None]  # puts DeepSpeed's zero_to_fp32.py beside them

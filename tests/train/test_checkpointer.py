@@ -9,12 +9,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from dschat.config import RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data.batching import build_loader
 from dschat.data.collators import PromptCollator
 from dschat.errors import UserError
+from dschat.train.checkpoint_write import frozen_left_out
 from dschat.train.checkpointer import Position
 from dschat.train.metrics import Continued, LogConfig, MetricLogger
 from dschat.train.resume import (
@@ -330,3 +333,24 @@ def test_resume_with_and_without_a_value(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("resume: newest\noutput_dir: o\n")
     assert sft("--config", str(file)).run.checkpoint.resume == "newest"
+
+
+def test_a_frozen_weight_is_in_no_checkpoint_under_any_of_its_names():
+    class Engine(nn.Module):
+        module_state_dict = DeepSpeedEngine.module_state_dict
+
+        def __init__(self, module: nn.Module):
+            super().__init__()
+            self.module = module
+
+        def random_ltd_enabled(self) -> bool:
+            return False
+
+    model = tiny.adapted(tiny.tiny_llama(tie_word_embeddings=True))
+    engine, trained = Engine(model), {n for n, p in model.named_parameters() if p.requires_grad}
+    with frozen_left_out(engine):
+        assert engine.module_state_dict(exclude_frozen_parameters=True).keys() == trained
+    model.lm_head.weight.requires_grad_(True)  # the embedding, too
+    with frozen_left_out(engine):
+        found = engine.module_state_dict(exclude_frozen_parameters=True).keys()
+    assert found == trained | {"lm_head.weight", "model.embed_tokens.weight"}
