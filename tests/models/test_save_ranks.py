@@ -17,6 +17,7 @@ from dschat.errors import UserError
 from dschat.models import save
 from dschat.models.save import save_hf_format
 from dschat.models.stream import plan_folder
+from dschat.train.metrics import StepBar
 from dschat.utils.distributed import Distributed
 from dschat.utils.waiting import LostRankError
 from tests.helpers import tiny
@@ -29,7 +30,7 @@ LONGEST_WAIT = timedelta(seconds=1)  # of a collective
 def rank_of(rank: int, port: str, folder: Path, trouble: str) -> None:
     """Save a model in shards while rank 0 has some trouble; what this rank says goes to a file."""
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.GroupMember.WORLD = None  # another test's, copied by the fork
+    dist.GroupMember.WORLD = StepBar.made = None  # other tests', copied by the fork
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
