@@ -23,6 +23,7 @@ COMMON = {
     *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers", "max_skipped_steps"),
+    "rank_timeout",
     *("deepspeed_config", "dtype"),  # compared by what they come to
 }
 ROLES = {

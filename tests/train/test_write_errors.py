@@ -53,6 +53,10 @@ class FakeEngine:
         if is_torchs:  # by torch.save, in a zip
             writer["zipfile_serialization"] = True
         self.size, self.checkpoint_engine = size, SimpleNamespace(**writer)
+        self.module = torch.nn.Linear(1, 1)
+
+    def module_state_dict(self) -> dict[str, torch.Tensor]:
+        return self.module.state_dict()
 
     def _copy_recovery_script(self, folder: str) -> None:
         Path(folder, "script").write_text("")
