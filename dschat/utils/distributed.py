@@ -97,6 +97,9 @@ def _meet(backend: str, ranks: int, timeout: float) -> None:
                 f"rank {rank} of {ranks} waited {timeout:g} s at {place} for the others to start "
                 f"({brief(error)})"
             ) from error
+        # After a restart the store of torchrun still has the addresses of the ranks that ended.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"dschat/attempt {attempt}", store)
         # Below the watch: where all ranks live and none hears the others.
         limit = timedelta(seconds=max(2 * timeout, LONGEST_COLLECTIVE))
         rank_watch.start(store, rank, ranks, timeout)

@@ -142,7 +142,8 @@ class RankWatch:
             missing, why = self.silent(self.timeout), "no sign of life"
             if not missing and _here.waits and now - _here.since > self.timeout:
                 missing = self._behind()
-                why = f"still in {json.loads(self._beats[missing[0]])[2]}" if missing else ""
+                if missing and missing[0] not in self.silent(3 * self.interval):
+                    why = f"still in {json.loads(self._beats[missing[0]])[2]}"
             if missing:
                 self._end(missing, why)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.steps import launch
+from tests.helpers.steps import free_port, launch
 
 WAITED = "waited 5 s for rank"
 HERE = "in an all-reduce of step 4"
@@ -57,3 +58,15 @@ def test_how_it_ends(results, case: str):
     (told,) = lines
     first, *parts = f"error: {line}".split("*")
     assert told.startswith(first) and all(part in told for part in parts), told
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_ranks_again(tmp_path: Path):
+    """By itself torch gives them the addresses of the ranks before, in a store that lives on."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    worker = Path(__file__).with_name("restart_worker.py")
+    options = ["--max-restarts", "1", "--master_port", free_port()]
+    done = launch([*torchrun, *options, str(worker)], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(re.findall(r"start \d rank \d sum \d", done.stdout))
+    assert told == [f"start {start} rank {rank} sum 2" for start in (0, 1) for rank in (0, 1)]
