@@ -61,7 +61,7 @@ def test_a_second_signal_ends_at_once_unless_it_is_an_echo():
 def test_signals_of_a_forked_worker_are_its_own():
     code = (
         "pid = os.fork()\n"
-        "if pid == 0: time.sleep(60)\n"
+        "if pid == 0: time.sleep(60); os._exit(1)\n"
         "os.kill(pid, 15); print(os.waitpid(pid, 0)[1], signals.requested(), file=sys.stderr)"
     )
     assert run("signals.finish_steps()\n" + code) == (0, "15 0\n")
