@@ -71,7 +71,7 @@ def test_output_goes_to_the_screen_and_the_log_and_the_code_comes_back(tmp_path:
     assert process.returncode == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM"])
 def test_signals_go_to_the_ranks_alone(name: str, tmp_path: Path):
     """The launcher would die of them, and with it their code."""
     process = start(RANKS, "--log", str(tmp_path / "log"))
