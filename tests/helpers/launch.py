@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # Seconds after which a process that a test started counts as hung. No test comes near it: on a
-# loaded machine of a tenth of the speed the longest launch takes about a third of it.
-TIME_LIMIT = 3600.0
+# loaded machine of a tenth of the speed the longest launch takes about two thirds of it.
+TIME_LIMIT = 1800.0
 
 
 def run_ranks(script: str | Path, ranks: int, args: Sequence[str], log_dir: Path) -> list[str]:

@@ -15,12 +15,14 @@ from tests.helpers.launch import ROOT, TIME_LIMIT
 
 LAUNCH = [sys.executable, "-m", "dschat.train.launch"]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
-# A rank that stops as the steps do, and prints when it can.
+# A rank that stops as the steps do, and says when it can. Both write to one pipe: each line by one
+# write, where PYTHONUNBUFFERED would have `print` make two.
 RANK = (
-    "import os, time; from dschat.train import signals; signals.start(); signals.finish_steps(); "
-    "print(os.getpid(), flush=True)\n"
+    "import os, time; from dschat.train import signals; signals.start(); signals.finish_steps()\n"
+    "say = lambda number: os.write(1, b'%d\\n' % number)\n"
+    "say(os.getpid())\n"
     "while not signals.requested(): time.sleep(0.01)\n"
-    "print(signals.requested(), flush=True); raise SystemExit(signals.told(75))"
+    "say(signals.requested()); raise SystemExit(signals.told(75))"
 )
 # A launcher of two ranks that dies of any signal; else it fails as the ranks do.
 LAUNCHER = (
@@ -71,7 +73,7 @@ def test_output_goes_to_the_screen_and_the_log_and_the_code_comes_back(tmp_path:
     assert process.returncode == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_go_to_the_ranks_alone(name: str, tmp_path: Path):
     """The launcher would die of them, and with it their code."""
     process = start(RANKS, "--log", str(tmp_path / "log"))
@@ -125,6 +127,8 @@ def test_ranks_die_with_their_launcher():
     code = f"import os, sys; sys.argv[1:] = [{RANK!r}]\n{LAUNCHER}"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True) as launcher:
-        ranks = [int(launcher.stdout.readline()) for _ in range(2)]
-        launcher.kill()
+        try:
+            ranks = [int(launcher.stdout.readline()) for _ in range(2)]
+        finally:
+            launcher.kill()
         wait_for_end(ranks)
