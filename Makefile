@@ -17,6 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
+# Processes for the tests, a file by one of them; each takes about 1 GB.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-slow test-all test-gpu faults lint format clean
 .DEFAULT_GOAL := quickstart
@@ -33,13 +35,13 @@ quickstart: $(STAMP)
 	$(BIN)/python e2e_rlhf.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: lint
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # DeepSpeed has one device a process: these tests run by themselves.
 test-gpu: $(STAMP)

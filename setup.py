@@ -54,7 +54,8 @@ setup(
     ],
     extras_require={
         "test": [
-            "pytest>=8",
+            "pytest>=9",
+            "pytest-xdist>=3.8",
             "ruff>=0.15",
             "mypy>=2.4",
             "types-PyYAML",
