@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.faults.programs import Layout, layouts
+from tests.faults.programs import PROGRAMS, Layout, layouts
 
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -51,41 +51,45 @@ class Case:
         return int(getattr(errno if self.kind == "error" else signal, self.words[0]))
 
 
-def _spread(kind: str, count: int, *words: str, of: list[Layout]) -> Iterator[Case]:
-    """So many numbered cases, dealt out among layouts in turn."""
-    for number in range(count):
-        yield Case(of[number % len(of)], kind, (*words, str(number)))
+VARIANTS = ("sft-over", "sft-adapter")  # of SFT: how it writes its result, which is rarely aimed at
 
 
-def _weighted(programs: tuple[str, ...] | None = None) -> list[Layout]:
-    """All layouts, the quick ones more often: those of PPO take several times as long."""
-    found = layouts(programs)
-    return [*(lay for lay in found if lay.program != "ppo"), *found]
+def _spread(kind: str, count: int, *words: str, of: list[Layout]) -> list[Case]:
+    """So many numbered cases, dealt out among all layouts before any gets another."""
+    order = random.Random(f"{kind} {words}").sample(of, len(of))
+    return [Case(order[n % len(of)], kind, (*words, str(n))) for n in range(count)]
+
+
+def _damage() -> Iterator[list[Case]]:
+    """Every file of a checkpoint of each program, one rank at all stages and two at ZeRO-3.
+
+    The other targets do not depend on ranks and stage.
+    """
+    for layout in layouts(PROGRAMS.keys() - VARIANTS):
+        if layout.ranks == 1 or layout.stage == 3:
+            yield [Case(layout, "damage", ("checkpoint", how, "all")) for how in DAMAGES]
+        if layout.ranks == 1 and layout.stage == 0:
+            for target in TARGETS[1:]:
+                yield [Case(layout, "damage", (target, how, "all")) for how in DAMAGES]
 
 
 def long_form() -> list[Case]:
-    """All cases of `make faults`, mixed, so that whatever is cut short has tried some of each."""
-    everywhere = _weighted()
-    cases = [*_spread("kill", 220, of=everywhere)]
-    for name, count in zip(ERRORS, (36, 10, 6, 4), strict=True):
-        cases += _spread("error", count, name, of=everywhere)
-    for name in SIGNALS:
-        cases += _spread("signal", 10, name, of=everywhere)
-    two_ranks = [lay for lay in everywhere if lay.ranks == 2]
-    cases += _spread("signal-one", 6, "SIGTERM", of=two_ranks)
-    cases += _spread("lost-rank", 6, of=two_ranks)
-    for layout in layouts():
-        one_of_each = layout.ranks == 1 and layout.stage in (0, 2)
-        if one_of_each or layout.name == "sft-z3-r2":
-            cases += [Case(layout, "damage", ("checkpoint", how, "all")) for how in DAMAGES]
-        if layout.ranks == 1 and layout.stage == 0:
-            cases += [
-                Case(layout, "damage", (target, how, "all"))
-                for target in TARGETS[1:]
-                for how in DAMAGES
-            ]
-    random.Random(0).shuffle(cases)
-    return cases
+    """All cases of `make faults`, mixed evenly: whatever is cut short has tried its share of each."""
+    everywhere, variants = layouts(PROGRAMS.keys() - VARIANTS), layouts(VARIANTS)
+    two_ranks = [layout for layout in everywhere if layout.ranks == 2]
+    groups = [_spread("kill", 8 * len(everywhere), of=everywhere)]
+    groups += [_spread("kill", 2 * len(variants), of=variants)]
+    for name, count in zip(ERRORS, (48, 24, 12, 12), strict=True):
+        groups += [_spread("error", count, name, of=everywhere)]
+    groups += [_spread("signal", len(everywhere), name, of=everywhere) for name in SIGNALS]
+    groups += [_spread("signal-one", len(two_ranks), "SIGTERM", of=two_ranks)]
+    groups += [_spread("lost-rank", len(two_ranks), of=two_ranks), *_damage()]
+    placed = [
+        ((place + 0.5) / len(group), number, case)
+        for number, group in enumerate(groups)
+        for place, case in enumerate(group)
+    ]
+    return [case for *_, case in sorted(placed, key=lambda entry: entry[:2])]
 
 
 def middle_form() -> list[Case]:

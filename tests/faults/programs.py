@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class Layout:
         return [*self.argv(), *map(str, saves)]
 
 
-def layouts(programs: Sequence[str] | None = None) -> list[Layout]:
+def layouts(programs: Collection[str] | None = None) -> list[Layout]:
     """All layouts of the programs that this checkout has."""
     names = [name for name, program in PROGRAMS.items() if program.is_there]
     return [
