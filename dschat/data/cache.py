@@ -9,7 +9,6 @@ user named and that no stranger can write in.
 """
 
 import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from dschat.errors import UserError
-from dschat.utils.files import sync
+from dschat.utils.files import sha256, sync
 from dschat.utils.printable import printable
 
 RECORD = "digests.json"
@@ -167,12 +166,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def _digests(files: dict[str, Path]) -> dict[str, str]:
     """SHA-256 (hex) of each file, of several at a time."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing holds no lock
-        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
 
 
 def _make(folder: Path, mode: int) -> None:

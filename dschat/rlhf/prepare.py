@@ -37,7 +37,7 @@ from dschat.train.checkpointer import Checkpointer, Position
 from dschat.train.disk import Written, reserve
 from dschat.train.metrics import MetricLogger
 from dschat.train.prepare import RunContext
-from dschat.train.resume import RunPlan
+from dschat.train.resume import RunPlan, model_files
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
 from dschat.utils.disk import Reserve
@@ -201,9 +201,8 @@ def prepare(
     run.check_disk(plan.training.written, iterations)
     optimizers = {name: role.config.optimizer for name, role in setup.trained.items()}
     derived = rewards.record() | ({"unsupervised_dataset_name.rows": text.key} if text else {})
-    run_plan = RunPlan(
-        settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps, derived
-    )
+    files, dtype = model_files(settings), ctx.dtype_name
+    run_plan = RunPlan(settings.KIND, settings, optimizers, dtype, data.key, steps, derived, files)
     checkpointer = Checkpointer(run.checkpoint, run.output_dir, run_plan, ctx)
     tell_unused_ends(plan.names.actor, tokenizer)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.utils.files import disk_errors_named, exchange, size_of, sync, sync_tree
+from dschat.utils.files import disk_errors_named, exchange, sha256, size_of, sync, sync_tree
 
 RECORD = "state.json"
 FORMAT = 3  # of the folder; raise it when older checkpoints cannot be resumed any more
@@ -122,11 +122,7 @@ def choose(output_dir: str, resume: str | None) -> list[Path]:
 
 def digests_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 of each of these files, as a hexadecimal text."""
-    digests = {}
-    for name in names:
-        with (folder / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {name: sha256(folder / name) for name in names}
 
 
 def names_in(folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ from dschat.train.engine import Engine, build_engine, resolve_dtype, torch_dtype
 from dschat.train.metrics import MetricLogger
 from dschat.train.model_config import ModelConfig
 from dschat.train.progress import TrainingLog, Watch
-from dschat.train.resume import RunPlan
+from dschat.train.resume import RunPlan, model_files
 from dschat.train.run_config import StartConfig, StepSettings
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
@@ -246,7 +246,10 @@ def prepare(
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
     steps = StepPlan.of(batches, run.engine.gradient_accumulation_steps, settings.max_steps)
     optimizers = {"model": model.config.optimizer}
-    plan = RunPlan(settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps)
+    files = model_files(settings)
+    plan = RunPlan(
+        settings.KIND, settings, optimizers, ctx.dtype_name, data.key, steps, model_files=files
+    )
     checkpointer = Checkpointer(run.checkpoint, run.output_dir, plan, ctx)
     run.check_disk([model.written], steps.total_steps)
     lines = run.remarks(steps, settings.eval_interval)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.models.small_files import small_file_digests
 from dschat.settings import Settings, flag_values, flags_of
 from dschat.train.machine import without_shape
 from dschat.train.steps import StepPlan
@@ -31,6 +32,15 @@ OVERRIDE = "resume_with_new_rates"
 FACTS = ("rows", "total_steps", "epoch_steps")
 
 
+def model_files(settings: Settings) -> dict[str, dict[str, str]]:
+    """SHA-256 of each model's small files, by the setting that names the model."""
+    return {
+        name: small_file_digests(value)
+        for name, value in flag_values(settings).items()
+        if name.endswith("model_name_or_path") and value is not None
+    }
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """All that decides a run's result and is known before weights load.
@@ -40,6 +50,7 @@ class RunPlan:
         optimizers: of every model that trains, by its name.
         dtype: the resolved one. data_key: digest of the training rows.
         derived: contents that settings stand for, by "setting.detail"; digests as texts.
+        model_files: as that function gives them.
     """
 
     kind: str
@@ -49,6 +60,7 @@ class RunPlan:
     data_key: str
     steps: StepPlan
     derived: Mapping[str, object] = field(default_factory=dict)
+    model_files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @functools.cached_property
     def fixed(self) -> dict[str, Any]:
@@ -88,6 +100,7 @@ class RunPlan:
             "processes": processes,
             "engines": engines,
             "settings": self.fixed,
+            "model_files": {name: dict(files) for name, files in self.model_files.items()},
         }
 
     def check_continues(
@@ -114,13 +127,37 @@ class RunPlan:
                 f"{processes}; start {record['processes']}, each holds a shard of it, or make it "
                 f"portable: python -m dschat.checkpoint convert {place}"
             )
-        for name in sorted({*saved, *now}, key=lambda n: (n in FACTS, n)):
-            if saved.get(name) != now.get(name):
-                difference = self._explain(name, saved.get(name), now.get(name))
-                raise UserError(f"resume {place}: {difference}")
+        differing = sorted(n for n in {*saved, *now} if saved.get(n) != now.get(n))
+        settings = [n for n in differing if n not in FACTS and not n.endswith(".rows")]
+        if not settings:  # which may be why a model's files differ, and those why the rows do
+            self._check_model_files(place, record.get("model_files", {}))
+        for name in settings or differing:
+            difference = self._explain(name, saved.get(name), now.get(name))
+            raise UserError(f"resume {place}: {difference}")
         if not with_new_rates:
             for name, optimizer in self.optimizers.items():
                 _check_same_rates(place, name, record["engines"][name], optimizer)
+
+    def _check_model_files(self, place: str, saved: Mapping[str, Mapping[str, str]]) -> None:
+        """Stop at a small file of a model that changed since the run began.
+
+        Args:
+            saved: as `model_files`; {} in checkpoints of versions that did not record it.
+        """
+        for setting in sorted(saved.keys() & self.model_files.keys()):
+            before, now = saved[setting], self.model_files[setting]
+            for file in sorted({*before, *now}):
+                if before.get(file) == now.get(file):
+                    continue
+                state, remedy = "is not as it was when the run began", "put it back"
+                if file not in now:
+                    state = "is no longer there"
+                elif file not in before:
+                    state, remedy = "was not there when the run began", "remove it"
+                raise UserError(
+                    f"resume {place}: {file} of {setting} "
+                    f"{flag_values(self.settings)[setting]} {state}; {remedy}, or start anew"
+                )
 
     def _explain(self, name: str, saved: Any, now: Any) -> str:
         """Say in what a setting or a content differs, and what to do."""

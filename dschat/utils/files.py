@@ -1,10 +1,11 @@
-"""Files that survive a kill or a power failure: sync, exchange, size, errors in one line."""
+"""Files that survive a kill or a power failure: sync, exchange, digest, errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import sys
@@ -43,6 +44,12 @@ def exchange(first: Path, second: Path) -> bool:
     except AttributeError:  # an old C library
         return False
     return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as a hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(path: Path) -> int:

@@ -51,15 +51,23 @@ def warm_up() -> None:
     """Import and look up once what every run needs, on one thread, without GPU and network."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    import pkgutil
+    from importlib import import_module
+
     import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
+    import deepspeed.ops
     import torch
     import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import dschat.config
-    import dschat.rlhf.prepare  # noqa: F401
+    import dschat
 
+    for module in pkgutil.walk_packages(dschat.__path__, "dschat."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
     torch.set_num_threads(1)
+    assert deepspeed.ops.__compatible_ops__  # which are found out by a compiler
+    get_checkpoint_conversion_mapping("llama")  # parses the patterns of all families
     names = ("get_scheduler", "AutoModelForCausalLM", "LlamaForCausalLM")
     for name in (*names, "LlamaForSequenceClassification"):
         getattr(transformers, name)

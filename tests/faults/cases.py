@@ -74,7 +74,7 @@ def _damage() -> Iterator[list[Case]]:
 
 
 def long_form() -> list[Case]:
-    """All cases of `make faults`, mixed evenly: whatever is cut short has tried its share of each."""
+    """All cases of `make faults`, mixed evenly: whatever is cut short has tried its share."""
     everywhere, variants = layouts(PROGRAMS.keys() - VARIANTS), layouts(VARIANTS)
     two_ranks = [layout for layout in everywhere if layout.ranks == 2]
     groups = [_spread("kill", 8 * len(everywhere), of=everywhere)]

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from contextlib import closing
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ from dschat.train.resume import (
     check_same_frozen,
     check_same_groups,
     frozen_checksum,
+    model_files,
     set_peak_rates,
 )
 from dschat.train.steps import StepPlan
@@ -67,6 +69,40 @@ def refusal(other: RunPlan, processes: int = 2) -> str:
 
 def test_the_same_plan_goes_on():
     plan().check_continues("S", saved(), 2, with_new_rates=False)
+
+
+def test_every_small_file_of_a_model_is_compared_before_its_rows(tmp_path):
+    """As the run began: what changes later is noticed, and named before rows that it changes."""
+    model = tiny.save_llama_folder(tmp_path / "model")
+    argv = ["--model_name_or_path", str(model)]
+
+    def now(rows: str = "abc") -> RunPlan:
+        return replace(plan(*argv, rows=rows), model_files=model_files(sft(*argv)))
+
+    record = json.loads(json.dumps(now().record({"model": ["lora_A"]}, processes=1)))
+    files = sorted(record["model_files"]["model_name_or_path"])
+    small = {path.name for path in model.iterdir()} - {"model.safetensors"}
+    assert {*files} == small and "chat_template.jinja" in files and len(files) >= 5
+
+    def refused(rows: str = "abc") -> str:
+        with pytest.raises(UserError) as error:
+            now(rows).check_continues("S", record, 1, with_new_rates=False)
+        return str(error.value)
+
+    for name in files:
+        content = (model / name).read_bytes()
+        (model / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        place = f"resume S: {name} of model_name_or_path {model}"
+        assert refused(rows="abd") == (
+            f"{place} is not as it was when the run began; put it back, or start anew"
+        )
+        (model / name).unlink()
+        assert refused() == f"{place} is no longer there; put it back, or start anew"
+        (model / name).write_bytes(content)
+    (model / "added_tokens.json").write_text("{}")
+    assert "added_tokens.json of model_name" in refused() and "remove it" in refused()
+    del record["model_files"]  # as earlier versions wrote it
+    now().check_continues("S", record, 1, with_new_rates=False)
 
 
 def test_what_may_change():
