@@ -9,6 +9,7 @@ user named and that no stranger can write in.
 """
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from dschat.errors import UserError
-from dschat.utils.files import sha256, sync
+from dschat.utils.files import disk_error, sha256, sync
 from dschat.utils.printable import printable
 
 RECORD = "digests.json"
@@ -117,8 +118,13 @@ def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None])
             finally:
                 _writing.discard(target)
                 _remove(part)
-    except OSError as error:
-        raise _unwritable(root, error) from error
+    except UserError:
+        raise
+    except Exception as error:  # libraries wrap the system's
+        found = disk_error(error)
+        if found is None:
+            raise
+        raise _unwritable(root, found) from error
     return target
 
 
@@ -211,8 +217,10 @@ def _sweep(root: Path, kind: str, key: str) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     reason = os.strerror(error.errno) if error.errno else str(error)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some space" if is_full else "mend that"
     return UserError(
-        f"{folder} cannot be written ({reason}): free some space or give another data_output_path"
+        f"{folder} cannot be written ({reason}): {remedy} or give another data_output_path"
     )
 
 

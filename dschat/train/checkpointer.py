@@ -23,6 +23,7 @@ from dschat.settings import Settings, flag_values, setting
 from dschat.train import checkpoint_folder, signals
 from dschat.train.checkpoint_folder import NEWEST
 from dschat.train.checkpoint_write import METRICS, Contents, Stateful, write_checkpoint
+from dschat.train.checksums import frozen_checksum
 from dschat.train.engine import Engine
 from dschat.train.metrics import Continued
 from dschat.train.portable_restore import restore_portable, start_generators_anew
@@ -31,7 +32,6 @@ from dschat.train.resume import (
     check_restored_rates,
     check_same_frozen,
     check_same_groups,
-    frozen_checksum,
     named_groups,
     set_peak_rates,
 )

@@ -22,9 +22,9 @@ from dschat.data.collators import PreferenceBatch
 from dschat.data.sources import digest
 from dschat.errors import UserError
 from dschat.models.causal_lm import eval_mode, unwrap
+from dschat.train.checksums import base_checksum
 from dschat.train.pair_logprobs import mismatched_logprobs, pair_logprobs
 from dschat.train.progress import timed
-from dschat.train.resume import base_checksum
 from dschat.utils.distributed import (
     Distributed,
     all_gather,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ from dschat.settings import Settings, flag_values, flags_of
 from dschat.train.machine import without_shape
 from dschat.train.steps import StepPlan
 from dschat.utils.ds_json import read_user_config
-from dschat.utils.module.lora import is_adapter_key
 from dschat.utils.optim import (
     OptimizerConfig,
     check_rates,
     get_optimizer_grouped_parameters,
     group_rates,
 )
-from dschat.utils.zero import full_shape, gathered
+from dschat.utils.zero import full_shape
 
 OVERRIDE = "resume_with_new_rates"
 # Facts beside the settings; a difference in a setting, which may be their cause, is reported first.
@@ -245,74 +243,6 @@ def check_same_frozen(place: str, saved: Mapping[str, str], present: Mapping[str
                 f"resume {place}: the {name}'s frozen weights, or its architecture, are not those "
                 "that the run began with; give the same model folder"
             )
-
-
-def frozen_checksum(module: nn.Module) -> str:
-    """SHA-256 over the configuration, names and shapes of all parameters, and frozen contents.
-
-    Integer buffers count as frozen: weights packed in few bits are such. A content enters as the
-    exact sum of its bit patterns, each times an odd number of its own: one changed element changes
-    it, and so does another order of elements. It is the same on every device. Under ZeRO-3 a
-    collective call.
-    """
-    return _checksum(module, {n: not p.requires_grad for n, p in module.named_parameters()})
-
-
-def base_checksum(module: nn.Module) -> str:
-    """SHA-256 over the configuration and all contents but those of adapters, likewise.
-
-    It is that of the model before adapters were added, whatever trains.
-    """
-    names = [name for name, _ in module.named_parameters()]
-    return _checksum(module, {name: True for name in names if not is_adapter_key(name)})
-
-
-def _checksum(module: nn.Module, read: Mapping[str, bool]) -> str:
-    """Checksum over these parameters: names and shapes, and contents where `read` is True."""
-    total = hashlib.sha256(_configuration(module).encode())
-    for name, parameter in module.named_parameters():
-        if name not in read:
-            continue
-        content = 0
-        if read[name]:
-            with gathered([parameter]):
-                content = _weighted_bits(parameter.detach())
-        total.update(repr((name, [*full_shape(parameter)], content)).encode())
-    for name, buffer in module.named_buffers():
-        if not buffer.is_floating_point():
-            total.update(repr((name, [*buffer.shape], _weighted_bits(buffer))).encode())
-    return total.hexdigest()
-
-
-def _configuration(module: nn.Module) -> str:
-    """The model's configuration without paths and versions, as JSON."""
-    config = getattr(module, "config", None)
-    content = {} if config is None else _without_origin(config.to_dict())
-    return json.dumps(content, sort_keys=True, default=str)
-
-
-def _without_origin(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    own = {k: v for k, v in value.items() if not str(k).startswith("_")}
-    return {str(k): _without_origin(v) for k, v in own.items() if k != "transformers_version"}
-
-
-_CHUNK = 2**22  # elements that are widened to 64 bits at once
-
-
-def _weighted_bits(tensor: torch.Tensor) -> int:
-    """Sum of bit patterns times odd numbers that are spread over 64 bits, modulo 2**64."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.reshape(-1).view(integer[tensor.element_size()])
-    total = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + chunk.numel(), device=bits.device)
-        # The golden ratio's multiples modulo 2**64: no two near places have like weights.
-        weights = (places * -7046029254386353131).bitwise_or_(1)
-        total += int((chunk * weights).sum().item())
-    return total % 2**64
 
 
 def set_peak_rates(

@@ -1,5 +1,6 @@
 """One writer at a time, whole or nothing: several runs, killed ones, edited files, full disks."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -143,6 +144,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path, workers):
     assert len(list((folder / "sources").iterdir())) == 1
     assert list((folder / "sets").iterdir()) == []
     assert _end(_start(source, folder, workers), folder).endswith(f" {ROWS * 9 // 10}")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_an_error_of_the_disk_that_a_library_wraps_is_the_same_line(tmp_path, code):
+    """As `datasets` does where the end of a file does not fit."""
+
+    def write(folder: Path) -> None:
+        (folder / "part").write_text("begun")
+        raise RuntimeError(f"cannot finish: {os.strerror(code)}")
+
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be written \({os.strerror(code)}\)"):
+        written_once(tmp_path, "kind", "key", write)
+    assert list((tmp_path / "kind").iterdir()) == []
 
 
 def _writes(text: str, seen: list[str]):

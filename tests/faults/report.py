@@ -69,6 +69,8 @@ def table(found: dict[str, dict]) -> str:
         outcome = ", ".join(f"{count} {result}" for result, count in entry["results"].items())
         numbers = f"{entry['cases']} | {entry['faults']} | {entry['starts']}"
         lines.append(f"| {ROWS[row]} | {numbers} | {outcome or '–'} | {entry['failed']} |")
+    if not found["layouts"]:
+        return "\n".join(lines)
     heads = " | ".join(f"{ranks}, ZeRO {stage}" for ranks, stage in LAYOUTS)
     lines += ["", f"| kills + other faults | {heads} |", "| --- |" + " --- |" * len(LAYOUTS)]
     for program, cells in found["layouts"].items():

@@ -20,13 +20,13 @@ from dschat.data.collators import PromptCollator
 from dschat.errors import UserError
 from dschat.train.checkpoint_write import frozen_left_out
 from dschat.train.checkpointer import Position
+from dschat.train.checksums import frozen_checksum
 from dschat.train.metrics import Continued, LogConfig, MetricLogger
 from dschat.train.resume import (
     RunPlan,
     check_restored_rates,
     check_same_frozen,
     check_same_groups,
-    frozen_checksum,
     model_files,
     set_peak_rates,
 )
