@@ -43,7 +43,7 @@ def test_continuous_integration_runs_both_tiers_and_exports_nothing():
     assert commands[0] == "set -euo pipefail" and commands[1].startswith("cd ")
     assert commands[2:] == ["make test", "make test-slow"]
     makefile = (ROOT / "Makefile").read_text()
-    assert 'pytest -m "not slow"\n' in makefile and "pytest -m slow\n" in makefile
+    assert '$(PYTEST) -m "not slow"\n' in makefile and "$(PYTEST) -m slow\n" in makefile
 
 
 def test_the_makefiles_head_names_its_targets():
