@@ -28,11 +28,8 @@ from dschat.models.logprobs import target_loss
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import (
-    OptimizerConfig,
-    build_optimizer,
-    get_optimizer_grouped_parameters,
-)
+from dschat.utils.optim import build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim_config import OptimizerConfig
 
 SPREADS = ("fresh", "0", "0.1", "0.3", "0.6", "1")
 PLAIN = (

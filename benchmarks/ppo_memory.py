@@ -36,7 +36,7 @@ from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import plan_saving
 from dschat.quickstart.model import build_tokenizer, corpus
-from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
@@ -47,7 +47,8 @@ from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import Distributed, init_distributed, set_random_seed
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 
 LAYOUTS = {"none": "four trunks", "auto": "two trunks", "all": "one trunk"}
 MIB = 2**20

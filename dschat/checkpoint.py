@@ -19,8 +19,7 @@ from pathlib import Path
 from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
 from dschat.train import checkpoint_folder
-from dschat.train.disk import in_words
-from dschat.train.portable import write_portable
+from dschat.utils.disk import in_words
 from dschat.utils.printable import printable
 
 
@@ -65,6 +64,8 @@ def convert(folder: Path, target: Path) -> None:
     Raises:
         UserError: it is damaged, cannot be converted, or `target` is there.
     """
+    from dschat.train.portable import write_portable
+
     verify(folder)
     write_portable(folder, checkpoint_folder.read_record(folder), target)
 

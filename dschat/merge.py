@@ -14,21 +14,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dschat.config.cli import OneLineParser, run_cli
 from dschat.errors import UserError
-from dschat.models.causal_lm import create_hf_model
-from dschat.models.config import load_config
-from dschat.models.placing import repair
-from dschat.models.reward_model import create_critic_model
-from dschat.models.reward_statistics import VALUE_FILE, read_statistics
-from dschat.models.save import check_output_dir, save_hf_format
-from dschat.models.save_plan import holds_model
-from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.train.engine import torch_dtype
+from dschat.lazy import torch
 from dschat.utils.distributed import Distributed
-from dschat.utils.module.model_source import resolve_model
 from dschat.utils.printable import printable
 
 
@@ -44,6 +33,17 @@ def merge(
     Raises:
         UserError: no adapter there, its base is gone or does not fit, or an unusable output folder.
     """
+    from dschat.models.causal_lm import create_hf_model
+    from dschat.models.config import load_config
+    from dschat.models.placing import repair
+    from dschat.models.reward_model import create_critic_model
+    from dschat.models.reward_statistics import VALUE_FILE, read_statistics
+    from dschat.models.save import check_output_dir, save_hf_format
+    from dschat.models.save_plan import holds_model
+    from dschat.text.tokenizer import load_hf_tokenizer
+    from dschat.train.engine import torch_dtype
+    from dschat.utils.module.model_source import resolve_model
+
     source = resolve_model(adapter)
     if not source.adapters:
         raise UserError(

@@ -7,11 +7,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # of `inference`
+
+    from dschat.config.cli import check_flags
+    from dschat.config.programs import ChatSettings
+
+    check_flags(ChatSettings, __doc__)
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +31,14 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-if __name__ == "__main__":  # run as a file: the checkout is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from dschat.config.cli import parse, run_cli
+from dschat.config.programs import ChatSettings
 from dschat.config.unused import tell_unused
 from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import check_kind, load_config
 from dschat.rlhf.generation import StopStrings
-from dschat.settings import Settings, setting
 from dschat.text.encoding import decode, encode
 from dschat.text.formats import set_format
 from dschat.text.ordinary import as_ordinary
@@ -43,26 +47,6 @@ from dschat.utils.printable import printable
 from inference.conversation import Turn, fit_conversation, settled_part
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ChatSettings(Settings):
-    """Settings of the chatbot."""
-
-    path: str = setting(dataclasses.MISSING, "folder of a trained model, or of an adapter")
-    max_new_tokens: int = setting(128, "longest answer", at_least=1)
-    temperature: float = setting(
-        0.7, "of sampling; 0 takes the likeliest token each time", at_least=0
-    )
-    top_p: float = setting(
-        0.95, "sample among the likeliest tokens of this total probability", above=0, at_most=1
-    )
-    seed: int = setting(1234, "seed of sampling", at_least=0)
-    dtype: str = setting(
-        "auto", "auto is the saved one, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
-    )
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    raw: bool = setting(False, "send each text as it is, without turns or memory")
 
 
 class _Answer(BaseStreamer):

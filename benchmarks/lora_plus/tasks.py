@@ -25,7 +25,7 @@ from dschat.quickstart import world
 from dschat.quickstart.model import build_model, build_tokenizer, corpus
 from dschat.quickstart.task import sft_rows, split_prompts
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.utils.optim import OptimizerConfig
+from dschat.utils.optim_config import OptimizerConfig
 
 EVAL_BATCH = 32
 WORLD_SEED = 1

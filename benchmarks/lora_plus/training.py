@@ -16,12 +16,9 @@ from dschat.functional.losses import mean_scale
 from dschat.models.logprobs import target_loss
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import (
-    OptimizerConfig,
-    build_optimizer,
-    get_optimizer_grouped_parameters,
-    schedule_factory,
-)
+from dschat.utils.optim import build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 
 WARMUP = 0.05  # share of the steps
 CLIPPING = 1.0

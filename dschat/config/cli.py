@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -58,6 +59,33 @@ def parse(cls: type[S], argv: Sequence[str] | None, description: str | None) -> 
     Raises:
         UserError: an unknown flag or key (with the nearest name), a wrong type, a failed check.
     """
+    given = _given(cls, argv, description)
+    for flag in flags_of(cls):
+        if flag.name in given and flag.rule.retired:
+            print_rank_0(f"--{flag.name} does nothing: {flag.help}", launched_rank())
+    return cls.of(**given)
+
+
+def check_flags(
+    cls: type[Settings], description: str | None, argv: Sequence[str] | None = None
+) -> None:
+    """Stop at `--help` and at flags and files of them that are wrong, as `run_cli(main)` would.
+
+    Programs call it before the imports of what they run, which take seconds.
+    """
+    guard_terminal()
+    try:
+        with _one_line():
+            cls.of(**_given(cls, argv, description))
+    except SystemExit:
+        signals.restore()
+        raise
+
+
+def _given(
+    cls: type[Settings], argv: Sequence[str] | None, description: str | None
+) -> dict[str, Any]:
+    """Read the flags that the command line and its YAML file give."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = flags_of(cls)
     parser = OneLineParser(
@@ -78,12 +106,9 @@ def parse(cls: type[S], argv: Sequence[str] | None, description: str | None) -> 
     namespace, extra = parser.parse_known_args(argv, from_file)
     if extra:
         raise UserError(unknown("flag", extra[0], [f"--{flag.name}" for flag in flags]))
-    for flag in flags:
-        if flag.name in namespace and flag.rule.retired:
-            print_rank_0(f"--{flag.name} does nothing: {flag.help}", launched_rank())
     given = vars(namespace)
     del given["config"]
-    return cls.of(**given)
+    return given
 
 
 def _only(argv: list[str], name: str) -> list[str]:
@@ -156,7 +181,19 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     guard_terminal()
     try:
-        main()
+        with _one_line():
+            main()
+    finally:
+        rank_watch.stop()
+        run_lock.release()
+        signals.restore()
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """End the process with a line and an exit code where the block meets a known error."""
+    try:
+        yield
     except UserError as error:
         _say(f"error: {error}")
         sys.exit(2)
@@ -180,10 +217,6 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         _say(f"error: rank {launched_rank()}, {known}", everywhere=True)
         sys.exit(1)
-    finally:
-        rank_watch.stop()
-        run_lock.release()
-        signals.restore()
 
 
 def _say(line: str, everywhere: bool = False) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 
-import torch
-
+from dschat.lazy import torch
 from dschat.train.metrics import StepBar
 from dschat.utils.files import disk_error
 from dschat.utils.waiting import LostRankError

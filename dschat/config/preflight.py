@@ -16,6 +16,7 @@ from dschat.data.datasets import PromptData
 from dschat.models.config import Build, build_causal_lm, load_config, on_meta
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
+from dschat.rlhf.role_checks import check_role_contexts
 from dschat.text.tokenizer import check_same_tokenizer
 from dschat.train import run_lock
 from dschat.train.disk import Written
@@ -129,7 +130,7 @@ def _look_at_ppo(
     if waits:
         settings.run.check_output(*ROLE_FOLDERS)
         names = replace(names, actor=actor, critic=critic, reward=reward)
-        names.check_context(settings.max_seq_len, None)
+        check_role_contexts(names, settings.max_seq_len, None)
         if critic is not None:
             check_same_tokenizer(ctx.tokenizer, critic, settings.run.answer_end)
         plan = plan_training(ctx, settings, names)

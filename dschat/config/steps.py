@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dschat.config.data import check_streaming
-from dschat.data.batching import BatchSampler
 from dschat.data.config import SFTDataConfig
-from dschat.models.packing import check_packing
 from dschat.settings import group, setting
 from dschat.train.model_config import ModelConfig
 from dschat.train.preference_config import PreferenceConfig
 from dschat.train.run_config import RunConfig, StepSettings
+
+if TYPE_CHECKING:
+    from dschat.data.batching import BatchSampler
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class SFTSettings(StepSettings):
         """Stop where the model cannot be trained by these settings; read its config alone."""
         super().check_model()
         if self.packing:
+            from dschat.models.packing import check_packing
+
             check_packing(self.model_name_or_path, self.batch.max_seq_len)
 
     def sampler(self) -> BatchSampler:

@@ -14,59 +14,40 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass
-
-import datasets
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from dschat.config.cli import parse, run_cli
+from dschat.config.programs import InspectSettings
 from dschat.config.unused import tell_unused
-from dschat.data.config import SHORTEST, BatchConfig, SFTDataConfig
-from dschat.data.datasets import PromptData, create_prompt_dataset
-from dschat.data.inspection import Marks, histogram, padding_lines, render, sequence_lengths
+from dschat.data.config import BatchConfig
 from dschat.data.report import PHASE_NAMES
 from dschat.errors import UserError
-from dschat.settings import Settings, group, setting
 from dschat.text.formats import set_format
-from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.printable import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dschat.data.datasets import PromptData
+    from dschat.data.inspection import Marks
 
 TOKENS = 8192  # of a batch, unless a number is given
 
 
-@dataclass(frozen=True)
-class InspectSettings(Settings):
-    """Flags of `inspect`; names and defaults are those of training."""
+def tokenised(
+    settings: InspectSettings, tokenizer: PreTrainedTokenizerBase, phase: int
+) -> PromptData:
+    """Make the set of a phase that training would use."""
+    from dschat.data.datasets import create_prompt_dataset
 
-    model_name_or_path: str = setting(MISSING, "whose tokenizer is used: a folder or hub id")
-    data: SFTDataConfig = group(SFTDataConfig)
-    phase: int | None = setting(None, "1, 2 or 3 (default: all)", choices=(1, 2, 3))
-    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
-    max_prompt_seq_len: int = setting(256, "tokens of a prompt in phase 3", at_least=1)
-    per_device_train_batch_size: int = setting(16, "rows per batch", at_least=1)
-    max_tokens_per_batch: int | None = setting(
-        None, "tokens per batch, where batches are made by them (default: 8192)", at_least=1
+    return create_prompt_dataset(
+        settings.data,
+        tokenizer,
+        phase,
+        seed=settings.seed,
+        max_seq_len=settings.max_seq_len,
+        max_prompt_len=settings.max_prompt_seq_len,
     )
-    samples: int = setting(3, "rows to show", at_least=0)
-    seed: int = setting(1234, "seed of splits; as in training", at_least=0)
-    add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
-    eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data.streaming:
-            raise UserError("streaming: inspect looks at all rows; drop it, or give it fewer")
-
-    def tokenised(self, tokenizer: PreTrainedTokenizerBase, phase: int) -> PromptData:
-        """Make the set of a phase that training would use."""
-        return create_prompt_dataset(
-            self.data,
-            tokenizer,
-            phase,
-            seed=self.seed,
-            max_seq_len=self.max_seq_len,
-            max_prompt_len=self.max_prompt_seq_len,
-        )
 
 
 def inspect(
@@ -95,7 +76,11 @@ def inspect(
 def _phase_lines(
     settings: InspectSettings, phase: int, tokenizer: PreTrainedTokenizerBase, marks: Marks
 ) -> Iterator[str]:
-    data = settings.tokenised(tokenizer, phase)
+    import datasets
+
+    from dschat.data.inspection import histogram, padding_lines, render, sequence_lengths
+
+    data = tokenised(settings, tokenizer, phase)
     assert isinstance(data.train, datasets.Dataset)  # streaming is refused
     yield from map(printable, data.report.lines())
     yield ""
@@ -128,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{found}; give: python -m dschat.data inspect --data_path ...")
     settings = parse(InspectSettings, flags, __doc__)
     tell_unused(settings)
+    from dschat.data.inspection import Marks
+    from dschat.text.tokenizer import load_hf_tokenizer
+
     tokenizer = load_hf_tokenizer(
         settings.model_name_or_path,
         add_eot_token=settings.add_eot_token,

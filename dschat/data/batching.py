@@ -5,15 +5,19 @@ micro-batch or a pack, and holds the same rows however many ranks there are: eac
 once an epoch, in a new order each epoch, on any number of ranks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import datasets
-import numpy as np
+from dschat.lazy import np
 
-from dschat.data.stream import RowStream, StreamLoader
+if TYPE_CHECKING:
+    import datasets
+
+    from dschat.data.stream import RowStream, StreamLoader
 
 # Rows of like length are sought within this many batches: enough to save most padding, few enough
 # that which rows meet in a batch still differs from epoch to epoch.
@@ -181,6 +185,8 @@ def build_loader(
     Raises:
         ValueError: no rows, no such rank, or a combination that makes no sense.
     """
+    from dschat.data.stream import RowStream, StreamLoader
+
     sampler = RowBatches(batch_size) if isinstance(batch_size, int) else batch_size
     if isinstance(dataset, RowStream):
         if not (isinstance(sampler, RowBatches) and shuffle):

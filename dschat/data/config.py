@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dschat.data.batching import BatchSampler, RowBatches
-from dschat.data.store import parse_proportions
+from dschat.data.proportions import parse_proportions
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError

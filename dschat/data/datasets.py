@@ -19,16 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.cache import open_folder, written_once
 from dschat.data.cache_room import check_room
 from dschat.data.config import SHORTEST, DataConfig
+from dschat.data.proportions import PHASES, parse_proportions
 from dschat.data.readers import format_by_name
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.data.sources import digest
-from dschat.data.store import (
-    PHASES,
-    SPLIT_STREAM,
-    Source,
-    load_source,
-    parse_proportions,
-)
+from dschat.data.store import SPLIT_STREAM, Source, load_source
 from dschat.data.stream import RowStream, stream_sources
 from dschat.data.tokenise import NEEDED, Converter, tokenise
 from dschat.errors import UserError

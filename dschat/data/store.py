@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from dschat.data.user_reader import READER, ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example, Turn
 from dschat.utils.user_functions import source_digest
-
-PHASES = (1, 2, 3)
 
 # Part of every stored file's key: raise it when the same bytes are to be read differently.
 READER_VERSION = 2
@@ -139,26 +136,6 @@ def _store(
     target = written_once(folder, "sources", key, write)
     skipped = json.loads((target / _SKIPPED).read_text(encoding="utf-8"))
     return datasets.Dataset.from_file(str(target / _ROWS)), skipped
-
-
-def parse_proportions(text: str) -> tuple[float, ...]:
-    """Read `data_split`: "2,4,4" (one number a phase) or "10" (every row in every phase).
-
-    Raises:
-        UserError: another count, not a number, negative, or all zero.
-    """
-    remedy = 'give three numbers such as "2,4,4", or one for all rows in every phase'
-    try:
-        proportions = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"data_split {text!r} holds what is not a number: {remedy}") from error
-    if len(proportions) not in (1, len(PHASES)):
-        raise UserError(f"data_split {text!r} has {len(proportions)} numbers: {remedy}")
-    if not all(math.isfinite(value) and value >= 0 for value in proportions):
-        raise UserError(f"data_split {text!r} has a negative or infinite number: {remedy}")
-    if not any(proportions):
-        raise UserError(f"data_split {text!r} is all zero: {remedy}")
-    return proportions
 
 
 def holdout_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

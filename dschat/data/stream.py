@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dschat.data.proportions import parse_proportions
 from dschat.data.report import SourceReport
 from dschat.data.sources import Finder, read_examples
-from dschat.data.store import parse_proportions
 from dschat.data.tokenise import FEATURES, NEEDED, Converter
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError

@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
+from dschat.lazy import torch
 
 CLOSEST_TO_ONE = -1e-6  # log of the largest probability whose odds are taken
 
@@ -71,7 +70,9 @@ def sigmoid_loss(
     -(1 - e) log sigmoid(h) - e log sigmoid(-h).
     """
     h = beta * (chosen - rejected)
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return -(1 - label_smoothing) * torch.nn.functional.logsigmoid(
+        h
+    ) - label_smoothing * torch.nn.functional.logsigmoid(-h)
 
 
 def robust_loss(
@@ -83,7 +84,9 @@ def robust_loss(
     over labels of which a share e is wrong is DPO's over the right ones.
     """
     h, e = beta * (chosen - rejected), label_smoothing
-    return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
+    return (
+        -(1 - e) * torch.nn.functional.logsigmoid(h) + e * torch.nn.functional.logsigmoid(-h)
+    ) / (1 - 2 * e)
 
 
 def ipo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
@@ -97,7 +100,7 @@ def ipo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch
 
 def hinge_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
     """SLiC's hinge (arXiv:2305.10425, on ratios as in 2309.06657): max(0, 1 - h)."""
-    return F.relu(1 - beta * (chosen - rejected))
+    return torch.nn.functional.relu(1 - beta * (chosen - rejected))
 
 
 def apo_zero_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
@@ -120,7 +123,9 @@ def simpo_loss(
     Of log-probabilities per token, without a reference; smoothed as in `sigmoid_loss`.
     """
     h = beta * (chosen - rejected) - simpo_gamma
-    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return -(1 - label_smoothing) * torch.nn.functional.logsigmoid(
+        h
+    ) - label_smoothing * torch.nn.functional.logsigmoid(-h)
 
 
 def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
@@ -130,7 +135,7 @@ def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torc
     term is the answer's own loss in supervised fine-tuning.
     """
     log_odds = _log_odds(chosen) - _log_odds(rejected)
-    return -chosen - beta * F.logsigmoid(log_odds)
+    return -chosen - beta * torch.nn.functional.logsigmoid(log_odds)
 
 
 def _log_odds(logprobs: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from dschat.lazy import torch
 
 Reduce = Callable[[list[float]], list[float]]
 

@@ -21,7 +21,6 @@ from dschat.utils.module.model_source import is_local, resolve_model
 
 FILE = "reward_statistics.json"
 VALUE_FILE = "value_scaling.json"  # a critic's: the scaling of its values in training
-SCALINGS = ("auto", "saved", "none")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import RewardModel, create_critic_model, scores_at_end
 from dschat.quickstart.model import MAX_NEW_TOKENS
 from dschat.quickstart.task import GoldScore, gold_score
-from dschat.rlhf.generation import SamplingConfig, generate
+from dschat.rlhf.generation import generate
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.text.encoding import decode
 from dschat.text.tokenizer import load_hf_tokenizer
 

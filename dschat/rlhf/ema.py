@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dschat.settings import Settings, setting
 from dschat.utils.zero import (
     full_shape,
     is_partitioned,
@@ -17,14 +15,6 @@ from dschat.utils.zero import (
     own_part,
     set_local_shard,
 )
-
-
-@dataclass(frozen=True)
-class EMAConfig(Settings):
-    """Settings of the actor's moving average."""
-
-    enable_ema: bool = setting(False, "keep a moving average of the actor, saved beside it")
-    ema_decay: float = setting(0.992, "decay of the moving average", at_least=0, below=1)
 
 
 class EMA:

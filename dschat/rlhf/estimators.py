@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from dschat.functional.returns import generalized_advantages, group_normalised, leave_one_out
+from dschat.lazy import torch
 from dschat.rlhf.experience import Experience, filled
 
 # Experiences of one iteration, their (B, A) rewards, gamma, lambda -> the same with advantages.
 Advantages = Callable[
-    [list[Experience], list[torch.Tensor], float, float],
+    [list[Experience], list["torch.Tensor"], float, float],
     list[Experience],
 ]
 # (N,) rewards of entire answers, (N,) groups, (N,) bool of real rows -> (N,) advantages.
-Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Comparison = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
+from dschat.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -20,48 +20,14 @@ from transformers import (
 )
 
 from dschat.data.collators import PromptBatch
-from dschat.errors import UserError
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import position_ids_from, takes_argument, unwrap
-from dschat.settings import Settings, setting
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.text.encoding import decode
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import resolve_model
 
 SPARE_TOKENS = 8  # beyond a stop string's bytes: tokens without text, an incomplete first one
-
-
-@dataclass(frozen=True)
-class SamplingConfig(Settings):
-    """Settings of sampling; the defaults sample the policy itself, as PPO assumes."""
-
-    max_answer_seq_len: int = setting(256, "tokens of an answer", at_least=1)
-    temperature: float = setting(1.0, "sampling temperature", above=0)
-    top_p: float = setting(1.0, "nucleus sampling", above=0, at_most=1)
-    top_k: int = setting(0, "top-k sampling; 0 is off", at_least=0)
-    min_answer_seq_len: int = setting(
-        0, "tokens before which the end token is not sampled", at_least=0
-    )
-    stop_strings: tuple[str, ...] = setting((), "texts that end an answer, beside the end token")
-    greedy: bool = False  # the likeliest token instead of a drawn one; no flag
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_answer_seq_len > self.max_answer_seq_len:
-            raise UserError(
-                f"min_answer_seq_len is {self.min_answer_seq_len}: give at most max_answer_seq_len,"
-                f" which is {self.max_answer_seq_len}"
-            )
-
-    @property
-    def filters(self) -> tuple[str, ...]:
-        """Settings by which tokens are drawn from a part of the distribution alone."""
-        active = {
-            "top_p": self.top_p < 1,
-            "top_k": self.top_k > 0,
-            "min_answer_seq_len": self.min_answer_seq_len > 0,
-        }
-        return tuple(name for name, is_active in active.items() if is_active)
 
 
 @dataclass(frozen=True)

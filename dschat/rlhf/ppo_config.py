@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dschat.errors import UserError
 from dschat.functional.returns import KL_ESTIMATORS
 from dschat.rlhf.estimators import ESTIMATORS, Estimator
-from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.settings import Settings, given_flags, group, setting
 
 OF_THE_CRITIC = ("gamma", "lam", "cliprange_value", "critic_warmup_iterations")

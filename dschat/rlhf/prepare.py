@@ -29,6 +29,7 @@ from dschat.rlhf.ptx import PTX
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.role_checks import check_role_contexts, check_roles
 from dschat.rlhf.role_settings import RoleNames
 from dschat.rlhf.role_setup import RoleConfig, RoleSetup
 from dschat.rlhf.rollout_engine import TransformersRollout
@@ -85,9 +86,9 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
     """
     run, names = settings.run, settings.role_names()
     run.check_output(*ROLE_FOLDERS)
-    retokenise = names.check(ctx.tokenizer, run.answer_end)
+    retokenise = check_roles(names, ctx.tokenizer, run.answer_end)
     rewards = Rewards.load(settings.rewards, names.reward)
-    names.check_context(settings.max_seq_len, retokenise)
+    check_role_contexts(names, settings.max_seq_len, retokenise)
     return RolePlan(names, rewards, retokenise, plan_training(ctx, settings, names))
 
 

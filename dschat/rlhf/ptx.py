@@ -10,59 +10,17 @@ how many were used before, not on micro-batches or on the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from dschat.data.text_blocks import TextBlocks, create_text_blocks
-from dschat.errors import UserError
+from dschat.data.text_blocks import TextBlocks
 from dschat.functional.losses import mean_scale
 from dschat.models.logprobs import answer_logprobs
-from dschat.settings import Settings, setting
 from dschat.train.engine import Engine, backward
 from dschat.utils.distributed import all_reduce_sum
-
-
-@dataclass(frozen=True)
-class PTXConfig(Settings):
-    """Settings of PTX."""
-
-    unsupervised_dataset_name: str | None = setting(
-        None, "text that the actor goes on learning beside PPO: file, folder or hub id"
-    )
-    unsupervised_dataset_config_name: str | None = setting(None, "configuration of a hub id")
-    unsup_coef: float = setting(
-        1.0,  # both gradients are then about as large (docs/ppo/rewards.md)
-        "weight of that text's mean loss per token against PPO's mean loss per token",
-        above=0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name, config = self.unsupervised_dataset_name, self.unsupervised_dataset_config_name
-        if name is None and config is not None:
-            raise UserError(
-                f"unsupervised_dataset_config_name {config}: there is no text; give "
-                "unsupervised_dataset_name, or drop it"
-            )
-
-    def blocks(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        cache: str | None,
-        once: Callable[[Callable[[], str]], str],
-        keep_special_tokens: bool,
-    ) -> TextBlocks | None:
-        """Read the text in blocks of `length` tokens; None where the settings name none."""
-        name, config = self.unsupervised_dataset_name, self.unsupervised_dataset_config_name
-        if name is None:
-            return None
-        return create_text_blocks(name, config, tokenizer, length, cache, once, keep_special_tokens)
 
 
 class BlockOrder:

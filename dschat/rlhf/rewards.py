@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError, brief
 from dschat.functional.returns import masked_mean, masked_moments
-from dschat.models.reward_statistics import SCALINGS, RewardStatistics, reward_scaling
+from dschat.models.reward_statistics import RewardStatistics, reward_scaling
 from dschat.rlhf.experience import Experience, filled
-from dschat.settings import Settings, setting
+from dschat.rlhf.part_config import RewardConfig
 from dschat.text.encoding import decode
 from dschat.utils.distributed import all_reduce_sum, on_every_rank
 from dschat.utils.user_functions import load_function, source_digest
@@ -30,42 +30,6 @@ from dschat.utils.user_functions import load_function, source_digest
 FLAG = "reward_function"
 SHOWN_CHARACTERS = 80  # of a text in a message
 LARGEST = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True)
-class RewardConfig(Settings):
-    """Settings of the reward of an answer."""
-
-    reward_function: str | None = setting(
-        None, "module:name of your function (prompt, answer) -> float"
-    )
-    reward_function_weight: float = setting(1.0, "factor of the function's value in the score")
-    reward_model_weight: float = setting(
-        1.0, "factor of the reward model's score; at 0 it is only watched"
-    )
-    reward_scaling: str = setting(
-        "auto",
-        "saved: the reward model's scores less their mean, over their spread, as step 2 saved "
-        "them; auto: so where it did; none: as they are",
-        choices=tuple(SCALINGS),
-    )
-    reward_clip: float = setting(
-        5.0, "the reward model's scaled scores are clipped to this magnitude", above=0
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reward_function is None and self.reward_function_weight != 1.0:
-            raise UserError(
-                f"reward_function_weight is {self.reward_function_weight}, and there is no "
-                "function: give reward_function module:name, or drop the weight"
-            )
-        has_function = self.reward_function is not None and self.reward_function_weight
-        if self.reward_model_weight == 0 and not has_function:
-            raise UserError(
-                "reward_model_weight is 0: nothing is rewarded; give reward_function "
-                "module:name, or another weight"
-            )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import scores_at_end
-from dschat.rlhf.ema import EMA, EMAConfig
+from dschat.rlhf.ema import EMA
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
+from dschat.rlhf.part_config import EMAConfig
 from dschat.rlhf.retokenise import Retokeniser
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.train.engine import Engine, build_engine, build_frozen, torch_dtype

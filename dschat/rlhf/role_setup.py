@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dschat.errors import UserError
-from dschat.models.reward_statistics import RewardStatistics
-from dschat.rlhf.retokenise import Retokeniser
-from dschat.train.engine import Schedule
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
-from dschat.utils.module.model_source import same_model
+from dschat.utils.schedules import Schedule
+
+if TYPE_CHECKING:
+    from dschat.models.reward_statistics import RewardStatistics
+    from dschat.rlhf.retokenise import Retokeniser
 
 BASE_CHANGES = "the base would change under the other roles; train adapters alone (LoRA)"
 TWO_ENGINES = "two engines cannot shard the same weights; use zero_stage 0, 1 or 2"
@@ -100,6 +102,8 @@ class RoleSetup:
     def _starts_as_reward_model(self, critic: RoleConfig) -> bool:
         if self.reward is None or critic.fresh_head:
             return False
+        from dschat.utils.module.model_source import same_model
+
         return same_model(critic.model, self.reward.model)
 
     def _check_one_trunk(self) -> None:

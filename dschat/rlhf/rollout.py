@@ -13,7 +13,8 @@ from torch import nn
 from dschat.data.collators import PromptBatch
 from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.generation import Sampled, SamplingConfig, answer_ends
+from dschat.rlhf.generation import Sampled, answer_ends
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout_engine import RolloutEngine

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.models.causal_lm import forward_inputs, unwrap
-from dschat.rlhf.generation import Sampled, SamplingConfig, generate
+from dschat.rlhf.generation import Sampled, generate
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.utils.module.lora import fused_adapters
 
 ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may differ

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dschat.data.config import DataConfig
 from dschat.errors import UserError
-from dschat.models.reward_statistics import RewardStatistics, read_value_scaling
-from dschat.rlhf.ema import EMAConfig
+from dschat.rlhf.part_config import EMAConfig, PTXConfig, RewardConfig
 from dschat.rlhf.ppo_config import PPOConfig
-from dschat.rlhf.ptx import PTXConfig
-from dschat.rlhf.retokenise import Retokeniser
-from dschat.rlhf.rewards import RewardConfig
 from dschat.rlhf.role_settings import RoleNames, RoleSettings
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.settings import Settings, group, setting
@@ -21,6 +17,10 @@ from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig
 from dschat.train.run_length import RunLength
 from dschat.train.steps import num_accumulation_groups
+
+if TYPE_CHECKING:
+    from dschat.models.reward_statistics import RewardStatistics
+    from dschat.rlhf.retokenise import Retokeniser
 
 WARM_UP = 100  # optimizer steps at most, unless a number is given
 
@@ -250,7 +250,7 @@ class PPORunSettings(Settings):
                 config=run.complete(self.critic),
                 schedule=self._paced(steps).schedule(steps),
                 fresh_head=names.fresh_head,
-                value_scaling=scaling and read_value_scaling(names.critic),
+                value_scaling=scaling and _value_scaling(names.critic),
             )
         if names.reward is not None:
             reward = FrozenConfig(
@@ -264,3 +264,9 @@ class PPORunSettings(Settings):
             retokenise=retokenise,
             scaling=scaling,
         )
+
+
+def _value_scaling(critic: str) -> RewardStatistics | None:
+    from dschat.models.reward_statistics import read_value_scaling
+
+    return read_value_scaling(critic)

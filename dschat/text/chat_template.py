@@ -1,11 +1,15 @@
 """The tokenizer's own chat template as a prompt format, and the token that ends its answers."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dschat.errors import UserError, brief
 from dschat.text.conversations import Prompt, Turn, as_turns, has_markers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 USE_DSCHAT = "fix the template or use --prompt_format dschat"
 

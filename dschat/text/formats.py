@@ -5,7 +5,9 @@ A format gives a prompt's text (`prompt`), the same text cut where earlier answe
 the tokenizer's `eos_token` in every format and is in none of these texts.
 """
 
-from transformers import PreTrainedTokenizerBase
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from dschat.errors import UserError
 from dschat.text.chat_template import ChatFormat, template_end
@@ -18,6 +20,9 @@ from dschat.text.conversations import (
     is_transcript,
     opened_transcript,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_FORMATS = ("dschat", "chat", "raw")
 CONFIG_KEY = "prompt_format"  # in tokenizer_config.json, which every model folder carries

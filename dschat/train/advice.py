@@ -6,7 +6,7 @@ import math
 
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import FIRST_RATIO, OptimizerConfig, first_lora_rate
+from dschat.utils.optim_config import FIRST_RATIO, OptimizerConfig, first_lora_rate
 
 RATIO_RANGE = (8.0, 32.0)  # where the LoRA+ authors found the best ratios (arXiv:2402.12354)
 # A rate of full fine-tuning speaks of models of up to so many times its model's size, or as small.

@@ -13,9 +13,9 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.train.advice import lora_advice
 from dschat.train.model_config import ModelConfig
+from dschat.train.optimizer_block import complete_optimizer_block
 from dschat.train.overflow import limit_skips
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.ds_json import read_user_config
 from dschat.utils.ds_utils import (
     EngineConfig,
     get_eval_ds_config,
@@ -23,16 +23,14 @@ from dschat.utils.ds_utils import (
 )
 from dschat.utils.module.targets import left_without_adapter
 from dschat.utils.optim import (
-    OptimizerConfig,
     build_optimizer,
     check_rates,
     get_optimizer_grouped_parameters,
     group_table,
 )
 from dschat.utils.rank_watch import waiting
+from dschat.utils.schedules import Schedule
 from dschat.utils.zero import full_numel
-
-Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 class Engine(nn.Module):
@@ -116,7 +114,7 @@ def build_engine(
     ds_config = get_train_ds_config(config, world_size)
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:
-        _complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.deepspeed_config)
+        complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.deepspeed_config)
     # DeepSpeed's bf16 optimizer prints its memory use at every step of its set-up.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
@@ -132,38 +130,6 @@ def build_engine(
         limit_skips(engine, config.max_skipped_steps, title)
     engine.train()  # models load in eval mode, where dropout and checkpointing are off
     return engine
-
-
-def check_optimizer_block(path: str, config: OptimizerConfig) -> None:
-    """Stop before weights are loaded where the JSON's optimizer contradicts the settings."""
-    block = read_user_config(path).get("optimizer")
-    if block is not None:
-        params = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
-        _complete_optimizer_block({**block, "params": params}, config, path)
-
-
-def _complete_optimizer_block(block: dict, config: OptimizerConfig, path: str | None) -> None:
-    """Fill in what the JSON leaves open; refuse rates that the groups would silently override.
-
-    Raises:
-        UserError: no type, or a rate or weight decay that contradicts its setting.
-    """
-    if "type" not in block:
-        raise UserError(f"deepspeed_config {path}: the optimizer block names no type: add one")
-    params = block.setdefault("params", {})
-    settings = {
-        "lr": ("learning_rate", config.base_rate),
-        "weight_decay": ("weight_decay", config.weight_decay),
-    }
-    for name, (setting, value) in settings.items():
-        if params.setdefault(name, value) != value:
-            raise UserError(
-                f"deepspeed_config {path}: optimizer.params.{name} {params[name]} contradicts "
-                f'{setting} {value}, which the groups carry; make them equal or write "auto"'
-            )
-    if block["type"].lower() in ("adam", "adamw"):
-        params.setdefault("betas", list(config.betas))
-        params.setdefault("eps", config.eps)
 
 
 def build_frozen(

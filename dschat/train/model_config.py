@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from dschat.errors import UserError
-from dschat.models.config import Build, on_meta
+from dschat.lazy import torch
 from dschat.settings import Settings, group, setting
-from dschat.train.disk import ModelSize
-from dschat.train.trainable_tokens import AUTO, NONE
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_utils import ZERO_STAGES
-from dschat.utils.module.lora import (
-    convert_linear_layer_to_lora,
-    make_model_gradient_checkpointing_compatible,
-    only_optimize_lora_parameters,
-)
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.targets import fully_trained_modules, match_layers, short_name
-from dschat.utils.module.token_rows import add_token_rows, check_tables, tables_of
 from dschat.utils.module.untrained_rows import TokenChoice
-from dschat.utils.optim import OptimizerConfig
+from dschat.utils.optim_config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dschat.models.config import Build
+    from dschat.train.disk import ModelSize
+
+AUTO, NONE = ("auto",), ("none",)  # values of `trainable_tokens` beside lists of tokens
 
 
 def adapter_ranks(module: nn.Module, lora: LoraConfig) -> dict[str, int]:
     """Map the matrices that get adapters to the highest rank that each can have."""
+    from dschat.utils.module.targets import match_layers
+
     modules, weights = dict(module.named_modules()), dict(module.named_parameters())
     return {
         name: min((modules[name].weight if name in modules else weights[name]).shape[-2:])
@@ -42,6 +41,8 @@ def beyond_rank(ranks: Mapping[str, int], lora_dim: int) -> str | None:
     Raises:
         UserError: it is too high for all of them.
     """
+    from dschat.utils.module.targets import short_name
+
     lower = {name: rank for name, rank in ranks.items() if rank < lora_dim}
     if not lower:
         return None
@@ -110,6 +111,10 @@ class ModelConfig(Settings):
             UserError: no layer would get an adapter, or each would get one of too high a rank; or
                 named tokens whose rows cannot train.
         """
+        from dschat.models.config import on_meta
+        from dschat.train.disk import ModelSize
+        from dschat.utils.module.token_rows import check_tables
+
         module = on_meta(model_name_or_path, build)
         base = sum(parameter.numel() for parameter in module.parameters())
         if self.lora.lora_dim:
@@ -127,10 +132,17 @@ class ModelConfig(Settings):
             self._add_adapters(module, self.lora)
             self._add_token_rows(module)
         if self.gradient_checkpointing:
+            from dschat.utils.module.lora import make_model_gradient_checkpointing_compatible
+
             make_model_gradient_checkpointing_compatible(module)
         return module
 
     def _add_adapters(self, module: nn.Module, lora: LoraConfig) -> None:
+        from dschat.utils.module.lora import (
+            convert_linear_layer_to_lora,
+            only_optimize_lora_parameters,
+        )
+
         convert_linear_layer_to_lora(module, lora)
         if self.train_base:
             module.requires_grad_(True)
@@ -139,6 +151,9 @@ class ModelConfig(Settings):
 
     def _tables(self, module: nn.Module) -> dict[str, nn.Module]:
         """Embedding and head by name, without what trains fully."""
+        from dschat.utils.module.targets import fully_trained_modules
+        from dschat.utils.module.token_rows import tables_of
+
         return tables_of(module, fully_trained_modules(module, self.lora.modules_to_save))
 
     def _add_token_rows(self, module: nn.Module) -> None:
@@ -149,6 +164,8 @@ class ModelConfig(Settings):
             if self.optimizer.trainable_tokens_learning_rate is not None:
                 print_rank_0("trainable_tokens_learning_rate does nothing: no rows of tokens train")
             return
+        from dschat.utils.module.token_rows import add_token_rows
+
         told = self.tokens.described(reasons)
         try:
             add_token_rows(module, [*reasons], tables)

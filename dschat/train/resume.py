@@ -17,12 +17,8 @@ from dschat.settings import Settings, flag_values, flags_of
 from dschat.train.machine import without_shape
 from dschat.train.steps import StepPlan
 from dschat.utils.ds_json import read_user_config
-from dschat.utils.optim import (
-    OptimizerConfig,
-    check_rates,
-    get_optimizer_grouped_parameters,
-    group_rates,
-)
+from dschat.utils.optim import check_rates, get_optimizer_grouped_parameters, group_rates
+from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.zero import full_shape
 
 OVERRIDE = "resume_with_new_rates"

@@ -7,28 +7,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dschat.data.config import BatchConfig, DataConfig
 from dschat.errors import UserError
-from dschat.models import placing
-from dschat.models.causal_lm import check_context
-from dschat.models.save import check_output_dir
-from dschat.models.save_plan import SavePlan, holds_model, plan_saving
 from dschat.settings import Settings, group, setting
 from dschat.train import checkpoint_folder, run_lock
+from dschat.train.checkpoint_config import CheckpointConfig
 from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of
-from dschat.train.checkpointer import CheckpointConfig
-from dschat.train.disk import Written, check_disk
-from dschat.train.engine import Schedule, check_optimizer_block
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
+from dschat.train.optimizer_block import check_optimizer_block
 from dschat.train.run_length import RunLength
-from dschat.train.shared_disk import check_shared
 from dschat.train.steps import StepPlan
 from dschat.utils.distributed import RANK_TIMEOUT, from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
-from dschat.utils.optim import SCHEDULES, schedule_factory
+from dschat.utils.schedules import SCHEDULES, Schedule, schedule_factory
+
+if TYPE_CHECKING:
+    from dschat.models.save_plan import SavePlan
+    from dschat.train.disk import Written
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,8 @@ class RunConfig(StartConfig):
 
     def save_plan(self, model_name: str, config: ModelConfig, *inside: str) -> SavePlan:
         """Plan the folder of one model: output_dir, or each of these folders inside it."""
+        from dschat.models.save_plan import plan_saving
+
         return plan_saving(
             self.lora_save,
             model_name,
@@ -143,9 +143,15 @@ class RunConfig(StartConfig):
         """
         from_main(partial(self._check_output, inside))
         if self.checkpoint.in_use:
+            from dschat.train.shared_disk import check_shared
+
             check_shared(self.output_dir)
 
     def _check_output(self, inside: Sequence[str]) -> None:
+        from dschat.models import placing
+        from dschat.models.save import check_output_dir
+        from dschat.models.save_plan import holds_model
+
         check_output_dir(self.output_dir)
         run_lock.hold(self.output_dir)
         self.log.check_writable()
@@ -163,6 +169,8 @@ class RunConfig(StartConfig):
 
     def check_disk(self, models: Iterable[Written], total_steps: int) -> None:
         """Stop where the disk is too small for these models and the checkpoints of the run."""
+        from dschat.train.disk import check_disk
+
         checkpoint, present = self.checkpoint, checkpoints_in(folder_of(self.output_dir))
         count = 0
         if checkpoint.save_steps:
@@ -249,4 +257,6 @@ class StepSettings(Settings):
 
     def check_model(self) -> None:
         """Stop where the model cannot be trained by these settings; read its config alone."""
+        from dschat.models.causal_lm import check_context
+
         check_context(self.model_name_or_path, self.batch.max_seq_len, "max_seq_len")

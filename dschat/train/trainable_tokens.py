@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.datasets import PromptData
 from dschat.errors import UserError
 from dschat.text.tokenizer import end_is_new
+from dschat.train.model_config import AUTO, NONE
 from dschat.utils.module.untrained_rows import TokenChoice
 
-AUTO, NONE = ("auto",), ("none",)
 SAMPLE = 256  # rows of the data in which special tokens are looked for
 
 

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
 from dschat.errors import UserError, brief
+from dschat.lazy import dist, np, torch
 from dschat.utils import rank_watch
 from dschat.utils.launchers import rank_of, torch_variables
 from dschat.utils.printable import printable

@@ -30,6 +30,11 @@ class EngineSettings(Settings):
     offload: bool = setting(False, "keep optimizer states on the CPU (parameters too at ZeRO-3)")
     deepspeed_config: str | None = setting(None, "DeepSpeed JSON merged over ours", may_change=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.deepspeed_config is not None:
+            _user_config(self.deepspeed_config)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(EngineSettings):
@@ -122,12 +127,7 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
             the training loop depends on (batch sizes, accumulation, precision, ZeRO stage); a key
             or a value that the installed DeepSpeed does not take.
     """
-    user = read_user_config(path)
-    if "scheduler" in user:
-        raise UserError(
-            f"deepspeed_config {path}: remove the scheduler block, it would write one rate into "
-            "every group and undo loraplus_lr_ratio; use lr_scheduler_type and num_warmup_steps"
-        )
+    user = _user_config(path)
     merged = copy.deepcopy(ours)
     merge_into(merged, user, f"deepspeed_config {path}:")
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -148,6 +148,17 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
     merged["zero_optimization"]["stage"] = ours["zero_optimization"]["stage"]
     check_known(merged, user, f"deepspeed_config {path}:")
     return merged
+
+
+def _user_config(path: str) -> dict:
+    """Read the user's JSON, which must leave the schedule to the settings."""
+    user = read_user_config(path)
+    if "scheduler" in user:
+        raise UserError(
+            f"deepspeed_config {path}: remove the scheduler block, it would write one rate into "
+            "every group and undo loraplus_lr_ratio; use lr_scheduler_type and num_warmup_steps"
+        )
+    return user
 
 
 def _enabled(config: dict, key: str) -> bool:

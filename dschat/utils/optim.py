@@ -1,4 +1,4 @@
-"""Named parameter groups (LoRA+), the optimizer built on them, and its schedule.
+"""Named parameter groups (LoRA+), and the optimizer built on them.
 
 LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns at `ratio` times A's rate. Groups go by
 module and leaf name, never by `ndim`: under ZeRO-3 every parameter looks one-dimensional.
@@ -6,17 +6,13 @@ module and leaf name, never by `ndim`: under ZeRO-3 every parameter looks one-di
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.settings import Settings, setting
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.token_rows import ROWS_NAME
+from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.predecessor import changed
 from dschat.utils.zero import full_numel
 
@@ -25,93 +21,6 @@ GROUPS = (
     *("token_rows", "head"),
 )
 UNDECAYED = ("no_decay", "lora_magnitude", "token_rows")
-
-FIRST_RATIO = 16.0  # lambda that the LoRA+ authors try first
-# Adapters start from two to three times the rate of full fine-tuning: A and B at one rate, or,
-# under a ratio, the geometric mean of their two (docs/lora_plus.md has the measurements).
-FULL_TO_LORA_RATE = 3.0
-
-
-def first_lora_rate(full_rate: float, ratio: float, factor: float = FULL_TO_LORA_RATE) -> float:
-    """First learning rate of A to try: `factor` times full fine-tuning's over the ratio's root."""
-    return factor * full_rate / math.sqrt(ratio)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig(Settings):
-    """Learning rates of every parameter group, weight decay, and AdamW's constants.
-
-    Attributes:
-        full_rate: learning rate that suits training all weights in this step, of a model of
-            `full_rate_size` parameters; adapters take `full_to_lora` times as much. No flags.
-    """
-
-    learning_rate: float | None = setting(
-        None,
-        "learning rate of all that trains (default: {full_rate:g}, of adapters another)",
-        above=0,
-        may_change=True,
-    )
-    weight_decay: float = setting(
-        0.0, "weight decay, except on biases and normalisation", at_least=0
-    )
-    lora_learning_rate: float | None = setting(
-        None,
-        "learning rate of A (default: the learning rate given, else what suits the ratio)",
-        above=0,
-        may_change=True,
-    )
-    loraplus_lr_ratio: float = setting(
-        FIRST_RATIO, "LoRA+: learning rate of B over that of A", above=0, may_change=True
-    )
-    lora_embedding_learning_rate: float = setting(
-        1e-6, "learning rate of adapters on embeddings", above=0, may_change=True
-    )
-    trainable_tokens_learning_rate: float | None = setting(
-        None,
-        "learning rate of the rows of --trainable_tokens (default: that of B)",
-        above=0,
-        may_change=True,
-    )
-    head_learning_rate: float | None = setting(
-        None,
-        "learning rate of a reward or value head (default: the learning rate)",
-        above=0,
-        may_change=True,
-    )
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    full_rate: float = 1e-5
-    full_rate_size: float = 1.3e9
-    full_to_lora: float = FULL_TO_LORA_RATE
-
-    @property
-    def base_rate(self) -> float:
-        """Learning rate of everything but adapters and heads with rates of their own."""
-        return self.full_rate if self.learning_rate is None else self.learning_rate
-
-    @property
-    def lora_A_rate(self) -> float:
-        """eta_A: the adapters' own rate, else the rate given, else what suits the ratio."""
-        first = first_lora_rate(self.full_rate, self.loraplus_lr_ratio, self.full_to_lora)
-        return self.lora_learning_rate or self.learning_rate or first
-
-    @property
-    def token_rows_rate(self) -> float:
-        """Learning rate of single rows of embedding and head."""
-        default = self.loraplus_lr_ratio * self.lora_A_rate
-        return self.trainable_tokens_learning_rate or default
-
-    def rate(self, group: str) -> float:
-        """Learning rate of a named group."""
-        return {
-            "lora_A": self.lora_A_rate,
-            "lora_B": self.loraplus_lr_ratio * self.lora_A_rate,
-            "lora_magnitude": self.lora_A_rate,
-            "lora_embedding": self.lora_embedding_learning_rate,
-            "token_rows": self.token_rows_rate,
-            "head": self.head_learning_rate or self.base_rate,
-        }.get(group, self.base_rate)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -173,50 +82,6 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
     return torch.optim.AdamW(
         groups, lr=config.base_rate, betas=config.betas, eps=config.eps, fused=True
     )
-
-
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-)
-POLYNOMIAL_END = 1e-7  # a rate, as transformers has it
-
-
-def schedule_factory(
-    name: str, num_warmup_steps: int, num_training_steps: int
-) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
-    """Make a function that builds the schedule; DeepSpeed calls it on the groups that survive.
-
-    Steps are optimizer steps. Every group keeps its own rate times one common factor. The names
-    and shapes are those of `transformers.get_scheduler`, up to rounding, without its import;
-    restarts are one cycle, the polynomial is of degree 1.
-    """
-    if name not in SCHEDULES:
-        raise UserError(f"lr_scheduler_type is {name!r}: choose one of {', '.join(SCHEDULES)}")
-    decay_steps = max(num_training_steps - num_warmup_steps, 1)
-
-    def build(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        end = POLYNOMIAL_END / optimizer.defaults["lr"] if name == "polynomial" else 0.0
-
-        def factor(step: int) -> float:
-            if name == "constant":
-                return 1.0
-            if step < num_warmup_steps:
-                return step / num_warmup_steps
-            if name == "constant_with_warmup":
-                return 1.0
-            left = 1.0 - min((step - num_warmup_steps) / decay_steps, 1.0)
-            if name.startswith("cosine"):
-                return 0.5 * (1.0 - math.cos(math.pi * left))
-            return end + (1.0 - end) * left
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-    return build
 
 
 def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

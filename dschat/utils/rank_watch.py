@@ -23,8 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import torch.distributed as dist
-
+from dschat.lazy import dist
 from dschat.utils.printable import last_line
 
 LOST = 1  # exit code

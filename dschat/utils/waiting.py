@@ -11,9 +11,8 @@ import os
 import time
 from collections.abc import Callable
 
-import torch.distributed as dist
-
 from dschat.errors import UserError, brief
+from dschat.lazy import dist
 from dschat.utils.rank_watch import LostRankError, waiting
 
 _turns = itertools.count()  # every rank takes the same ones

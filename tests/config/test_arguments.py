@@ -8,8 +8,8 @@ import torch
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
+from dschat.config.programs import ChatSettings, InspectSettings
 from dschat.config.unused import tell_unused, unused_flags
-from dschat.data.__main__ import InspectSettings
 from dschat.data.batching import RowBatches
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.errors import UserError
@@ -18,7 +18,6 @@ from dschat.rlhf.estimators import ESTIMATORS
 from dschat.rlhf.role_settings import RoleNames, RoleSettings
 from dschat.settings import Settings
 from dschat.utils.module.lora_config import LoraConfig
-from inference.chatbot import ChatSettings
 from tests.config.test_dschat_flags import script
 
 

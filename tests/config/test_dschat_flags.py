@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.programs import ChatSettings
 from dschat.settings import flags_of
-from inference.chatbot import ChatSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (

@@ -13,10 +13,9 @@ import pytest
 from dschat import merge
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import OneLineParser, add_flag, parse
-from dschat.data.__main__ import InspectSettings
+from dschat.config.programs import ChatSettings, InspectSettings
 from dschat.errors import UserError
 from dschat.settings import Flag, Settings, flags_of
-from inference.chatbot import ChatSettings
 from tests.config.test_dschat_flags import script
 
 PROGRAMS: dict[str, type[Settings]] = {

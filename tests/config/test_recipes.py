@@ -12,7 +12,7 @@ from dschat.config.unused import unused_flags
 from dschat.settings import Settings
 from dschat.train.advice import lora_advice
 from dschat.train.model_config import ModelConfig
-from dschat.utils.optim import first_lora_rate
+from dschat.utils.optim_config import first_lora_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dschat" / "recipes"

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from dschat.data.datasets import phase_split
-from dschat.data.store import holdout_split, parse_proportions
+from dschat.data.proportions import parse_proportions
+from dschat.data.store import holdout_split
 from dschat.errors import UserError
 
 

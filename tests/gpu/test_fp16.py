@@ -8,7 +8,9 @@ from dschat.train.engine import Engine, backward, build_engine
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, check_rates, group_rates, schedule_factory
+from dschat.utils.optim import check_rates, group_rates
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 from tests.helpers.tiny import padded, tiny_llama, token_rows
 
 RATES = OptimizerConfig(learning_rate=1e-3, loraplus_lr_ratio=16.0)

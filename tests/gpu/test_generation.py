@@ -3,7 +3,7 @@
 import torch
 
 from dschat.models.causal_lm import forward_inputs
-from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.rollout_engine import ROUNDINGS, TransformersRollout
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 from tests.rlhf.tiny_roles import prompts

@@ -8,7 +8,8 @@ from dschat.train.engine import backward, build_engine
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 from tests.helpers.tiny import tiny_llama
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from dschat.utils.optim import OptimizerConfig, build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim import build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers.rounding import ROUNDING, weight_rtol
 from tests.helpers.tiny import adapted, tiny_llama
 

@@ -14,6 +14,7 @@ import pytest
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
+from dschat.config.programs import PromptEvaluation, RewardEvaluation
 from tests.helpers.launch import TIME_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,9 +62,9 @@ def load(path: Path, name: str) -> ModuleType:
 def settings_class(program: Path) -> type:
     """The settings of a step's main.py, or of an evaluation script."""
     if program.name == "rw_eval.py":
-        return load(program, "rw_eval").RewardEvaluation
+        return RewardEvaluation
     if program.name == "prompt_eval.py":
-        return load(program, "prompt_eval").PromptEvaluation
+        return PromptEvaluation
     assert program.name == "main.py"
     return {
         "step1_supervised_finetuning": SFTSettings,

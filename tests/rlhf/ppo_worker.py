@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from dschat.data.collators import PromptBatch
-from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.part_config import EMAConfig
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
 from tests.rlhf.tiny_roles import (

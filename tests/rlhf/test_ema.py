@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dschat.rlhf.ema import EMAConfig
+from dschat.rlhf.part_config import EMAConfig
 from tests.helpers.rounding import ROUNDING
 from tests.rlhf.tiny_roles import (
     FULL,

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.save import save_hf_format
-from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.one_trunk import check_one_trunk
+from dschat.rlhf.part_config import EMAConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.module.lora import fused_adapters
 from tests.helpers.adapters import ALONE, plan, with_adapter

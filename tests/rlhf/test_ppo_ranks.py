@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.part_config import EMAConfig
 from tests.helpers.launch import run_ranks
 from tests.helpers.rounding import LOGITS, ROUNDING
 from tests.helpers.tiers import by_tier, tiers

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
+from dschat.rlhf.part_config import EMAConfig
 from tests.rlhf.tiny_roles import (
     Setting,
     assert_same,

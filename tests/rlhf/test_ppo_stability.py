@@ -10,7 +10,7 @@ import torch
 
 from dschat.config import RLHFSettings
 from dschat.config.cli import parse
-from dschat.rlhf.ema import EMAConfig
+from dschat.rlhf.part_config import EMAConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.optim import group_rates
 from tests.helpers.tiny import byte_tokenizer

@@ -11,7 +11,8 @@ import torch
 from dschat.errors import UserError
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf import rewards
-from dschat.rlhf.rewards import RewardConfig, RewardFunction, Rewards, texts_of
+from dschat.rlhf.part_config import RewardConfig
+from dschat.rlhf.rewards import RewardFunction, Rewards, texts_of
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.hand_made import sampled
 from tests.rlhf.tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts

@@ -5,7 +5,8 @@ from transformers import LlamaForCausalLM
 from dschat.errors import UserError
 from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import RewardModel, scores_at_end
-from dschat.rlhf.generation import SamplerLogprobs, SamplingConfig, generate
+from dschat.rlhf.generation import SamplerLogprobs, generate
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.rollout import answer_values, pad_rows
 from tests.helpers import tiny
 from tests.helpers.tiny import EOS, PAD

@@ -7,7 +7,8 @@ import torch
 
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
-from dschat.rlhf.generation import Sampled, SamplingConfig
+from dschat.rlhf.generation import Sampled
+from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.rollout_engine import TransformersRollout, check_parity
 from tests.helpers import tiny
 from tests.rlhf.tiny_roles import prompts

@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 from dschat.data.collators import PromptBatch
 from dschat.models.reward_model import RewardModel
 from dschat.models.save import save_hf_format
-from dschat.rlhf.ema import EMAConfig
 from dschat.rlhf.experience import Experience
-from dschat.rlhf.generation import SamplingConfig
+from dschat.rlhf.part_config import EMAConfig, RewardConfig, SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
-from dschat.rlhf.rewards import RewardConfig, Rewards
+from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
 from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import Distributed
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE
 from tests.helpers.rounding import adam_tolerance, weight_rtol

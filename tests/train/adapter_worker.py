@@ -26,7 +26,8 @@ from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.token_rows import tables_of
 from dschat.utils.module.untrained_rows import TokenChoice
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 from tests.helpers.tiny import byte_tokenizer
 
 CONFIG = EngineConfig(zero_stage=3, dtype="fp32", micro_batch_size=1)

@@ -13,7 +13,7 @@ from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.untrained_rows import TokenChoice
-from dschat.utils.optim import OptimizerConfig
+from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers.tiny import padded, tiny_gpt2, tiny_llama, tiny_moe, token_rows
 
 BASE_RATE, RATIO, WEIGHT_DECAY = 1e-3, 16.0, 0.1

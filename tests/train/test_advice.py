@@ -11,7 +11,7 @@ from dschat.config.cli import parse
 from dschat.train.advice import lora_advice
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, first_lora_rate
+from dschat.utils.optim_config import OptimizerConfig, first_lora_rate
 
 FULL = 1e-5
 START = 3 / 4 * FULL  # at a ratio of 16

@@ -32,13 +32,9 @@ from dschat.train.resume import (
 )
 from dschat.train.steps import StepPlan
 from dschat.utils.distributed import RandomState, set_random_seed
-from dschat.utils.optim import (
-    SCHEDULES,
-    OptimizerConfig,
-    build_optimizer,
-    group_rates,
-    schedule_factory,
-)
+from dschat.utils.optim import build_optimizer, group_rates
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import SCHEDULES, schedule_factory
 from tests.helpers import tiny
 
 OLD = OptimizerConfig(1e-3, loraplus_lr_ratio=16.0)

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.train.checkpointer import CheckpointConfig, Checkpointer, Position, check_weights
+from dschat.train.checkpoint_config import CheckpointConfig
+from dschat.train.checkpointer import Checkpointer, Position, check_weights
 from dschat.train.metrics import LogConfig, MetricLogger
 from dschat.train.model_config import ModelConfig
 from dschat.train.progress import TrainingLog, finite_loss
 from dschat.utils import zero
 from dschat.utils.distributed import Distributed
-from dschat.utils.optim import OptimizerConfig, build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim import build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.perf import Gpus
 from tests.helpers.steps import REWARD, SFT, run_worker, write_inputs
 from tests.helpers.tiny import tiny_llama

@@ -20,7 +20,7 @@ from dschat.train.model_config import ModelConfig
 from dschat.train.trainable_tokens import AUTO, asked_tokens, choose_tokens
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.token_rows import token_rows
-from dschat.utils.optim import OptimizerConfig
+from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers import tiny
 
 IM_START = "<|im_start|>"

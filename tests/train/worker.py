@@ -23,7 +23,8 @@ from dschat.utils import zero
 from dschat.utils.distributed import Distributed, all_reduce_sum, init_distributed
 from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.module.lora import lora_layers
-from dschat.utils.optim import group_rates, schedule_factory
+from dschat.utils.optim import group_rates
+from dschat.utils.schedules import schedule_factory
 from tests.helpers.tiny import byte_tokenizer
 from tests.train import cells
 

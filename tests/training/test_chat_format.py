@@ -6,7 +6,8 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from inference.chatbot import Chatbot, ChatSettings
+from dschat.config.programs import ChatSettings
+from inference.chatbot import Chatbot
 from tests.helpers.steps import (
     PPO,
     PROMPT_EVALUATION,

@@ -12,7 +12,8 @@ from dschat.train.engine import build_engine
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 from tests.helpers import tiny
 
 

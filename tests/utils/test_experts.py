@@ -26,7 +26,8 @@ from dschat.utils.module.lora import (
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.low_rank_weight import LowRankWeight
 from dschat.utils.module.targets import left_without_adapter, match_layers
-from dschat.utils.optim import OptimizerConfig, build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim import build_optimizer, get_optimizer_grouped_parameters
+from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers.adapters import as_trained, assert_equal, logits_of, with_adapter
 from tests.helpers.tiny import MOE, tiny_falcon, tiny_llama, tiny_moe
 

@@ -15,15 +15,14 @@ from dschat.models.reward_model import RewardModel
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim import (
-    SCHEDULES,
-    OptimizerConfig,
     build_optimizer,
     check_rates,
     get_optimizer_grouped_parameters,
     group_rates,
     group_table,
-    schedule_factory,
 )
+from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.schedules import SCHEDULES, schedule_factory
 from tests.helpers import tiny
 
 IDS, MASK = tiny.padded(tiny.token_rows(4, seed=6))

@@ -24,7 +24,8 @@ from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.lora_layers import LoRALinear
 from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.targets import left_without_adapter
-from dschat.utils.optim import OptimizerConfig, get_optimizer_grouped_parameters, group_table
+from dschat.utils.optim import get_optimizer_grouped_parameters, group_table
+from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers import tiny
 
 pytest.importorskip("bitsandbytes")

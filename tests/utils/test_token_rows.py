@@ -21,7 +21,8 @@ from dschat.utils.module.lora import (
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.token_rows import add_token_rows, tables_of, token_rows
 from dschat.utils.module.untrained_rows import TokenChoice, alike_rows
-from dschat.utils.optim import OptimizerConfig, get_optimizer_grouped_parameters
+from dschat.utils.optim import get_optimizer_grouped_parameters
+from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers import tiny
 from tests.helpers.adapters import IDS, as_trained, assert_equal, logits_of
 from tests.helpers.tiers import tiers

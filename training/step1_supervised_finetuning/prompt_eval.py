@@ -9,7 +9,12 @@ the best beam.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from dschat.config.cli import check_flags
+    from dschat.config.programs import PromptEvaluation
+
+    check_flags(PromptEvaluation, __doc__)
+
 from typing import Protocol, cast
 
 import torch
@@ -17,11 +22,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.config.cli import parse, run_cli
+from dschat.config.programs import QUESTIONS, PromptEvaluation
 from dschat.config.unused import tell_unused
 from dschat.models.causal_lm import check_context, create_hf_model
 from dschat.models.config import check_kind
 from dschat.rlhf.generation import own_generation_config
-from dschat.settings import Settings, setting
 from dschat.text.conversations import Turn
 from dschat.text.encoding import encode
 from dschat.text.formats import choose_format, set_format
@@ -29,63 +34,28 @@ from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.utils.distributed import set_random_seed
-from dschat.utils.ds_utils import DTYPES
 from dschat.utils.printable import printable
 
-QUESTIONS = {
-    "English": (
-        "Please tell me about Microsoft in a few sentences?",
-        "Explain the moon landing to a 6 year old in a few sentences.",
-        "Write a short poem about a wise frog.",
-        "Who was president of the United States in 1955?",
-        "How does a telescope work?",
-        "Why do birds migrate south for the winter?",
-    ),
-    "Chinese": (
-        "请用几句话介绍一下微软?",
-        "用几句话向6岁的孩子解释登月。",
-        "鸟类为什么要南迁过冬?",
-    ),
-    "Japanese": ("マイクロソフトについて簡単に教えてください。", "望遠鏡はどのように機能しますか?"),
-}
 
-
-@dataclass(frozen=True)
-class PromptEvaluation(Settings):
-    """Settings of this script."""
-
-    model_name_or_path_baseline: str = setting(MISSING, "model before fine-tuning")
-    model_name_or_path_finetune: str = setting(MISSING, "model after fine-tuning")
-    num_beams: int = setting(1, "beams of the beam search; 1: none", at_least=1)
-    num_beam_groups: int = setting(1, "transformers 5 has no group beam search", retired=True)
-    top_k: int = setting(4, "top-k of the sampled answers", at_least=1)
-    penalty_alpha: float = setting(0.6, "transformers 5 has no contrastive search", retired=True)
-    num_return_sequences: int = setting(1, "sampled answers per prompt", at_least=1)
-    max_new_tokens: int = setting(100, "tokens of an answer", at_least=1)
-    language: str = setting("English", "of the built-in prompts", choices=tuple(QUESTIONS))
-    prompts: tuple[str, ...] = setting((), "your own questions instead")
-    raw: bool = setting(False, "take prompts as they are, without turns")
-    add_eot_token: bool = setting(False, "answers end with <|endoftext|>")
-    dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
-    seed: int = setting(1234, "seed of sampling", at_least=0)
-
-    def generation_configs(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, GenerationConfig]:
-        """Configure each kind of answer."""
-        common = {
-            "max_new_tokens": self.max_new_tokens,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        kinds = {"greedy": GenerationConfig(do_sample=False, **common)}
-        kinds["sampled"] = GenerationConfig(
-            do_sample=True,
-            top_k=self.top_k,
-            num_return_sequences=self.num_return_sequences,
-            **common,
-        )
-        if self.num_beams > 1:
-            kinds["beam"] = GenerationConfig(num_beams=self.num_beams, do_sample=False, **common)
-        return kinds
+def generation_configs(
+    settings: PromptEvaluation, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, GenerationConfig]:
+    """Configure each kind of answer."""
+    common = {
+        "max_new_tokens": settings.max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    kinds = {"greedy": GenerationConfig(do_sample=False, **common)}
+    kinds["sampled"] = GenerationConfig(
+        do_sample=True,
+        top_k=settings.top_k,
+        num_return_sequences=settings.num_return_sequences,
+        **common,
+    )
+    if settings.num_beams > 1:
+        kinds["beam"] = GenerationConfig(num_beams=settings.num_beams, do_sample=False, **common)
+    return kinds
 
 
 class LanguageModel(Protocol):
@@ -163,7 +133,7 @@ def main() -> None:
         print(printable(f"\n== {shown.strip()}"))
         for label, (model, tokenizer) in models.items():
             prompt = encoded(tokenizer, question, settings.raw)
-            for kind, config in settings.generation_configs(tokenizer).items():
+            for kind, config in generation_configs(settings, tokenizer).items():
                 set_random_seed(settings.seed)
                 for answer in answers(model, tokenizer, prompt, config):
                     print(printable(f"{label:>9}, {kind}: {answer.strip()}"), flush=True)

@@ -6,41 +6,26 @@ python rw_eval.py --model_name_or_path ./output --data_path ./pairs.jsonl --show
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
-from typing import ClassVar
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from dschat.config.cli import check_flags
+    from dschat.config.programs import RewardEvaluation
+
+    check_flags(RewardEvaluation, __doc__)
 
 import torch
 
 from dschat.config.cli import parse, run_cli
+from dschat.config.programs import RewardEvaluation
 from dschat.config.unused import tell_unused
 from dschat.data.batching import build_loader
 from dschat.data.collators import PairCollator
-from dschat.data.config import SHORTEST, DataConfig
 from dschat.data.datasets import create_prompt_dataset
 from dschat.models.causal_lm import check_model_folder
 from dschat.models.reward_model import check_reward_head, create_critic_model
-from dschat.settings import group, setting
 from dschat.train.evaluation import evaluate_pairs, pair_scores
 from dschat.train.metrics import format_value
 from dschat.train.prepare import setup_run
-from dschat.train.run_config import StartConfig
 from dschat.utils.distributed import print_rank_0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardEvaluation(StartConfig):
-    """Settings of this script."""
-
-    NO_USE: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("data_split", "max_train_samples"), "the rows that are held out are scored, all of them"
-    )
-
-    model_name_or_path: str = setting(MISSING, "model folder or hub id")
-    batch_size: int = setting(16, "rows per batch", at_least=1)
-    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
-    data: DataConfig = group(DataConfig)
-    show: int = setting(3, "pairs whose scores are printed", at_least=0)
-    num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
 
 
 @torch.no_grad()

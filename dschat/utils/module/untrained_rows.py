@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import nn
-
+from dschat.lazy import torch
 from dschat.utils.distributed import from_main
-from dschat.utils.zero import gathered
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ALIKE, MANY = 0.99, 8  # an untrained row has a larger cosine than this with more rows than that
 NOTHING = 1e-6  # length of a row that counts as zero
@@ -40,16 +40,18 @@ class TokenChoice:
         Args:
             tables: embedding and head by name; of shards one table is gathered at a time.
         """
+        from dschat.utils.zero import gathered
+
         reasons: dict[int, str] = {}
         if self.always:
             return dict.fromkeys(self.texts, "asked for")
         for name, table in tables.items():
-            is_embedding = isinstance(table, nn.Embedding)
+            is_embedding = isinstance(table, torch.nn.Embedding)
             first_new = vars(table).get(FIRST_NEW_ROW) if is_embedding else None
             for token in self.texts:
                 if token in self.added or (first_new is not None and token >= first_new):
                     reasons[token] = "new"
-            weight = cast(nn.Parameter, table.weight)
+            weight = cast("nn.Parameter", table.weight)
             counted = [t for t in self.texts if is_embedding or t in self.predicted]
             with gathered([weight]):
                 alike = from_main(partial(alike_rows, weight, counted))
@@ -63,7 +65,6 @@ class TokenChoice:
         return ", ".join(f"{self.texts[t]!r} ({t}: {why})" for t, why in reasons.items())
 
 
-@torch.no_grad()
 def alike_rows(weight: torch.Tensor, tokens: Sequence[int]) -> list[int]:
     """Count, for the row of each token, the other rows that point the same way as it.
 
@@ -72,6 +73,7 @@ def alike_rows(weight: torch.Tensor, tokens: Sequence[int]) -> list[int]:
     Args:
         weight: (V, H), complete; read in blocks of rows.
     """
+    weight = weight.detach()
     own = _directions(weight[list(tokens)])
     zero = ~own.any(dim=1)
     counts = torch.zeros(len(tokens), dtype=torch.long, device=weight.device)

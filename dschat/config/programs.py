@@ -1,0 +1,110 @@
+"""Settings of programs that do not train: evaluation, chat, a look at data."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import ClassVar
+
+from dschat.data.config import SHORTEST, DataConfig, SFTDataConfig
+from dschat.errors import UserError
+from dschat.settings import Settings, group, setting
+from dschat.train.run_config import StartConfig
+from dschat.utils.ds_utils import DTYPES
+
+# Prompts of `prompt_eval.py`.
+QUESTIONS = {
+    "English": (
+        "Please tell me about Microsoft in a few sentences?",
+        "Explain the moon landing to a 6 year old in a few sentences.",
+        "Write a short poem about a wise frog.",
+        "Who was president of the United States in 1955?",
+        "How does a telescope work?",
+        "Why do birds migrate south for the winter?",
+    ),
+    "Chinese": (
+        "请用几句话介绍一下微软?",
+        "用几句话向6岁的孩子解释登月。",
+        "鸟类为什么要南迁过冬?",
+    ),
+    "Japanese": ("マイクロソフトについて簡単に教えてください。", "望遠鏡はどのように機能しますか?"),
+}
+
+
+@dataclass(frozen=True)
+class PromptEvaluation(Settings):
+    """Settings of `prompt_eval.py`."""
+
+    model_name_or_path_baseline: str = setting(MISSING, "model before fine-tuning")
+    model_name_or_path_finetune: str = setting(MISSING, "model after fine-tuning")
+    num_beams: int = setting(1, "beams of the beam search; 1: none", at_least=1)
+    num_beam_groups: int = setting(1, "transformers 5 has no group beam search", retired=True)
+    top_k: int = setting(4, "top-k of the sampled answers", at_least=1)
+    penalty_alpha: float = setting(0.6, "transformers 5 has no contrastive search", retired=True)
+    num_return_sequences: int = setting(1, "sampled answers per prompt", at_least=1)
+    max_new_tokens: int = setting(100, "tokens of an answer", at_least=1)
+    language: str = setting("English", "of the built-in prompts", choices=tuple(QUESTIONS))
+    prompts: tuple[str, ...] = setting((), "your own questions instead")
+    raw: bool = setting(False, "take prompts as they are, without turns")
+    add_eot_token: bool = setting(False, "answers end with <|endoftext|>")
+    dtype: str = setting("auto", "number format", choices=("auto", *DTYPES))
+    seed: int = setting(1234, "seed of sampling", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEvaluation(StartConfig):
+    """Settings of `rw_eval.py`."""
+
+    NO_USE: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("data_split", "max_train_samples"), "the rows that are held out are scored, all of them"
+    )
+
+    model_name_or_path: str = setting(MISSING, "model folder or hub id")
+    batch_size: int = setting(16, "rows per batch", at_least=1)
+    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
+    data: DataConfig = group(DataConfig)
+    show: int = setting(3, "pairs whose scores are printed", at_least=0)
+    num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
+
+
+@dataclass(frozen=True)
+class ChatSettings(Settings):
+    """Settings of the chatbot."""
+
+    path: str = setting(MISSING, "folder of a trained model, or of an adapter")
+    max_new_tokens: int = setting(128, "longest answer", at_least=1)
+    temperature: float = setting(
+        0.7, "of sampling; 0 takes the likeliest token each time", at_least=0
+    )
+    top_p: float = setting(
+        0.95, "sample among the likeliest tokens of this total probability", above=0, at_most=1
+    )
+    seed: int = setting(1234, "seed of sampling", at_least=0)
+    dtype: str = setting(
+        "auto", "auto is the saved one, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    raw: bool = setting(False, "send each text as it is, without turns or memory")
+
+
+@dataclass(frozen=True)
+class InspectSettings(Settings):
+    """Flags of `inspect`; names and defaults are those of training."""
+
+    model_name_or_path: str = setting(MISSING, "whose tokenizer is used: a folder or hub id")
+    data: SFTDataConfig = group(SFTDataConfig)
+    phase: int | None = setting(None, "1, 2 or 3 (default: all)", choices=(1, 2, 3))
+    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
+    max_prompt_seq_len: int = setting(256, "tokens of a prompt in phase 3", at_least=1)
+    per_device_train_batch_size: int = setting(16, "rows per batch", at_least=1)
+    max_tokens_per_batch: int | None = setting(
+        None, "tokens per batch, where batches are made by them (default: 8192)", at_least=1
+    )
+    samples: int = setting(3, "rows to show", at_least=0)
+    seed: int = setting(1234, "seed of splits; as in training", at_least=0)
+    add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
+    eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.streaming:
+            raise UserError("streaming: inspect looks at all rows; drop it, or give it fewer")
