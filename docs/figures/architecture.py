@@ -30,6 +30,7 @@ COLOURS = {
     "functional": "#f7d7e8",
     "settings": "#e6eaef",
     "errors": "#e6eaef",
+    "lazy": "#e6eaef",
 }
 
 # From the top down: a room imports from the floors below it, and from nothing else.
@@ -53,6 +54,7 @@ FLOORS = (
         ("functional", "functional", "losses, returns"),
         ("settings", "settings", "declared once"),
         ("errors", "errors", "one line"),
+        ("lazy", "lazy", "late imports"),
     ),
 )
 

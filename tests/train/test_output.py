@@ -182,7 +182,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_as_many_checkpoints_as_there_will_be_at_a_time(tmp_path: Path, monkeypatch):
     asked = []
-    monkeypatch.setattr("dschat.train.run_config.check_disk", lambda *args: asked.append(args[2]))
+    monkeypatch.setattr("dschat.train.disk.check_disk", lambda *args: asked.append(args[2]))
 
     def checkpoints(total_steps: int, **flags: int) -> int:
         RunConfig.of(output_dir=str(tmp_path), **flags).check_disk([], total_steps)
