@@ -64,14 +64,38 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     clip_range: float,
+    importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over answer tokens of PPO's clipped objective (arXiv:1707.06347, eq. 7), negated.
 
     All tensors are (B, A); ratio = exp(logprobs - old_logprobs).
+
+    Args:
+        importance: weights of the tokens (`importance_weights`); None: 1 for all.
     """
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    return (torch.maximum(-advantages * ratio, -advantages * clipped) * mask).sum()
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if importance is not None:
+        loss = loss * importance
+    return (loss * mask).sum()
+
+
+def importance_weights(
+    logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """(B, A) weights min(p / q, cap) of tokens that q drew in place of p; 1 outside the mask.
+
+    Truncated importance sampling (Ionides 2008): E_q[p / q * f] = E_p[f], and the cap bounds the
+    variance at the price of a bias. Both are over the entire vocabulary at the sampling
+    temperature: what top-p or top-k cut away has q = 0, which no weight can bring back.
+
+    Args:
+        logprobs: (B, A) log p, of the policy before the update; no gradient flows through it.
+        sampler_logprobs: (B, A) log q, of the engine that drew the tokens.
+    """
+    gap = (logprobs - sampler_logprobs).detach().masked_fill(~mask, 0.0)
+    return gap.exp().clamp(max=cap).masked_fill(~mask, 1.0)
 
 
 def kl_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -73,9 +73,17 @@ class PPOConfig(Settings):
         at_least=0,
     )
 
+    rollout_importance_cap: float = setting(
+        0.0,
+        "largest weight of a token by which the policy loss corrects the gap between the rollout "
+        "engine's log-probabilities and the policy's; 0 is off",
+        at_least=0,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_kl()
+        self._check_importance()
         self._check_estimator()
 
     @property
@@ -101,6 +109,20 @@ class PPOConfig(Settings):
         if self.kl_target is None and "kl_horizon" in {flag.name for flag in given_flags(self)}:
             raise UserError(
                 f"kl_horizon is {self.kl_horizon}, but kl_coef is fixed: give kl_target too"
+            )
+
+    def _check_importance(self) -> None:
+        cap, filters = self.rollout_importance_cap, self.sampling.filters
+        if 0 < cap < 1:
+            raise UserError(
+                f"rollout_importance_cap is {cap}: where engine and policy agree the weight is 1; "
+                "give 1 or more, or 0 for none"
+            )
+        if cap and filters:
+            raise UserError(
+                f"rollout_importance_cap: with {', '.join(filters)} answers come from a part of "
+                "the distribution, which no weight makes whole; drop "
+                f"{', '.join(filters)}, or rollout_importance_cap"
             )
 
     def _check_estimator(self) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from dschat.data.collators import PromptBatch
-from dschat.functional.losses import kl_loss, mean_scale, policy_loss, value_loss
+from dschat.errors import UserError
+from dschat.functional.losses import (
+    importance_weights,
+    kl_loss,
+    mean_scale,
+    policy_loss,
+    value_loss,
+)
 from dschat.functional.returns import kl_k3
 from dschat.models.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
@@ -91,6 +98,7 @@ class DeepSpeedPPOTrainer:
         self.generator.set_state(state["generator"])
         self.kl.load_state_dict(state["kl"])
         self.iterations = state["iterations"]
+        self._weights_changed()  # a resumed run has loaded others
 
     def rollout(
         self, batches: list[PromptBatch], answers_per_prompt: int | None = None
@@ -103,6 +111,11 @@ class DeepSpeedPPOTrainer:
         roles, answers = self.roles, answers_per_prompt or self.config.answers_per_prompt
         engine = self.engine or TransformersRollout(roles.actor, roles.tokenizer, roles.synced_gpus)
         sampled = make_experience(roles, engine, batches, self.config, answers)
+        if self.config.rollout_importance_cap and sampled[0].sampler_logprobs is None:
+            raise UserError(
+                f"rollout_importance_cap: {type(engine).__name__} does not tell the "
+                "log-probabilities that it samples by; drop rollout_importance_cap"
+            )
         return [self.rewards.applied(e, roles.tokenizer) for e in sampled]
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
@@ -182,12 +195,17 @@ class DeepSpeedPPOTrainer:
             steps += 1
         for name, engine in self.roles.trained.items():
             check_weights(name, engine.module, self.iterations + 1)
+        self._weights_changed()
         shares = {"actor_updates": actor_steps / max(steps, 1)}
         if distances:
             shares["update_kl"] = distances[-1]
         if self.ptx is not None:
             shares |= self.ptx.statistics()
         return actor.means() | critic.means() | shares
+
+    def _weights_changed(self) -> None:
+        if self.engine is not None:
+            self.engine.weights_changed()
 
     @staticmethod
     def pass_over(*engines: Engine | None) -> None:
@@ -278,14 +296,17 @@ class DeepSpeedPPOTrainer:
         scored = self.policy_scores(e, with_entropy=True)
         logprobs, entropy = scored.logprobs, filled(scored.entropy)
         clip = self.config.cliprange
-        loss = policy_loss(logprobs, e.logprobs, filled(e.advantages), e.answer_mask, clip)
+        cap, mask, importance = self.config.rollout_importance_cap, e.answer_mask, None
+        if cap:
+            importance = importance_weights(e.logprobs, filled(e.sampler_logprobs), mask, cap)
+        loss = policy_loss(logprobs, e.logprobs, filled(e.advantages), mask, clip, importance)
         if self.config.estimator.kl_in_loss:
             loss = loss + self.kl.coefficient * kl_loss(logprobs, e.ref_logprobs, e.answer_mask)
         with torch.no_grad():
             # Outside the mask the two may drift apart without bound: there, a ratio of 1.
             inside = logprobs.where(e.answer_mask, e.logprobs)
             ratio = torch.exp(inside - e.logprobs)
-            return loss, {
+            sums = {
                 "tokens": e.answer_mask.sum().item(),
                 "actor_loss": loss.item(),
                 "ratio": (ratio * e.answer_mask).sum().item(),
@@ -293,6 +314,9 @@ class DeepSpeedPPOTrainer:
                 "approx_kl": kl_k3(e.logprobs, inside).sum().item(),
                 "entropy": entropy.where(e.answer_mask, 0.0).sum().item(),
             }
+            if importance is not None:
+                sums["importance_capped"] = ((importance >= cap) & mask).sum().item()
+            return loss, sums
 
     def critic_loss(self, critic: Engine, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
         """Value loss of one mini-batch, summed over its tokens, and sums to report."""

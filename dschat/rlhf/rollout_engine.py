@@ -26,12 +26,19 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         """Sample one answer for every prompt, by the policy's present weights.
 
-        Every rank calls it equally often. `answer_ends` says what counts of an answer. The gap
-        between the sampler's log-probabilities, where it tells them, and the policy's is logged.
+        Every rank calls it equally often. `answer_ends` says what counts of an answer. The answers
+        come with their log-probabilities at the sampling temperature, over the entire vocabulary:
+        their gap to the policy's is logged, and `rollout_importance_cap` corrects it.
         """
 
     def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
         """(B, V) logits of each answer's first token, before temperature and truncation."""
+
+    def weights_changed(self) -> None:
+        """Drop what was made of the policy's weights: they are others now.
+
+        Called after each update, after a checkpoint was loaded, and by whoever switches adapters.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class TransformersRollout:
         inputs = forward_inputs(self.model, prompts.input_ids, prompts.attention_mask)
         with self._weights():
             return unwrap(self.model)(**inputs, use_cache=False).logits[:, -1]
+
+    def weights_changed(self) -> None:
+        """See `RolloutEngine`; nothing is kept between calls."""
 
     def _weights(self) -> contextlib.AbstractContextManager[None]:
         fuse = self.fuse_adapters

@@ -179,6 +179,9 @@ class Fixed:
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         return self.sampled
 
+    def weights_changed(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     "settings, message",
@@ -254,6 +257,9 @@ class Echo:
             k = self.counts[prompt] = self.counts.get(prompt, 0) + 1
             answers.append([*prompt[4:], 200 + k, EOS])
         return Sampled(torch.cat([prompts.input_ids, tiny.padded(answers)[0]], dim=1))
+
+    def weights_changed(self) -> None:
+        pass
 
 
 PROMPTS = [row[:-1] for row in tiny.token_rows(8, seed=11)]

@@ -38,6 +38,9 @@ class Wrong:
         logits[2, 7] += self.logit_error
         return logits
 
+    def weights_changed(self) -> None:
+        pass
+
 
 def test_a_right_engine_passes():
     check_parity(plain(), plain(), prompts(), 6, "fast_engine")
