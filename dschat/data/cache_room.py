@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from dschat.data.store import examples_of
-from dschat.data.tokenise import FEATURES, Converter
+from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.utils.disk import Reserve, free_bytes, in_words
 
@@ -23,7 +23,7 @@ def tokenised_bytes(rows: datasets.Dataset, convert: Converter) -> int:
         return 0
     places = np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)
     columns = convert(examples_of(rows[places]), Counter())
-    table = datasets.Dataset.from_dict(columns, FEATURES[convert.phase]).data
+    table = datasets.Dataset.from_dict(columns, convert.features).data
     return round(table.nbytes / len(places) * len(rows))
 
 

@@ -1,7 +1,8 @@
 """Rows of tokens to padded or packed batches of tensors."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -26,7 +27,11 @@ class Batch:
 
     def to(self: BatchT, device: torch.device | str) -> BatchT:
         """The same batch with every tensor on `device`."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        movable: dict[str, Any] = {
+            n: v.to(device) for n, v in values.items() if isinstance(v, torch.Tensor | Batch)
+        }
+        return replace(self, **movable)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,19 @@ class MismatchedBatch(PreferenceBatch):
 @dataclass(frozen=True)
 class PromptBatch(Batch):
     """Prompts to generate from, left-padded, all (B, P)."""
+
+    columns: tuple[Row, ...] | None = None  # (B,) rows' own columns by name; None: none are kept
+
+    def rows(self, index: torch.Tensor) -> "PromptBatch":
+        """Pick the rows of `index`, in its order, also several times."""
+        at = index.to(self.real.device)
+        tensors = (self.input_ids[at], self.attention_mask[at], self.real[at])
+        return PromptBatch(*tensors, picked(self.columns, index))
+
+
+def picked(columns: tuple[Row, ...] | None, index: torch.Tensor) -> tuple[Row, ...] | None:
+    """Pick the own columns of the rows of `index`."""
+    return None if columns is None else tuple(columns[at] for at in index.tolist())
 
 
 @dataclass(frozen=True)
@@ -165,7 +183,10 @@ class PromptCollator:
     def __call__(self, rows: Sequence[Row]) -> PromptBatch:
         """Pad on the left; raises KeyError on rows of another phase."""
         prompts = [row["prompt_ids"] for row in rows]
-        return PromptBatch(*_pad(prompts, self.pad_token_id, left=True), _real(rows))
+        own = None
+        if any("columns" in row for row in rows):
+            own = tuple(json.loads(row["columns"]) for row in rows)
+        return PromptBatch(*_pad(prompts, self.pad_token_id, left=True), _real(rows), own)
 
 
 def _pad(

@@ -1,7 +1,9 @@
-"""Values of a row by the name of a column, or by the path of a field inside one."""
+"""Values of a row by a column's name, by the path of a field inside one, or kept as they are."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dschat.errors import UserError
@@ -60,3 +62,67 @@ def pick_number(row: Row, path: str) -> float:
     if not math.isfinite(number):
         raise UserError(f"column {path!r} is {value!r}, needs a number; fix the row")
     return number
+
+
+@dataclass(frozen=True)
+class KeptColumns:
+    """Which of a row's own columns stay with its prompt, for what will judge the answers.
+
+    Attributes:
+        needed: columns that every row must have. others: kept where a row has them.
+        everything: all further columns are kept too, except those called `reserved`.
+        asked_by: what takes them, for messages.
+    """
+
+    needed: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    everything: bool = False
+    reserved: tuple[str, ...] = ()
+    asked_by: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.needed or self.others or self.everything)
+
+    def key(self) -> str:
+        """What kept rows depend on, as text."""
+        return json.dumps([sorted(self.needed), sorted(self.others), self.everything])
+
+    def of(self, row: Row) -> str:
+        """Write these columns of a row as a JSON object, which reads back as the same values.
+
+        Raises:
+            UserError: a column is missing, has a name that is taken, or holds no plain values.
+        """
+        for name in self.needed:
+            if name not in row:
+                columns = ", ".join(map(str, row)) or "none"
+                raise UserError(
+                    f"no column {name!r}, which {self.asked_by} takes (columns: {columns}); add "
+                    "it to the rows"
+                )
+        names = row.keys() if self.everything else [n for n in row if n in self._named]
+        for name in names:
+            if name in self.reserved:
+                raise UserError(
+                    f"column {name!r}: {self.asked_by} has an argument of this name; rename the "
+                    "column, or have the function name the columns that it takes"
+                )
+        return json.dumps({name: self._plain(name, row[name]) for name in names})
+
+    @property
+    def _named(self) -> frozenset[str]:
+        return frozenset(self.needed + self.others)
+
+    def _plain(self, name: str, value: Any) -> Any:
+        """Give a value that JSON can hold; else stop."""
+        try:
+            same = json.loads(json.dumps(value))
+        except (TypeError, ValueError, RecursionError):
+            same = None
+        if repr(same) != repr(value):  # keys that are no text become text
+            raise UserError(
+                f"column {name!r} is {kind_of(value)}: {self.asked_by} can take text, numbers, "
+                "true and false, lists and objects; have the function name the columns that it "
+                "takes, or drop the column"
+            )
+        return value

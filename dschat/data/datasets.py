@@ -94,8 +94,8 @@ def create_prompt_dataset(
             "end answers in its chat template; call set_format(tokenizer) first"
         )
     max_len = max_prompt_len if phase == 3 and max_prompt_len is not None else max_seq_len
-    kept = config.keep_special_tokens
-    convert = Converter(tokenizer, form, phase, max_len, config.train_on, kept)
+    kept, own = config.keep_special_tokens, bool(config.read.kept)
+    convert = Converter(tokenizer, form, phase, max_len, config.train_on, kept, own)
     sources = [(name, config.data_split or default_split(name)) for name in config.data_path]
     if phase == 1:
         sources += [(name, ALL_ROWS) for name in config.sft_only_data_path]

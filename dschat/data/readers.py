@@ -141,6 +141,13 @@ def read_alpaca(row: Row) -> Example:
     return Example(question(prompt), pick_text(row, "output"))
 
 
+def read_question(row: Row) -> Example:
+    """Columns question and answer, as GSM8K's; an answer may be a number, which is its text."""
+    answer = row["answer"]
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    return Example(question(pick_text(row, "question")), str(answer) if is_number else answer)
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """Rows that have at least these columns, and their reader.
@@ -215,6 +222,8 @@ FORMATS = (
     ),
     _format(_MKQA, named.refuse_mkqa),
 )
+# Columns of so common names that every other format goes before.
+_QUESTION = _format("question answer", read_question)
 
 
 def format_by_name(name: str) -> RowFormat | None:
@@ -244,6 +253,8 @@ def format_by_columns(row: Row) -> RowFormat | None:
             f"the columns ({', '.join(row)}) can be read in several ways ({readings}); choose "
             "with --dataset_columns prompt=... chosen=... or a --dataset_function"
         )
+    if not fitting and _QUESTION.columns <= row.keys():
+        return _QUESTION
     return fitting[0] if fitting else None
 
 

@@ -180,6 +180,8 @@ def read_examples(
         try:
             read = read or choose_reader(options, name, row)
             example = replace(read(row), place=place)
+            if options.kept:
+                example = replace(example, columns=options.kept.of(row))
             _check_text(example)
         except Skip as reason:
             skipped[str(reason)] += 1

@@ -24,10 +24,10 @@ from dschat.text.conversations import Example, Turn
 from dschat.utils.user_functions import source_digest
 
 # Part of every stored file's key: raise it when the same bytes are to be read differently.
-READER_VERSION = 2
+READER_VERSION = 3
 
 # A prompt is either text, in `prompt`, or a conversation, in `turns`; the other is null. `whole`
-# holds `Example.train_all_turns`.
+# holds `Example.train_all_turns`, and `columns` a JSON object.
 _TURN = pa.struct([("role", pa.string()), ("text", pa.string())])
 SCHEMA = pa.schema(
     [
@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         ("rejected", pa.string()),
         ("whole", pa.bool_()),
         ("place", pa.string()),
+        ("columns", pa.string()),
     ]
 )
 
@@ -101,7 +102,7 @@ def _way_to_read(name: str, options: ReadOptions) -> str:
     """Digest what the examples of a source depend on, beside its bytes."""
     row_format = format_by_name(name)
     reader = row_format.read.__qualname__ if row_format else ""
-    parts = [*options.dataset_columns, options.dataset_function or "", reader]
+    parts = [*options.dataset_columns, options.dataset_function or "", reader, options.kept.key()]
     if options.dataset_function:
         parts.append(source_digest(options.dataset_function, READER))
     return digest(*parts)
@@ -155,12 +156,13 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
         "rejected": [e.rejected for e in examples],
         "whole": [e.train_all_turns for e in examples],
         "place": [e.place for e in examples],
+        "columns": [e.columns for e in examples],
     }
 
 
 def examples_of(columns: Mapping[str, list[Any]]) -> list[Example]:
     """Read stored columns back as examples."""
-    names = ("prompt", "turns", "chosen", "rejected", "whole", "place")
+    names = ("prompt", "turns", "chosen", "rejected", "whole", "place", "columns")
     return [
         Example(text if turns is None else tuple(Turn(**turn) for turn in turns), *more)
         for text, turns, *more in zip(*(columns[name] for name in names), strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 from dschat.data.proportions import parse_proportions
 from dschat.data.report import SourceReport
 from dschat.data.sources import Finder, read_examples
-from dschat.data.tokenise import FEATURES, NEEDED, Converter
+from dschat.data.tokenise import NEEDED, Converter
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example
@@ -87,7 +87,7 @@ def stream_sources(
     rows = list(complete(islice(in_turns(tested), limit), phase))
     if not rows:
         raise UserError("streaming: the test files hold no rows; give at least one")
-    evaluation = datasets.Dataset.from_dict(convert(rows, counts), FEATURES[phase])
+    evaluation = datasets.Dataset.from_dict(convert(rows, counts), convert.features)
     names = ", ".join(name for name, _ in sources)
     about: dict[str, Any] = {"skipped": dict(skipped), **counts}
     report = SourceReport(names, "eval", len(rows), len(evaluation), **about)

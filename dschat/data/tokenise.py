@@ -37,6 +37,8 @@ FEATURES = {
     ),
     3: datasets.Features({"prompt_ids": _IDS, "length": _COUNT}),
 }
+# Of phase 3, where rows keep columns of their own: a JSON object.
+OWN_COLUMNS = "columns"
 # Columns of an example that a phase cannot do without.
 NEEDED = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
@@ -83,7 +85,8 @@ def truncate_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]
 class Converter:
     """Makes token rows of a phase out of examples.
 
-    Names of special tokens in their texts are ordinary text, unless `keep_special_tokens`.
+    Names of special tokens in their texts are ordinary text, unless `keep_special_tokens`. Rows of
+    phase 3 keep the columns that the examples carry where `keeps_columns`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -92,9 +95,18 @@ class Converter:
     max_len: int
     train_on: str | None
     keep_special_tokens: bool = False
+    keeps_columns: bool = False
+
+    @property
+    def features(self) -> datasets.Features:
+        """Columns of the rows that it makes."""
+        features = FEATURES[self.phase]
+        if self.phase == 3 and self.keeps_columns:
+            return datasets.Features({**features, OWN_COLUMNS: datasets.Value("string")})
+        return features
 
     def __call__(self, examples: list[Example], counts: Counter[str]) -> Columns:
-        """Tokenise examples into columns of `FEATURES`; add what is cut and dropped to `counts`."""
+        """Tokenise examples into columns of `features`; add what is cut and dropped to `counts`."""
         if not self.keep_special_tokens:
             examples, count = ordinary_examples(self.tokenizer, examples)
             counts["special_names"] += count
@@ -173,7 +185,7 @@ class Converter:
         return columns
 
     def _prompt_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
-        columns: Columns = {name: [] for name in FEATURES[3]}
+        columns: Columns = {name: [] for name in self.features}
         bos_id = self.tokenizer.bos_token_id
         texts = [_at(e, self.form.prompt, e.prompt) for e in examples]
         encoded = encode(self.tokenizer, texts, self.form.adds_special)
@@ -186,6 +198,8 @@ class Converter:
             counts["prompts_cut"] += len(kept) < len(ids)
             columns["prompt_ids"].append(kept)
             columns["length"].append(len(kept))
+        if OWN_COLUMNS in columns:
+            columns[OWN_COLUMNS] = [e.columns for e in examples]
         return columns
 
 
@@ -212,7 +226,7 @@ def tokenise(
             partial(_counted, folder=counts, convert=convert),
             batched=True,
             remove_columns=rows.column_names,
-            features=FEATURES[convert.phase],
+            features=convert.features,
             cache_file_name=str(arrow_file),
             # Always run: a reused result would leave the counts at zero.
             load_from_cache_file=False,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dschat.data.columns import KeptColumns
 from dschat.errors import UserError, brief
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Example, Skip, Turn, check_order, read_messages
@@ -15,7 +16,12 @@ READER = "dataset_function"  # the setting that names it
 
 @dataclass(frozen=True)
 class ReadOptions(Settings):
-    """The user's choice of how rows are read, in place of the formats known here."""
+    """The user's choice of how rows are read, in place of the formats known here.
+
+    Attributes:
+        kept: columns of the rows themselves that stay with their prompts; no flag, what judges the
+            answers knows it.
+    """
 
     dataset_columns: tuple[str, ...] = setting(
         (),
@@ -25,6 +31,7 @@ class ReadOptions(Settings):
     dataset_function: str | None = setting(
         None, "module:name of your function from a row to prompt, chosen, rejected"
     )
+    kept: KeptColumns = KeptColumns()
 
     def __post_init__(self) -> None:
         super().__post_init__()

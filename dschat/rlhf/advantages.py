@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dschat.functional.returns import Reduce, identity, shaped_rewards, whiten
@@ -49,9 +51,13 @@ class KLController:
 def with_advantages(
     experiences: list[Experience], config: PPOConfig, kl_coef: float
 ) -> list[Experience]:
-    """Add advantages, not yet whitened, to the rollouts of one iteration; with a critic returns."""
+    """Add advantages, not yet whitened, to the rollouts of one iteration; with a critic returns.
+
+    Answers without a reward are left out of every comparison and of the losses.
+    """
     rewards = [token_rewards(e, config, kl_coef) for e in experiences]
-    return config.estimator.advantages(experiences, rewards, config.gamma, config.lam)
+    learned = config.estimator.advantages(experiences, rewards, config.gamma, config.lam)
+    return [replace(e, trained=e.answer_mask & e.counted.unsqueeze(-1)) for e in learned]
 
 
 def token_rewards(e: Experience, config: PPOConfig, kl_coef: float) -> torch.Tensor:
@@ -68,9 +74,9 @@ def token_rewards(e: Experience, config: PPOConfig, kl_coef: float) -> torch.Ten
 
 
 def whitened(experiences: list[Experience], reduce: Reduce = identity) -> list[Experience]:
-    """Give advantages mean 0 and variance 1 over all answer tokens of all ranks."""
+    """Give advantages mean 0 and variance 1 over all tokens of the losses on all ranks."""
     advantages = torch.cat([filled(e.advantages).flatten() for e in experiences])
-    mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+    mask = torch.cat([e.loss_mask.flatten() for e in experiences])
     white = whiten(advantages, mask, reduce).float()
     parts = white.split([e.answer_mask.numel() for e in experiences])
     return [

@@ -6,7 +6,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -25,37 +25,58 @@ FIGURES = {"reward": "reward", "model": "reward_model", "function": "reward_func
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer and its rewards; parts that a run does not have are None."""
+    """One sampled answer and its rewards; parts that a run does not have are None.
+
+    Attributes:
+        reward: None where nothing gave a score.
+        rewards: value of each function by its name, where there are several.
+    """
 
     iteration: int
     prompt: str
     answer: str
-    reward: float
+    reward: float | None
     reward_model: float | None
     reward_function: float | None
     kl: float  # nats over the entire answer, k1
     length: int  # tokens
     ended: bool
+    rewards: dict[str, float | None] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, e: Experience, row: int, tokenizer: PreTrainedTokenizerBase, iteration: int
+        cls,
+        e: Experience,
+        row: int,
+        tokenizer: PreTrainedTokenizerBase,
+        iteration: int,
+        functions: Sequence[str] = (),
     ) -> Answer:
-        """Take a row of a rollout."""
+        """Take a row of a rollout; `functions` are the names of the reward functions."""
         prompt, answer = texts_of(e, row, tokenizer)
         mask = e.answer_mask[row]
-        parts = [None if p is None else p[row].item() for p in (e.model_scores, e.function_scores)]
+        values = _values(e, row)
+        is_one = len(values) == 1
         return cls(
             iteration=iteration,
             prompt=prompt,
             answer=answer,
-            reward=filled(e.rewards)[row].item(),
-            reward_model=parts[0],
-            reward_function=parts[1],
+            reward=filled(e.rewards)[row].item() if e.counted[row] else None,
+            reward_model=None if e.model_scores is None else e.model_scores[row].item(),
+            reward_function=values[0] if is_one else None,
             kl=kl_k1(e.logprobs[row], e.ref_logprobs[row])[mask].sum().item(),
             length=int(mask.sum()),
             ended=bool(e.ended[row]),
+            rewards={} if is_one else dict(zip(functions, values, strict=True)),
         )
+
+
+def _values(e: Experience, row: int) -> list[float | None]:
+    """Scores of one row by each function."""
+    if e.function_scores is None:
+        return []
+    scores, given = e.function_scores[row].tolist(), filled(e.function_scored)[row].tolist()
+    return [score if is_given else None for score, is_given in zip(scores, given, strict=True)]
 
 
 def choose_answers(
@@ -63,12 +84,13 @@ def choose_answers(
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     iteration: int,
+    functions: Sequence[str] = (),
 ) -> list[Answer]:
     """Choose at most `count` real rows, spread over all rollouts."""
     real = [(e, row) for e in experiences for row in range(len(e)) if e.real[row]]
     shown = min(count, len(real))
     picked = [real[number * len(real) // shown] for number in range(shown)]
-    return [Answer.of(e, row, tokenizer, iteration) for e, row in picked]
+    return [Answer.of(e, row, tokenizer, iteration, functions) for e, row in picked]
 
 
 def format_answers(answers: Sequence[Answer], width: int | None = None) -> str:
@@ -80,7 +102,7 @@ def format_answers(answers: Sequence[Answer], width: int | None = None) -> str:
     limit = LINES * (width - len(INDENT))
     blocks = []
     for a in answers:
-        figures = {title: getattr(a, name) for title, name in FIGURES.items()}
+        figures = {title: getattr(a, name) for title, name in FIGURES.items()} | a.rewards
         shown = [f"{name} {format_value(x)}" for name, x in figures.items() if x is not None]
         shown += [f"{a.length} tokens", "ended" if a.ended else "not ended"]
         texts = {"prompt": repr(a.prompt)[-limit:], "answer": repr(a.answer)[:limit]}

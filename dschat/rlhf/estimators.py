@@ -17,7 +17,7 @@ Advantages = Callable[
     [list[Experience], list["torch.Tensor"], float, float],
     list[Experience],
 ]
-# (N,) rewards of entire answers, (N,) groups, (N,) bool of real rows -> (N,) advantages.
+# (N,) rewards of entire answers, (N,) groups, (N,) bool of rows that count -> (N,) advantages.
 Comparison = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
@@ -57,17 +57,19 @@ def gae(
 def compared(compare: Comparison) -> Advantages:
     """Make an estimator that compares entire answers: one number for all tokens of an answer.
 
-    A group's answers may be spread over the experiences, not over the ranks.
+    A group's answers may be spread over the experiences, not over the ranks. Answers without a
+    reward are compared with nothing, and one that is left alone by them is worth 0.
     """
 
     def advantages(
         experiences: list[Experience], rewards: list[torch.Tensor], gamma: float, lam: float
     ) -> list[Experience]:
-        numbers = compare(
-            torch.cat([r.sum(-1) for r in rewards]),
-            torch.cat([e.group for e in experiences]),
-            torch.cat([e.real for e in experiences]),
-        )
+        group = torch.cat([e.group for e in experiences])
+        real = torch.cat([e.real for e in experiences])
+        counted = torch.cat([e.counted for e in experiences])
+        is_left_alone = (_sizes(group, counted) == 1) & (_sizes(group, real) > 1)
+        totals = torch.cat([r.sum(-1) for r in rewards])
+        numbers = compare(totals, group, counted & ~is_left_alone)
         parts = numbers.split([len(e) for e in experiences])
         return [
             e.with_returns(part.unsqueeze(-1) * e.answer_mask)
@@ -75,6 +77,12 @@ def compared(compare: Comparison) -> Advantages:
         ]
 
     return advantages
+
+
+def _sizes(group: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """(N,): how many rows that count each row's group has."""
+    _, index = group.unique(return_inverse=True)
+    return torch.bincount(index, weights=counted.double())[index]
 
 
 _ALL = (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from dschat.data.collators import Row, picked
 from dschat.lazy import torch
 
 
@@ -25,12 +26,16 @@ class Experience:
     group: torch.Tensor  # (B,) int64: answers to one prompt share a number, on this rank alone
     sampler_logprobs: torch.Tensor | None = None  # (B, A) fp32, of the engine that drew the answers
     rewards: torch.Tensor | None = None  # (B,) fp32, the weighted sum of the scores (rewards.py)
-    function_scores: torch.Tensor | None = None  # (B,) fp32, the reward function's
+    scored: torch.Tensor | None = None  # (B,) bool: has a reward; the others teach nothing
+    function_scores: torch.Tensor | None = None  # (B, F) fp32, of each reward function
+    function_scored: torch.Tensor | None = None  # (B, F) bool: False where the score is None
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
+    trained: torch.Tensor | None = None  # (B, A) bool: tokens of the losses; None: all of answers
     # Of a complete iteration's generation: its first experience alone holds them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
+    columns: tuple[Row, ...] | None = None  # (B,) the rows' own, by name; None: none are kept
 
     def __len__(self) -> int:
         return len(self.real)
@@ -39,6 +44,16 @@ class Experience:
     def prompt_length(self) -> int:
         """P, padding included."""
         return self.sequences.shape[1] - self.answer_mask.shape[1]
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """(B,) bool: real rows that have a reward, in all statistics of rewards and in the loss."""
+        return self.real if self.scored is None else self.real & self.scored
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """(B, A) bool: the tokens that losses, and means over their steps, are over."""
+        return self.answer_mask if self.trained is None else self.trained
 
     @property
     def answers(self) -> torch.Tensor:
@@ -54,10 +69,10 @@ class Experience:
     def rows(self, index: torch.Tensor) -> Experience:
         """Pick the rows of `index`, in its order."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        picked: dict[str, Any] = {
+        tensors: dict[str, Any] = {
             n: c[index] for n, c in columns.items() if isinstance(c, torch.Tensor)
         }
-        return replace(self, **picked)
+        return replace(self, **tensors, columns=picked(self.columns, index))
 
 
 def filled(column: torch.Tensor | None) -> torch.Tensor:

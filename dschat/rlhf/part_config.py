@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,10 +53,20 @@ class SamplingConfig(Settings):
 class RewardConfig(Settings):
     """Settings of the reward of an answer."""
 
-    reward_function: str | None = setting(
-        None, "module:name of your function (prompt, answer) -> float"
+    reward_function: tuple[str, ...] = setting(
+        (),
+        "module:name of each of your functions (prompts, answers, **columns) -> scores or "
+        "(prompt, answer) -> score; exact_number, pattern and length are built in",
     )
-    reward_function_weight: float = setting(1.0, "factor of the function's value in the score")
+    reward_function_weight: tuple[float, ...] = setting(
+        (), "factor of each function's value in the reward (default: 1 each)"
+    )
+    reward_pattern: str | None = setting(
+        None, "regular expression that fits an answer as a whole, for reward_function pattern"
+    )
+    reward_length: tuple[int, ...] = setting(
+        (), "least and largest number of characters, for reward_function length", at_least=0
+    )
     reward_model_weight: float = setting(
         1.0, "factor of the reward model's score; at 0 it is only watched"
     )
@@ -71,17 +82,52 @@ class RewardConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward_function is None and self.reward_function_weight != 1.0:
+        names, weights = self.reward_function, self.reward_function_weight
+        if weights and not names:
             raise UserError(
-                f"reward_function_weight is {self.reward_function_weight}, and there is no "
+                f"reward_function_weight is {_listed(weights)}, and there is no "
                 "function: give reward_function module:name, or drop the weight"
             )
-        has_function = self.reward_function is not None and self.reward_function_weight
-        if self.reward_model_weight == 0 and not has_function:
+        if weights and len(weights) != len(names):
+            raise UserError(
+                f"reward_function_weight is {_listed(weights)}: give one for each of the "
+                f"{len(names)} functions of reward_function"
+            )
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"reward_function names {repeated[0]} twice: give it once, weighted")
+        if self.reward_model_weight == 0 and not any(self.weights):
             raise UserError(
                 "reward_model_weight is 0: nothing is rewarded; give reward_function "
                 "module:name, or another weight"
             )
+        self._check_built_in()
+
+    def _check_built_in(self) -> None:
+        """Stop at a built-in check without what it needs, or at what none of them uses."""
+        for name, flag, value in (
+            ("pattern", "reward_pattern", self.reward_pattern),
+            ("length", "reward_length", self.reward_length),
+        ):
+            if bool(value) != (name in self.reward_function):
+                missing = f"reward_function {name}" if value else flag
+                shown = flag if value else f"reward_function {name}"
+                raise UserError(f"{shown} does nothing without {missing}: give both, or neither")
+        if self.reward_length and (
+            len(self.reward_length) != 2 or self.reward_length[0] > self.reward_length[1]
+        ):
+            raise UserError(
+                f"reward_length is {_listed(self.reward_length)}: give two numbers, the least "
+                "length and the largest"
+            )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each function."""
+        return self.reward_function_weight or (1.0,) * len(self.reward_function)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dschat.rlhf.answers import AnswerFile, choose_answers, format_answers
@@ -37,6 +38,7 @@ class PPOLog:
 
     Args:
         answers_interval: iterations between sampled answers on the screen; 0: none.
+        functions: names of the reward functions.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class PPOLog:
         gpus: Gpus,
         iterations: int,
         health: HealthMonitor | None = None,
+        functions: Sequence[str] = (),
     ):
         self.metrics, self.roles, self.rank = metrics, roles, metrics.rank
         self.answers_interval = answers_interval
         self.iterations, self.gpus = iterations, gpus
         self.works = {n: training_work(e, configs[n]) for n, e in roles.trained.items()}
         self.bar = progress_bar(iterations, "ppo", metrics)
-        self.health = health or HealthMonitor()
+        self.health, self.functions = health or HealthMonitor(), functions
         self._answers = None
         if answers_interval and metrics.output_dir is not None and self.rank == 0:
             resumed_at = None if metrics.continued is None else metrics.first_step
@@ -107,8 +110,7 @@ class PPOLog:
         if self.metrics.is_due(iteration, self.iterations):
             self.metrics.log(iteration, statistics | self._rates | seconds | skipped)
         self.bar.update(1)
-        hidden = PARTS if "reward_function" not in statistics else ()
-        shown = {n: statistics[n] for n in SHOWN if n in statistics and n not in hidden}
+        shown = {n: statistics[n] for n in self._shown(statistics)}
         line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())
         self._print(f"iteration {iteration}/{self.iterations} | {line}")
         if iteration == self.iterations or iteration % (10 * self.metrics.config.log_every) == 0:
@@ -137,6 +139,15 @@ class PPOLog:
             self._print(f"warning, iteration {iteration}: {warning}")
         self._show_answers(iteration, experiences)
 
+    def _shown(self, statistics: dict[str, float]) -> list[str]:
+        """Names in the line; parts of the reward where there are several."""
+        single = "reward_function" in statistics
+        parts = [] if single else [n for n in statistics if n.startswith("rewards/")]
+        hidden = () if single or parts else PARTS
+        names = [n for n in SHOWN if n in statistics and n not in hidden]
+        at = 1 + ("reward_model" in names)
+        return names[:at] + parts + names[at:] if "reward" in names else parts + names
+
     def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
         """Show an evaluation on held-out prompts."""
         self._print("eval " + console_line(iteration, self.iterations, statistics))
@@ -149,7 +160,8 @@ class PPOLog:
     def _show_answers(self, iteration: int, experiences: list[Experience]) -> None:
         if self.rank != 0 or not self.answers_interval or iteration % self.answers_interval:
             return
-        answers = choose_answers(experiences, ANSWER_ROWS, self.roles.tokenizer, iteration)
+        tokenizer = self.roles.tokenizer
+        answers = choose_answers(experiences, ANSWER_ROWS, tokenizer, iteration, self.functions)
         self._print(format_answers(answers))
         if self._answers is not None:
             self._answers.write(answers)

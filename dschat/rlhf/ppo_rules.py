@@ -9,6 +9,7 @@ from dschat.rlhf.ppo_history import LONG, REMEMBERED, History
 
 FOREIGN_GAP = 0.1  # nats a token; bf16 alone makes 0.015
 ALL_EQUAL = 0.9  # of the prompts
+NO_SCORES = 0.9  # of the answers
 MANY_CLIPPED = 0.1  # of the reward model's scores
 MANY_RATIOS = 0.3  # of the tokens
 SHRUNK, GROWN = 1 / 3, 2.0  # times the first length
@@ -109,6 +110,13 @@ RULES = (
         "KL to the reference is negative ({kl_per_token:.3f} nats a token): answers are not drawn "
         "from the distribution that is scored",
         "{facts.unfiltered}",
+    ),
+    Rule(
+        "no scores",
+        lambda h: h.stays("unscored", LONG, above=NO_SCORES),
+        "{unscored:.0%} of the answers have no score, and teach nothing",
+        "see why reward_function gives None, or leave rows out that nothing can judge",
+        explains=("equal rewards", "equal within prompts", "standstill", "reward fell"),
     ),
     Rule(
         "clipped rewards",

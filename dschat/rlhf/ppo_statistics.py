@@ -15,6 +15,9 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
     """Statistics of rollouts: reward, KL, lengths, ends."""
     rows = torch.cat([e.real for e in experiences])
     mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+    counted = torch.cat([e.counted for e in experiences])
+    rewards = torch.cat([filled(e.rewards) for e in experiences])
+    (scored,) = all_reduce_sum([float(counted.sum().item())])
 
     def per_row(values: list[torch.Tensor]) -> float:
         return masked_mean(torch.cat(values).float(), rows, all_reduce_sum)
@@ -28,8 +31,9 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
         if e.sampler_logprobs is not None
     ]
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
-    figures = {
-        "reward": per_row([filled(e.rewards) for e in experiences]),
+    # Without any score there is no mean.
+    figures = {"reward": masked_mean(rewards, counted, all_reduce_sum)} if scored else {}
+    figures |= {
         "kl": per_row([(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]),
         "kl_per_token": per_token(k1),
         "kl_k3": per_token([kl_k3(e.logprobs, e.ref_logprobs) for e in experiences]),
@@ -45,8 +49,11 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
 
 
 def zero_spread(experiences: list[Experience], missing_eos_penalty: float) -> float:
-    """Share of the prompts whose answers all have one reward: these teach nothing."""
-    real = torch.cat([e.real for e in experiences])
+    """Share of the prompts whose answers all have one reward: these teach nothing.
+
+    Answers without a reward are left out, and so are prompts that have no others.
+    """
+    real = torch.cat([e.counted for e in experiences])
     rewards = torch.cat([filled(e.rewards) - missing_eos_penalty * ~e.ended for e in experiences])
     names, group = torch.cat([e.group for e in experiences])[real].unique(return_inverse=True)
     low, high = (
@@ -56,12 +63,12 @@ def zero_spread(experiences: list[Experience], missing_eos_penalty: float) -> fl
         for how in ("amin", "amax")
     )
     equal, prompts = all_reduce_sum([(low == high).sum().item(), float(len(names))])
-    return equal / prompts
+    return equal / max(prompts, 1.0)
 
 
 def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:
-    """Mean and standard deviation over answer tokens; taken before whitening."""
-    mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+    """Mean and standard deviation over the losses' tokens; taken before whitening."""
+    mask = torch.cat([e.loss_mask.flatten() for e in experiences])
     advantages = torch.cat([filled(e.advantages).flatten() for e in experiences])
     mean, variance = masked_moments(advantages, mask, all_reduce_sum)
     return {"advantage_mean": mean, "advantage_std": variance**0.5}
@@ -69,7 +76,7 @@ def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:
 
 def value_statistics(experiences: list[Experience]) -> dict[str, float]:
     """Quality of the critic: explained variance, 1 - Var(returns - values) / Var(returns)."""
-    mask = torch.cat([e.answer_mask.flatten() for e in experiences])
+    mask = torch.cat([e.loss_mask.flatten() for e in experiences])
     returns = torch.cat([filled(e.returns).flatten() for e in experiences])
     errors = returns - torch.cat([filled(e.values).flatten() for e in experiences])
     mean, variance = masked_moments(returns, mask, all_reduce_sum)

@@ -177,7 +177,7 @@ class DeepSpeedPPOTrainer:
         actor, critic = StepMeans("actor"), StepMeans("critic")
         trains_actor, steps, actor_steps, distances = not self.warming_up, 0, 0, []
         for group in self.groups(experiences):
-            (tokens,) = all_reduce_sum([float(sum(e.answer_mask.sum().item() for e in group))])
+            (tokens,) = all_reduce_sum([float(sum(e.loss_mask.sum().item() for e in group))])
             if not tokens:
                 self.pass_over(None if self.warming_up else self.roles.actor, self.roles.critic)
                 continue
@@ -232,7 +232,7 @@ class DeepSpeedPPOTrainer:
         moved = 0.0
         for e in group:
             now = self.policy_scores(e).logprobs
-            moved += kl_k3(e.logprobs, now).where(e.answer_mask, 0.0).sum().item()
+            moved += kl_k3(e.logprobs, now).where(e.loss_mask, 0.0).sum().item()
         (moved,) = all_reduce_sum([moved])
         return moved / tokens
 
@@ -296,23 +296,23 @@ class DeepSpeedPPOTrainer:
         scored = self.policy_scores(e, with_entropy=True)
         logprobs, entropy = scored.logprobs, filled(scored.entropy)
         clip = self.config.cliprange
-        cap, mask, importance = self.config.rollout_importance_cap, e.answer_mask, None
+        cap, mask, importance = self.config.rollout_importance_cap, e.loss_mask, None
         if cap:
             importance = importance_weights(e.logprobs, filled(e.sampler_logprobs), mask, cap)
         loss = policy_loss(logprobs, e.logprobs, filled(e.advantages), mask, clip, importance)
         if self.config.estimator.kl_in_loss:
-            loss = loss + self.kl.coefficient * kl_loss(logprobs, e.ref_logprobs, e.answer_mask)
+            loss = loss + self.kl.coefficient * kl_loss(logprobs, e.ref_logprobs, e.loss_mask)
         with torch.no_grad():
             # Outside the mask the two may drift apart without bound: there, a ratio of 1.
-            inside = logprobs.where(e.answer_mask, e.logprobs)
+            inside = logprobs.where(e.loss_mask, e.logprobs)
             ratio = torch.exp(inside - e.logprobs)
             sums = {
-                "tokens": e.answer_mask.sum().item(),
+                "tokens": e.loss_mask.sum().item(),
                 "actor_loss": loss.item(),
-                "ratio": (ratio * e.answer_mask).sum().item(),
-                "clip_fraction": (((ratio - 1).abs() > clip) & e.answer_mask).sum().item(),
+                "ratio": (ratio * e.loss_mask).sum().item(),
+                "clip_fraction": (((ratio - 1).abs() > clip) & e.loss_mask).sum().item(),
                 "approx_kl": kl_k3(e.logprobs, inside).sum().item(),
-                "entropy": entropy.where(e.answer_mask, 0.0).sum().item(),
+                "entropy": entropy.where(e.loss_mask, 0.0).sum().item(),
             }
             if importance is not None:
                 sums["importance_capped"] = ((importance >= cap) & mask).sum().item()
@@ -323,10 +323,10 @@ class DeepSpeedPPOTrainer:
         old = filled(e.values)
         values = answer_values(critic, e.sequences, e.attention_mask, e.answer_mask.shape[1])
         clip = self.config.cliprange_value
-        loss = value_loss(values, old, filled(e.returns), e.answer_mask, clip)
-        sums = {"tokens": e.answer_mask.sum().item(), "critic_loss": loss.item()}
+        loss = value_loss(values, old, filled(e.returns), e.loss_mask, clip)
+        sums = {"tokens": e.loss_mask.sum().item(), "critic_loss": loss.item()}
         if clip:
-            beyond = ((values - old).abs() > clip) & e.answer_mask
+            beyond = ((values - old).abs() > clip) & e.loss_mask
             sums["value_clip_fraction"] = beyond.sum().item()
         return loss, sums
 

@@ -140,6 +140,7 @@ class PPORun:
             ctx.gpus,
             self.steps.total_steps,
             health_monitor(self.settings, self.plan.names.reward, self.steps.total_steps),
+            self.plan.rewards.names,
         )
         set_random_seed(ctx.seed + ctx.rank)
         position = self.checkpointer.restore(
@@ -227,7 +228,7 @@ def health_monitor(
     has_own_rate = actor.lora.lora_dim and actor.optimizer.lora_learning_rate is not None
     facts = RunFacts(
         has_reward_model=reward_model is not None and rewards.reward_model_weight != 0,
-        has_reward_function=rewards.reward_function is not None,
+        has_reward_function=bool(rewards.reward_function),
         can_scale=is_unscaled and read_statistics(str(reward_model)) is not None,
         fuses_adapters=settings.fuse_lora_for_generation,
         has_kl_target=ppo.kl_target is not None,

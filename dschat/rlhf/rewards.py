@@ -1,78 +1,34 @@
-"""Reward of an answer: by a reward model, by the user's own function, or by both, weighted.
+"""Reward of an answer: by a reward model, by functions, or by both, weighted.
 
-    reward = model weight * clipped, scaled score of the model + function weight * function's value
+    reward = model weight * clipped, scaled score of the model + sum of weight * function's value
 
-The clip keeps a reward model's outliers from deciding an update; the function's values are taken as
-they are. The function is called with two texts. `prompt` is the prompt as the policy reads it, the
-markers of its format and of a chat template included, without a beginning-of-text token in front.
-`answer` is the sampled text without end token and other special tokens; nothing else is stripped.
+The clip keeps a reward model's outliers from deciding an update; values of functions are taken as
+they are. A function gets texts (`reward_functions.py`). A prompt is the prompt as the policy reads
+it, the markers of its format and of a chat template included, without a beginning-of-text token in
+front. An answer is the sampled text without end token and other special tokens; nothing else is
+stripped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dschat.errors import UserError, brief
+from dschat.data.config import DataConfig
+from dschat.errors import UserError
 from dschat.functional.returns import masked_mean, masked_moments
 from dschat.models.reward_statistics import RewardStatistics, reward_scaling
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.part_config import RewardConfig
+from dschat.rlhf.reward_functions import FLAG, RewardFunction, all_columns, load_functions
 from dschat.text.encoding import decode
 from dschat.utils.distributed import all_reduce_sum, on_every_rank
-from dschat.utils.user_functions import load_function, source_digest
-
-FLAG = "reward_function"
-SHOWN_CHARACTERS = 80  # of a text in a message
-LARGEST = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True)
-class RewardFunction:
-    """Function of the user, (prompt, answer) -> float; its values are checked."""
-
-    name: str  # module:name
-    function: Callable[[str, str], float]
-    digest: str  # of its source file
-
-    @classmethod
-    def load(cls, name: str) -> RewardFunction:
-        """Import it.
-
-        Raises:
-            UserError: no such module or function, or one that does not take two texts.
-        """
-        function = load_function(name, FLAG, "prompt", "answer")
-        return cls(name, function, source_digest(name, FLAG))
-
-    def __call__(self, prompt: str, answer: str) -> float:
-        """Compute the reward of one answer.
-
-        Raises:
-            UserError: the function fails, or returns no finite number; names prompt and answer.
-        """
-        place = f"for the prompt {_tail(prompt)} and the answer {_tail(answer)}"
-        try:
-            value = self.function(prompt, answer)
-        except Exception as error:  # anything that the user's function raises, with its row
-            raise UserError(
-                f"{FLAG} {self.name} fails ({brief(error, with_type=True)}) {place}"
-            ) from error
-        # A NaN is not below anything; scores are fp32.
-        if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:
-            raise UserError(
-                f"{FLAG} {self.name} returned {value!r} {place}: return a finite number"
-            )
-        return float(value)
-
-
-def _tail(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARACTERS else f"…{text[1 - SHOWN_CHARACTERS :]}")
 
 
 @dataclass(frozen=True)
@@ -80,15 +36,15 @@ class Rewards:
     """Makes the rewards of answers from their scores; build with `load`."""
 
     config: RewardConfig = RewardConfig()
-    function: RewardFunction | None = None
+    functions: tuple[RewardFunction, ...] = ()
     scaling: RewardStatistics | None = None
 
     @classmethod
     def load(cls, config: RewardConfig, reward_model: str | None) -> Rewards:
-        """Import the function and read the scaling; before models are loaded.
+        """Import the functions and read the scaling; before models are loaded.
 
         Args:
-            reward_model: folder or hub id; None where the function is all there is.
+            reward_model: folder or hub id; None where functions are all there is.
 
         Raises:
             UserError: no such function, a weight of a model that is not there, or no scaling.
@@ -98,74 +54,126 @@ class Rewards:
                 f"reward_model_weight is {config.reward_model_weight}, and there is no reward "
                 "model: give reward_model_name_or_path, or drop the weight"
             )
-        if reward_model is None and config.reward_function_weight == 0:
+        if reward_model is None and not any(config.weights):
             raise UserError(
                 "reward_function_weight is 0, and there is no reward model: nothing is rewarded; "
                 "give reward_model_name_or_path, or another weight"
             )
-        name = config.reward_function
-        return cls(
-            config,
-            None if name is None else RewardFunction.load(name),
-            reward_scaling(config.reward_scaling, reward_model),
-        )
+        scaling = reward_scaling(config.reward_scaling, reward_model)
+        return cls(config, load_functions(config), scaling)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each function."""
+        return self.config.reward_function_weight or (1.0,) * len(self.functions)
+
+    def reading(self, data: DataConfig) -> DataConfig:
+        """Have rows keep the columns that the functions take."""
+        return replace(data, read=replace(data.read, kept=all_columns(self.functions)))
 
     def applied(self, e: Experience, tokenizer: PreTrainedTokenizerBase) -> Experience:
-        """Add `rewards` and, where there is a function, its own scores.
+        """Add `rewards` and, where there are functions, their own scores.
 
-        Every rank calls it as often: an error of the function on one of them stops all.
+        An answer is `scored` where anything that counts gives it a score. Every rank calls it as
+        often: an error of a function on one of them stops all.
         """
-        rewards, function_scores = e.logprobs.new_zeros(len(e)), None
+        rewards = e.logprobs.new_zeros(len(e))
+        scored = torch.zeros_like(e.real) if self.functions else torch.ones_like(e.real)
         if e.model_scores is not None:
             clip = self.config.reward_clip
             clipped = self._scaled(e.model_scores).clamp(-clip, clip)
             rewards = rewards + self.config.reward_model_weight * clipped
-        function = self.function
-        if function is not None:
-            values = on_every_rank(lambda: _values(function, e, tokenizer))
-            function_scores = torch.tensor(values, dtype=rewards.dtype, device=rewards.device)
-            rewards = rewards + self.config.reward_function_weight * function_scores
-        return replace(e, rewards=rewards, function_scores=function_scores)
+            scored = scored | (self.config.reward_model_weight != 0)
+        if not self.functions:
+            return replace(e, rewards=rewards, scored=scored)
+        values = on_every_rank(lambda: _values(self.functions, e, tokenizer))
+        given = torch.tensor([[v is not None for v in row] for row in values], device=scored.device)
+        scores = rewards.new_tensor([[v or 0.0 for v in row] for row in values])
+        for k, weight in enumerate(self.weights):
+            rewards = rewards + weight * scores[:, k]
+            scored = scored | (given[:, k] & (weight != 0))
+        return replace(
+            e, rewards=rewards, scored=scored, function_scores=scores, function_scored=given
+        )
 
     def _scaled(self, model_scores: torch.Tensor) -> torch.Tensor:
         return model_scores if self.scaling is None else self.scaling.scaled(model_scores)
 
     def statistics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-        """Spread of the rewards over all ranks, mean of each part, share of clipped scores.
+        """Spread of the rewards over all ranks, mean of each part, shares of a kind.
 
-        `reward_model` is the model's own unscaled score, comparable with step 2's figures.
+        `reward_model` is the model's own unscaled score, comparable with step 2's figures. A
+        function's mean is over the answers that it scored; one that scored none has no figure.
         """
         rows = torch.cat([e.real for e in experiences])
+        counted = torch.cat([e.counted for e in experiences])
         rewards = torch.cat([filled(e.rewards) for e in experiences])
-        _, variance = masked_moments(rewards, rows, all_reduce_sum)
-        figures = {"reward_std": math.sqrt(variance)}
-        for name, part in (
-            ("reward_model", "model_scores"),
-            ("reward_function", "function_scores"),
-        ):
-            columns = [getattr(e, part) for e in experiences]
-            if all(column is not None for column in columns):
-                figures[name] = masked_mean(torch.cat(columns), rows, all_reduce_sum)
-        if "reward_model" in figures and self.config.reward_model_weight:
-            scores = self._scaled(torch.cat([filled(e.model_scores) for e in experiences]))
-            beyond = (scores.abs() >= self.config.reward_clip).float()
-            figures["reward_clipped"] = masked_mean(beyond, rows, all_reduce_sum)
-        return figures
+        figures = {}
+        if any(all_reduce_sum([float(counted.sum().item())])):
+            _, variance = masked_moments(rewards, counted, all_reduce_sum)
+            figures["reward_std"] = math.sqrt(variance)
+        if all(e.model_scores is not None for e in experiences):
+            scores = torch.cat([filled(e.model_scores) for e in experiences])
+            figures["reward_model"] = masked_mean(scores, rows, all_reduce_sum)
+            if self.config.reward_model_weight:
+                beyond = (self._scaled(scores).abs() >= self.config.reward_clip).float()
+                figures["reward_clipped"] = masked_mean(beyond, rows, all_reduce_sum)
+        return figures | self._of_functions(experiences, rows)
+
+    def _of_functions(
+        self, experiences: Sequence[Experience], rows: torch.Tensor
+    ) -> dict[str, float]:
+        """Mean of each function by its name; of a single one also as `reward_function`."""
+        if not self.functions:
+            return {}
+        scores = torch.cat([filled(e.function_scores) for e in experiences])
+        given = torch.cat([filled(e.function_scored) for e in experiences]) & rows[:, None]
+        totals = all_reduce_sum((scores.double() * given).sum(0).tolist())
+        counts = all_reduce_sum(given.double().sum(0).tolist())
+        means = {
+            f"rewards/{name}": total / count
+            for name, total, count in zip(self.names, totals, counts, strict=True)
+            if count
+        }
+        if len(means) == len(self.functions) == 1:
+            (means["reward_function"],) = means.values()
+        scored = torch.cat([filled(e.scored) for e in experiences]).float()
+        return means | {"unscored": 1.0 - masked_mean(scored, rows, all_reduce_sum)}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the functions in figures: without their modules where that is clear."""
+        short = Counter(function.short_name for function in self.functions)
+        return [f.short_name if short[f.short_name] == 1 else f.name for f in self.functions]
 
     def record(self) -> dict[str, object]:
         """Facts that a resumed run must find again, by the names that messages use."""
         scaling = {} if self.scaling is None else vars(self.scaling)
         facts = {f"reward_scaling.{name}": value for name, value in scaling.items()}
-        if self.function is not None:
-            facts[f"{FLAG}.source"] = self.function.digest
+        digests = [f.digest for f in self.functions if f.digest]
+        if digests:
+            joint = digests[0] if len(digests) == 1 else _digest(digests)
+            facts[f"{FLAG}.source"] = joint
         return facts
 
 
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
 def _values(
-    function: RewardFunction, e: Experience, tokenizer: PreTrainedTokenizerBase
-) -> list[float]:
-    """Call the function on every real row; filler rows get 0."""
-    return [function(*texts_of(e, row, tokenizer)) if e.real[row] else 0.0 for row in range(len(e))]
+    functions: Sequence[RewardFunction], e: Experience, tokenizer: PreTrainedTokenizerBase
+) -> list[list[float | None]]:
+    """Scores of every row by each function, (B, F); filler rows are not asked for and have none."""
+    real = [row for row in range(len(e)) if e.real[row]]
+    texts = [texts_of(e, row, tokenizer) for row in real]
+    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+    columns = None if e.columns is None else [e.columns[row] for row in real]
+    values: list[list[float | None]] = [[None] * len(functions) for _ in range(len(e))]
+    for k, function in enumerate(functions):
+        for row, value in zip(real, function.scores(prompts, answers, columns), strict=True):
+            values[row][k] = value
+    return values
 
 
 def texts_of(e: Experience, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -37,7 +37,7 @@ def pad_rows(prompts: PromptBatch, rows: int) -> PromptBatch:
         return prompts
     index = torch.cat([torch.arange(len(prompts.real)), torch.zeros(missing, dtype=torch.long)])
     real = torch.cat([prompts.real, torch.zeros(missing, dtype=torch.bool)])
-    return PromptBatch(prompts.input_ids[index], prompts.attention_mask[index], real)
+    return replace(prompts.rows(index), real=real)
 
 
 @torch.no_grad()
@@ -84,12 +84,11 @@ def make_experience(
 
 def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
     """Repeat every row, copies side by side."""
-    columns = (prompts.input_ids, prompts.attention_mask, prompts.real)
-    return PromptBatch(*(column.repeat_interleave(times, dim=0) for column in columns))
+    return prompts.rows(torch.arange(len(prompts.real)).repeat_interleave(times))
 
 
 def joined(batches: list[PromptBatch]) -> PromptBatch:
-    """Concatenate batches at the width of the widest; ids under the new padding are 0."""
+    """Concatenate batches, without their own columns; ids under the new padding are 0."""
     width = max(batch.input_ids.shape[1] for batch in batches)
 
     def stacked(columns: list[torch.Tensor]) -> torch.Tensor:
@@ -192,4 +191,5 @@ def score(
         model_scores=joint.get("model_scores"),
         group=group,
         sampler_logprobs=None if sampler_logprobs is None else sampler_logprobs[:, :length],
+        columns=prompts.columns,
     )

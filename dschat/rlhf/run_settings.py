@@ -221,7 +221,7 @@ class PPORunSettings(Settings):
 
     def role_names(self) -> RoleNames:
         """Folder of each role."""
-        has_function = self.rewards.reward_function is not None
+        has_function = bool(self.rewards.reward_function)
         return self.roles.names(self.ppo.estimator, has_reward_function=has_function)
 
     def role_setup(

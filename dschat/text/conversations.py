@@ -40,6 +40,8 @@ class Example:
         train_all_turns: the prompt's own answers are worth training on too: the row is a
             conversation to imitate, not the context of one answer.
         place: position of the row in its source ("train.jsonl line 17"), for messages.
+        columns: columns of the row itself that are kept beside its texts, as a JSON object; None:
+            none are.
     """
 
     prompt: Prompt
@@ -47,6 +49,7 @@ class Example:
     rejected: str | None = None
     train_all_turns: bool = False
     place: str = ""
+    columns: str | None = None
 
 
 def kind_of(value: Any) -> str:

@@ -62,6 +62,7 @@ ZERO_IS_VALID = {
     "missing_eos_penalty": "none",
     "num_warmup_steps": "no warm-up",
     "samples": "none is shown",
+    "rollout_importance_cap": "no weights",
     "save_steps": "no checkpoints",
     "seed": "a seed like any other",
     "show": "none is shown",

@@ -83,6 +83,18 @@ FORMATS = {
         {"chosen": TRANSCRIPT + " lo, we", "rejected": TRANSCRIPT + " lo, no"},
         (TRANSCRIPT, " lo, we", " lo, no", False),
     ),
+    "GSM8K": (
+        {"question": "hi", "answer": "so\n#### 4"},
+        (ASKED, "so\n#### 4", None, False),
+    ),
+    "question and a number": (
+        {"question": "hi", "answer": 4, "level": "easy"},
+        (ASKED, "4", None, False),
+    ),
+    "prompt beside question and answer": (
+        {"prompt": "Once", "question": "hi", "answer": "so"},
+        ("Once", None, None, False),
+    ),
     "messages": (
         {"messages": [SYSTEM, ASK, REPLY, BACK, GOOD]},
         ((("system", "be kind"), *LONGER), "lo", None, True),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dschat.rlhf.answers import LINES, Answer, AnswerFile, choose_answers, format_answers
-from dschat.rlhf.rewards import RewardFunction, Rewards
+from dschat.rlhf.reward_functions import RewardFunction
+from dschat.rlhf.rewards import Rewards
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.hand_made import sampled
 
@@ -52,7 +53,7 @@ def test_every_line_fits_and_texts_keep_the_end_that_counts():
 
 def test_rows_of_a_rollout():
     """Numbers of the rollout in hand_made.py; its filler row is no answer."""
-    rewards = Rewards(function=RewardFunction("m:f", lambda prompt, answer: 2.0, ""))
+    rewards = Rewards(functions=(RewardFunction("m:f", lambda prompt, answer: 2.0),))
     e = rewards.applied(sampled(), byte_tokenizer())
     e = dataclasses.replace(e, logprobs=torch.full((3, 4), -0.5), ref_logprobs=torch.zeros(3, 4))
     found = choose_answers([e], 3, byte_tokenizer(), iteration=7)

@@ -12,7 +12,8 @@ from dschat.errors import UserError
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.rlhf import rewards
 from dschat.rlhf.part_config import RewardConfig
-from dschat.rlhf.rewards import RewardFunction, Rewards, texts_of
+from dschat.rlhf.reward_functions import RewardFunction
+from dschat.rlhf.rewards import Rewards, texts_of
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.hand_made import sampled
 from tests.rlhf.tiny_roles import LORA, Setting, end_after, ppo_trainer, prompts
@@ -66,14 +67,14 @@ def test_parts_and_sum_by_hand():
         return {"yes": 1, "no!!": 0.5}[answer]
 
     rewards = Rewards(
-        RewardConfig("m:f", reward_function_weight=10.0, reward_model_weight=0.5),
-        RewardFunction("m:f", function, "digest"),
+        RewardConfig(("m:f",), reward_function_weight=(10.0,), reward_model_weight=0.5),
+        (RewardFunction("m:f", function, "digest"),),
         RewardStatistics(mean=1.0, std=2.0, count=2, data="rows"),
     )
     e = rewards.applied(sampled(), byte_tokenizer())
     assert called == [("q: b", "yes"), ("q", "no!!")]  # filler is not asked for
     assert e.model_scores.tolist() == [3.0, -1.0, 50.0]
-    assert e.function_scores.tolist() == [1.0, 0.5, 0.0]
+    assert e.function_scores.tolist() == [[1.0], [0.5], [0.0]]
     # 0.5 * (3 - 1) / 2 + 10 * 1 and 0.5 * (-1 - 1) / 2 + 10 * 0.5
     assert e.rewards[:2].tolist() == [10.5, 4.5]
     assert rewards.statistics([e, e]) == {
@@ -81,13 +82,15 @@ def test_parts_and_sum_by_hand():
         "reward_clipped": 0.0,
         "reward_model": 1.0,
         "reward_function": 0.75,
+        "rewards/f": 0.75,
+        "unscored": 0.0,
     }
 
 
 def test_the_clip_is_for_the_models_scaled_score_alone():
     rewards = Rewards(
-        RewardConfig("m:f", reward_model_weight=10.0, reward_clip=0.75),
-        RewardFunction("m:f", lambda prompt, answer: 70.0, "digest"),
+        RewardConfig(("m:f",), reward_model_weight=10.0, reward_clip=0.75),
+        (RewardFunction("m:f", lambda prompt, answer: 70.0, "digest"),),
         RewardStatistics(mean=2.0, std=2.0, count=2, data="rows"),
     )
     e = rewards.applied(sampled(), byte_tokenizer())
@@ -96,7 +99,7 @@ def test_the_clip_is_for_the_models_scaled_score_alone():
     assert rewards.statistics([e])["reward_clipped"] == 0.5
     watched = replace(rewards, config=replace(rewards.config, reward_model_weight=0.0))
     assert "reward_clipped" not in watched.statistics([watched.applied(e, byte_tokenizer())])
-    alone = Rewards(function=rewards.function)
+    alone = Rewards(functions=rewards.functions)
     e = alone.applied(replace(sampled(), model_scores=None), byte_tokenizer())
     assert e.rewards[:2].tolist() == [70.0, 70.0] and "reward_clipped" not in alone.statistics([e])
 
@@ -108,7 +111,7 @@ def test_without_function_and_scaling_nothing_changes():
 
 
 def test_without_a_model_the_function_is_all():
-    rewards = Rewards(function=RewardFunction("m:f", lambda prompt, answer: len(answer), ""))
+    rewards = Rewards(functions=(RewardFunction("m:f", lambda prompt, answer: len(answer)),))
     e = rewards.applied(replace(sampled(), model_scores=None), byte_tokenizer())
     assert e.rewards[:2].tolist() == [3.0, 4.0] and e.model_scores is None
 
@@ -125,7 +128,7 @@ def test_without_a_model_the_function_is_all():
 )
 def test_what_is_no_reward_function_is_refused_at_once(own, name, words):
     with pytest.raises(UserError) as caught:
-        Rewards.load(RewardConfig(reward_function=name), None)
+        Rewards.load(RewardConfig(reward_function=(name,)), None)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -141,7 +144,7 @@ def test_what_is_no_reward_function_is_refused_at_once(own, name, words):
 def test_what_a_function_gets_wrong_is_named_with_its_row(own, name, words):
     function = RewardFunction.load(f"own_rewards:{name}")
     with pytest.raises(UserError) as caught:
-        Rewards(function=function).applied(sampled(), byte_tokenizer())
+        Rewards(functions=(function,)).applied(sampled(), byte_tokenizer())
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -153,15 +156,15 @@ def test_what_fails_on_another_rank_stops_this_one(own, monkeypatch):
     monkeypatch.setattr(rewards, "on_every_rank", agreed)
     with pytest.raises(UserError, match="another rank's"):
         function = RewardFunction.load("own_rewards:length")
-        Rewards(function=function).applied(sampled(), byte_tokenizer())
+        Rewards(functions=(function,)).applied(sampled(), byte_tokenizer())
 
 
 def test_parameters_with_defaults_do_no_harm(own):
-    assert RewardFunction.load("own_rewards:with_options")("p", "a") == 2.0
+    assert RewardFunction.load("own_rewards:with_options").scores(["p"], ["a"]) == [2.0]
 
 
 def test_an_edited_function_is_another(own):
-    config = RewardConfig(reward_function="own_rewards:length")
+    config = RewardConfig(reward_function=("own_rewards:length",))
     before = Rewards.load(config, None).record()
     own.write_text(OWN.replace("len(answer)", "-len(answer)"))
     sys.modules.pop("own_rewards")
@@ -172,13 +175,13 @@ def test_an_edited_function_is_another(own):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"reward_function_weight": 2.0}, "there is no function"),
+        ({"reward_function_weight": (2.0,)}, "there is no function"),
         ({"reward_model_weight": 0.0}, "nothing is rewarded"),
         ({"reward_model_weight": float("nan")}, "reward_model_weight is nan"),
         (
             {
-                "reward_function": "m:f",
-                "reward_function_weight": 0.0,
+                "reward_function": ("m:f",),
+                "reward_function_weight": (0.0,),
                 "reward_model_weight": 0.0,
             },
             "nothing is rewarded",
@@ -194,14 +197,17 @@ def test_weights_that_make_no_reward_are_refused(given, words):
     ("given", "words"),
     [
         ({"reward_model_weight": 0.5}, "reward_model_weight is 0.5, and there is no reward model"),
-        ({"reward_function_weight": 0.0}, "reward_function_weight is 0, and there is no reward mo"),
+        (
+            {"reward_function_weight": (0.0,)},
+            "reward_function_weight is 0, and there is no reward mo",
+        ),
     ],
 )
 def test_weights_of_a_function_alone(own, given, words):
-    config = RewardConfig(reward_function="own_rewards:length", **given)
+    config = RewardConfig(reward_function=("own_rewards:length",), **given)
     with pytest.raises(UserError, match=words):
         Rewards.load(config, None)
-    config = RewardConfig(reward_function="own_rewards:length")
+    config = RewardConfig(reward_function=("own_rewards:length",))
     assert Rewards.load(config, None).scaling is None
 
 
@@ -219,9 +225,9 @@ def test_an_iteration_learns_from_both(load_roles, own):
         return trainer.earned(experiences)
 
     alone = figures(Rewards())
-    function = RewardFunction("m:f", lambda prompt, answer: 1.0 if prompt else -1.0, "")
-    config = RewardConfig(reward_function="m:f", reward_function_weight=0.5)
-    both = figures(Rewards(config, function))
+    function = RewardFunction("m:f", lambda prompt, answer: 1.0 if prompt else -1.0)
+    config = RewardConfig(reward_function=("m:f",), reward_function_weight=(0.5,))
+    both = figures(Rewards(config, (function,)))
     assert both["reward_function"] == 1.0
     assert both["reward_model"] == alone["reward_model"] == pytest.approx(alone["reward"])
     assert both["reward"] == pytest.approx(alone["reward"] + 0.5, abs=1e-6)

@@ -24,6 +24,7 @@ from tests.helpers.steps import (
     launch,
     run_worker,
     write_inputs,
+    write_rows,
 )
 from tests.helpers.steps_outputs import (
     assert_all_finite,
@@ -96,7 +97,26 @@ def one_rank(inputs: Path) -> Run:
     plan += sft_in_other_batches(folder, 1)
     dpo = [DPO, "--model_name_or_path", sft, *fp32, *SHORT, *LORA, *batch, "--max_steps", "2"]
     plan.append([*dpo, "--output_dir", folder / "dpo"])
+    plan.append([*grpo_on_sums(inputs, folder), "--output_dir", folder / "grpo"])
     return Run(folder, *run_worker(plan, inputs, ranks=1))
+
+
+def grpo_on_sums(inputs: Path, folder: Path) -> list[object]:
+    """GRPO on rows of GSM8K's shape, judged by built-in checks and by a function of columns."""
+    sums = [{"question": f"{n} + 1?", "answer": f"... \n#### {n + 1}"} for n in range(8)]
+    write_rows(inputs / "sums.jsonl", sums)
+    (inputs / "sum_rewards.py").write_text(
+        "def digits(prompts, answers, answer, **columns):\n"
+        "    assert all(text.startswith('... ') for text in answer)\n"
+        "    assert columns['question'][0].split()[0] in prompts[0]\n"
+        "    return [sum(map(str.isdigit, text)) / 8 or None for text in answers]\n"
+    )
+    argv = [PPO, "--actor_model_name_or_path", "model", "--data_path", "sums.jsonl"]
+    argv += [*cache(folder), *PPO_LENGTHS, "--dtype", "fp32", "--actor_learning_rate", "1e-3"]
+    argv += ["--advantage_estimator", "grpo", "--answers_per_prompt", "4", "--print_answers"]
+    argv += ["--per_device_generation_batch_size", "4", "--num_warmup_steps", "0"]
+    functions = ["exact_number", "sum_rewards:digits", "length", "--reward_length", "0", "30"]
+    return [*argv, "--reward_function", *functions, "--reward_function_weight", "1", "0.5", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +158,8 @@ def two_ranks_again(inputs: Path, one_rank: Run) -> Run:
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
-    assert [result.code for result in one_rank.results] == 9 * [0]
-    for name in ("sft", "reward", "ppo", "dpo"):
+    assert [result.code for result in one_rank.results] == 10 * [0]
+    for name in ("sft", "reward", "ppo", "dpo", "grpo"):
         assert_all_finite(one_rank.folder / name)
     assert list((one_rank.folder / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -201,6 +221,28 @@ def test_prompt_eval_answers_with_both_models(one_rank: Run):
     answers = one_rank.printed.partition("== Human: 1 and 2?")[2]
     labels = re.findall(r"^ *(\w+), (\w+): ", answers, re.MULTILINE)
     assert labels == [(m, k) for m in ("baseline", "finetune") for k in ("greedy", "sampled")]
+
+
+def test_grpo_with_rewards_that_check(one_rank: Run):
+    """7 of 8 rows train, 4 answers each; every part of the reward is logged under its name."""
+    train = records(one_rank.folder / "grpo", "train")
+    assert [record["answers"] for record in train] == [16, 12]
+    names = {"rewards/exact_number", "rewards/digits", "rewards/length"}
+    assert all({"reward", "reward_std", "unscored", *names} <= record.keys() for record in train)
+    assert all(record["unscored"] == 0.0 and record["actor_updates"] == 1 for record in train)
+    assert names - {"rewards/digits"} <= records(one_rank.folder / "grpo", "eval")[0].keys()
+    answers = map(json.loads, (one_rank.folder / "grpo/answers.jsonl").read_text().splitlines())
+    for answer in answers:
+        parts = answer["rewards"]
+        digits = sum(map(str.isdigit, answer["answer"])) / 8
+        assert (parts["digits"] or 0.0) == digits and answer["reward_function"] is None
+        whole = parts["exact_number"] + 0.5 * digits + 0.1 * parts["length"]
+        assert answer["reward"] == pytest.approx(whole, abs=1e-6)
+    before, after = (
+        load(AutoModelForCausalLM, folder).state_dict()
+        for folder in (one_rank.folder.parent / "model", one_rank.folder / "grpo" / "actor")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_ppo_on_one_rank(one_rank: Run):

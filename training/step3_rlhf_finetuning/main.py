@@ -46,7 +46,7 @@ def main() -> None:
     )
     plan = plan_roles(ctx, settings)
     data = ctx.load_data(
-        settings.data,
+        plan.rewards.reading(settings.data),
         settings.PHASE,
         settings.max_seq_len,
         settings.max_prompt_seq_len,
