@@ -64,6 +64,7 @@ setup(
             "bitsandbytes>=0.49",
         ],
         "quantize": ["bitsandbytes>=0.49"],
+        "plot": ["matplotlib>=3.10"],
         "wandb": ["wandb>=0.18"],
     },
 )

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -53,13 +53,23 @@ def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     )
 
 
-def parse(cls: type[S], argv: Sequence[str] | None, description: str | None) -> S:
+def parse(
+    cls: type[S],
+    argv: Sequence[str] | None,
+    description: str | None,
+    recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> S:
     """Build settings from `--config FILE.yaml`, where given, and the command line, which wins.
+
+    Args:
+        recorded: makes values of flags that are not given from those that are.
 
     Raises:
         UserError: an unknown flag or key (with the nearest name), a wrong type, a failed check.
     """
     given = _given(cls, argv, description)
+    if recorded is not None:
+        given = {**recorded(given), **given}
     for flag in flags_of(cls):
         if flag.name in given and flag.rule.retired:
             print_rank_0(f"--{flag.name} does nothing: {flag.help}", launched_rank())

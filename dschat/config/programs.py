@@ -62,8 +62,28 @@ class RewardEvaluation(StartConfig):
     batch_size: int = setting(16, "rows per batch", at_least=1)
     max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
     data: DataConfig = group(DataConfig)
+    all_rows: bool = setting(False, "score the training rows as well: nothing was trained on them")
+    without_end: bool = setting(
+        False, "score answers without their end token, as those that a length limit cuts"
+    )
     show: int = setting(3, "pairs whose scores are printed", at_least=0)
+    output_dir: str | None = setting(
+        None, "folder for evaluation.json and, with matplotlib, its plot"
+    )
+    stdin: bool = setting(
+        False,
+        "score lines of standard input, one JSON line each: an object with prompt and response, or "
+        "a text as it stands",
+    )
     num_padding_at_beginning: int = setting(1, "masks come from lengths", retired=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.all_rows and self.data.streaming:
+            raise UserError("all_rows: streamed rows are not kept; drop streaming")
+        if self.stdin and (self.all_rows or self.output_dir is not None):
+            other = "all_rows" if self.all_rows else "output_dir"
+            raise UserError(f"stdin and {other} contradict: lines are scored one by one; drop one")
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dschat.config.data import check_streaming
 from dschat.data.config import SFTDataConfig
-from dschat.settings import group, setting
+from dschat.errors import UserError
+from dschat.settings import given_flags, group, setting
 from dschat.train.model_config import ModelConfig
 from dschat.train.preference_config import PreferenceConfig
 from dschat.train.run_config import RunConfig, StepSettings
 
 if TYPE_CHECKING:
     from dschat.data.batching import BatchSampler
+
+# Settings of the data that decide which rows are evaluated, and as which tokens.
+EVALUATION_DATA = (
+    *("dataset_columns", "dataset_function", "prompt_format", "keep_special_tokens"),
+    *("streaming", "max_eval_samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,20 @@ class RewardSettings(StepSettings):
     run: RunConfig = group(
         RunConfig, output_dir="./output/reward", log={"tensorboard_path": "step2_tensorboard"}
     )
-    margin: float = setting(0.0, "margin by which chosen should beat rejected")
+    margin: float = setting(
+        0.0, "margin by which chosen should beat rejected, where a row has none of its own"
+    )
+    label_smoothing: float = setting(
+        0.0, "share of preferences taken to be the wrong way round", at_least=0, below=0.5
+    )
     centering_coefficient: float = setting(0.0, "weight of (chosen + rejected)^2", at_least=0)
+    endless_share: float = setting(
+        0.0,
+        "share of answers that train without their end token, as those that a length limit cuts",
+        at_least=0,
+        at_most=1,
+    )
+    train_head_only: bool = setting(False, "train the reward head on a frozen trunk")
     eval_iters: int | None = setting(
         None, "evaluation batches at --eval_interval (default: all)", at_least=1
     )
@@ -71,12 +90,33 @@ class RewardSettings(StepSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_head_only and self.model.lora.lora_dim:
+            raise UserError("train_head_only and lora_dim contradict: adapters change the trunk")
         self.sampler()
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
+
+    @property
+    def trains_head_only(self) -> bool:
+        """Tell whether the trunk stays as it is."""
+        return self.train_head_only
 
     def sampler(self) -> BatchSampler:
         """Choose how training pairs become batches."""
         return self.batch.sampler(sequences=2)
+
+    def evaluation_flags(self, dtype: str) -> dict[str, Any]:
+        """List the flags by which `rw_eval.py` repeats this run's evaluation."""
+        given = {
+            flag.name: flag.value(self) for flag in given_flags(self) if flag.path[0] == "data"
+        }
+        return {
+            **{name: given[name] for name in EVALUATION_DATA if name in given},
+            "data_path": self.data.data_path,
+            "max_seq_len": self.batch.max_seq_len,
+            "batch_size": self.batch.per_device_eval_batch_size,
+            "seed": self.run.seed,
+            "dtype": dtype,
+        }
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def unused_flags(settings: Settings) -> Iterator[str]:
                 "--per_device_train_batch_size does nothing: --max_tokens_per_batch takes its place"
             )
         yield from _of_training(settings, settings.run, {"model": settings.model})
+        if settings.trains_head_only and settings.model.gradient_checkpointing:
+            yield "--gradient_checkpointing does nothing: no gradient goes through the frozen trunk"
         if not isinstance(settings, RewardSettings) and "head_learning_rate" in changed:
             yield f"--head_learning_rate does nothing: {NO_HEAD}"
         if isinstance(settings, DPOSettings):

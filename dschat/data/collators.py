@@ -1,15 +1,19 @@
 """Rows of tokens to padded or packed batches of tensors."""
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")
+
+_ENDLESS_STREAM = 4  # of the seed, apart from those of splits and streams
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class PairBatch(Batch):
     """Preference pairs, right-padded: rows 0..B-1 chosen, rows B..2B-1 rejected, all (2B, T)."""
 
     answer_mask: torch.Tensor  # (2B, T) bool; True = token of the answer, its end token included
+
+
+@dataclass(frozen=True)
+class RewardBatch(PairBatch):
+    """Preference pairs with the margins that a reward model's loss asks for."""
+
+    margin: torch.Tensor  # (B,) float32
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,49 @@ class PairCollator:
         is_answer = torch.arange(attention_mask.shape[1]) >= starts[:, None]
         answer_mask = attention_mask & is_answer & real.repeat(2)[:, None]
         return PairBatch(input_ids, attention_mask, real, answer_mask)
+
+
+@dataclass(frozen=True)
+class RewardCollator:
+    """Phase-2 rows → RewardBatch.
+
+    Attributes:
+        margin: of rows that have none of their own.
+        endless_share: share of answers that lose their end token. Which ones, the seed and the
+            answer decide, so that a row is the same in every epoch, batch and resumed run.
+    """
+
+    pad_token_id: int
+    margin: float = 0.0
+    endless_share: float = 0.0
+    seed: int = 0
+
+    def __call__(self, rows: Sequence[Row]) -> RewardBatch:
+        """Pad and stack chosen over rejected; raises KeyError on rows of another phase."""
+        margins = [row.get("margin") for row in rows]
+        if self.endless_share:
+            rows = [without_end(row, self._is_endless) for row in rows]
+        pairs = PairCollator(self.pad_token_id)(rows)
+        margin = torch.tensor([self.margin if value is None else value for value in margins])
+        return RewardBatch(**vars(pairs), margin=margin.float())
+
+    def _is_endless(self, ids: Sequence[int]) -> bool:
+        content = zlib.crc32(np.asarray(ids, dtype=np.int32).tobytes())
+        draw = np.random.default_rng([self.seed, _ENDLESS_STREAM, content]).random()
+        return bool(draw < self.endless_share)
+
+
+def without_end(row: Row, chosen: Callable[[Sequence[int]], bool] = lambda ids: True) -> Row:
+    """Take the end token off the answers of a pair, of those that `chosen` is true of.
+
+    An answer of nothing else keeps it.
+    """
+    cut = {
+        side: row[side][:-1]
+        for side in ("chosen_ids", "rejected_ids")
+        if len(row[side]) > row["prompt_len"] + 1 and chosen(row[side])
+    }
+    return row | cut
 
 
 @dataclass(frozen=True)

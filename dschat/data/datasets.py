@@ -34,7 +34,7 @@ from dschat.utils.disk import Reserve
 from dschat.utils.predecessor import changed
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
 
 # Proportions for sources of one's own, and for the sets that DeepSpeed-Chat names.
 ALL_ROWS, NAMED_SPLIT = "1", "2,4,4"
@@ -115,7 +115,7 @@ def create_prompt_dataset(
     parts = []
     for split, most in (("train", config.max_train_samples), ("eval", config.max_eval_samples)):
         files = sorted(folder.glob(f"{split}-*.arrow"))
-        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
+        rows = datasets.concatenate_datasets([_with_source(file, phase) for file in files])
         if most is not None and most < len(rows):  # each source keeps its share
             rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:most]))
         parts.append(rows)
@@ -123,6 +123,15 @@ def create_prompt_dataset(
     by_source = tuple(SourceReport(**of_source) for of_source in counts)
     report = DataReport(phase, by_source, len(train), len(evaluation))
     return PromptData(train, evaluation, report, key=folder.name)
+
+
+def _with_source(file: Path, phase: int) -> datasets.Dataset:
+    """Open a file of a set; rows of pairs get the number of their source as a column."""
+    rows = datasets.Dataset.from_file(str(file))
+    if phase != 2:
+        return rows
+    number = int(file.stem.split("-")[1].split("_")[0])
+    return rows.add_column("source", np.full(len(rows), number, dtype=np.int32))
 
 
 def default_split(name: str) -> str:

@@ -1,14 +1,14 @@
 """Readers of rows: those known by their columns, the tables of all, and the choice for a source."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
 from pathlib import PurePath
 from typing import Any
 
 from dschat.data import named_readers as named
-from dschat.data.columns import Row, pick, pick_text
+from dschat.data.columns import Row, pick, pick_text, with_pair_columns
 from dschat.data.user_reader import ReadOptions, user_reader
 from dschat.errors import UserError
 from dschat.text.conversations import (
@@ -34,7 +34,14 @@ SPLIT_EARLIER = "the two sides differ before the last answer"
 
 
 def read_standard(row: Row) -> Example:
-    """Columns prompt, chosen (or response, completion) and rejected: text, or lists of messages."""
+    """Columns prompt, chosen (or response, completion) and rejected: text, or lists of messages.
+
+    A pair may have a margin, a number, and a subset, the name of its part of the set.
+    """
+    return with_pair_columns(_standard(row), row)
+
+
+def _standard(row: Row) -> Example:
     if "prompt" not in row:
         columns = ", ".join(map(str, row)) or "none"
         raise UserError(
@@ -80,7 +87,14 @@ def _side(value: Any, column: str, prompt: tuple[Turn, ...]) -> Any:
 
 
 def read_pair(row: Row) -> Example:
-    """Columns chosen and rejected without a prompt: it is what both sides begin with."""
+    """Columns chosen and rejected without a prompt: it is what both sides begin with.
+
+    Margin and subset as in `read_standard`.
+    """
+    return with_pair_columns(_pair(row), row)
+
+
+def _pair(row: Row) -> Example:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     _refuse_tie(row)
     if isinstance(chosen, list | tuple):
@@ -280,5 +294,5 @@ def _read_mapped(columns: tuple[str, ...], row: Row) -> Example:
     example = read_standard({target: pick(row, path) for target, _, path in paths})
     if isinstance(example.prompt, str) and not has_markers(example.prompt):
         # Only a column that is called prompt is trusted to be in the format already.
-        return Example(question(example.prompt), example.chosen, example.rejected)
+        return replace(example, prompt=question(example.prompt))
     return example

@@ -13,9 +13,10 @@ class SourceReport:
     Pairs are dropped when equal (from the start or once truncated), empty answers in phase 1 alone;
     truncations of dropped pairs are counted too. `turns_cut` are earlier answers that lost their
     beginning and so do not train. `special_names` are rows whose text names special tokens,
-    `questions` and `transcripts` prompts that are text and not turns. `skipped` rows, by reason,
-    were of no use to any phase and are not among `rows`; those of a source without a test set all
-    stand with its train rows. `left` are rows of the source that others get.
+    `questions` and `transcripts` prompts that are text and not turns, `margins` pairs with one.
+    `skipped` rows, by reason, were of no use to any phase and are not among `rows`; those of a
+    source without a test set all stand with its train rows. `left` are rows of the source that
+    others get.
     """
 
     name: str
@@ -30,6 +31,7 @@ class SourceReport:
     special_names: int = 0
     questions: int = 0
     transcripts: int = 0
+    margins: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
 
@@ -55,9 +57,9 @@ class SourceReport:
 
 def reading_notes(name: str, splits: Sequence[SourceReport]) -> list[str]:
     """Say how the texts of a source are read, where it may be otherwise than meant."""
-    questions, transcripts, named = (
+    questions, transcripts, named, margins = (
         sum(getattr(split, count) for split in splits)
-        for count in ("questions", "transcripts", "special_names")
+        for count in ("questions", "transcripts", "special_names", "margins")
     )
     lines = []
     if questions:
@@ -65,6 +67,8 @@ def reading_notes(name: str, splits: Sequence[SourceReport]) -> list[str]:
         lines.append(
             f"{which} are plain text, each one question (prompt_format raw leaves text as it is)"
         )
+    if margins:
+        lines.append(f"pairs with a margin: {margins}; a reward model's loss asks for it")
     lines += named_note(named)
     return [f"{name}: {line}" for line in lines]
 

@@ -24,7 +24,7 @@ from dschat.text.conversations import Example, Turn
 from dschat.utils.user_functions import source_digest
 
 # Part of every stored file's key: raise it when the same bytes are to be read differently.
-READER_VERSION = 3
+READER_VERSION = 4
 
 # A prompt is either text, in `prompt`, or a conversation, in `turns`; the other is null. `whole`
 # holds `Example.train_all_turns`, and `columns` a JSON object.
@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
         ("whole", pa.bool_()),
         ("place", pa.string()),
         ("columns", pa.string()),
+        ("margin", pa.float64()),
+        ("subset", pa.string()),
     ]
 )
 
@@ -157,12 +159,17 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
         "whole": [e.train_all_turns for e in examples],
         "place": [e.place for e in examples],
         "columns": [e.columns for e in examples],
+        "margin": [e.margin for e in examples],
+        "subset": [e.subset for e in examples],
     }
 
 
 def examples_of(columns: Mapping[str, list[Any]]) -> list[Example]:
     """Read stored columns back as examples."""
-    names = ("prompt", "turns", "chosen", "rejected", "whole", "place", "columns")
+    names = (
+        *("prompt", "turns", "chosen", "rejected", "whole", "place"),
+        *("columns", "margin", "subset"),
+    )
     return [
         Example(text if turns is None else tuple(Turn(**turn) for turn in turns), *more)
         for text, turns, *more in zip(*(columns[name] for name in names), strict=True)

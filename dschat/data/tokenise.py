@@ -33,7 +33,10 @@ FEATURES = {
         {"input_ids": _IDS, "trained": _IDS, "prompt_len": _COUNT, "length": _COUNT}
     ),
     2: datasets.Features(
-        {"chosen_ids": _IDS, "rejected_ids": _IDS, "prompt_len": _COUNT, "length": _COUNT}
+        {
+            **{"chosen_ids": _IDS, "rejected_ids": _IDS, "prompt_len": _COUNT, "length": _COUNT},
+            **{"margin": datasets.Value("float64"), "subset": datasets.Value("string")},
+        }
     ),
     3: datasets.Features({"prompt_ids": _IDS, "length": _COUNT}),
 }
@@ -157,20 +160,26 @@ class Converter:
             columns["length"].append(length)
         return columns
 
-    def _pair_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
+    def encoded(
+        self, examples: Sequence[Example], sides: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Encode prompts, and the answers of each side after them, none of them truncated."""
+        special, tokenizer = self.form.adds_special, self.tokenizer
         opened = [_at(e, self.form.prompt, e.prompt) for e in examples]
-        ids = encode(self.tokenizer, opened, self.form.adds_special)
-        sides = []
-        for side in ("chosen", "rejected"):
+        ids, answers = encode(tokenizer, opened, special), []
+        for side in sides:
             texts = [
                 _at(e, self.form.answer, e.prompt, text, getattr(e, side))
                 for e, text in zip(examples, opened, strict=True)
             ]
-            special = self.form.adds_special
-            sides.append(encode_answers(self.tokenizer, opened, ids, texts, special))
+            answers.append(encode_answers(tokenizer, opened, ids, texts, special))
+        return ids, answers
+
+    def _pair_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
+        ids, sides = self.encoded(examples, ("chosen", "rejected"))
         columns: Columns = {name: [] for name in FEATURES[2]}
         bos_id = self.tokenizer.bos_token_id
-        for prompt, *pair in zip(ids, *sides, strict=True):
+        for e, prompt, *pair in zip(examples, ids, *sides, strict=True):
             short = truncate(prompt, pair, self.max_len, bos_id)
             counts["prompts_cut"] += short.prompt_cut
             counts["answers_cut"] += short.answers_cut
@@ -182,6 +191,9 @@ class Converter:
             columns["rejected_ids"].append(short.prompt + rejected)
             columns["prompt_len"].append(len(short.prompt))
             columns["length"].append(len(short.prompt) + max(len(chosen), len(rejected)))
+            counts["margins"] += e.margin is not None
+            columns["margin"].append(e.margin)
+            columns["subset"].append(e.subset)
         return columns
 
     def _prompt_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dschat.data.columns import KeptColumns
+from dschat.data.columns import KeptColumns, with_pair_columns
 from dschat.errors import UserError, brief
 from dschat.settings import Settings, setting
 from dschat.text.conversations import Example, Skip, Turn, check_order, read_messages
 from dschat.utils.user_functions import load_function
 
-TARGETS = ("prompt", "chosen", "rejected")
+TARGETS = ("prompt", "chosen", "rejected", "margin", "subset")
 READER = "dataset_function"  # the setting that names it
 
 
@@ -25,8 +25,8 @@ class ReadOptions(Settings):
 
     dataset_columns: tuple[str, ...] = setting(
         (),
-        "which columns hold what: prompt=question.text chosen=best rejected=worst "
-        "(default: recognised)",
+        "which columns hold what: prompt=question.text chosen=best rejected=worst, of pairs maybe "
+        "margin=... subset=... (default: recognised)",
     )
     dataset_function: str | None = setting(
         None, "module:name of your function from a row to prompt, chosen, rejected"
@@ -41,8 +41,9 @@ class ReadOptions(Settings):
         for text, target in zip(self.dataset_columns, targets, strict=True):
             if target not in TARGETS or not text.partition("=")[2] or targets.count(target) > 1:
                 raise UserError(
-                    f"dataset_columns {text!r}: give prompt=COLUMN, and chosen=COLUMN and "
-                    "rejected=COLUMN as far as there are such, each once"
+                    f"dataset_columns {text!r}: give prompt=COLUMN, and chosen=COLUMN, "
+                    "rejected=COLUMN, margin=COLUMN and subset=COLUMN as far as there are such, "
+                    "each once"
                 )
         if self.dataset_columns and "prompt" not in targets:
             raise UserError("dataset_columns names no prompt: add prompt=COLUMN")
@@ -73,11 +74,12 @@ def _as_example(result: Any, place: str) -> Example:
     if result is None:
         raise Skip("left out by dataset_function")
     if isinstance(result, Mapping) and result.keys() <= set(TARGETS) and "prompt" in result:
-        result = Example(result["prompt"], result.get("chosen"), result.get("rejected"))
+        example = Example(result["prompt"], result.get("chosen"), result.get("rejected"))
+        result = with_pair_columns(example, result)
     if not isinstance(result, Example):
         raise UserError(
             f"{place} returned {type(result).__name__}: return an Example, None to leave the row "
-            "out, or a dict with prompt and maybe chosen and rejected"
+            "out, or a dict with prompt and maybe chosen, rejected, margin and subset"
         )
     if isinstance(result.prompt, list):
         turns = read_messages(result.prompt, "prompt")

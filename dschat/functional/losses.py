@@ -40,19 +40,27 @@ def pairwise_loss(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     real: torch.Tensor,
-    margin: float = 0.0,
+    margin: torch.Tensor | float = 0.0,
     centering_coefficient: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Sum over real pairs of -log sigmoid(r_chosen - r_rejected - margin), Bradley-Terry.
 
     Args:
         chosen, rejected: (B,) scores.
         real: (B,) bool; rows that only fill a batch count as nothing.
+        margin: (B,) or one for all, by how much the chosen answer is better (Llama 2,
+            arXiv:2307.09288, eq. 2).
         centering_coefficient: weight of (r_chosen + r_rejected)^2, which keeps scores around 0
             (Eisenstein et al. 2023, arXiv:2312.09244).
+        label_smoothing: probability that a preference is the wrong way round, epsilon in
+            -(1 - epsilon) log sigmoid(d) - epsilon log sigmoid(-d), with d the sigmoid's argument.
     """
     chosen, rejected = chosen.float(), rejected.float()
-    loss = -F.logsigmoid(chosen - rejected - margin)
+    difference = chosen - rejected - margin
+    loss = -F.logsigmoid(difference)
+    if label_smoothing:
+        loss = loss + label_smoothing * difference  # log sigmoid(-d) = log sigmoid(d) - d
     if centering_coefficient:
         loss = loss + centering_coefficient * (chosen + rejected).square()
     return (loss * real).sum()

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dschat.models.reward_note import NOTE_FILE
+from dschat.models.reward_statistics import EVALUATION_FILE, VALUE_FILE
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
-from dschat.models.reward_statistics import VALUE_FILE
 from dschat.models.save_plan import ADAPTER_FOLDER, ENTRIES, LIST, READY
 from dschat.utils.files import size_of, sync, sync_tree
 from dschat.utils.module.adapter_config import CONFIG_FILE
@@ -35,6 +35,7 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", CONFIG_FILE, "chat_template*", "merges.txt"),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("spiece.model", "vocab.json", "vocab.txt", STATISTICS_FILE, VALUE_FILE, NOTE_FILE),
+    *(EVALUATION_FILE, str(Path(EVALUATION_FILE).with_suffix(".png"))),
 )
 _WEIGHTS = (".safetensors", ".bin")  # too large to compare
 

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -21,6 +22,7 @@ from dschat.utils.module.model_source import is_local, resolve_model
 
 FILE = "reward_statistics.json"
 VALUE_FILE = "value_scaling.json"  # a critic's: the scaling of its values in training
+EVALUATION_FILE = "evaluation.json"  # report on the set that the model was evaluated on
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,24 @@ def read_value_scaling(critic: str) -> RewardStatistics | None:
     return read_statistics(critic, VALUE_FILE) or read_statistics(critic)
 
 
+def read_evaluation(model_name_or_path: str) -> dict[str, Any] | None:
+    """Read the report on the evaluation of a reward model's training; None where there is none.
+
+    Raises:
+        UserError: a file that holds something else.
+    """
+    file = _beside(model_name_or_path, EVALUATION_FILE)
+    if file is None:
+        return None
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: is no JSON; remove it, or train step 2 again") from error
+    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
+        raise UserError(f"{file}: holds no settings; remove it, or train step 2 again")
+    return report
+
+
 def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatistics | None:
     """Read the statistics of a model folder, adapter folder or hub id; None where there are none.
 
@@ -63,8 +83,7 @@ def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatisti
     Raises:
         UserError: a file that holds something else.
     """
-    source = resolve_model(model_name_or_path)
-    file = _file(source.adapters[-1].folder if source.adapters else source.base, name)
+    file = _beside(model_name_or_path, name)
     if file is None:
         return None
     try:
@@ -78,6 +97,12 @@ def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatisti
 
 
 _REMEDY = "train step 2 again, or remove the file and give reward_scaling none"
+
+
+def _beside(model_name_or_path: str, name: str) -> Path | None:
+    """Find a file beside the weights of a model, or of the adapter that is applied last."""
+    source = resolve_model(model_name_or_path)
+    return _file(source.adapters[-1].folder if source.adapters else source.base, name)
 
 
 def _file(base: str | Path, name: str) -> Path | None:

@@ -45,6 +45,7 @@ def save_hf_format(
     distributed: Distributed,
     plan: SavePlan = MERGED,
     statistics: RewardStatistics | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model folder: weights (adapters merged on a copy), config, tokenizer; or an adapter.
 
@@ -53,6 +54,9 @@ def save_hf_format(
     adapter, its folder in PEFT's format is OUTPUT_DIR/adapter, or OUTPUT_DIR itself where no merged
     weights are asked for. A reward model's `statistics` go into each folder of weights, and what a
     critic's values were scaled by.
+
+    Args:
+        files: small ones that are written beside each set of weights, by name.
 
     Raises:
         UserError: on every rank, where the disk does not take it; what was there stays.
@@ -70,6 +74,8 @@ def save_hf_format(
             write_note(form, part, base)
         tokenizer.save_pretrained(part)
         _write_statistics(module, statistics, part)
+        for name, content in (files or {}).items():
+            (part / name).write_bytes(content)
 
     if plan.adapter is not None:  # first: it is small, and holds all that was trained
         outline = adapter_outline(module, plan.adapter, form)

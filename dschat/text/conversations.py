@@ -39,6 +39,8 @@ class Example:
     Attributes:
         train_all_turns: the prompt's own answers are worth training on too: the row is a
             conversation to imitate, not the context of one answer.
+        margin: by how much the chosen answer is better, in units of scores.
+        subset: name of the part of its source that the row belongs to.
         place: position of the row in its source ("train.jsonl line 17"), for messages.
         columns: columns of the row itself that are kept beside its texts, as a JSON object; None:
             none are.
@@ -50,6 +52,8 @@ class Example:
     train_all_turns: bool = False
     place: str = ""
     columns: str | None = None
+    margin: float | None = None
+    subset: str | None = None
 
 
 def kind_of(value: Any) -> str:

@@ -9,16 +9,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+import datasets
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from dschat.data.collators import Batch, PackedBatch, PairBatch, SFTBatch
+from dschat.data.collators import Batch, PackedBatch, PairBatch, PreferenceBatch, SFTBatch
+from dschat.data.report import DataReport
 from dschat.models.causal_lm import eval_mode, forward_inputs
 from dschat.models.logprobs import target_loss
 from dschat.models.packing import packed_inputs
 from dschat.models.reward_model import scores_at_end
 from dschat.models.reward_statistics import RewardStatistics
+from dschat.train.pair_report import PairReport, ScoredPairs
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -66,24 +68,35 @@ def pair_count(batch: PairBatch) -> torch.Tensor:
 
 
 @torch.no_grad()
+def score_pairs(
+    engine: nn.Module, loader: Iterable[PreferenceBatch], device: torch.device
+) -> ScoredPairs:
+    """Score the pairs of an evaluation set once, on all ranks together, in the set's order."""
+    rows: list[torch.Tensor] = []  # each (B, 5) float64: its place, two scores, two lengths
+    with eval_mode(engine):
+        for batch in loader:
+            batch = batch.to(device)
+            parts = (batch.numbers, *pair_scores(engine, batch), *answer_tokens(batch))
+            rows.append(torch.stack([part.double() for part in parts], -1)[batch.real].cpu())
+    mine = torch.cat(rows) if rows else torch.zeros(0, 5, dtype=torch.float64)
+    (count,) = all_reduce_sum([len(mine)])
+    scored = torch.zeros(int(count), 4, dtype=torch.float64)
+    scored[mine[:, 0].long()] = mine[:, 1:]
+    everything = torch.tensor(all_reduce_sum(scored.flatten().tolist()), dtype=torch.float64)
+    return ScoredPairs(*everything.view(-1, 4).unbind(-1))
+
+
+def answer_tokens(batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) tokens of the chosen and (B,) of the rejected answers, their end tokens included."""
+    chosen, rejected = batch.answer_mask.sum(-1).chunk(2)
+    return chosen, rejected
+
+
 def evaluate_pairs(
-    engine: nn.Module, loader: Iterable[PairBatch], device: torch.device
+    engine: nn.Module, loader: Iterable[PreferenceBatch], device: torch.device
 ) -> dict[str, float]:
-    """Loss, accuracy, margin, confidence, mean and spread of the scores, over all ranks.
-
-    Confidence is the mean of sigmoid(margin), the probability that the model gives to the
-    preference: a calibrated model's equals its accuracy. Ties count as half right.
-    """
-
-    def sums(batch: PairBatch) -> dict[str, float]:
-        chosen, rejected = pair_scores(engine, batch)
-        return _pair_sums(chosen[batch.real], rejected[batch.real])
-
-    totals = _totals(engine, loader, device, sums)
-    pairs = max(totals.pop("pairs"), 1.0)
-    figures = {name: total / pairs for name, total in totals.items()}
-    variance = figures.pop("mean_square") - figures["mean_score"] ** 2
-    return figures | {"score_std": math.sqrt(max(variance, 0.0))}
+    """Figures over the evaluation set (`ScoredPairs.figures`), all ranks."""
+    return score_pairs(engine, loader, device).figures()
 
 
 def _totals(
@@ -101,19 +114,21 @@ def _totals(
     return dict(zip(totals, all_reduce_sum([*totals.values()]), strict=True))
 
 
-def _pair_sums(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:
-    """Sums over the pairs of one batch: (N,) scores of the chosen, (N,) of the rejected."""
-    margin = (chosen - rejected).double().cpu()
-    both = torch.cat([chosen, rejected]).double().cpu()  # (2N,), each counts half a pair
-    sums = {
-        "loss": -F.logsigmoid(margin),
-        "accuracy": (margin > 0).double() + 0.5 * (margin == 0).double(),
-        "margin": margin,
-        "confidence": margin.sigmoid(),
-        "mean_score": both / 2,
-        "mean_square": both.square() / 2,
-    }
-    return {name: part.sum().item() for name, part in sums.items()} | {"pairs": float(len(margin))}
+def report_pairs(scored: ScoredPairs, rows: datasets.Dataset, counts: DataReport) -> PairReport:
+    """Report on scored pairs, by source and by subset, and print its tables.
+
+    Args:
+        rows: the set, in whose order the pairs are. counts: its report, which names the sources.
+
+    Raises:
+        UserError: scores that are not finite.
+    """
+    names = list(dict.fromkeys(source.name for source in counts.sources))
+    has_source = "source" in rows.column_names
+    sources = [names[number] for number in rows["source"]] if has_source else None
+    report = PairReport.of(scored, sources, list(rows["subset"]))
+    print_rank_0("\n".join(report.lines()))
+    return report
 
 
 def scores_summary(

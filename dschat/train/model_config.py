@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 AUTO, NONE = ("auto",), ("none",)  # values of `trainable_tokens` beside lists of tokens
 
+HEAD_ALONE_RATE = 1e-2  # of a head on a frozen trunk: docs/reward_models.md has the measurement
+
+
+def freeze_trunk(module: nn.Module) -> None:
+    """Let the head of a reward model train, and nothing else."""
+    module.requires_grad_(False)
+    module.get_submodule("v_head").requires_grad_(True)
+
 
 def adapter_ranks(module: nn.Module, lora: LoraConfig) -> dict[str, int]:
     """Map the matrices that get adapters to the highest rank that each can have."""
@@ -70,6 +78,7 @@ class ModelConfig(Settings):
 
     Attributes:
         train_base: with adapters, train what they wrap as well; no flag, the run decides.
+        head_only: freeze all but the head; no flag, the step decides.
         tokens: what `trainable_tokens` means for a tokenizer and its data; no flag.
     """
 
@@ -84,6 +93,7 @@ class ModelConfig(Settings):
         "token and the special tokens of the data, where their rows are new or untrained; none",
     )
     train_base: bool = False
+    head_only: bool = False
     tokens: TokenChoice = TokenChoice()
 
     def __post_init__(self) -> None:
@@ -104,6 +114,13 @@ class ModelConfig(Settings):
         """Tell whether switching the adapters off restores the model that training started from."""
         return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
 
+    def of_head_alone(self) -> ModelConfig:
+        """The same for a head on a frozen trunk, at a rate that suits it where none is given."""
+        rates = self.optimizer
+        if rates.learning_rate is None and rates.head_learning_rate is None:
+            rates = replace(rates, head_learning_rate=HEAD_ALONE_RATE)
+        return replace(self, optimizer=rates, head_only=True, gradient_checkpointing=False)
+
     def check(self, model_name_or_path: str, build: Build) -> ModelSize:
         """Stop at adapters and rows that do not fit the model, built on `meta`, without weights.
 
@@ -122,6 +139,8 @@ class ModelConfig(Settings):
                 print_rank_0(f"advice: {model_name_or_path}: {line}")
             with torch.device("meta"):
                 self._add_adapters(module, replace(self.lora, quantize_base=None))
+        if self.head_only:
+            freeze_trunk(module)
         if self.tokens.always:
             check_tables(self._tables(module))
         return ModelSize.of(module, base)
@@ -131,6 +150,8 @@ class ModelConfig(Settings):
         if self.lora.lora_dim:
             self._add_adapters(module, self.lora)
             self._add_token_rows(module)
+        if self.head_only:
+            freeze_trunk(module)
         if self.gradient_checkpointing:
             from dschat.utils.module.lora import make_model_gradient_checkpointing_compatible
 

@@ -183,6 +183,8 @@ def plan_model(
     engine = run.engine_config(settings.model, ctx.dtype_name, rows)
     get_train_ds_config(engine, ctx.world_size)
     config = run.complete(settings.model)
+    if settings.trains_head_only:
+        config = config.of_head_alone()
     config = replace(config, tokens=asked_tokens(config.trainable_tokens, ctx.tokenizer))
     check_model_folder(name, ctx.tokenizer)
     size = config.check(name, build)

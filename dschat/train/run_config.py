@@ -244,6 +244,11 @@ class StepSettings(Settings):
         super().__post_init__()
         self.run.engine_config(self.model, "fp32", micro_batch=1)  # it checks itself
 
+    @property
+    def trains_head_only(self) -> bool:
+        """Tell whether a head trains on a trunk that stays as it is."""
+        return False
+
     def length(self, batches: Sequence[int | None]) -> RunLength:
         """Length of the run over so many micro-batches of each epoch (None: not counted)."""
         counts = [count for count in batches if count is not None]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dschat.data.collators import PairBatch, SFTBatch
+from dschat.data.collators import PreferenceBatch, SFTBatch
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context
-from dschat.train.evaluation import evaluate_answers, evaluate_pairs
+from dschat.train.evaluation import evaluate_answers, evaluate_pairs, score_pairs
 from tests.helpers.tiny import byte_tokenizer, padded, save_llama_folder, tiny_llama, token_rows
 
 CPU = torch.device("cpu")
@@ -22,30 +22,40 @@ class ScoresById(nn.Module):
         return input_ids.float()
 
 
-def pair_batch(chosen: list[int], rejected: list[int], real: list[bool]) -> PairBatch:
+def pair_batch(
+    chosen: list[int], rejected: list[int], real: list[bool], numbers: list[int]
+) -> PreferenceBatch:
     ids = torch.tensor([[9, score] for score in chosen + rejected])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return PairBatch(ids, mask, torch.tensor(real), mask)
+    return PreferenceBatch(ids, mask, torch.tensor(real), mask, torch.tensor(numbers))
 
 
 def test_pair_figures_by_hand():
     # margins 2, 0, -1 in two batches; a filler pair of margin 50 counts nowhere
     batches = [
-        pair_batch([5, 3], [3, 3], [True, True]),
-        pair_batch([1, 60], [2, 10], [True, False]),
+        pair_batch([5, 3], [3, 3], [True, True], [2, 0]),
+        pair_batch([1, 60], [2, 10], [True, False], [1, 0]),
     ]
+    scored = score_pairs(ScoresById(), batches, CPU)
+    assert scored.chosen.tolist() == [3, 1, 5]  # in the order of the set, not of the batches
     figures = evaluate_pairs(ScoresById(), batches, CPU)
     margins = [2.0, 0.0, -1.0]
     chances = [1 / (1 + math.exp(-m)) for m in margins]
+    sure = [1 / (1 + math.exp(-abs(m))) for m in margins]  # 0.881, 0.5, 0.731: three bins
+    # Wilson's interval of 1.5 of 3, z = 1.96: half = z sqrt(1/12 + z^2/36) / (1 + z^2/3)
+    half = 1.959964 * math.sqrt(1 / 12 + 1.959964**2 / 36) / (1 + 1.959964**2 / 3)
     expected = {
         "loss": -sum(math.log(p) for p in chances) / 3,
         "accuracy": (1 + 0.5 + 0) / 3,
+        "accuracy_low": 0.5 - half,
+        "accuracy_high": 0.5 + half,
         "margin": 1 / 3,
-        "confidence": sum(chances) / 3,
+        "confidence": sum(sure) / 3,
+        "ece": (abs(1 - sure[0]) + abs(0.5 - 0.5) + abs(0 - sure[2])) / 3,
         "mean_score": (5 + 3 + 3 + 3 + 1 + 2) / 6,
         "score_std": (sum((x - 17 / 6) ** 2 for x in (5, 3, 3, 3, 1, 2)) / 6) ** 0.5,
     }
-    assert figures == pytest.approx(expected, abs=1e-12)
+    assert figures == pytest.approx(expected, abs=1e-7)
 
 
 def test_answer_loss_is_weighted_by_tokens_not_by_batches():
@@ -75,7 +85,7 @@ def test_answer_loss_is_weighted_by_tokens_not_by_batches():
 def test_evaluation_leaves_the_mode_as_it_was(training):
     """A model that is only evaluated must not come out with its dropout on."""
     model = ScoresById().train(training)
-    evaluate_pairs(model, [pair_batch([1], [2], [True])], CPU)
+    evaluate_pairs(model, [pair_batch([1], [2], [True], [0])], CPU)
     assert model.training is training
     causal, (ids, mask) = tiny_llama().train(training), padded(token_rows(2, seed=1))
     evaluate_answers(causal, [SFTBatch(ids, mask, torch.ones(2, dtype=torch.bool), mask)], CPU)

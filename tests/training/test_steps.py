@@ -22,6 +22,7 @@ from tests.helpers.steps import (
     Run,
     free_port,
     launch,
+    preference_rows,
     run_worker,
     write_inputs,
     write_rows,
@@ -71,6 +72,10 @@ def sft_in_other_batches(folder: Path, ranks: int) -> list[list[object]]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
     write_inputs(folder)
+    rows = preference_rows(20, seed=2)
+    subsets = ["long"] * 7 + ["short"] * 13
+    bench = [row | {"subset": name} for row, name in zip(rows, subsets, strict=True)]
+    write_rows(folder / "bench.jsonl", bench)
     return folder
 
 
@@ -90,7 +95,7 @@ def one_rank(inputs: Path) -> Run:
         [*sft_fp32(folder, 1), "--enable_tensorboard", "--tensorboard_path", tensorboard],
         [REWARD, "--model_name_or_path", sft, *fp32, *SHORT, *LORA, *batch, "--output_dir", reward],
         [PPO, *models, *fp32, *PPO_LENGTHS, *PPO_RATES, *generation, "--actor_lora_dim", "4"],
-        [REWARD_EVALUATION, "--model_name_or_path", critic, *fp32, "--max_seq_len", "64"],
+        [REWARD_EVALUATION, "--model_name_or_path", critic, "--output_dir", folder / "again"],
         [PROMPT_EVALUATION, *compared, "--prompts", "1 and 2?", "--max_new_tokens", "3"],
     ]
     plan[2] += ["--critic_lora_dim", "4", "--output_dir", folder / "ppo"]
@@ -98,6 +103,14 @@ def one_rank(inputs: Path) -> Run:
     dpo = [DPO, "--model_name_or_path", sft, *fp32, *SHORT, *LORA, *batch, "--max_steps", "2"]
     plan.append([*dpo, "--output_dir", folder / "dpo"])
     plan.append([*grpo_on_sums(inputs, folder), "--output_dir", folder / "grpo"])
+    full = [REWARD, "--model_name_or_path", sft, *fp32, *SHORT, *batch, "--max_steps", "1"]
+    plan.append([*full, "--output_dir", folder / "full"])
+    again = ["--show", "0", "--all_rows", "--output_dir", folder / "bench"]
+    bench = ["--data_path", "bench.jsonl", *cache(folder), "--max_seq_len", "64"]
+    plan += [
+        [REWARD_EVALUATION, "--model_name_or_path", folder / "full", "--output_dir", folder / "x"],
+        [REWARD_EVALUATION, "--model_name_or_path", critic, *bench, *again],
+    ]
     return Run(folder, *run_worker(plan, inputs, ranks=1))
 
 
@@ -158,7 +171,7 @@ def two_ranks_again(inputs: Path, one_rank: Run) -> Run:
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
-    assert [result.code for result in one_rank.results] == 10 * [0]
+    assert [result.code for result in one_rank.results] == 13 * [0]
     for name in ("sft", "reward", "ppo", "dpo", "grpo"):
         assert_all_finite(one_rank.folder / name)
     assert list((one_rank.folder / "tensorboard").glob("events.out.tfevents.*"))
@@ -206,6 +219,30 @@ def test_the_saved_reward_model_scores_as_was_reported(one_rank: Run, inputs: Pa
     reported = records(one_rank.folder / "reward", "eval")[-1]
     assert (chosen - rejected).mean().item() == pytest.approx(reported["margin"], abs=LOGITS)
     assert (chosen > rejected).float().mean().item() == pytest.approx(reported["accuracy"])
+
+
+def evaluation(folder: Path) -> dict:
+    """Report of an evaluation, without the flags that repeat it."""
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert report.pop("settings")
+    return report
+
+
+def test_rw_eval_repeats_an_evaluation_from_the_folder_alone(one_rank: Run):
+    """Bit for bit; where the live adapters have been merged, to rounding."""
+    folder = one_rank.folder
+    assert evaluation(folder / "x") == evaluation(folder / "full")
+    live, merged = evaluation(folder / "reward/adapter"), evaluation(folder / "again")
+    assert live == evaluation(folder / "reward")
+    assert merged["figures"] == pytest.approx(live["figures"], abs=LOGITS)
+    assert merged["whole"]["accuracy"] == live["whole"]["accuracy"]
+
+
+def test_rows_of_a_benchmark_are_all_scored_and_shown_by_subset(one_rank: Run):
+    report = evaluation(one_rank.folder / "bench")
+    counts = [(part["name"], part["pairs"]) for part in report["subsets"]]
+    assert counts == [("long", 7), ("short", 13)] and report["figures"]["pairs"] == 20
+    assert re.search(r"^short +13 ", one_rank.printed, re.MULTILINE)
 
 
 def test_rw_eval_prints_the_figures_of_the_last_evaluation(one_rank: Run):

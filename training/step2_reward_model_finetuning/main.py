@@ -23,13 +23,21 @@ from functools import partial
 from dschat.config import RewardSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
-from dschat.data.collators import PairCollator
+from dschat.data.collators import PreferenceCollator, RewardCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.train.engine import backward
-from dschat.train.evaluation import evaluate_pairs, pair_count, pair_scores, scores_summary
+from dschat.train.evaluation import (
+    evaluate_pairs,
+    pair_count,
+    pair_scores,
+    report_pairs,
+    score_pairs,
+    scores_summary,
+)
+from dschat.train.pair_plot import report_files
 from dschat.train.prepare import plan_model, prepare, setup_run
 from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.steps import accumulation_groups
@@ -53,15 +61,17 @@ def main() -> None:
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
 
     # 2. batches, model, engine
-    collator = PairCollator(ctx.tokenizer.pad_token_id)
+    pad = ctx.tokenizer.pad_token_id
+    collator = RewardCollator(pad, settings.margin, settings.endless_share, ctx.seed)
     train_loader = ctx.loader(data.train, collator, settings.sampler(), shuffle=True)
     eval_rows = batch_config.per_device_eval_batch_size
-    eval_loader = ctx.loader(data.eval, collator, eval_rows, shuffle=False)
+    in_order = PreferenceCollator(pad)
+    eval_loader = ctx.loader(data.eval, in_order, eval_rows, shuffle=False)
     sample = data.eval
     if settings.eval_iters is not None:
         rows = min(len(sample), settings.eval_iters * eval_rows * ctx.world_size)
         sample = sample.shuffle(ctx.seed).select(range(rows))
-    sample_loader = ctx.loader(sample, collator, eval_rows, shuffle=False)
+    sample_loader = ctx.loader(sample, in_order, eval_rows, shuffle=False)
     create = partial(create_critic_model, init_head=True)
     run = prepare(ctx, settings, model, data, train_loader, create)
     engine, steps, device = run.engine, run.steps, ctx.device
@@ -83,8 +93,9 @@ def main() -> None:
                 loss = pairwise_loss(
                     *pair_scores(engine, batch),
                     batch.real,
-                    settings.margin,
+                    batch.margin,
                     settings.centering_coefficient,
+                    settings.label_smoothing,
                 )
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
                 loss_sum += loss.item()
@@ -95,14 +106,18 @@ def main() -> None:
             if settings.eval_interval and step % settings.eval_interval == 0:
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
             run.checkpointer.save_if_due(step, epoch)
-        figures, seconds = timed(evaluate_pairs, engine, eval_loader, device)
-        log.evaluation(step, figures, seconds)
+        scored, seconds = timed(score_pairs, engine, eval_loader, device)
+        log.evaluation(step, scored.figures(), seconds)
         if step == steps.total_steps:
             break
 
     # 4. a model folder that transformers loads, with the statistics that step 3 scales scores by
-    statistics = scores_summary(figures, len(data.eval), data.key)
-    save_hf_format(engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save, statistics)
+    statistics = scores_summary(scored.figures(), len(data.eval), data.key)
+    report = report_pairs(scored, data.eval, data.report)
+    files = report_files(report, settings.evaluation_flags(ctx.dtype_name), ctx.rank)
+    save_hf_format(
+        engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save, statistics, files
+    )
     log.close()
 
 
