@@ -46,6 +46,7 @@ ZERO_IS_VALID = {
     "critic_warmup_iterations": "none",
     "dropout": "none",
     "ema_decay": "the average is the newest weights",
+    "endless_share": "all answers keep their end token",
     "eval_interval": "per epoch only",
     "gamma": "a token is worth its own reward",
     "generation_chunk_size": "all answers at a time",

@@ -192,3 +192,14 @@ def test_the_gradient_is_that_of_one_big_batch(kind, ranks):
         gradients.append(weight.grad)
     close(torch.stack(gradients).mean(), whole.grad.item())
     assert abs(whole.grad.item()) > 1e-3
+
+
+def test_a_margin_for_each_pair_and_label_smoothing_by_hand():
+    chosen, rejected = torch.tensor([2.0, 1.0, 9.0]), torch.tensor([1.0, 1.0, 0.0])
+    real, margin = torch.tensor([True, True, False]), torch.tensor([0.5, -1.0, 0.0])
+    loss = pairwise_loss(chosen, rejected, real, margin, label_smoothing=0.1)
+    # d = 0.5 and 1: each 0.9 log(1 + e^-d) + 0.1 log(1 + e^d)
+    by_hand = sum(
+        0.9 * math.log1p(math.exp(-d)) + 0.1 * math.log1p(math.exp(d)) for d in (0.5, 1.0)
+    )
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)

@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows_of(phase: int, *rows: dict) -> datasets.Dataset:
-    columns = {name: [row[name] for row in rows] for name in FEATURES[phase]}
+    columns = {name: [row.get(name) for row in rows] for name in FEATURES[phase]}
     return datasets.Dataset.from_dict(columns, FEATURES[phase])
 
 
