@@ -228,8 +228,16 @@ def position_ids_from(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def forward_inputs(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
-    """Build the keyword arguments of a forward pass; positions where the model takes them."""
+def forward_inputs(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> dict:
+    """Build the keyword arguments of a forward pass; positions where the model takes them.
+
+    Without a mask there are no positions either: the model counts them, and would look in given
+    ones for packed sequences.
+    """
+    if attention_mask is None:
+        return {"input_ids": input_ids}
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
     if takes_argument(model, "position_ids"):
         inputs["position_ids"] = position_ids_from(attention_mask)

@@ -17,6 +17,7 @@ from torch import nn
 from dschat.models.causal_lm import forward_inputs, takes_argument
 from dschat.models.head import pass_through, split_of
 from dschat.models.head_blocks import HeadBlocks
+from dschat.models.right_padding import right_padded_inputs
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def target_logprobs(
         targets: (B, T) bool, True where the token is to be predicted; a sequence's first token has
             nothing before it and never is.
     """
-    inputs = forward_inputs(model, input_ids, attention_mask)
+    inputs = right_padded_inputs(model, input_ids, attention_mask)
 
     def score(head: HeadBlocks, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return head.columns(states, ids)[0]

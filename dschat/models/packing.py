@@ -15,9 +15,9 @@ IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own fo
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _UNPACKED = "drop packing, or give max_tokens_per_batch, which saves padding with any model"
 
-# Largest difference of a sequence's logits between two sets of neighbours, over the largest
-# logit: rounding, and no more.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Largest difference of a sequence's logits between two sets of neighbours, or two paddings, over
+# the largest logit: rounding, and no more.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def packed_inputs(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
@@ -103,7 +103,7 @@ def prove_packing(model: nn.Module, device: torch.device) -> None:
         logits_at.append(logits[0, before : before + 4].float())
     one, other = logits_at
     difference = ((one - other).abs().max() / one.abs().max()).item()
-    if not difference <= _TOLERANCE[_language_model(model).dtype]:
+    if not difference <= TOLERANCE[_language_model(model).dtype]:
         raise UserError(
             f"packing: this model's logits depend on a sequence's neighbours (by {difference:.1%} "
             f"of the largest); {_UNPACKED}"

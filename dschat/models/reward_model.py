@@ -79,9 +79,14 @@ class RewardModel(nn.Module):
         self.reward_head = copy.deepcopy(self.v_head).requires_grad_(False)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_reward_head: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        use_reward_head: bool = False,
     ) -> torch.Tensor:
         """Compute values: (B, T) ids and bool mask -> (B, T) fp32, by `value_scaling` where set.
+
+        Without a mask, as `right_padding.needed_mask` may give it, every token counts.
 
         With `use_reward_head`, by the copy that `keep_reward_head` made, and never scaled. Both
         heads run whenever both exist: ZeRO-3 prefetches by the order of modules, which must not

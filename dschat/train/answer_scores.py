@@ -19,6 +19,7 @@ from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.models.causal_lm import eval_mode
 from dschat.models.reward_model import scores_at_end
+from dschat.models.right_padding import needed_mask
 from dschat.text.conversations import Example, Skip, kind_of
 from dschat.text.formats import RawFormat
 
@@ -39,7 +40,8 @@ def score_answers(
         for start in range(0, len(rows), batch_size):
             places = order[start : start + batch_size].tolist()
             batch = collate([dict(rows[place]) for place in places]).to(device)
-            values = model(batch.input_ids, batch.attention_mask)
+            mask = needed_mask(model, batch.input_ids, batch.attention_mask)
+            values = model(batch.input_ids, mask)
             scores[places] = scores_at_end(values, batch.attention_mask).double().cpu()
     return scores
 

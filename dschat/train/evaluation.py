@@ -15,11 +15,12 @@ from torch import nn
 
 from dschat.data.collators import Batch, PackedBatch, PairBatch, PreferenceBatch, SFTBatch
 from dschat.data.report import DataReport
-from dschat.models.causal_lm import eval_mode, forward_inputs
+from dschat.models.causal_lm import eval_mode
 from dschat.models.logprobs import target_loss
 from dschat.models.packing import packed_inputs
 from dschat.models.reward_model import scores_at_end
 from dschat.models.reward_statistics import RewardStatistics
+from dschat.models.right_padding import needed_mask, right_padded_inputs
 from dschat.train.pair_report import PairReport, ScoredPairs
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
@@ -31,7 +32,7 @@ def answer_loss(model: nn.Module, batch: SFTBatch) -> torch.Tensor:
     if isinstance(batch, PackedBatch):
         inputs = packed_inputs(model, batch.input_ids, batch.position_ids)
     else:
-        inputs = forward_inputs(model, batch.input_ids, batch.attention_mask)
+        inputs = right_padded_inputs(model, batch.input_ids, batch.attention_mask)
     return target_loss(model, inputs, batch.loss_mask)
 
 
@@ -57,7 +58,8 @@ def evaluate_answers(
 
 def pair_scores(model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) scores of the chosen and (B,) of the rejected answers."""
-    values = model(batch.input_ids, batch.attention_mask)
+    mask = needed_mask(model, batch.input_ids, batch.attention_mask)
+    values = model(batch.input_ids, mask)
     chosen, rejected = scores_at_end(values, batch.attention_mask).chunk(2)
     return chosen, rejected
 
