@@ -34,7 +34,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dschat.config.cli import OneLineParser, run_cli
+from dschat.config.cli import run_cli
+from dschat.config.help import OneLineParser
 from dschat.errors import UserError
 from dschat.train import launch, run_lock, signals
 
@@ -76,11 +77,7 @@ def text(word: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags of DeepSpeed-Chat, and --data-path and --seed."""
-    parser = OneLineParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(__doc__)
     add = parser.add_argument
     add("--step", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="steps to run")
     add(

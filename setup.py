@@ -1,4 +1,4 @@
-"""Packaging of the `dschat` library; the recipes under training/ run from a checkout."""
+"""Packaging of the `dschat` library and of the programs that the command `dschat` starts."""
 
 import re
 from pathlib import Path
@@ -17,6 +17,12 @@ def version() -> str:
     return found.group(1)
 
 
+def programs() -> dict[str, str]:
+    """Map packages of the wheel to the folders whose programs they hold, as a checkout has them."""
+    folders = ["inference", *(str(path) for path in sorted(Path("training").glob("step*")))]
+    return {f"dschat.programs.{folder.replace('/', '.')}": folder for folder in folders}
+
+
 def readme() -> str:
     """Return the README, or nothing in a tree without one."""
     path = ROOT / "README.md"
@@ -31,7 +37,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["dschat", "dschat.*"]),
+    packages=[*find_packages(include=["dschat", "dschat.*"]), *programs()],
+    package_dir=programs(),
+    entry_points={"console_scripts": ["dschat = dschat.command.door:main"]},
     package_data={"dschat": ["py.typed", "recipes/**/*.yaml"]},
     python_requires=">=3.11",
     # Lower bounds are what the tests run on (constraints.txt), but where an older release is
@@ -46,6 +54,7 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2.1",
         "numpy>=2",
+        "packaging>=23",
         "pyarrow>=21",
         "psutil>=5.9",
         "pyyaml>=6",

@@ -11,12 +11,12 @@ ZeRO stage resumes, by default beside it: step-000200-portable.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dschat.config.cli import OneLineParser, run_cli
+from dschat.config.cli import run_cli
+from dschat.config.help import OneLineParser, program
 from dschat.errors import UserError
 from dschat.train import checkpoint_folder
 from dschat.utils.disk import in_words
@@ -72,12 +72,7 @@ def convert(folder: Path, target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, and do what it says."""
-    parser = OneLineParser(
-        prog="python -m dschat.checkpoint",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(__doc__, prog=program("dschat.checkpoint"))
     parser.add_argument("command", choices=("inspect", "verify", "convert"))
     parser.add_argument("folder", type=Path, help="a step-... folder")
     parser.add_argument("target", type=Path, nargs="?", help="folder to write (convert)")

@@ -10,11 +10,11 @@ holds a `score` head. The sum is computed in fp32 and cast once.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dschat.config.cli import OneLineParser, run_cli
+from dschat.config.cli import run_cli
+from dschat.config.help import OneLineParser, program
 from dschat.errors import UserError
 from dschat.lazy import torch
 from dschat.utils.distributed import Distributed
@@ -81,12 +81,7 @@ def merge(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and merge."""
-    parser = OneLineParser(
-        prog="python -m dschat.merge",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OneLineParser(__doc__, prog=program("dschat.merge"))
     parser.add_argument("adapter", help="folder or hub id of an adapter")
     parser.add_argument("output_dir", help="folder to write")
     parser.add_argument(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from tqdm import tqdm
 
 from dschat.config.failures import line_for
+from dschat.config.help import flag_parser
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, Settings, flags_of, unknown
 from dschat.train import run_lock, signals
@@ -23,34 +22,6 @@ from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.printable import guard_terminal, last_line, printable
 
 S = TypeVar("S", bound=Settings)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, raised as UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print together with the usage."""
-        raise UserError(message)
-
-
-def add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
-    """Declare a flag; its default stays out of the namespace, so that only given values are in."""
-    options: dict[str, Any]
-    if flag.kind.element is bool:
-        options = {"action": "store_true"}
-    else:
-        options = {"type": flag.kind.element, "choices": flag.rule.choices}
-        if flag.kind.is_tuple:
-            options["nargs"] = "*" if flag.rule.may_be_empty else "+"
-        elif flag.rule.bare is not None:
-            options |= {"nargs": "?", "const": flag.rule.bare}
-    text = flag.help.replace("%", "%%")
-    if flag.default not in (None, False, (), MISSING) and "default" not in text:
-        shown = " ".join(map(str, flag.default)) if flag.kind.is_tuple else flag.default
-        text += f" (default: {shown})"
-    parser.add_argument(
-        f"--{flag.name}", dest=flag.name, default=argparse.SUPPRESS, help=text, **options
-    )
 
 
 def parse(
@@ -98,14 +69,7 @@ def _given(
     """Read the flags that the command line and its YAML file give."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = flags_of(cls)
-    parser = OneLineParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of flag: value; the command line wins")
-    for flag in flags:
-        add_flag(parser, flag)
+    parser = flag_parser(cls, description)
     yaml_path = parser.parse_known_args([*_only(argv, "--config")])[0].config
     from_yaml = _yaml_argv(yaml_path, flags) if yaml_path else []
     # Two passes, so that a word before the first flag cannot join a list that the file ends with.

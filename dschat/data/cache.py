@@ -44,7 +44,7 @@ def open_folder(path: str | None = None) -> Path:
         UserError: it cannot be made, or its owner or others could change what trains.
     """
     is_own = path is None
-    folder = _own_folder() if path is None else Path(path).expanduser()
+    folder = own_folder() if path is None else Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700 if is_own else 0o775)
         if hasattr(os, "getuid"):
@@ -56,7 +56,8 @@ def open_folder(path: str | None = None) -> Path:
     return folder
 
 
-def _own_folder() -> Path:
+def own_folder() -> Path:
+    """`dschat` in the cache folder of this user, who has one."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return Path(base if os.path.isabs(base) else Path.home() / ".cache", "dschat")

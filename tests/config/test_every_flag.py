@@ -12,7 +12,8 @@ import pytest
 
 from dschat import merge
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
-from dschat.config.cli import OneLineParser, add_flag, parse
+from dschat.config.cli import parse
+from dschat.config.help import OneLineParser, add_flag
 from dschat.config.programs import ChatSettings, InspectSettings
 from dschat.errors import UserError
 from dschat.settings import Flag, Settings, flags_of
@@ -156,7 +157,7 @@ def test_the_tables_name_nothing_else():
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_no_command_line_takes(program: str):
-    parser = OneLineParser(allow_abbrev=False)
+    parser = OneLineParser()
     for flag in flags(program):
         add_flag(parser, flag)
     for flag in flags(program):

@@ -11,11 +11,13 @@ ranks together. LoRA (`--lora_dim`) trains A and B at rates of ratio `--loraplus
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from dschat.config import SFTSettings
-    from dschat.config.cli import check_flags
     from dschat.train import signals
 
     signals.start()
+
+    from dschat.config import SFTSettings
+    from dschat.config.cli import check_flags
+
     check_flags(SFTSettings, __doc__)
 
 from dschat.config import SFTSettings

@@ -12,11 +12,13 @@ or log-probabilities computed before training: there is no second model.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from dschat.config import DPOSettings
-    from dschat.config.cli import check_flags
     from dschat.train import signals
 
     signals.start()
+
+    from dschat.config import DPOSettings
+    from dschat.config.cli import check_flags
+
     check_flags(DPOSettings, __doc__)
 
 from functools import partial

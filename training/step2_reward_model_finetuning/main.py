@@ -11,11 +11,13 @@ trunk; the head trains in a group of its own.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from dschat.config import RewardSettings
-    from dschat.config.cli import check_flags
     from dschat.train import signals
 
     signals.start()
+
+    from dschat.config import RewardSettings
+    from dschat.config.cli import check_flags
+
     check_flags(RewardSettings, __doc__)
 
 from functools import partial

@@ -14,11 +14,13 @@ OUTPUT/critic where one is trained and, with `--enable_ema`, OUTPUT/actor_ema.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take seconds
-    from dschat.config import RLHFSettings
-    from dschat.config.cli import check_flags
     from dschat.train import signals
 
     signals.start()
+
+    from dschat.config import RLHFSettings
+    from dschat.config.cli import check_flags
+
     check_flags(RLHFSettings, __doc__)
 
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""The command `dschat`: one door to every program."""

@@ -1,0 +1,106 @@
+"""Parsers of the programs: errors of one line, and help in groups that fits the window."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import textwrap
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn
+
+from dschat.errors import UserError
+from dschat.settings import Flag, Settings, flags_of
+
+LETTERS = {int: "N", float: "X", str: "TEXT"}
+RETIRED = "accepted without effect"
+_OWN_LINE = re.compile(r"\s|\d+\. |- ")  # an example, or an entry of a list
+
+
+class Help(argparse.HelpFormatter):
+    """Help whose paragraphs are wrapped to the window; indented lines and lists keep theirs."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = []
+        for paragraph in text.strip().split("\n\n"):
+            lines = paragraph.splitlines()
+            if not any(_OWN_LINE.match(line) for line in lines):
+                lines = [" ".join(lines)]
+            paragraphs.append("\n".join(self._wrapped(line, width, indent) for line in lines))
+        return "\n\n".join(paragraphs)
+
+    def _wrapped(self, line: str, width: int, indent: str) -> str:
+        if line.startswith(" "):  # a command: it can be copied whole
+            return indent + line
+        return textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, raised as UserError."""
+
+    def __init__(self, description: str | None = None, **options: Any):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=Help, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print together with the usage."""
+        raise UserError(message)
+
+
+def program(module: str) -> str:
+    """Name a program in its usage: `dschat NAME` where the command started it."""
+    return sys.argv[0] if sys.argv[0].startswith("dschat ") else f"python -m {module}"
+
+
+def flag_parser(cls: type[Settings], description: str | None) -> OneLineParser:
+    """Build the parser of a program's settings, whose help has a group for each settings class."""
+    parser = OneLineParser(description, usage=_usage(cls))
+    parser.add_argument("--config", metavar="FILE", help="YAML of flag: value; flags win over it")
+    groups: dict[tuple[str, ...] | None, argparse._ArgumentGroup] = {}
+    flags = flags_of(cls)
+    for flag in sorted(flags, key=lambda flag: (flag.rule.retired, len(flag.path) > 1)):
+        place = None if flag.rule.retired else flag.path[:-1]
+        if place not in groups:
+            groups[place] = parser.add_argument_group(*_title(cls, place))
+        add_flag(groups[place], flag)
+    return parser
+
+
+def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
+    """Declare a flag; its default stays out of the namespace, so that only given values are in."""
+    options: dict[str, Any]
+    if flag.kind.element is bool:
+        options = {"action": "store_true"}
+    else:
+        options = {"type": flag.kind.element, "choices": flag.rule.choices}
+        if flag.rule.choices is None:
+            options["metavar"] = LETTERS[flag.kind.element]
+        if flag.kind.is_tuple:
+            options["nargs"] = "*" if flag.rule.may_be_empty else "+"
+        elif flag.rule.bare is not None:
+            options |= {"nargs": "?", "const": flag.rule.bare}
+    text = flag.help.replace("%", "%%")
+    if flag.default not in (None, False, (), MISSING) and "default" not in text:
+        shown = " ".join(map(str, flag.default)) if flag.kind.is_tuple else flag.default
+        text += f" (default: {shown})"
+    parser.add_argument(
+        f"--{flag.name}", dest=flag.name, default=argparse.SUPPRESS, help=text, **options
+    )
+
+
+def _usage(cls: type[Settings]) -> str:
+    needed = [f"--{flag.name} TEXT" for flag in flags_of(cls) if flag.default is MISSING]
+    return " ".join(["%(prog)s", *needed, "[--config FILE] [FLAG ...]"])
+
+
+def _title(cls: type[Settings], place: tuple[str, ...] | None) -> tuple[str, str | None]:
+    """Name a group by its place, and describe it as its settings class does."""
+    if place is None:
+        return RETIRED, None
+    owner: type = cls
+    for name in place:
+        (owner,) = (f.metadata["group"] for f in fields(owner) if f.name == name)
+    first = (inspect.getdoc(owner) or "").split("\n\n")[0].replace("\n", " ")
+    return " ".join(place) or "this step", first
