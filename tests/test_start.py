@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dschat import lazy
+from dschat.command.registry import COMMANDS
 from tests.helpers.launch import TIME_LIMIT
 from tests.helpers.steps import (
     DPO,
@@ -69,10 +70,12 @@ def ends() -> dict[tuple[str, ...], tuple[int, str, str, list[str]]]:
     """Exit code, output, errors and slow packages of each command line, all in one process."""
     plan = [(name, word) for name, typo in PROGRAMS.items() for word in ("--help", typo)]
     plan += [argv for argv, _ in WRONG.values()]
+    plan += [("dschat/__main__.py", name, "--help") for name in COMMANDS]
+    plan += [("dschat/__main__.py", name, "--no_such_flag") for name in COMMANDS]
     done = subprocess.run(
         [sys.executable, "-c", RUN % (SLOW,), json.dumps(plan)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=TIME_LIMIT,
@@ -94,6 +97,15 @@ def test_a_wrong_value_or_file(ends, case):
     argv, message = WRONG[case]
     code, _, err, slow = ends[argv]
     assert (code, slow, err.count("\n")) == (2, [], 1) and message in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_its_program(ends, name):
+    code, out, err, slow = ends["dschat/__main__.py", name, "--help"]
+    assert (code, err, slow) == (0, "", []) and out.startswith(f"usage: dschat {name} ")
+    assert max(map(len, out.splitlines())) <= 80
+    code, _, err, slow = ends["dschat/__main__.py", name, "--no_such_flag"]
+    assert (code, slow, err.count("\n")) == (2, [], 1) and err.startswith("error: ")
 
 
 def test_a_lazy_package_is_the_package(monkeypatch):

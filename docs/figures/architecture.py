@@ -17,6 +17,7 @@ BOX_HEIGHT, ARROW = 52, 22
 INK, QUIET, LINE = "#1f2328", "#57606a", "#8c959f"
 COLOURS = {
     "users": "#f6f8fa",
+    "command": "#f6f8fa",
     "quickstart": "#e6eaef",
     "merge": "#e6eaef",
     "checkpoint": "#e6eaef",
@@ -36,6 +37,7 @@ COLOURS = {
 # From the top down: a room imports from the floors below it, and from nothing else.
 FLOORS = (
     (("users", "training/ · inference/ · e2e_rlhf.py · chat.py", "recipes and programs"),),
+    (("command", "command", "`dschat`: the registry of commands, completion, doctor"),),
     (
         ("quickstart", "quickstart", "the embedded default"),
         ("merge", "merge", "an adapter into its base"),

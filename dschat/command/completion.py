@@ -22,7 +22,10 @@ from dschat.command.registry import COMMANDS, Command
 from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
 
-_FLAG = re.compile(r"^  (?:-\w, )?(--[\w-]+)(?: \[?\{([^}]+)\})?", re.M)
+_FLAG = re.compile(
+    r"^  (?:-\w, )?(?P<flag>--[\w-]+)(?: \[?\{(?P<set>[^}]+)\}|.*; one of (?P<list>[\w-]+(?:, [\w-]+)*))?",
+    re.M,
+)
 _WORDS = re.compile(r"^  \{([^}]+)\}", re.M)
 
 Flags = dict[str, tuple[str, ...]]  # the choices of each flag
@@ -44,7 +47,9 @@ def help_of(command: Command) -> str:
 def words_of(text: str) -> tuple[Flags, tuple[str, ...]]:
     """Read flags with their choices, and the choices of a word without a flag, from a help text."""
     flags = {
-        name: tuple(choices.split(",")) if choices else () for name, choices in _FLAG.findall(text)
+        found["flag"]: tuple(re.split(r", ?", choices)) if choices else ()
+        for found in _FLAG.finditer(text)
+        for choices in [found["set"] or found["list"]]
     }
     word = _WORDS.search(text)
     return flags, tuple(word[1].split(",")) if word else ()
@@ -53,18 +58,18 @@ def words_of(text: str) -> tuple[Flags, tuple[str, ...]]:
 def bash(commands: Words) -> Iterator[str]:
     """Yield the lines of a script for bash."""
     yield "_dschat() {"
-    yield '  local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" words='
+    yield '  local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" known='
     yield '  if [ "$COMP_CWORD" = 1 ]; then'
-    yield f'    words="{" ".join(commands)} --help --version"'
+    yield f'    known="{" ".join(commands)} --help --version"'
     yield '  else case "${COMP_WORDS[1]} $before" in'
     for name, (flags, words) in commands.items():
         for flag, choices in flags.items():
             if choices:
-                yield f'    "{name} {flag}") words="{" ".join(choices)}" ;;'
-        yield f'    "{name} "*) words="{" ".join([*words, *flags])}"'
-        yield '      [[ "$word" == -* || "$COMP_CWORD" = 2 ]] || words= ;;'
+                yield f'    "{name} {flag}") known="{" ".join(choices)}" ;;'
+        yield f'    "{name} "*) known="{" ".join([*words, *flags])}"'
+        yield '      [[ "$word" == -* || "$COMP_CWORD" = 2 ]] || known= ;;'
     yield "  esac; fi"
-    yield '  COMPREPLY=($(compgen -W "$words" -- "$word"))'
+    yield '  COMPREPLY=($(compgen -W "$known" -- "$word"))'
     yield "}"
     yield "complete -o default -F _dschat dschat"
 

@@ -14,6 +14,7 @@ from dschat.errors import UserError
 from dschat.settings import Flag, Settings, flags_of
 
 LETTERS = {int: "N", float: "X", str: "TEXT"}
+WIDEST_CHOICES = 40  # columns; more of them are told in the text
 RETIRED = "accepted without effect"
 _OWN_LINE = re.compile(r"\s|\d+\. |- ")  # an example, or an entry of a list
 
@@ -71,17 +72,20 @@ def flag_parser(cls: type[Settings], description: str | None) -> OneLineParser:
 def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     """Declare a flag; its default stays out of the namespace, so that only given values are in."""
     options: dict[str, Any]
+    listed = ""
     if flag.kind.element is bool:
         options = {"action": "store_true"}
     else:
-        options = {"type": flag.kind.element, "choices": flag.rule.choices}
-        if flag.rule.choices is None:
+        choices = flag.rule.choices
+        options = {"type": flag.kind.element, "choices": choices}
+        if choices is None or sum(len(str(choice)) + 1 for choice in choices) > WIDEST_CHOICES:
             options["metavar"] = LETTERS[flag.kind.element]
+            listed = "" if choices is None else f"; one of {', '.join(map(str, choices))}"
         if flag.kind.is_tuple:
             options["nargs"] = "*" if flag.rule.may_be_empty else "+"
         elif flag.rule.bare is not None:
             options |= {"nargs": "?", "const": flag.rule.bare}
-    text = flag.help.replace("%", "%%")
+    text = (flag.help + listed).replace("%", "%%")
     if flag.default not in (None, False, (), MISSING) and "default" not in text:
         shown = " ".join(map(str, flag.default)) if flag.kind.is_tuple else flag.default
         text += f" (default: {shown})"

@@ -1,7 +1,7 @@
 """Look at data as training would see it, before training on it.
 
-    python -m dschat.data inspect --data_path ./pairs.jsonl --model_name_or_path ./model
-    python -m dschat.data inspect --data_path ./pairs.jsonl --model_name_or_path ./model --phase 1
+    dschat inspect --data_path ./pairs.jsonl --model_name_or_path ./model
+    python -m dschat.data inspect --config data.yaml --phase 1
 
 For each phase (1 supervised fine-tuning, 2 preference pairs, 3 PPO prompts): what became of every
 row by source, lengths, how much padding is left, and a few rows with the trained tokens marked, in

@@ -211,8 +211,8 @@ def test_help_shows_defaults_of_each_group(capsys):
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "A test." in text
-    assert "--left_rate LEFT_RATE a rate (default: 0.5)" in text
-    assert "--right_rate RIGHT_RATE a rate (default: 0.25)" in text
+    assert "--left_rate X a rate (default: 0.5)" in text
+    assert "--right_rate X a rate (default: 0.25)" in text
     assert "a depth, like 6 (default: 2)" in text
 
 

@@ -29,7 +29,7 @@ SOURCES = "\n".join(
 WORDS = set(re.findall(r"\w+", SOURCES.replace("-", "_")))
 LAUNCHERS = {  # and their flags
     *("nproc_per_node", "nnodes", "rdzv_endpoint"),
-    *("num_gpus", "include", "master_port", "hostfile"),
+    *("num_gpus", "include", "master_port", "hostfile", "module"),
     *("max_restarts", "signals_to_handle", "standalone"),
     *("nodes", "gpus", "time", "ntasks", "requeue", "open_mode", "signal"),
 }

@@ -3,9 +3,9 @@
 The loss is the mean -log p over answer tokens (end token included) of each optimizer step, on all
 ranks together. LoRA (`--lora_dim`) trains A and B at rates of ratio `--loraplus_lr_ratio` (LoRA+).
 
-    deepspeed main.py --model_name_or_path facebook/opt-1.3b --output_dir ./output --zero_stage 2
+    deepspeed main.py --model_name_or_path facebook/opt-1.3b --zero_stage 2
     torchrun --nproc_per_node 2 main.py --config settings.yaml
-    python main.py --model_name_or_path ./model --data_path ./pairs.jsonl --lora_dim 16
+    dschat sft --model_name_or_path ./model --data_path ./pairs.jsonl
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ The loss of an optimizer step is the mean over its pairs, on all ranks together,
 that of the reference; `--loss_type` has its kin. The reference is the model with its adapters off,
 or log-probabilities computed before training: there is no second model.
 
-    deepspeed main.py --model_name_or_path ./sft --output_dir ./output --zero_stage 2
-    python main.py --model_name_or_path ./sft --data_path ./pairs.jsonl --lora_dim 16
+    deepspeed main.py --model_name_or_path ./sft --zero_stage 2
+    dschat dpo --model_name_or_path ./sft --data_path ./pairs.jsonl
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The score is the value at the last real token; the loss of an optimizer step is 
 pairs, on all ranks together, of -log sigmoid(score(chosen) - score(rejected)). LoRA+ applies to the
 trunk; the head trains in a group of its own.
 
-    deepspeed main.py --model_name_or_path facebook/opt-350m --output_dir ./output --zero_stage 2
-    python main.py --model_name_or_path ./sft --data_path ./pairs.jsonl --lora_dim 16
+    deepspeed main.py --model_name_or_path facebook/opt-350m --zero_stage 2
+    dschat reward --model_name_or_path ./sft --data_path ./pairs.jsonl
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ off; with `--critic_lora_dim` the reward model is the critic's trunk with its ad
 trunks on the device instead of four, or one with `--share_trunk all`. Writes OUTPUT/actor,
 OUTPUT/critic where one is trained and, with `--enable_ema`, OUTPUT/actor_ema.
 
-    deepspeed main.py --actor_model_name_or_path ./sft --critic_model_name_or_path ./reward \\
-        --actor_zero_stage 2 --critic_zero_stage 2 --output_dir ./output
-    python main.py --config settings.yaml --actor_lora_dim 16 --critic_lora_dim 16
+    deepspeed main.py --actor_model_name_or_path ./sft \\
+        --critic_model_name_or_path ./reward --actor_zero_stage 2
+    dschat ppo --config settings.yaml --actor_lora_dim 16
 """
 
 from __future__ import annotations

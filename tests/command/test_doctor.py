@@ -1,0 +1,70 @@
+"""The doctor: each finding is ok or says what to do, and something to do is exit code 1."""
+
+from importlib import metadata
+
+import pytest
+
+from dschat.command import doctor, training_check
+from dschat.command.doctor import Finding
+
+
+def test_a_finding_fits_the_window_and_cannot_steer_it():
+    assert Finding("python", "3.11").lines(80) == ["ok     python: 3.11"]
+    lines = Finding("disk", "1 GB free \x1b[2J" + "x " * 30, "free some").lines(40)
+    assert lines[0].startswith("to do  disk: 1 GB free \\x1b[2J") and "free some" in lines[-1]
+    assert all(len(line) <= 40 for line in lines) and all(x[:7] == " " * 7 for x in lines[1:])
+
+
+def test_versions_are_held_against_what_the_package_declares(monkeypatch):
+    declared = ["torch>=2.13,<3", "tqdm>=4.66", "nothing-there>=1", 'wandb>=1; extra == "wandb"']
+    present = {"torch": "2.4.0", "tqdm": "4.70"}
+
+    def version(name: str) -> str:
+        if name not in present:
+            raise metadata.PackageNotFoundError(name)
+        return present[name]
+
+    monkeypatch.setattr(metadata, "requires", lambda name: declared)
+    monkeypatch.setattr(metadata, "version", version)
+    _, torch, missing, fitting = doctor.versions()
+    assert torch.found == "2.4.0, tested with <3,>=2.13"
+    assert torch.remedy == 'run: pip install "torch<3,>=2.13"'
+    assert missing.found == "missing, tested with >=1" and fitting.found == "tqdm 4.70"
+    assert fitting.remedy is None
+
+
+def test_a_disk_without_room(monkeypatch):
+    monkeypatch.setattr(doctor, "free_bytes", lambda folder: 10**9)
+    findings = [*doctor.disks()]
+    assert len(findings) == 3 and all(f.found == "1 GB free" and f.remedy for f in findings)
+
+
+def test_a_missing_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (finding,) = doctor.compilers()
+    assert finding.found == "no c++ and no ninja" and "install" in finding.remedy
+
+
+@pytest.mark.parametrize(("remedy", "code"), [(None, 0), ("free some", 1)])
+def test_something_to_do_is_exit_code_1(remedy, code, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: iter([Finding("disk", "1 GB", remedy)]),))
+    if code == 0:
+        doctor.main([])
+    else:
+        with pytest.raises(SystemExit) as stop:
+            doctor.main([])
+        assert stop.value.code == 1
+    assert capsys.readouterr().out.endswith("1 to do\n") == bool(remedy)
+
+
+def test_a_training_that_fails_says_its_last_line(monkeypatch):
+    monkeypatch.setattr(training_check, "BUILD", "raise SystemExit('no room')")
+    result = training_check.train()
+    assert (result.learnt, result.text) == (False, "no room")
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns(monkeypatch):
+    monkeypatch.setattr(training_check, "STEPS", 60)
+    result = training_check.train()
+    assert result.learnt and result.text.startswith("60 steps, held-out loss 6.")
