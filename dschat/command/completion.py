@@ -23,7 +23,8 @@ from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
 
 _FLAG = re.compile(
-    r"^  (?:-\w, )?(?P<flag>--[\w-]+)(?: \[?\{(?P<set>[^}]+)\}|.*; one of (?P<list>[\w-]+(?:, [\w-]+)*))?",
+    r"^  (?:-\w, )?(?P<flag>--[\w-]+)"
+    r"(?: \[?\{(?P<set>[^}]+)\}|.*; one of (?P<list>[\w-]+(?:, [\w-]+)*))?",
     re.M,
 )
 _WORDS = re.compile(r"^  \{([^}]+)\}", re.M)

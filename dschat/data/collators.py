@@ -1,5 +1,7 @@
 """Rows of tokens to padded or packed batches of tensors."""
 
+from __future__ import annotations
+
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -7,8 +9,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
+from dschat.lazy import np, torch
 
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")
@@ -92,7 +93,7 @@ class PromptBatch(Batch):
 
     columns: tuple[Row, ...] | None = None  # (B,) rows' own columns by name; None: none are kept
 
-    def rows(self, index: torch.Tensor) -> "PromptBatch":
+    def rows(self, index: torch.Tensor) -> PromptBatch:
         """Pick the rows of `index`, in its order, also several times."""
         at = index.to(self.real.device)
         tensors = (self.input_ids[at], self.attention_mask[at], self.real[at])
