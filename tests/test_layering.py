@@ -20,7 +20,7 @@ FLOORS = [
     ("train",),
     ("rlhf",),
     ("config",),
-    ("quickstart", "merge", "checkpoint"),
+    ("quickstart", "merge", "checkpoint", "winrate"),
     ("command",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -46,6 +46,7 @@ _ALL = (
     Command("ppo", TRAIN, "step 3: PPO, RLOO or GRPO", f"{STEP3}/main.py"),
     Command("chat", USE, "talk to a model folder", "inference/chatbot.py"),
     Command("eval", USE, "accuracy and scores of a reward model", f"{STEP2}/rw_eval.py"),
+    Command("winrate", USE, "one model's answers against another's", "dschat.winrate"),
     Command("merge", USE, "an adapter into its base", "dschat.merge"),
     Command("inspect", LOOK, "data as training would see it", "dschat.data", ("inspect",)),
     Command("checkpoint", LOOK, "inspect, verify or convert a checkpoint", "dschat.checkpoint"),

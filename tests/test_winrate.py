@@ -1,0 +1,138 @@
+"""Win rates: files and models as candidates, a reward model and a chat model as judges."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dschat import winrate
+from dschat.data.answers import answer_rows
+from dschat.data.tokenise import Converter
+from dschat.errors import UserError
+from dschat.models.reward_model import create_critic_model
+from dschat.models.save import save_hf_format
+from dschat.rlhf.candidates import GivenAnswer
+from dschat.rlhf.judges import JudgeLimits, letter_ids, load_judge
+from dschat.text.conversations import Example
+from dschat.text.formats import choose_format
+from dschat.train.answer_scores import score_answers
+from tests.helpers.adapters import ALONE
+from tests.helpers.steps import write_rows
+from tests.helpers.tiny import EOS, byte_tokenizer, save_llama_folder
+
+PROMPTS = [f"What is {number}?" for number in range(6)]
+LIMITS = JudgeLimits(None, 512, 4, torch.float32, torch.device("cpu"))
+SHORT = ["--max_answer_seq_len", "5", "--max_prompt_seq_len", "48", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A language model, a reward model on it, prompts and two files of answers."""
+    folder, tokenizer = tmp_path_factory.mktemp("winrate"), byte_tokenizer()
+    save_llama_folder(folder / "model", max_position_embeddings=512)
+    torch.manual_seed(0)
+    reward = create_critic_model(str(folder / "model"), tokenizer, torch.float32, init_head=True)
+    save_hf_format(reward, tokenizer, folder / "reward", ALONE)
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    for name, answers in {"a": "so", "b": "no, never"}.items():
+        rows = [{"prompt": p, "response": f"{answers}{n}"} for n, p in enumerate(PROMPTS)]
+        rows[3]["ended"] = name == "b"
+        write_rows(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def run(made: Path, one: str, other: str, judge: str, *more: str) -> dict:
+    """Compare two candidates; return the report."""
+    argv = ["--candidates", *(str(made / name) for name in (one, other)), "--batch_size", "4"]
+    argv += ["--prompts", str(made / "prompts.jsonl"), "--judge", str(made / judge), *SHORT]
+    winrate.main([*argv, "--output_dir", str(made / "out"), *more])
+    return json.loads((made / "out" / "winrate.json").read_text())
+
+
+def expected_scores(made: Path, answers: list[str], ended: list[bool]) -> torch.Tensor:
+    tokenizer = byte_tokenizer()
+    model = create_critic_model(str(made / "reward"), tokenizer, torch.float32).eval()
+    convert = Converter(tokenizer, choose_format(tokenizer), 1, 512, None)
+    examples = [Example(p, a) for p, a in zip(PROMPTS, answers, strict=True)]
+    rows = answer_rows(convert, examples, ended)
+    assert [row["input_ids"][-1] == EOS for row in rows] == ended
+    return score_answers(model, rows, tokenizer.pad_token_id, LIMITS.device, 1)
+
+
+def test_files_of_answers_by_a_reward_model(made, capsys):
+    report = run(made, "a.jsonl", "b.jsonl", "reward", "--max_seq_len", "96")
+    cut = [n != 3 for n in range(6)]
+    mine = expected_scores(made, [f"so{n}" for n in range(6)], cut)
+    theirs = expected_scores(made, [f"no, never{n}" for n in range(6)], [True] * 6)
+    margins = [row["margin"] for row in report["rows"]]
+    assert margins == pytest.approx((mine - theirs).tolist(), abs=1e-5)
+    figures = report["figures"]
+    assert figures["win_rate"] == sum(m > 0 for m in margins) / 6
+    # " so0" and its end, " no, never0" and its end; one answer was cut
+    assert figures["tokens"] == pytest.approx([(5 * 5 + 4) / 6, 12.0])
+    assert figures["ended"] == pytest.approx([5 / 6, 1.0])
+    turned = run(made, "b.jsonl", "a.jsonl", "reward", "--max_seq_len", "96")
+    assert [row["margin"] for row in turned["rows"]] == [-m for m in margins]
+    for rate in ("win_rate", "length_controlled_win_rate"):
+        assert turned["figures"][rate] == pytest.approx(1 - figures[rate], abs=1e-6)
+        assert turned["figures"][f"{rate}_low"] == pytest.approx(1 - figures[f"{rate}_high"])
+    assert "win rate, equal lengths" in capsys.readouterr().out
+
+
+def test_a_models_answers_are_drawn_by_seed_and_can_be_a_file(made):
+    report = run(made, "model", "a.jsonl", "reward", "--max_seq_len", "96")
+    again = run(made, "out/answers-1.jsonl", "a.jsonl", "reward", "--max_seq_len", "96")
+    assert again["rows"] == report["rows"]
+    answers = [row["answers"][0] for row in report["rows"]]
+    assert len({*answers}) > 1 and not any(row["ended"][0] for row in report["rows"])
+    other = run(made, "model", "a.jsonl", "reward", "--max_seq_len", "96", "--seed", "2")
+    assert [row["answers"][0] for row in other["rows"]] != answers
+
+
+def test_a_chat_model_is_asked_in_both_orders(made):
+    judge = load_judge(str(made / "model"), LIMITS)
+    prompts = [Example(prompt) for prompt in PROMPTS]
+    first = [GivenAnswer(f"so{n}") for n in range(6)]
+    second = [GivenAnswer("no, never") for _ in range(6)]
+    verdicts, turned = judge(prompts, first, second), judge(prompts, second, first)
+    assert torch.equal(turned.margin, -verdicts.margin) and verdicts.margin.abs().min() > 0
+    same = judge(prompts, first, first)
+    assert same.margin.tolist() == [0.0] * 6  # whatever it thinks of the places
+    forward, backward = same.orders
+    assert forward.abs().min() > 0 and torch.equal(forward, -backward)
+    figures = winrate.win_figures(same, first, first)
+    assert figures["win_rate"] == 0.5 and figures["order_agreement"] == 0.0
+    assert figures["tie_share"] == 1.0
+    assert figures["first_shown_wins"] == pytest.approx((forward > 0).double().mean().item())
+
+
+def test_letters_are_compared_where_they_part():
+    """The format's space before an answer is a token of its own here: it is given."""
+    tokenizer = byte_tokenizer()
+    convert = Converter(tokenizer, choose_format(tokenizer), 3, 64, None)
+    opening, letters = letter_ids(convert, Example("Which?"))
+    assert tokenizer.decode(opening) == " " and tokenizer.decode(letters) == "AB"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--candidates", "{made}/a.jsonl"], "candidates names 1: give two"),
+        (["--candidates", "{made}/a.jsonl", "{made}/few.jsonl"], "has 1 rows for 6 prompts"),
+        (["--candidates", "{made}/a.jsonl", "{made}/other.jsonl"], "its prompt is not that of"),
+        (["--candidates", "{made}/a.jsonl", "{made}/prompts.jsonl"], "has no answer; add a column"),
+        (["--candidates", "{made}/a.jsonl", "{made}/reward"], "is a reward model"),
+        (["--judge", "{made}/none"], "none"),
+        (["--max_seq_len", "600"], "has 512 positions"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(made, change, message):
+    rows = [{"prompt": "What is 0?", "response": "x"}]
+    write_rows(made / "few.jsonl", rows)
+    write_rows(made / "other.jsonl", 6 * rows)
+    argv = ["--candidates", *(str(made / f"{n}.jsonl") for n in "ab"), "--max_seq_len", "96"]
+    argv += ["--prompts", str(made / "prompts.jsonl"), "--judge", str(made / "reward"), *SHORT]
+    with pytest.raises(UserError) as error:
+        winrate.main([*argv, *(word.format(made=made) for word in change)])
+    assert message in str(error.value) and "\n" not in str(error.value)
