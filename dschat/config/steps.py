@@ -52,7 +52,9 @@ class SFTSettings(StepSettings):
         if self.packing:
             from dschat.models.packing import check_packing
 
-            check_packing(self.model_name_or_path, self.batch.max_seq_len)
+            check_packing(
+                self.model_name_or_path, self.batch.max_seq_len, self.run.attn_implementation
+            )
 
     def sampler(self) -> BatchSampler:
         """Choose how training rows become batches."""

@@ -72,18 +72,20 @@ def create_hf_model(
     *,
     ds_config: dict | None = None,
     dropout: float | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, merge its adapters, make room for the tokenizer's tokens.
 
     Args:
         ds_config: the engine's DeepSpeed config; with ZeRO-3 the model is built partitioned.
         dropout: sets every dropout probability of the config; None keeps the config's own.
+        attn_implementation: one of `attention.IMPLEMENTATIONS`; None leaves it to transformers.
 
     Raises:
         UserError: the folder holds no language model, or its weights do not fit its config or are
             not finite, or an adapter does not fit its base.
     """
-    config = load_config(model_name_or_path, dropout)
+    config = load_config(model_name_or_path, dropout, attn_implementation)
     check_weight_files(model_name_or_path)
     source = resolve_model(model_name_or_path)
     adapters = source.read_adapters()

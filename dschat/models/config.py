@@ -21,19 +21,24 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
+from dschat.models.attention import check_attention_dtype, choose_attention
 from dschat.utils.module.model_source import OWN_CODE, resolve_model, wants_own_code
 
 Build = Callable[[PretrainedConfig], nn.Module]
 
 
-def load_config(model_name_or_path: str, dropout: float | None = None) -> PretrainedConfig:
+def load_config(
+    model_name_or_path: str, dropout: float | None = None, attn_implementation: str | None = None
+) -> PretrainedConfig:
     """Load the model's configuration, of an adapter that of its base.
 
     Args:
         dropout: replaces every dropout probability; None keeps them.
+        attn_implementation: one of `attention.IMPLEMENTATIONS`; None keeps what transformers takes.
 
     Raises:
-        UserError: no readable config, or that of another kind of model.
+        UserError: no readable config, or that of another kind of model, or of one without such
+            attention.
     """
     source = resolve_model(model_name_or_path)
     try:
@@ -56,7 +61,20 @@ def load_config(model_name_or_path: str, dropout: float | None = None) -> Pretra
     _check_quantised(config, source.label)
     if dropout is not None:
         set_dropout(config, dropout)
+    if attn_implementation is not None:
+        choose_attention(config, attn_implementation, source.label)
     return config
+
+
+def check_attention(attn_implementation: str | None, dtype: str, *names: str) -> None:
+    """Stop at attention that these models do not have, or not in this dtype (fp32, bf16, fp16).
+
+    Raises:
+        UserError: naming what can be given instead.
+    """
+    check_attention_dtype(attn_implementation, dtype)
+    for name in dict.fromkeys(names):
+        load_config(name, attn_implementation=attn_implementation)
 
 
 def _check_generation(folder: Path) -> None:

@@ -7,10 +7,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dschat.errors import UserError
+from dschat.models.attention import is_flash
 from dschat.models.causal_lm import eval_mode, takes_argument, unwrap
 from dschat.models.config import build_causal_lm, load_config
 
-IMPLEMENTATIONS = ("sdpa", "eager")  # attention that takes a mask of its own for each query
+MASKED = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 # Layers of other kinds carry a state from each token to the next, which no mask interrupts.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _UNPACKED = "drop packing, or give max_tokens_per_batch, which saves padding with any model"
@@ -23,10 +24,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 def packed_inputs(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict:
     """Build the keyword arguments of a forward pass in which each sequence sees itself alone.
 
+    Flash attention skips what lies between sequences and takes their bounds, others a mask.
+
     Args:
         input_ids: (B, T). position_ids: (B, T), 0 where a sequence begins and on padding.
     """
     module = _language_model(model)
+    if is_flash(module.config._attn_implementation):
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            **sequence_bounds(position_ids),
+        }
     mask = packed_mask(position_ids)
     if module.config._attn_implementation == "eager":  # adds its mask to the scores
         dtype = module.dtype
@@ -47,13 +56,33 @@ def packed_mask(position_ids: torch.Tensor) -> torch.Tensor:
     return same.tril()
 
 
-def check_packing(model_name_or_path: str, max_seq_len: int) -> None:
+def sequence_bounds(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """Bounds of the sequences in packed rows laid end to end, as transformers takes them.
+
+    Args:
+        position_ids: (B, T), as in `packed_inputs`; a padding token counts as a sequence.
+    """
+    flat = position_ids.flatten()
+    end = torch.tensor([len(flat)], device=flat.device)
+    bounds = torch.cat([(flat == 0).nonzero().flatten(), end]).to(torch.int32)
+    longest = int(position_ids.max()) + 1
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def check_packing(
+    model_name_or_path: str, max_seq_len: int, attn_implementation: str | None = None
+) -> None:
     """Stop when this model cannot keep packed sequences apart; reads the config alone.
 
     Raises:
         UserError: with what the model has that packing cannot serve.
     """
-    config = load_config(model_name_or_path)
+    config = load_config(model_name_or_path, attn_implementation=attn_implementation)
     with torch.device("meta"):
         module = build_causal_lm(config)
     problem = _obstacle(module, module.config, max_seq_len)
@@ -65,8 +94,8 @@ def _obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> 
     if getattr(config, "alibi", False) or not takes_argument(module, "position_ids"):
         return "takes no position_ids (ALiBi, or a recurrent state), so none can begin anew"
     used = config._attn_implementation
-    if used not in IMPLEMENTATIONS:
-        return f"uses {used} attention; masks between packed sequences work in sdpa and eager"
+    if used not in MASKED and not is_flash(used):
+        return f"uses {used} attention; sequences are kept apart in sdpa, eager and flash attention"
     others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if others:
         return f"has layers of {', '.join(sorted(others))}, whose state runs on from row to row"

@@ -122,6 +122,7 @@ def create_critic_model(
     *,
     ds_config: dict | None = None,
     dropout: float | None = None,
+    attn_implementation: str | None = None,
     init_head: bool = False,
 ) -> RewardModel:
     """Load a reward model from a folder or hub id; adapters are merged into the trunk.
@@ -136,7 +137,7 @@ def create_critic_model(
         UserError: the head is missing, keys are missing or unexpected, or files of weights cannot
             be used.
     """
-    config = load_config(model_name_or_path, dropout)
+    config = load_config(model_name_or_path, dropout, attn_implementation)
     check_weight_files(model_name_or_path)
     source = resolve_model(model_name_or_path)
     adapters = source.read_adapters()

@@ -38,26 +38,52 @@ class Models(Protocol):
 class SeparateTrunks:
     """Loads each model from its folder, with weights of its own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        attn_implementation: str | None = None,
+    ):
         self.tokenizer, self.dtype = tokenizer, dtype
+        self.attn_implementation = attn_implementation
 
     def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
         """Load by `create_hf_model`."""
-        return create_hf_model(name, self.tokenizer, self.dtype, ds_config=ds_config)
+        return create_hf_model(
+            name,
+            self.tokenizer,
+            self.dtype,
+            ds_config=ds_config,
+            attn_implementation=self.attn_implementation,
+        )
 
     def reward_model(self, name: str, ds_config: dict, *, fresh_head: bool = False) -> RewardModel:
         """Load by `create_critic_model`."""
         return create_critic_model(
-            name, self.tokenizer, self.dtype, ds_config=ds_config, init_head=fresh_head
+            name,
+            self.tokenizer,
+            self.dtype,
+            ds_config=ds_config,
+            attn_implementation=self.attn_implementation,
+            init_head=fresh_head,
         )
 
 
 class OneTrunk:
     """Makes trees of modules over the weights of one base, which is loaded once."""
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        attn_implementation: str | None = None,
+    ):
         self.tokenizer = tokenizer
-        self._base = create_hf_model(resolve_model(name).base, tokenizer, dtype)
+        base = resolve_model(name).base
+        self._base = create_hf_model(
+            base, tokenizer, dtype, attn_implementation=attn_implementation
+        )
 
     def language_model(self, name: str, ds_config: dict) -> PreTrainedModel:
         """Make a tree that computes what `create_hf_model` loads, its adapters unmerged."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.batching import Loader
 from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
-from dschat.models.config import build_causal_lm
+from dschat.models.config import build_causal_lm, check_attention
 from dschat.models.reward_model import RewardModel
 from dschat.models.reward_statistics import read_statistics
 from dschat.models.save import save_hf_format
@@ -89,6 +89,8 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
     retokenise = check_roles(names, ctx.tokenizer, run.answer_end)
     rewards = Rewards.load(settings.rewards, names.reward)
     check_role_contexts(names, settings.max_seq_len, retokenise)
+    given = [n for n in (names.actor, names.critic, names.reward) if n is not None]
+    check_attention(run.attn_implementation, ctx.dtype_name, *given)
     return RolePlan(names, rewards, retokenise, plan_training(ctx, settings, names))
 
 

@@ -63,9 +63,9 @@ class DeepSpeedRLHFEngine:
         dtype = torch_dtype(setup.actor.engine.dtype)
         one_trunk = setup.share_trunk == "all"
         models: Models = (
-            OneTrunk(setup.actor.model, tokenizer, dtype)
+            OneTrunk(setup.actor.model, tokenizer, dtype, setup.attn_implementation)
             if one_trunk
-            else SeparateTrunks(tokenizer, dtype)
+            else SeparateTrunks(tokenizer, dtype, setup.attn_implementation)
         )
         actor = _actor(setup.actor, models, distributed)
         critic = None if setup.critic is None else _critic(setup, setup.critic, models, distributed)
@@ -74,7 +74,7 @@ class DeepSpeedRLHFEngine:
             reference = _frozen(setup.reference, "lm", models, distributed)
         if setup.reward is not None and not setup.reward_is_critics:
             if setup.retokenise is not None:
-                models = SeparateTrunks(setup.retokenise.reader, dtype)
+                models = SeparateTrunks(setup.retokenise.reader, dtype, setup.attn_implementation)
             # The weights of one trunk are the actor's: they do not go to the CPU in between.
             config = replace(setup.reward, offload=False) if one_trunk else setup.reward
             reward = _frozen(config, "value", models, distributed)

@@ -53,6 +53,7 @@ class RoleSetup:
             copies; `all`: as `auto`, and one base's weights for every role.
         retokenise: for a reward model that reads other tokens than the actor's.
         scaling: of the reward model's scores; None: they are taken as they are.
+        attn_implementation: of all roles; None leaves it to transformers.
     """
 
     actor: RoleConfig
@@ -61,6 +62,7 @@ class RoleSetup:
     share_trunk: str = "auto"
     retokenise: Retokeniser | None = None
     scaling: RewardStatistics | None = None
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         if self.share_trunk == "all":

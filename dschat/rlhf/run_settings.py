@@ -263,6 +263,7 @@ class PPORunSettings(Settings):
             share_trunk=names.share_trunk,
             retokenise=retokenise,
             scaling=scaling,
+            attn_implementation=run.attn_implementation,
         )
 
 

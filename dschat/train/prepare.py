@@ -23,7 +23,7 @@ from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream, StreamLoader
 from dschat.models.causal_lm import check_model_folder
-from dschat.models.config import check_kind
+from dschat.models.config import check_attention, check_kind
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
@@ -187,6 +187,7 @@ def plan_model(
         config = config.of_head_alone()
     config = replace(config, tokens=asked_tokens(config.trainable_tokens, ctx.tokenizer))
     check_model_folder(name, ctx.tokenizer)
+    check_attention(run.attn_implementation, ctx.dtype_name, name)
     size = config.check(name, build)
     settings.check_model()
     save = run.save_plan(name, config)
@@ -263,6 +264,7 @@ def prepare(
         ctx.dtype,
         ds_config=get_train_ds_config(model.engine, ctx.world_size),
         dropout=settings.model.dropout,
+        attn_implementation=run.attn_implementation,
     )
     schedule = run.schedule(steps.total_steps)
     tokens = choose_tokens(model.config.trainable_tokens, ctx.tokenizer, data)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dschat.data.config import BatchConfig, DataConfig
 from dschat.errors import UserError
+from dschat.models.attention import IMPLEMENTATIONS
 from dschat.settings import Settings, group, setting
 from dschat.train import checkpoint_folder, run_lock
 from dschat.train.checkpoint_config import CheckpointConfig
@@ -76,6 +77,11 @@ class RunConfig(StartConfig):
         "both",
         "with LoRA, write merged weights, the adapter in PEFT's format, or both",
         choices=("both", "merged", "adapter"),
+    )
+    attn_implementation: str | None = setting(
+        None,
+        "attention of every model (default: transformers' choice)",
+        choices=tuple(IMPLEMENTATIONS),
     )
     deepspeed: bool = setting(False, "accepted: DeepSpeed is always used", may_change=True)
     local_rank: int = setting(-1, "accepted: the launcher's environment decides", may_change=True)

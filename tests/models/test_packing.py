@@ -99,7 +99,7 @@ LLAMA_LIKE = {**SMALL, "intermediate_size": 48, "num_hidden_layers": 2, "num_key
     ids=["alibi", "window", "flex", "wide-window", "llama", "neox"],
 )
 def test_what_cannot_be_packed_is_refused(config, words, monkeypatch):
-    monkeypatch.setattr(packing, "load_config", lambda name: config)
+    monkeypatch.setattr(packing, "load_config", lambda name, **_: config)
     if words is None:
         check_packing("model", 32)
     else:
