@@ -140,7 +140,8 @@ def from_main(work: Callable[[], Result]) -> Result:
     with waiting("the work of rank 0", patient=True):
         if dist.get_rank() == 0:
             try:
-                outcome[0] = work()
+                with rank_watch.working():
+                    outcome[0] = work()
             except UserError as error:
                 outcome[1] = str(error)
         dist.broadcast_object_list(outcome)

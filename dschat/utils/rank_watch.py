@@ -6,6 +6,8 @@ ends the process when
 
 - the main thread has waited in a collective for that long, and a rank has not come to it
 - a rank has given no sign of life for that long: it was killed, or stopped
+- the main thread does work that the others wait for, and nothing of it has run for that long: its
+  disk hangs, say
 
 Rank-dependent work of any length (a tokenisation, a large model being written) is no such wait:
 others wait for it in a `patient` place. The process group's own limit is further away.
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from dschat.lazy import dist
+from dschat.utils.cpu_time import cpu_time
 from dschat.utils.printable import last_line
 
 LOST = 1  # exit code
@@ -36,12 +39,13 @@ class LostRankError(RuntimeError):
 
 @dataclass
 class _Place:
-    """Where the main thread is: its how manyth place, and whether it waits there for others."""
+    """Where the main thread is: its how manyth place, and whether it waits there or works."""
 
     count: int = 0
     name: str = "the start"
     step: int = 0
     waits: bool = False
+    works: bool = False
     since: float = field(default_factory=time.monotonic)
 
     def go(self, name: str, waits: bool) -> None:
@@ -67,6 +71,16 @@ def waiting(name: str, patient: bool = False) -> Iterator[None]:
     _here.go(f"the work after {name}", False)
 
 
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """Mark work in a patient place, on the rank that the others wait for."""
+    _here.works, _here.since = True, time.monotonic()
+    try:
+        yield
+    finally:
+        _here.works = False
+
+
 def in_step(number: int) -> None:
     """Tell the number of the present step, for messages."""
     _here.step = number
@@ -85,7 +99,8 @@ class RankWatch:
         self._beats: dict[int, str] = {}
         now = time.monotonic()
         self._heard = dict.fromkeys(range(ranks), now)
-        self._exchanged = now
+        self._exchanged = self._ran_at = now
+        self._ran = 0
         self._threads = [
             threading.Thread(target=work, daemon=True) for work in (self._exchange, self._watch)
         ]
@@ -138,6 +153,10 @@ class RankWatch:
                 self._heard = dict.fromkeys(self._heard, now)
                 self._exchanged = _here.since = now
             last = now
+            if _here.works and self._is_stuck(now):
+                line = f"rank {self.rank} was stuck for {self.timeout:g} s in {_here}; the run ends"
+                word = json.dumps([self.rank, f"error: {line}"])
+                self._leave(self._store.compare_set(self._last, "", word))
             missing, why = self.silent(self.timeout), "no sign of life"
             if not missing and _here.waits and now - _here.since > self.timeout:
                 missing = self._behind()
@@ -145,6 +164,13 @@ class RankWatch:
                     why = f"still in {json.loads(self._beats[missing[0]])[2]}"
             if missing:
                 self._end(missing, why)
+
+    def _is_stuck(self, now: float) -> bool:
+        """Tell whether the work of this rank has not run for the time limit."""
+        ran = cpu_time()
+        if ran != self._ran:
+            self._ran, self._ran_at = ran, now
+        return now - max(self._ran_at, _here.since) > self.timeout
 
     def _end(self, missing: Sequence[int], why: str) -> None:
         """End the run: the first rank that is not missing says why."""

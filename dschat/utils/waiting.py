@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from dschat.errors import UserError, brief
 from dschat.lazy import dist
-from dschat.utils.rank_watch import LostRankError, waiting
+from dschat.utils.rank_watch import LostRankError, waiting, working
 
 _turns = itertools.count()  # every rank takes the same ones
 
@@ -60,7 +60,8 @@ def _from_by_store(worker: int, work: Callable[[], str]) -> str:
     if dist.get_rank() == worker:
         result = ""
         try:
-            result = work()
+            with working():
+                result = work()
         except Exception as error:
             own = error
             is_known = isinstance(error, UserError)

@@ -20,6 +20,7 @@ from dschat.config.cli import run_cli
 from dschat.train import signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import all_reduce_sum, barrier, from_main, init_distributed
+from dschat.utils.waiting import from_waiting_main
 from tests.helpers.steps import free_port
 
 HEAVY = deepspeed  # imported once
@@ -28,6 +29,18 @@ LIMIT = 5.0  # seconds
 
 def send(signum: int) -> Callable[[], object]:
     return lambda: os.kill(os.getpid(), signum)
+
+
+def work(seconds: float) -> None:
+    """Do a little now and then, as on a slow disk."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def stick() -> str:
+    """Wait in the system for what never comes, as on a disk that hangs."""
+    return str(os.read(os.pipe()[0], 1))
 
 
 KILL, STOP, HANG = send(signal.SIGKILL), send(signal.SIGSTOP), lambda: time.sleep(3600)
@@ -41,7 +54,9 @@ CASES: dict[str, list[Callable[[], object] | None]] = {
     "first stopped": [STOP, print],
     "hangs": [print, HANG],
     "one of three hangs": [print, HANG, print],
-    "long work of rank 0": [lambda: from_main(lambda: time.sleep(1.5 * LIMIT))] * 2,
+    "long work of rank 0": [lambda: from_main(lambda: work(1.5 * LIMIT))] * 2,
+    "stuck in work of rank 0": [lambda: from_main(stick)] * 2,
+    "stuck in other work of rank 0": [lambda: from_waiting_main(stick)] * 2,
     "stopped in work of rank 0": [lambda: from_main(STOP)] * 2,
     "never comes": [print, None],
     "first never comes": [None, print],
