@@ -40,6 +40,7 @@ def test_processes_below_are_work():
     (told, tell), (go, leave) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(leave)
         end = time.thread_time_ns() + SPUN
         while time.thread_time_ns() < end:
             pass
