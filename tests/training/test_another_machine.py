@@ -8,14 +8,16 @@ import pytest
 from safetensors.torch import load_file
 
 from dschat.checkpoint import main as checkpoint
+from dschat.train.safe_load import load_file as load_pt
 from tests.helpers.resume_runs import TIMES, write_models
-from tests.helpers.steps import PPO, SFT, Result, run_worker
+from tests.helpers.steps import DPO, PPO, SFT, Result, run_worker
 
-DATA = "--data_path data --data_split 4,4,2 --data_output_path cache --dtype fp32 --log_every 1"
+DATA = "--data_path data --data_split 4,4,2 --data_output_path cache --log_every 1"
 COMMON = f"{DATA} --max_seq_len 64 --num_train_epochs 2 --num_warmup_steps 2 --learning_rate 1e-3"
 COMMON += " --lora_dim 4 --model_name_or_path model --gradient_accumulation_steps 2"
 # The likeliest token each time: sampling draws from generators of each rank.
-ROLES = f"{DATA} --actor_model_name_or_path model --critic_model_name_or_path critic --top_k 1"
+ROLES = f"{DATA} --dtype fp32 --top_k 1"
+ROLES += " --actor_model_name_or_path model --critic_model_name_or_path critic"
 ROLES += " --max_prompt_seq_len 48 --max_answer_seq_len 4 --num_warmup_steps 0 --enable_ema"
 ROLES += " --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --actor_lora_dim 4"
 ROLES += " --max_eval_samples 4 --kl_target 0.5 --kl_horizon 8 --ppo_epochs 2"
@@ -23,10 +25,20 @@ ROLES += " --reward_function own_rewards:length"
 ROLES += " --unsupervised_dataset_name texts.jsonl --unsup_coef 0.3"
 SAVING = "--save_total_limit 99 --save_steps"
 TOLERANCE = 1e-5
+FP16_ROUNDING = 2**-11  # of each activation; shards add gradients up in another order
 
 
-def sft(rows: int, more: str) -> list[str]:
-    return [SFT, *shlex.split(f"{COMMON} --per_device_train_batch_size {rows} {more}")]
+def sft(rows: int, more: str, dtype: str = "fp32", main: str = SFT) -> list[str]:
+    flags = f"{COMMON} --dtype {dtype} --per_device_train_batch_size {rows} {more}"
+    return [main, *shlex.split(flags)]
+
+
+def dpo(rows: int, more: str) -> list[str]:
+    return sft(rows, more, main=DPO)
+
+
+def fp16(rows: int, more: str) -> list[str]:
+    return sft(rows, more, "fp16", main="tests/helpers/fp16_sft.py")
 
 
 def ppo(rows: int, more: str) -> list[str]:
@@ -57,10 +69,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Resu
         {
             "one": sft(4, f"{SAVING} 5 --output_dir one"),
             "ppo": ppo(4, f"{SAVING} 1 --output_dir ppo"),
+            "dpo": dpo(4, f"{SAVING} 5 --output_dir dpo"),
+            "offload": sft(4, f"--zero_stage 2 --offload {SAVING} 5 --output_dir offload"),
+            "fp16": fp16(4, f"{SAVING} 5 --output_dir fp16"),
         },
     )
     one = convert(folder, "one/checkpoints/step-000005")
     roles = convert(folder, "ppo/checkpoints/step-000002")
+    others = {
+        n: convert(folder, f"{n}/checkpoints/step-000005") for n in ("dpo", "offload", "fp16")
+    }
     more = "--actor_zero_stage 3 --critic_zero_stage 2"
     launch(
         2,
@@ -69,6 +87,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Resu
             "one at ZeRO 3": sft(2, f"--zero_stage 3 --resume {one} --output_dir one-3"),
             "one, too many rows": sft(4, f"--zero_stage 3 --resume {one} --output_dir one-4"),
             "ppo at ZeRO 3 and 2": ppo(2, f"{more} --resume {roles} --output_dir ppo-3"),
+            "dpo at ZeRO 2": dpo(2, f"--zero_stage 2 --resume {others['dpo']} --output_dir dpo-2"),
+            "offload at ZeRO 3": sft(
+                2, f"--zero_stage 3 --offload --resume {others['offload']} --output_dir offload-3"
+            ),
+            "fp16 at ZeRO 3": fp16(
+                2, f"--zero_stage 3 --resume {others['fp16']} --output_dir fp16-3"
+            ),
             "two": sft(2, f"--zero_stage 2 {SAVING} 5 --output_dir two"),
             "ppo of two": ppo(2, f"{more} {SAVING} 1 --output_dir ppo-two"),
         },
@@ -96,7 +121,15 @@ def figures(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "whole, rest",
-    [("one", "one-3"), ("two", "two-0"), ("ppo", "ppo-3"), ("ppo-two", "ppo-0")],
+    [
+        ("one", "one-3"),
+        ("two", "two-0"),
+        ("ppo", "ppo-3"),
+        ("ppo-two", "ppo-0"),
+        ("dpo", "dpo-2"),
+        ("offload", "offload-3"),
+        ("fp16", "fp16-3"),
+    ],
 )
 def test_the_rest_is_that_of_a_run_that_never_stopped(runs, whole, rest):
     folder, results = runs
@@ -105,8 +138,16 @@ def test_the_rest_is_that_of_a_run_that_never_stopped(runs, whole, rest):
     assert len(before) == len(after) > 5
     for one, other in zip(before, after, strict=True):
         assert [one.pop("kind"), one["step"]] == [other.pop("kind"), other["step"]]
-        assert one == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE), (one, other)
+        tolerance = FP16_ROUNDING if whole == "fp16" else TOLERANCE
+        assert one == pytest.approx(other, rel=tolerance, abs=tolerance), (one, other)
     assert before[-2] != pytest.approx(before[1], rel=1e-3)  # it has trained
+
+
+@pytest.mark.slow
+def test_the_loss_scale_goes_on_too(runs):
+    folder, _ = runs
+    scaler = load_pt(str(folder / "fp16-checkpoints-step-000005-portable/model.pt"))["scaler"]
+    assert (scaler["cur_scale"], scaler["cur_iter"], scaler["scale_window"]) == (2**16, 5, 100)
 
 
 @pytest.mark.slow
