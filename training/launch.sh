@@ -95,12 +95,31 @@ asked() {
   esac
 }
 
-# A run that fails is counted and does not stop the others; one that a signal stopped does.
-FAILED=0
+# A run that fails is counted and does not stop the others; a signal stops the run, which then says
+# with what code, and with it the sweep. In its foreground bash would keep the signal to itself.
+FAILED=0 RUN="" SIGNAL="" SIGNALS=0
+pass_on() {
+  SIGNAL="$1" SIGNALS=$((SIGNALS + 1))
+  [ -z "$RUN" ] || kill -s "$SIGNAL" "$RUN" 2> /dev/null || true
+}
+
 attempt() {
-  local code=0
+  local code name seen
+  for name in TERM INT USR1 HUP; do
+    trap "pass_on $name" "$name"
+  done
   echo "== run_single.sh $*"
-  bash "${SCRIPT%/*}/run_single.sh" "$@" || code=$?
+  # A background process ignores SIGINT, unless that is undone in it.
+  (trap - INT && exec bash "${SCRIPT%/*}/run_single.sh" "$@") &
+  RUN=$!
+  [ -z "$SIGNAL" ] || pass_on "$SIGNAL"
+  while :; do # a signal ends the waiting, not the run
+    seen="$SIGNALS" code=0
+    wait "$RUN" || code=$?
+    [ "$seen" != "$SIGNALS" ] || break
+  done
+  RUN=""
+  [ -z "$SIGNAL" ] || [ "$code" != 0 ] || code=75
   [ "$code" != 75 ] && [ "$code" -lt 128 ] || exit "$code"
   [ "$code" = 0 ] || FAILED=$((FAILED + 1))
 }
