@@ -47,6 +47,11 @@ class Stopped(SystemExit):
         if saved is not None:
             how = f"saved in {saved}, go on with the same command and --resume"
         self.line = f"stopped by {signal.Signals(signum).name} after step {step}: {how}"
+        if "TORCHELASTIC_RUN_ID" in os.environ and CODE_FILE not in os.environ:
+            self.line += (
+                "; torchrun adds a report and ends with 1, under `python -m dschat.train.launch` "
+                f"with {STOPPED}"
+            )
 
 
 @dataclass

@@ -95,6 +95,15 @@ def test_another_thread_installs_nothing():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_launcher_that_ends_with_a_code_of_its_own_is_named(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv(signals.CODE_FILE, raising=False)
+    end = "; torchrun adds a report and ends with 1, under `python -m dschat.train.launch` with 75"
+    assert signals.Stopped(signal.SIGTERM, 7, "out/step").line.endswith(end)
+    monkeypatch.setenv(signals.CODE_FILE, "code")
+    assert "torchrun" not in signals.Stopped(signal.SIGTERM, 7, "out/step").line
+
+
 def test_how_to_go_on():
     stop = signals.Stopped(signal.SIGUSR1, 7, None)
     assert stop.code == 75
