@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from dschat.lazy import np, torch
 
+from dschat.data.columns import OwnColumns, picked
+
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")
 
@@ -91,18 +93,13 @@ class MismatchedBatch(PreferenceBatch):
 class PromptBatch(Batch):
     """Prompts to generate from, left-padded, all (B, P)."""
 
-    columns: tuple[Row, ...] | None = None  # (B,) rows' own columns by name; None: none are kept
+    columns: OwnColumns | None = None  # (B,) rows' own columns by name; None: none are kept
 
     def rows(self, index: torch.Tensor) -> PromptBatch:
         """Pick the rows of `index`, in its order, also several times."""
         at = index.to(self.real.device)
         tensors = (self.input_ids[at], self.attention_mask[at], self.real[at])
         return PromptBatch(*tensors, picked(self.columns, index))
-
-
-def picked(columns: tuple[Row, ...] | None, index: torch.Tensor) -> tuple[Row, ...] | None:
-    """Pick the own columns of the rows of `index`."""
-    return None if columns is None else tuple(columns[at] for at in index.tolist())
 
 
 @dataclass(frozen=True)

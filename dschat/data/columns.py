@@ -1,15 +1,21 @@
 """Values of a row by a column's name, by the path of a field inside one, or kept as they are."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dschat.errors import UserError
 from dschat.text.conversations import Example, Skip, kind_of
 
+if TYPE_CHECKING:
+    import torch
+
 Row = Mapping[str, Any]
+OwnColumns = tuple[dict[str, Any], ...]  # of each row of a batch, by name
 
 
 def pick(row: Row, path: str) -> Any:
@@ -139,3 +145,8 @@ def with_pair_columns(example: Example, row: Row) -> Example:
     margin = None if row.get("margin") is None else pick_number(row, "margin")
     subset = None if row.get("subset") is None else str(row["subset"])
     return replace(example, margin=margin, subset=subset)
+
+
+def picked(columns: OwnColumns | None, index: torch.Tensor) -> OwnColumns | None:
+    """Pick the own columns of the rows of `index`, (N,) int64; None where none are kept."""
+    return None if columns is None else tuple(columns[at] for at in index.tolist())

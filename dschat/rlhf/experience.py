@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from dschat.data.collators import Row, picked
+from dschat.data.columns import OwnColumns, picked
 from dschat.lazy import torch
 
 
@@ -35,7 +35,7 @@ class Experience:
     # Of a complete iteration's generation: its first experience alone holds them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
-    columns: tuple[Row, ...] | None = None  # (B,) the rows' own, by name; None: none are kept
+    columns: OwnColumns | None = None  # (B,) the rows' own, by name; None: none are kept
 
     def __len__(self) -> int:
         return len(self.real)
