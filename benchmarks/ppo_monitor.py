@@ -68,6 +68,7 @@ TROUBLES = {
         },
     ),
     "no scores": Trouble("no scores", lambda t: {"unscored": 0.95, "reward": 0.0}),
+    "masked": Trouble("masked answers", lambda t: {"masked": 0.95, "ended": 0.0}),
     "clipped": Trouble("clipped rewards", lambda t: {"reward_clipped": 0.4}, from_the_start=True),
     "constant": Trouble(
         "equal rewards", lambda t: {"reward": 0.0, "reward_std": 0.0}, from_the_start=True
@@ -97,6 +98,7 @@ def history(trouble: Trouble, draw: random.Random, answers: int = 64) -> Iterato
             "kl_per_token": kl, "kl_k3": kl, "ref_nats_per_token": 1.5, "entropy": 1.4,
             "clip_fraction": 0.05, "explained_variance": 0.4 - 0.6 * 0.7**t, "decode_gap": 0.0,
             "frac_reward_zero_std": 0.1, "unscored": 0.0,
+            "masked": 0.0,
         }  # fmt: skip
         figures |= trouble.change(t) if t or trouble.from_the_start else {}
         figures["reward"] += draw.gauss(0, figures["reward_std"] * error)

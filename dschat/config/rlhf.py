@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dschat.config.data import check_streaming
+from dschat.errors import UserError
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.settings import setting
 
@@ -29,3 +30,9 @@ class RLHFSettings(PPORunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_streaming(self.data, self.run, self.max_steps)
+        rounds = self.ppo.policy.dynamic_sampling_rounds
+        if rounds and self.data.streaming:
+            raise UserError(
+                f"dynamic_sampling_rounds is {rounds}, but a stream cannot be read from two "
+                "places: drop streaming, or dynamic_sampling_rounds"
+            )

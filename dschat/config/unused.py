@@ -41,7 +41,10 @@ OF_PHASES = {
 }
 NO_HEAD = "a language model has no head of its own"
 
-OF_LATER_STEPS = {"cliprange", "cliprange_value", "update_kl_limit"}  # of an iteration
+# Of an iteration.
+OF_LATER_STEPS = {
+    *("cliprange", "cliprange_high", "importance_level", "cliprange_value", "update_kl_limit")
+}
 
 
 def tell_unused(settings: Settings) -> None:

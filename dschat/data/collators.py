@@ -9,9 +9,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
-from dschat.lazy import np, torch
-
 from dschat.data.columns import OwnColumns, picked
+from dschat.lazy import np, torch
 
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")

@@ -66,26 +66,64 @@ def pairwise_loss(
     return (loss * real).sum()
 
 
+def token_ratio(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """(B, A): p(token) / p_old(token); 1 outside the mask. All tensors are (B, A)."""
+    return torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))
+
+
+def sequence_ratio(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """(B, A): (p(answer) / p_old(answer)) ** (1 / tokens), for all tokens of an answer alike.
+
+    GSPO's ratio (arXiv:2507.18071, eq. 7); its gradient goes through every token of the answer.
+    """
+    gap = (logprobs - old_logprobs).masked_fill(~mask, 0.0).sum(dim=-1, keepdim=True)
+    mean = gap / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.exp(mean.expand_as(logprobs).masked_fill(~mask, 0.0))
+
+
+RATIOS = {"token": token_ratio, "sequence": sequence_ratio}
+
+
+def answer_weights(mask: torch.Tensor, aggregation: str, longest: int) -> torch.Tensor:
+    """(B, 1): weight of the tokens of each answer in the policy's loss.
+
+    Args:
+        mask: (B, A). longest: tokens that an answer may have.
+        aggregation: `token` weighs all tokens alike (DAPO, arXiv:2503.14476); `answer` all answers,
+            each a mean over its tokens (GRPO, arXiv:2402.03300); `constant` divides an answer's sum
+            by `longest` (Dr. GRPO, arXiv:2503.20783). The loss is a mean over the tokens of an
+            optimizer step under the first, over its answers under the others.
+    """
+    lengths = mask.sum(dim=-1, keepdim=True).float()
+    if aggregation == "answer":
+        return 1.0 / lengths.clamp(min=1.0)
+    return torch.full_like(lengths, 1.0 if aggregation == "token" else 1.0 / longest)
+
+
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
+    ratio: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
-    clip_range: float,
-    importance: torch.Tensor | None = None,
+    clip_range: tuple[float, float],
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over answer tokens of PPO's clipped objective (arXiv:1707.06347, eq. 7), negated.
 
-    All tensors are (B, A); ratio = exp(logprobs - old_logprobs).
-
     Args:
-        importance: weights of the tokens (`importance_weights`); None: 1 for all.
+        ratio, advantages, mask: (B, A).
+        clip_range: the ratio is clipped to [1 - first, 1 + second]; a larger second one leaves
+            unlikely tokens room to rise (DAPO, arXiv:2503.14476, eq. 10).
+        weights: (B, A) or (B, 1), of tokens (`answer_weights`, `importance_weights`); None: 1.
     """
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    low, high = clip_range
+    clipped = ratio.clamp(1.0 - low, 1.0 + high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    if importance is not None:
-        loss = loss * importance
+    if weights is not None:
+        loss = loss * weights
     return (loss * mask).sum()
 
 
@@ -106,15 +144,21 @@ def importance_weights(
     return gap.exp().clamp(max=cap).masked_fill(~mask, 1.0)
 
 
-def kl_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def kl_loss(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum over answer tokens of k3, the estimate of KL(policy, reference) that GRPO adds.
 
-    All tensors are (B, A); arXiv:2402.03300, eq. 4. It is a sum over sampled tokens, and its
-    gradient goes through their probabilities.
+    All tensors are (B, A), `weights` may be (B, 1); arXiv:2402.03300, eq. 4. It is a sum over
+    sampled tokens, and its gradient goes through their probabilities.
     """
     # Masked before the exponential: 0 times the gradient of an infinite one is not a number.
     gap = (logprobs - ref_logprobs).masked_fill(~mask, 0.0)
-    return kl_k3(gap, torch.zeros_like(gap)).sum()
+    loss = kl_k3(gap, torch.zeros_like(gap))
+    return (loss if weights is None else loss * weights).sum()
 
 
 def value_loss(

@@ -100,20 +100,38 @@ def leave_one_out(rewards: torch.Tensor, group: torch.Tensor, real: torch.Tensor
 
 
 def group_normalised(
-    scores: torch.Tensor, group: torch.Tensor, real: torch.Tensor, eps: float = 1e-4
+    scores: torch.Tensor,
+    group: torch.Tensor,
+    real: torch.Tensor,
+    eps: float = 1e-4,
+    correction: int = 0,
 ) -> torch.Tensor:
     """GRPO: (score - mean) / (standard deviation + eps) of its group (arXiv:2402.03300).
 
-    The deviation is the population's. `eps` keeps the noise of equal scores from becoming a signal;
-    where they are equal to the bit, all get 0. Arguments and errors as in `leave_one_out`.
+    The deviation is the population's, or with `correction` 1 the sample's. `eps` keeps the noise of
+    equal scores from becoming a signal; where they are equal to the bit, all get 0. Arguments and
+    errors as in `leave_one_out`.
     """
+    centred, count = _centred(scores, group, real)
+    squares, _, _ = _group_sums(centred.square(), group, real)
+    deviation = (squares / (count - correction).clamp(min=1)).sqrt()
+    return (centred / (deviation + eps)).to(scores.dtype)
+
+
+def group_centred(scores: torch.Tensor, group: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Dr. GRPO: score - mean of its group (arXiv:2503.20783); otherwise as `group_normalised`."""
+    centred, _ = _centred(scores, group, real)
+    return centred.to(scores.dtype)
+
+
+def _centred(
+    scores: torch.Tensor, group: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores less the mean of their group, fp64, and the number of rows that count in it."""
     total, count, own = _group_sums(scores, group, real)
     if (count[real] < 2).any():
         raise ValueError(f"{int((count[real] < 2).sum())} answers have no other to their prompt")
-    centred = (own - total / count.clamp(min=1)) * real
-    squares, _, _ = _group_sums(centred.square(), group, real)
-    deviation = (squares / count.clamp(min=1)).sqrt()
-    return (centred / (deviation + eps)).to(scores.dtype)
+    return (own - total / count.clamp(min=1)) * real, count
 
 
 def _group_sums(

@@ -53,11 +53,17 @@ def with_advantages(
 ) -> list[Experience]:
     """Add advantages, not yet whitened, to the rollouts of one iteration; with a critic returns.
 
-    Answers without a reward are left out of every comparison and of the losses.
+    Answers without a reward are left out of every comparison and of the losses; those that were cut
+    are left out of the losses alone, with `mask_truncated_answers`.
     """
     rewards = [token_rewards(e, config, kl_coef) for e in experiences]
     learned = config.estimator.advantages(experiences, rewards, config.gamma, config.lam)
-    return [replace(e, trained=e.answer_mask & e.counted.unsqueeze(-1)) for e in learned]
+    masks = config.policy.mask_truncated_answers
+    trained = [e.counted & e.ended if masks else e.counted for e in learned]
+    return [
+        replace(e, trained=e.answer_mask & rows.unsqueeze(-1))
+        for e, rows in zip(learned, trained, strict=True)
+    ]
 
 
 def token_rewards(e: Experience, config: PPOConfig, kl_coef: float) -> torch.Tensor:

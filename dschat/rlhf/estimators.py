@@ -6,9 +6,15 @@ A new one is a function of the kind `Estimator.advantages` and an entry of `ESTI
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
-from dschat.functional.returns import generalized_advantages, group_normalised, leave_one_out
+from dschat.functional.returns import (
+    generalized_advantages,
+    group_centred,
+    group_normalised,
+    leave_one_out,
+)
 from dschat.lazy import torch
 from dschat.rlhf.experience import Experience, filled
 
@@ -31,6 +37,7 @@ class Estimator:
         kl_in_loss: the KL penalty is k3 in the policy's loss, not a part of the reward.
         whitens: `whiten_advantages auto` whitens over the batch.
         is_normalised: advantages are in deviations of their group already; never whitened.
+            `advantage_std` chooses which (`measured`).
         min_answers: answers to one prompt that it needs.
     """
 
@@ -41,6 +48,13 @@ class Estimator:
     whitens: bool = False
     is_normalised: bool = False
     min_answers: int = 2
+
+    def measured(self, deviation: str) -> Estimator:
+        """Give the estimator with advantages in another of `DEVIATIONS`, where it has any."""
+        if not self.is_normalised:
+            return self
+        normalises = deviation != "none"
+        return replace(self, advantages=compared(DEVIATIONS[deviation]), is_normalised=normalises)
 
 
 def gae(
@@ -85,6 +99,12 @@ def _sizes(group: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     return torch.bincount(index, weights=counted.double())[index]
 
 
+# By the setting `advantage_std`: what the distance from a group's mean is divided by.
+DEVIATIONS: dict[str, Comparison] = {
+    "population": group_normalised,
+    "sample": partial(group_normalised, correction=1),
+    "none": group_centred,
+}
 _ALL = (
     Estimator("gae", gae, needs_critic=True, whitens=True, min_answers=1),
     Estimator("rloo", compared(leave_one_out)),

@@ -74,6 +74,61 @@ class Experience:
         }
         return replace(self, **tensors, columns=picked(self.columns, index))
 
+    def widened(self, prompt: int, answer: int, pad_token_id: int) -> Experience:
+        """Pad prompts on the left to `prompt` tokens, and answers on the right to `answer`."""
+        length, tokens = self.prompt_length, self.answer_mask.shape[1]
+        sides = (prompt - length, answer - tokens)
+        columns: dict[str, Any] = {
+            name: _padded(column, (0, sides[1]), 0)
+            for name in OF_ANSWERS
+            if (column := getattr(self, name)) is not None
+        }
+        columns["sequences"] = _padded(self.sequences, sides, pad_token_id)
+        columns["attention_mask"] = _padded(self.attention_mask, sides, 0)
+        return replace(self, **columns)
+
+    def narrowed(self) -> Experience:
+        """Leave out columns of padding alone, in front of the prompts and behind the answers."""
+        seen, length = self.attention_mask, self.prompt_length
+        answer = int(seen[:, length:].sum(-1).max())
+        prompt = int(seen[:, :length].sum(-1).max())
+        columns: dict[str, Any] = {
+            name: column[:, :answer]
+            for name in OF_ANSWERS
+            if (column := getattr(self, name)) is not None
+        }
+        inside = slice(length - prompt, length + answer)
+        columns |= {"sequences": self.sequences[:, inside], "attention_mask": seen[:, inside]}
+        return replace(self, **columns)
+
+
+OF_ANSWERS = {
+    *("answer_mask", "logprobs", "ref_logprobs", "values", "sampler_logprobs"),
+    *("advantages", "returns", "trained"),
+}  # (B, A)
+
+
+def _padded(column: torch.Tensor, sides: tuple[int, int], value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(column, sides, value=value)
+
+
+def stacked(experiences: list[Experience], pad_token_id: int) -> Experience:
+    """Put rollouts of several widths into one, rows in their order, as wide as the widest.
+
+    They must have the same columns; what its first experience holds of a generation is dropped.
+    """
+    prompt = max(e.prompt_length for e in experiences)
+    answer = max(e.answer_mask.shape[1] for e in experiences)
+    wide = [e.widened(prompt, answer, pad_token_id) for e in experiences]
+    own = [e.columns for e in wide]
+    tensors: dict[str, Any] = {
+        f.name: torch.cat([getattr(e, f.name) for e in wide])
+        for f in fields(Experience)
+        if isinstance(getattr(wide[0], f.name), torch.Tensor)
+    }
+    columns = None if all(c is None for c in own) else tuple(row for c in own for row in c or ())
+    return replace(wide[0], **tensors, columns=columns, generation_seconds=0.0, generation_steps=0)
+
 
 def filled(column: torch.Tensor | None) -> torch.Tensor:
     """Narrow the type of a column that an earlier stage has filled.

@@ -8,6 +8,7 @@ from dschat.errors import UserError
 from dschat.functional.returns import KL_ESTIMATORS
 from dschat.rlhf.estimators import ESTIMATORS, Estimator
 from dschat.rlhf.part_config import SamplingConfig
+from dschat.rlhf.policy_config import PolicyConfig
 from dschat.settings import Settings, given_flags, group, setting
 
 OF_THE_CRITIC = ("gamma", "lam", "cliprange_value", "critic_warmup_iterations")
@@ -52,6 +53,7 @@ class PPOConfig(Settings):
         10_000, "answers over which kl_target acts in full (default: 10000)", at_least=1
     )
     cliprange: float = setting(0.2, "clip range of the policy ratio", above=0)
+    policy: PolicyConfig = group(PolicyConfig)
     cliprange_value: float = setting(0.2, "clip range of the values; 0 is off", at_least=0)
     gamma: float = setting(1.0, "discount", at_least=0, at_most=1)
     lam: float = setting(0.95, "GAE's lambda", at_least=0, at_most=1)
@@ -88,8 +90,14 @@ class PPOConfig(Settings):
 
     @property
     def estimator(self) -> Estimator:
-        """Record of `advantage_estimator`."""
-        return ESTIMATORS[self.advantage_estimator]
+        """Record of `advantage_estimator`, its advantages measured by `advantage_std`."""
+        return ESTIMATORS[self.advantage_estimator].measured(self.policy.advantage_std)
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far the policy ratio may go below 1 and above it."""
+        high = self.policy.cliprange_high
+        return self.cliprange, self.cliprange if high is None else high
 
     @property
     def whitens(self) -> bool:
@@ -127,6 +135,7 @@ class PPOConfig(Settings):
 
     def _check_estimator(self) -> None:
         name, estimator = self.advantage_estimator, self.estimator
+        self.policy.check(ESTIMATORS[name], self.missing_eos_penalty)
         if self.answers_per_prompt < estimator.min_answers:
             raise UserError(
                 f"advantage_estimator {name} compares answers to one prompt, but "

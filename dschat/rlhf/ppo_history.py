@@ -15,7 +15,7 @@ from statistics import fmean
 WATCHED = (
     *("reward", "reward_std", "reward_clipped", "answers", "answer_length", "ended"),
     *("kl_per_token", "kl_k3", "ref_nats_per_token", "decode_gap", "frac_reward_zero_std"),
-    *("entropy", "clip_fraction", "explained_variance", "unscored"),
+    *("entropy", "clip_fraction", "explained_variance", "unscored", "masked"),
 )
 REMEMBERED = 10  # iterations
 SHORT, LONG = 2, 3  # iterations that show a state: one that is plain, one that could be chance

@@ -33,6 +33,17 @@ SHOWN = (
 )
 
 
+def token_counts(experiences: list[Experience]) -> list[float]:
+    """Tokens of prompts and answers together, of answers alone, and rows, on all ranks."""
+    return all_reduce_sum(
+        [
+            float(sum(e.attention_mask[e.real].sum().item() for e in experiences)),
+            float(sum(e.answer_mask.sum().item() for e in experiences)),
+            float(sum(e.real.sum().item() for e in experiences)),
+        ]
+    )
+
+
 class PPOLog:
     """Times the stages of each iteration and shows its statistics.
 
@@ -84,18 +95,18 @@ class PPOLog:
         statistics: dict[str, float],
         experiences: list[Experience],
         ppo_epochs: int,
+        trained: list[Experience] | None = None,
     ) -> None:
-        """Show one iteration: its statistics, rates, stage times and throughput."""
+        """Show one iteration: its statistics, rates, stage times and throughput.
+
+        Args:
+            experiences: all that was sampled. trained: what was learnt from, where that is less.
+        """
         now = time.perf_counter()
         generation = sum(e.generation_seconds for e in experiences)
         times = Step3Times(generation, now - self._rolled_out, now - self._start)
-        tokens, answer_tokens, rows = all_reduce_sum(
-            [
-                float(sum(e.attention_mask[e.real].sum().item() for e in experiences)),
-                float(sum(e.answer_mask.sum().item() for e in experiences)),
-                float(sum(e.real.sum().item() for e in experiences)),
-            ]
-        )
+        tokens, answer_tokens, rows = token_counts(experiences)
+        learnt = (tokens, rows) if trained is None else token_counts(trained)[::2]
         seconds = {
             "seconds/generation": times.generation,
             "seconds/scoring": times.end_to_end - times.generation - times.training,
@@ -123,7 +134,7 @@ class PPOLog:
             passes = dict.fromkeys(self.works, float(ppo_epochs))
             passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
             works = {
-                name: replace(work, tokens=int(tokens * n), samples=int(rows * n))
+                name: replace(work, tokens=int(learnt[0] * n), samples=int(learnt[1] * n))
                 for (name, work), n in zip(self.works.items(), passes.values(), strict=True)
             }
             self.bar.clear()

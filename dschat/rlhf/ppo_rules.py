@@ -9,7 +9,7 @@ from dschat.rlhf.ppo_history import LONG, REMEMBERED, History
 
 FOREIGN_GAP = 0.1  # nats a token; bf16 alone makes 0.015
 ALL_EQUAL = 0.9  # of the prompts
-NO_SCORES = 0.9  # of the answers
+NO_SCORES = MASKED = 0.9  # of the answers
 MANY_CLIPPED = 0.1  # of the reward model's scores
 MANY_RATIOS = 0.3  # of the tokens
 SHRUNK, GROWN = 1 / 3, 2.0  # times the first length
@@ -32,6 +32,7 @@ class RunFacts:
     can_scale: bool = False
     fuses_adapters: bool = False
     has_kl_target: bool = False
+    masks_truncated: bool = False
     ppo_epochs: int = 1
     rate: str = "actor_learning_rate"
     filters: tuple[str, ...] = ()
@@ -45,6 +46,13 @@ class RunFacts:
     def closer(self) -> str:
         """Against a policy that leaves the reference."""
         return "lower kl_target" if self.has_kl_target else "raise kl_coef"
+
+    @property
+    def ends(self) -> str:
+        """Against answers that do not end."""
+        if self.masks_truncated:  # no penalty reaches what is not trained on
+            return "drop mask_truncated_answers"
+        return "raise missing_eos_penalty"
 
     @property
     def rewards(self) -> str:
@@ -119,6 +127,13 @@ RULES = (
         explains=("equal rewards", "equal within prompts", "standstill", "reward fell"),
     ),
     Rule(
+        "masked answers",
+        lambda h: h.stays("masked", above=MASKED),
+        "{masked:.0%} of the answers are cut at max_answer_seq_len, and not trained on",
+        "raise max_answer_seq_len, or drop mask_truncated_answers",
+        explains=("no ends", "standstill", "answers grew"),
+    ),
+    Rule(
         "clipped rewards",
         lambda h: h.stays("reward_clipped", above=MANY_CLIPPED),
         "{reward_clipped:.0%} of the reward model's scores lie beyond reward_clip, which makes "
@@ -152,8 +167,7 @@ RULES = (
         "answers grew from {first_answer_length:.0f} to {answer_length:.0f} tokens, {ended:.0%} "
         "end instead of {first_ended:.0%}, while the reward went from {first_reward:.3g} to "
         "{reward:.3g}",
-        "see whether {facts.rewards} pays for length; raise missing_eos_penalty or "
-        "max_answer_seq_len",
+        "see whether {facts.rewards} pays for length; {facts.ends}, or raise max_answer_seq_len",
         explains=("gamed reward", "no ends", "reward fell"),
     ),
     Rule(
@@ -210,7 +224,7 @@ RULES = (
         lambda h: h.first.get("ended", 0.0) > SOME_ENDS and h.stays("ended", below=NO_ENDS),
         "{ended:.1%} of the answers end instead of {first_ended:.0%} (mean length "
         "{answer_length:.0f} tokens)",
-        "raise missing_eos_penalty, or {facts.closer}",
+        "{facts.ends}, or {facts.closer}",
     ),
     Rule(
         "standstill",

@@ -66,6 +66,13 @@ def zero_spread(experiences: list[Experience], missing_eos_penalty: float) -> fl
     return equal / max(prompts, 1.0)
 
 
+def masked_share(experiences: list[Experience]) -> float:
+    """Share of the answers with a reward that are left out of the losses: cut ones."""
+    counted = torch.cat([e.counted for e in experiences])
+    is_masked = torch.cat([~e.loss_mask.any(-1) for e in experiences]).float()
+    return masked_mean(is_masked, counted, all_reduce_sum)
+
+
 def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:
     """Mean and standard deviation over the losses' tokens; taken before whitening."""
     mask = torch.cat([e.loss_mask.flatten() for e in experiences])
@@ -98,7 +105,10 @@ class StepMeans:
         self._norms: list[float] = []
 
     def add(self, sums: dict[str, float]) -> None:
-        """Add sums over one mini-batch's tokens; their number is `tokens`."""
+        """Add sums over one mini-batch's tokens; their number is `tokens`.
+
+        The loss is over `loss_count` of something else, where that is given.
+        """
         for name, value in sums.items():
             self._sums[name] += value
 
@@ -112,7 +122,10 @@ class StepMeans:
         names = sorted(self._sums)
         totals = dict(zip(names, all_reduce_sum([self._sums[n] for n in names]), strict=True))
         tokens = max(totals.pop("tokens", 0.0), 1.0)
+        losses, loss = totals.pop("loss_count", tokens), f"{self.role}_loss"
         means = {name: total / tokens for name, total in totals.items()}
+        if loss in totals:
+            means[loss] = totals[loss] / losses
         if self._norms:
             means[f"{self.role}_grad_norm"] = sum(self._norms) / len(self._norms)
         return means

@@ -3,6 +3,7 @@
 The stages of an iteration (Ziegler et al. 2019, arXiv:1909.08593; Schulman et al. 2017,
 arXiv:1707.06347):
   1. rollouts: sample answers, score them under every role                    (rollout.py)
+     with dynamic sampling, further ones for prompts that teach nothing (dynamic_sampling.py)
   2. rewards: KL penalty per token, the score on the last token            (advantages.py)
   3. advantages: GAE inside the answers, or against other answers          (estimators.py)
   4. updates: a few epochs of clipped policy and value steps                        (here)
@@ -18,23 +19,20 @@ import torch
 
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
-from dschat.functional.losses import (
-    importance_weights,
-    kl_loss,
-    mean_scale,
-    policy_loss,
-    value_loss,
-)
+from dschat.functional.losses import mean_scale
 from dschat.functional.returns import kl_k3
 from dschat.models.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
+from dschat.rlhf.dynamic_sampling import Resampled, SparePrompts, resampled
 from dschat.rlhf.experience import Experience, filled, minibatches
+from dschat.rlhf.objectives import loss_count, policy_objective, value_objective
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_health import check_figures
 from dschat.rlhf.ppo_statistics import (
     StepMeans,
     advantage_statistics,
     answer_count,
+    masked_share,
     rollout_statistics,
     value_statistics,
     zero_spread,
@@ -59,6 +57,7 @@ class DeepSpeedPPOTrainer:
         engine: samples the answers; by default transformers does, on the actor.
         rewards: makes rewards of scores; by default those of the reward model as they are.
         ptx: language modelling, mixed into the actor's steps.
+        spare: further prompts, for dynamic sampling.
         seed: of the order of mini-batches.
     """
 
@@ -72,6 +71,7 @@ class DeepSpeedPPOTrainer:
         engine: RolloutEngine | None = None,
         rewards: Rewards | None = None,
         ptx: PTX | None = None,
+        spare: SparePrompts | None = None,
         *,
         seed: int,
     ):
@@ -81,6 +81,7 @@ class DeepSpeedPPOTrainer:
         self.engine = engine
         self.rewards = rewards or Rewards()
         self.ptx = ptx
+        self.spare = spare
         self.generator = torch.Generator().manual_seed(seed)
         self.kl = KLController(config)
         self.iterations = 0  # finished ones
@@ -118,6 +119,13 @@ class DeepSpeedPPOTrainer:
             )
         return [self.rewards.applied(e, roles.tokenizer) for e in sampled]
 
+    def resampled(self, rollouts: list[Experience]) -> Resampled:
+        """Have prompts without spread give way to others, where dynamic sampling is on."""
+        if self.spare is None:
+            return Resampled(rollouts, rollouts, {})
+        pad = self.roles.tokenizer.pad_token_id
+        return resampled(rollouts, self.spare, self.rollout, self.config, pad)
+
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
         """Statistics of one answer to each held-out prompt by the present policy; no update."""
         return self.earned(self.rollout(list(batches), answers_per_prompt=1))
@@ -140,15 +148,23 @@ class DeepSpeedPPOTrainer:
         return statistics
 
     def advantages(
-        self, experiences: list[Experience]
+        self, rollouts: list[Experience], trained: list[Experience] | None = None
     ) -> tuple[list[Experience], dict[str, float]]:
-        """Stages 2 and 3: rewards of tokens, then advantages, and statistics of both."""
-        statistics = self.earned(experiences) | {"kl_coefficient": self.kl.coefficient}
+        """Stages 2 and 3: rewards of tokens, then advantages, and statistics of both.
+
+        Args:
+            trained: what dynamic sampling made of the rollouts, whose own statistics are those of
+                the policy and its prompts.
+        """
+        statistics = self.earned(rollouts) | {"kl_coefficient": self.kl.coefficient}
+        experiences = rollouts if trained is None else trained
         learned = with_advantages(experiences, self.config, self.kl.coefficient)
         statistics |= advantage_statistics(learned)
         if self.config.estimator.min_answers > 1:
             share = zero_spread(experiences, self.config.missing_eos_penalty)
             statistics["frac_reward_zero_std"] = share
+        if self.config.policy.mask_truncated_answers:
+            statistics["masked"] = masked_share(learned)
         if self.roles.critic is not None:
             statistics |= value_statistics(learned)
         if self.config.whitens:
@@ -177,16 +193,22 @@ class DeepSpeedPPOTrainer:
         actor, critic = StepMeans("actor"), StepMeans("critic")
         trains_actor, steps, actor_steps, distances = not self.warming_up, 0, 0, []
         for group in self.groups(experiences):
-            (tokens,) = all_reduce_sum([float(sum(e.loss_mask.sum().item() for e in group))])
+            tokens, losses = all_reduce_sum(
+                [
+                    float(sum(e.loss_mask.sum().item() for e in group)),
+                    sum(loss_count(e, self.config) for e in group),
+                ]
+            )
             if not tokens:
                 self.pass_over(None if self.warming_up else self.roles.actor, self.roles.critic)
                 continue
             if trains_actor and actor_steps and self.config.update_kl_limit:
                 distances.append(self.distance(group, tokens))
                 trains_actor = distances[-1] <= self.config.update_kl_limit
-            scale = mean_scale(tokens, self.world_size)  # from this rank's sums to the global mean
+            # From this rank's sums to the global mean.
+            scale = mean_scale(tokens, self.world_size)
             if trains_actor:
-                self.actor_step(group, scale, actor)
+                self.actor_step(group, mean_scale(losses, self.world_size), actor)
                 actor_steps += 1
             elif not self.warming_up:
                 self.pass_over(self.roles.actor)
@@ -292,43 +314,15 @@ class DeepSpeedPPOTrainer:
         )
 
     def actor_loss(self, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
-        """Policy loss of one mini-batch, summed over its tokens, and sums to report."""
+        """Policy loss of one mini-batch, summed, and sums to report."""
         scored = self.policy_scores(e, with_entropy=True)
-        logprobs, entropy = scored.logprobs, filled(scored.entropy)
-        clip = self.config.cliprange
-        cap, mask, importance = self.config.rollout_importance_cap, e.loss_mask, None
-        if cap:
-            importance = importance_weights(e.logprobs, filled(e.sampler_logprobs), mask, cap)
-        loss = policy_loss(logprobs, e.logprobs, filled(e.advantages), mask, clip, importance)
-        if self.config.estimator.kl_in_loss:
-            loss = loss + self.kl.coefficient * kl_loss(logprobs, e.ref_logprobs, e.loss_mask)
-        with torch.no_grad():
-            # Outside the mask the two may drift apart without bound: there, a ratio of 1.
-            inside = logprobs.where(e.loss_mask, e.logprobs)
-            ratio = torch.exp(inside - e.logprobs)
-            sums = {
-                "tokens": e.loss_mask.sum().item(),
-                "actor_loss": loss.item(),
-                "ratio": (ratio * e.loss_mask).sum().item(),
-                "clip_fraction": (((ratio - 1).abs() > clip) & e.loss_mask).sum().item(),
-                "approx_kl": kl_k3(e.logprobs, inside).sum().item(),
-                "entropy": entropy.where(e.loss_mask, 0.0).sum().item(),
-            }
-            if importance is not None:
-                sums["importance_capped"] = ((importance >= cap) & mask).sum().item()
-            return loss, sums
+        entropy = filled(scored.entropy)
+        return policy_objective(e, scored.logprobs, entropy, self.config, self.kl.coefficient)
 
     def critic_loss(self, critic: Engine, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
         """Value loss of one mini-batch, summed over its tokens, and sums to report."""
-        old = filled(e.values)
         values = answer_values(critic, e.sequences, e.attention_mask, e.answer_mask.shape[1])
-        clip = self.config.cliprange_value
-        loss = value_loss(values, old, filled(e.returns), e.loss_mask, clip)
-        sums = {"tokens": e.loss_mask.sum().item(), "critic_loss": loss.item()}
-        if clip:
-            beyond = ((values - old).abs() > clip) & e.loss_mask
-            sums["value_clip_fraction"] = beyond.sum().item()
-        return loss, sums
+        return value_objective(e, values, self.config.cliprange_value)
 
 
 __getattr__ = moved(

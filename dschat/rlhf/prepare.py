@@ -20,6 +20,7 @@ from dschat.models.reward_model import RewardModel
 from dschat.models.reward_statistics import read_statistics
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import SavePlan
+from dschat.rlhf.dynamic_sampling import SparePrompts
 from dschat.rlhf.generation import tell_unused_ends
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.ppo_log import PPOLog
@@ -147,7 +148,10 @@ class PPORun:
         set_random_seed(ctx.seed + ctx.rank)
         position = self.checkpointer.restore(
             roles.trained,
-            {"ppo": self.trainer, "ema": roles.ema, "ptx": self.trainer.ptx, "health": log.health},
+            {
+                **{"ppo": self.trainer, "ema": roles.ema, "ptx": self.trainer.ptx},
+                **{"spare": self.trainer.spare, "health": log.health},
+            },
             frozen={"reference": roles.reference, "reward": roles.reward},
         )
         return log, position
@@ -215,8 +219,9 @@ def prepare(
     engine = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fused)
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size}
     ptx = PTX(text, settings.ptx.unsup_coef, seed=ctx.seed, **ranks) if text else None
+    spare = SparePrompts.of(ctx, config, data) if config.policy.dynamic_sampling_rounds else None
     trainer = DeepSpeedPPOTrainer(
-        roles, config, ctx.world_size, engine, rewards, ptx, seed=ctx.seed
+        roles, config, ctx.world_size, engine, rewards, ptx, spare, seed=ctx.seed
     )
     return PPORun(ctx, settings, plan, setup, steps, trainer, checkpointer)
 
@@ -234,6 +239,7 @@ def health_monitor(
         can_scale=is_unscaled and read_statistics(str(reward_model)) is not None,
         fuses_adapters=settings.fuse_lora_for_generation,
         has_kl_target=ppo.kl_target is not None,
+        masks_truncated=ppo.policy.mask_truncated_answers,
         ppo_epochs=ppo.ppo_epochs,
         rate="actor_lora_learning_rate" if has_own_rate else "actor_learning_rate",
         filters=ppo.sampling.filters,

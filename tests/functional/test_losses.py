@@ -10,6 +10,7 @@ from dschat.functional.losses import (
     policy_loss,
     token_entropy,
     token_logprobs,
+    token_ratio,
     value_loss,
 )
 
@@ -83,7 +84,7 @@ def test_policy_loss_by_hand():
     old = torch.zeros(1, 5)
     new = rows([0.0, LOG2, -LOG2, LOG2, -LOG2]).requires_grad_(True)
     advantages, mask = rows([3.0, 1.0, 1.0, -1.0, -1.0]), torch.ones(1, 5, dtype=torch.bool)
-    loss = policy_loss(new, old, advantages, mask, 0.2)
+    loss = policy_loss(token_ratio(new, old, mask), advantages, mask, (0.2, 0.2))
     close(loss, -3 - 1.2 - 0.5 + 2 + 0.8)
     loss.backward()
     # d(-A r)/d(log p) = -A r, and nothing where the clipped side counts
@@ -107,7 +108,8 @@ def test_policy_loss_never_sees_what_is_behind_the_answer(outside):
     mask = torch.tensor([[True, False]])
     new = rows([0.1, 0.0]).requires_grad_(True)
     shifted = new + rows([0.0, outside])
-    loss = policy_loss(shifted, torch.zeros(1, 2), rows([2.0, 0.0]), mask, 0.2)
+    ratio = token_ratio(shifted, torch.zeros(1, 2), mask)
+    loss = policy_loss(ratio, rows([2.0, 0.0]), mask, (0.2, 0.2))
     close(loss, -2 * math.exp(0.1))
     loss.backward()
     close(new.grad, [[-2 * math.exp(0.1), 0.0]])
@@ -155,7 +157,7 @@ def loss_of(kind: str, weight: torch.Tensor, part: slice) -> tuple[torch.Tensor,
     mask = (torch.rand(8, 6, generator=generator) < 0.6)[part]
     moved = data[0] * weight
     if kind == "policy":
-        loss = policy_loss(moved, data[1], data[2], mask, 0.2)
+        loss = policy_loss(token_ratio(moved, data[1], mask), data[2], mask, (0.2, 0.2))
     elif kind == "value":
         loss = value_loss(moved, data[1], data[2], mask, 0.2)
     elif kind == "pairs":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,24 @@ PPO_COMMON = [
     *shlex.split("--reward_function own_rewards:length --reward_scaling saved"),
     *shlex.split("--unsupervised_dataset_name texts.jsonl --unsup_coef 0.3"),
 ]
+# Every knob of GRPO at once, judged by columns; letters and digits end answers, some are cut.
+GRPO_KNOBS = [
+    *(PPO, "--actor_model_name_or_path", "model", *DATA, "--dtype", "fp32"),
+    *shlex.split("--max_prompt_seq_len 48 --max_answer_seq_len 4 --num_warmup_steps 0"),
+    *shlex.split("--actor_learning_rate 1e-3 --advantage_estimator grpo --answers_per_prompt 2"),
+    *shlex.split("--per_device_generation_batch_size 2 --per_device_training_batch_size 4"),
+    *shlex.split("--generation_batches 2 --gradient_accumulation_steps 2 --ppo_epochs 2"),
+    *shlex.split("--max_eval_samples 4 --actor_lora_dim 4 --cliprange_high 0.3"),
+    *shlex.split("--loss_aggregation constant --advantage_std none --mask_truncated_answers"),
+    *shlex.split("--importance_level sequence --dynamic_sampling_rounds 2"),
+    *shlex.split("--reward_function batch_rewards:odd length --reward_function_weight 1 0"),
+    *("--reward_length", "0", "3", "--stop_strings", *string.ascii_letters, *string.digits),
+]
+BATCH_REWARDS = """
+def odd(prompts, answers, chosen, rejected):
+    assert all(" " in text for text in chosen + rejected)
+    return [None if text.endswith("a") else len(text) % 2 for text in answers]
+"""
 # What depends on the clock.
 TIMES = ("seconds", "samples_per_s", "tokens_per_s", "tflops", "answer_tokens_per_s")
 
@@ -107,6 +126,7 @@ def write_models(folder: Path) -> None:
     save_hf_format(reward, byte_tokenizer(), folder / "critic", ALONE)
     write_statistics(RewardStatistics(0.2, 1.5, 26, "rows"), folder / "critic")
     (folder / "own_rewards.py").write_text("def length(prompt, answer): return len(answer) / 4\n")
+    (folder / "batch_rewards.py").write_text(BATCH_REWARDS)
     texts = [{"text": f"{a} and {b} make {a + b}. "} for a in range(9) for b in range(9)]
     write_rows(folder / "texts.jsonl", texts)
 

@@ -15,6 +15,7 @@ import torch
 from dschat.data.collators import PromptBatch
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.part_config import EMAConfig
+from dschat.rlhf.policy_config import PolicyConfig
 from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.zero import consolidated_state_dict
 from tests.rlhf.tiny_roles import (
@@ -44,6 +45,8 @@ CELLS = {
     "zero 0, pairs": Setting(micro_batch=2, accumulation=2, ema=EMA),
     "zero 2, pairs": Setting(micro_batch=1, accumulation=4, zero_stage=2, ema=EMA),
     "zero 3, pairs": Setting(micro_batch=4, zero_stage=3, ema=EMA),
+    "zero 2, knobs": Setting(micro_batch=1, accumulation=4, zero_stage=2, ema=EMA),
+    "zero 0, knobs": Setting(micro_batch=2, accumulation=2, ema=EMA),
     "zero 3, held": Setting(micro_batch=2, accumulation=2, zero_stage=3, lora=LORA, ema=EMA),
     "zero 2, short": Setting(micro_batch=1, accumulation=2, zero_stage=2, ema=EMA),
 }
@@ -54,6 +57,21 @@ CHANGES = {
     "zero 0, pairs": RLOO,
     "zero 2, pairs": GRPO,
     "zero 3, pairs": RLOO,
+    # Two answers are cut, one has no score.
+    "zero 2, knobs": {
+        **GRPO,
+        "unscored": 4,
+        "policy": PolicyConfig(
+            cliprange_high=0.3,
+            loss_aggregation="constant",
+            advantage_std="none",
+            mask_truncated_answers=True,
+        ),
+    },
+    "zero 0, knobs": {
+        **RLOO,
+        "policy": PolicyConfig(loss_aggregation="answer", importance_level="sequence"),
+    },
     # After two steps the ranks' own distances are 1.97 and 1.32, that of all tokens is 1.60.
     "zero 3, held": {"update_kl_limit": 1.45, "ppo_epochs": 4, "kl_target": 1.0},
     # Two rows on one rank, one on the other: the second of two groups is empty on both.
@@ -78,6 +96,8 @@ def train(
     roles = setting.load(folders, distributed)
     real = torch.arange(len(e)) < changes.pop("real", len(e))
     e = dataclasses.replace(e, real=e.real & real, answer_mask=e.answer_mask & real[:, None])
+    if "unscored" in changes:
+        e = dataclasses.replace(e, scored=torch.arange(len(e)) != changes.pop("unscored"))
     pairs = "answers_per_prompt" in changes
     if pairs:
         roles = without_critic(roles)

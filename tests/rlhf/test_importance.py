@@ -23,7 +23,7 @@ def test_weights_by_hand():
     assert weights.tolist() == [[pytest.approx(0.5), 2.0, 1.0]] and not weights.requires_grad
     # ratio 1 and advantages 1, 3: -(0.5 * 1 + 2 * 3)
     advantages = torch.tensor([[1.0, 3.0, 7.0]])
-    loss = policy_loss(torch.ones(1, 3), advantages, mask, (0.2, 0.2), importance=weights)
+    loss = policy_loss(torch.ones(1, 3), advantages, mask, (0.2, 0.2), weights)
     assert loss.item() == pytest.approx(-6.5)
 
 

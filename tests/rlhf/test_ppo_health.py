@@ -30,6 +30,7 @@ HEALTHY = {
     "clip_fraction": 0.1,
     "explained_variance": 0.4,
     "unscored": 0.0,
+    "masked": 0.0,
 }
 # Iterations from the beginning of a trouble to its warning: plain ones take two or three. A gradual
 # one has to become visible first, beyond its threshold and beyond chance.

@@ -17,7 +17,7 @@ from tests.rlhf.tiny_roles import Setting, assert_trained_alike, end_after, ppo_
 
 PAIRS = [name for name, changes in CHANGES.items() if "answers_per_prompt" in changes]
 NO_PAIRS = [name for name in CELLS if name not in PAIRS]
-CORE = {"zero 2, lora", "zero 3, lora", "zero 2, pairs"}
+CORE = {"zero 2, lora", "zero 3, lora", "zero 2, knobs"}
 
 
 @pytest.fixture(scope="module")

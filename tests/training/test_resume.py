@@ -8,6 +8,7 @@ import pytest
 
 import tests.helpers
 from tests.helpers.resume_runs import (
+    GRPO_KNOBS,
     LORA,
     MODEL,
     PPO_COMMON,
@@ -82,6 +83,7 @@ STEP_1 = {
 STEPS_2_AND_3 = {
     **interrupted(REWARD_FULL, "reward", save_steps=4, killed=8),
     **interrupted([*PPO_COMMON, *SAMPLING], "ppo", save_steps=1, killed=3),
+    **interrupted(GRPO_KNOBS, "grpo", save_steps=1, killed=3),
     "edited function": Run(
         [*PPO_COMMON, *SAMPLING, *PPO_RESUMED], shell="echo '# another' >> own_rewards.py"
     ),
@@ -186,6 +188,19 @@ def test_step_3_with_a_moving_average(steps_2_and_3):
     scaled = (last["reward_model"] - 0.2) / 1.5
     assert last["reward"] == pytest.approx(scaled + last["reward_function"], abs=1e-5)
     assert last["ptx_loss"] > 0
+
+
+@pytest.mark.slow
+def test_step_3_with_every_knob_of_grpo(steps_2_and_3):
+    """Spare prompts are drawn before and after the kill; cut and unscored answers are left out."""
+    folder, outcomes = steps_2_and_3
+    assert codes(outcomes, "grpo") == [0, -9, 0]
+    assert "at step 2\n" in outcomes["grpo resumed"].stdout
+    assert_same_run(folder / "grpo-complete", folder / "grpo-killed")
+    steps = [line for line in figures(folder / "grpo-complete") if line["kind"] == "train"]
+    assert min(steps[0]["resampled"], steps[2]["resampled"]) > 0  # one before the kill, one after
+    assert all(0 < line["masked"] < 1 and line["actor_updates"] > 0 for line in steps[:3])
+    assert all({"rewards/odd", "answer_clip_fraction_high"} <= line.keys() for line in steps)
 
 
 @pytest.mark.slow

@@ -76,14 +76,18 @@ def main() -> None:
             log.begin()
             # The stages of ppo_trainer.py: sample and score answers,
             rollouts = trainer.rollout(batches)
+            # with dynamic sampling, have others take the place of those that teach nothing,
+            resampled = trainer.resampled(rollouts)
             log.rolled_out()
             # turn rewards into advantages,
-            experiences, statistics = trainer.advantages(rollouts)
+            experiences, statistics = trainer.advantages(rollouts, resampled.trained)
+            statistics |= resampled.statistics
             # make the optimizer steps of actor and critic, and steer the KL penalty.
             statistics |= trainer.update(experiences)
             trainer.control_kl(statistics["kl"], rollouts)
             iteration += 1
-            log.iteration(iteration, statistics, rollouts, config.ppo_epochs)
+            trained = resampled.trained
+            log.iteration(iteration, statistics, resampled.drawn, config.ppo_epochs, trained)
             if settings.eval_interval and iteration % settings.eval_interval == 0:
                 log.evaluation(iteration, trainer.evaluate(held_out))
             run.checkpointer.save_if_due(iteration, epoch)

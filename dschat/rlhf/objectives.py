@@ -1,0 +1,101 @@
+"""Objectives of policy and critic on a mini-batch of experience, and what they report."""
+
+from __future__ import annotations
+
+import torch
+
+from dschat.functional.losses import (
+    RATIOS,
+    answer_weights,
+    importance_weights,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
+from dschat.functional.returns import kl_k3
+from dschat.rlhf.experience import Experience, filled
+from dschat.rlhf.ppo_config import PPOConfig
+
+
+def loss_count(e: Experience, config: PPOConfig) -> float:
+    """Number of what the policy's loss is a mean over: tokens of the loss, or answers.
+
+    An answer that is masked because it was cut counts as an answer, as in TRL; one without a reward
+    does not.
+    """
+    of_tokens = config.policy.loss_aggregation == "token"
+    return float((e.loss_mask if of_tokens else e.counted).sum().item())
+
+
+def policy_objective(
+    e: Experience,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    config: PPOConfig,
+    kl_coef: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Policy loss, summed over what it is a mean over, and sums to report.
+
+    Args:
+        logprobs, entropy: (B, A), of the present policy.
+        kl_coef: of k3 in the loss, for estimators that have it there.
+    """
+    mask, policy = e.loss_mask, config.policy
+    weights = answer_weights(mask, policy.loss_aggregation, config.sampling.max_answer_seq_len)
+    ratio = RATIOS[policy.importance_level](logprobs, e.logprobs, mask)
+    cap, importance = config.rollout_importance_cap, None
+    if cap:
+        importance = importance_weights(e.logprobs, filled(e.sampler_logprobs), mask, cap)
+    of_tokens = weights if importance is None else weights * importance
+    loss = policy_loss(ratio, filled(e.advantages), mask, config.clip_range, of_tokens)
+    if config.estimator.kl_in_loss:
+        loss = loss + kl_coef * kl_loss(logprobs, e.ref_logprobs, mask, weights)
+    with torch.no_grad():
+        sums = {
+            "tokens": mask.sum().item(),
+            "actor_loss": loss.item(),
+            "ratio": (ratio * mask).sum().item(),
+            # Outside the mask the two may drift apart without bound.
+            "approx_kl": kl_k3(e.logprobs, logprobs.where(mask, e.logprobs)).sum().item(),
+            "entropy": entropy.where(mask, 0.0).sum().item(),
+        }
+        sums |= clip_sums(ratio - 1.0, mask, config)
+        if importance is not None:
+            sums["importance_capped"] = ((importance >= cap) & mask).sum().item()
+        if policy.loss_aggregation != "token":
+            sums["loss_count"] = loss_count(e, config)
+        return loss, sums
+
+
+def clip_sums(moved: torch.Tensor, mask: torch.Tensor, config: PPOConfig) -> dict[str, float]:
+    """Count the tokens whose ratio is beyond the clip range, by side where the sides differ.
+
+    Ratios of entire answers have another name: their range is narrower by orders of magnitude, and
+    a large share of them is no sign of long updates.
+    """
+    low, high = config.clip_range
+    below = ((moved < -low) & mask).sum().item()
+    above = ((moved > high) & mask).sum().item()
+    is_sequence = config.policy.importance_level == "sequence"
+    name = "answer_clip_fraction" if is_sequence else "clip_fraction"
+    sums = {name: below + above}
+    if config.policy.cliprange_high is not None:
+        sums |= {f"{name}_low": below, f"{name}_high": above}
+    return sums
+
+
+def value_objective(
+    e: Experience, values: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Value loss, summed over the tokens of the losses, and sums to report.
+
+    Args:
+        values: (B, A), of the present critic. clip: see `value_loss`.
+    """
+    old, mask = filled(e.values), e.loss_mask
+    loss = value_loss(values, old, filled(e.returns), mask, clip)
+    sums = {"tokens": mask.sum().item(), "critic_loss": loss.item()}
+    if clip:
+        beyond = ((values - old).abs() > clip) & mask
+        sums["value_clip_fraction"] = beyond.sum().item()
+    return loss, sums
