@@ -111,7 +111,8 @@ def build_engine(
     advice = lora_advice(model.lora, optimizer_config, config, world_size, parameters)
     left = left_without_adapter(module, model.lora)
     print_rank_0("\n".join([group_table(groups, module, title), *left, *advice]))
-    ds_config = get_train_ds_config(config, world_size)
+    trained = sum(full_numel(p) for group in groups for p in group["params"])
+    ds_config = get_train_ds_config(config, world_size, trained)
     own_optimizer = "optimizer" not in ds_config
     if not own_optimizer:
         complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.deepspeed_config)

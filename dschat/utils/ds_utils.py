@@ -13,6 +13,7 @@ from dschat.utils.predecessor import changed, moved
 
 DTYPES = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
+BUCKET = 500_000_000  # elements that DeepSpeed's buffer of gradients holds, whatever trains
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,15 @@ class EngineConfig(EngineSettings):
 
 
 @changed("get_train_ds_config(EngineConfig(zero_stage=2, ...), world_size)", config=EngineConfig)
-def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
+def get_train_ds_config(
+    config: EngineConfig, world_size: int, trained_elements: int | None = None
+) -> dict:
     """Build DeepSpeed's configuration of a training engine.
+
+    Args:
+        trained_elements: of all parameters that train. The buffers in which gradients are collected
+            are then no larger: with adapters, megabytes in place of one or two times 500 million
+            elements an engine. None: before they are known; nothing is trained by this config.
 
     Half precision at stage 0 runs as stage 1: the same mathematics, but gradients of several
     micro-batches add up in fp32, and fp16 losses are scaled (DeepSpeed 0.19's stage 0 divides by a
@@ -66,6 +74,8 @@ def get_train_ds_config(config: EngineConfig, world_size: int) -> dict:
         "overlap_comm": stage in (2, 3),
         "stage3_gather_16bit_weights_on_model_save": False,
     }
+    if trained_elements is not None:
+        zero["reduce_bucket_size"] = max(1, min(BUCKET, trained_elements))
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if config.zero_stage == 3:
