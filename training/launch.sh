@@ -7,6 +7,7 @@
 #
 # From the environment:
 #   HOSTFILE   of the multi_node scripts, as `deepspeed --hostfile` reads it (/job/hostfile)
+#   PYTORCH_CUDA_ALLOC_CONF   settings of torch's allocator, by default expandable_segments:True
 #   LAUNCHER   in place of `deepspeed` and its options: "torchrun --nproc_per_node 8", python
 
 TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -75,6 +76,10 @@ add() {
 
 start() {
   choose_launcher
+  # Blocks of memory that grow: rows of ever other lengths leave no gaps that nothing fits into.
+  if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  fi
   COMMAND+=("$TRAINING/$STEP/main.py" --config "${TRAINING%/*}/dschat/recipes/$RECIPE" "$@")
   add --actor_model_name_or_path "${ACTOR_MODEL_PATH:-}"
   add --critic_model_name_or_path "${CRITIC_MODEL_PATH:-}"

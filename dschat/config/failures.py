@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from dschat.lazy import torch
+from dschat.train import memory_use
 from dschat.train.metrics import StepBar
 from dschat.utils.files import disk_error
 from dschat.utils.waiting import LostRankError
@@ -13,7 +14,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LESS_MEMORY = (
     "lower the micro-batch (--per_device_train_batch_size; in step 3 --per_device_training_batch_"
     "size and --generation_chunk_size) and raise --gradient_accumulation_steps by the same factor, "
-    "or add --gradient_checkpointing or a higher --zero_stage; docs/troubleshooting.md has more"
+    "or add --gradient_checkpointing or a higher --zero_stage"
 )
 
 
@@ -21,7 +22,8 @@ def line_for(error: BaseException) -> str | None:
     """Describe such an end in one line, with the step; None for any other error."""
     place = "before the first step" if StepBar.made is None else f"step {StepBar.made + 1}"
     if (what := _memory(error)) is not None:
-        return f"{place}: out of {what}; {_LESS_MEMORY}"
+        less = memory_use.savings() or _LESS_MEMORY
+        return f"{place}: out of {what}; {less}; docs/troubleshooting.md has more"
     if isinstance(error, LostRankError):
         return f"{place}: {error}"
     found = disk_error(error)

@@ -12,6 +12,7 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.train.advice import lora_advice
+from dschat.train.memory_use import note_engine
 from dschat.train.model_config import ModelConfig
 from dschat.train.optimizer_block import complete_optimizer_block
 from dschat.train.overflow import limit_skips
@@ -129,6 +130,8 @@ def build_engine(
     check_rates(engine.optimizer, optimizer_config)
     if config.dtype == "fp16":
         limit_skips(engine, config.max_skipped_steps, title)
+    role = title.partition(", ")[2]
+    note_engine(role, config.micro_batch_size, model.gradient_checkpointing)
     engine.train()  # models load in eval mode, where dropout and checkpointing are off
     return engine
 

@@ -19,6 +19,7 @@ from dschat.config import failures
 from dschat.config.cli import run_cli
 from dschat.config.failures import line_for
 from dschat.errors import UserError
+from dschat.train import memory_use
 from dschat.train.checkpoint_write import Contents, write_checkpoint
 from dschat.train.metrics import LogConfig, MetricLogger, progress_bar
 from dschat.train.shared_disk import check_shared
@@ -265,6 +266,29 @@ def test_what_runs_out_is_one_line_with_the_step(monkeypatch, capsys, work, told
     bar.update(1)
     bar.update(1)
     assert str(line_for(MemoryError())).startswith("step 3: out of memory; ")
+
+
+def test_a_device_that_is_full_names_flags_and_what_they_save(monkeypatch):
+    gib = memory_use.GIB
+    monkeypatch.setattr(failures.StepBar, "made", 2)
+    monkeypatch.setattr(memory_use, "_built", [])
+    monkeypatch.setattr(memory_use, "allocated", lambda: 4 * gib)
+    monkeypatch.setattr(memory_use, "peak", lambda: 12 * gib)
+    memory_use.note_engine("", 8, checkpointing=False)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    line = str(line_for(error))
+    # 8 GiB for 8 rows: half the rows take half of them.
+    assert line.startswith(
+        "step 3: out of memory on the device; 4.0 GiB were held when it was set up, and passes "
+        "of 8 rows added up to 8.0 GiB: --per_device_train_batch_size 4 with more "
+        "--gradient_accumulation_steps saves about 4.0 GiB, --gradient_checkpointing saves most"
+    )
+    monkeypatch.setattr(memory_use, "_built", [])
+    memory_use.note_engine("actor", 1, checkpointing=True)
+    memory_use.note_engine("critic", 1, checkpointing=False)
+    line = str(line_for(error))
+    assert "batch_size" not in line and "--actor_gradient" not in line
+    assert "--critic_gradient_checkpointing" in line and "--generation_chunk_size" in line
 
 
 def test_other_errors_keep_their_traceback():

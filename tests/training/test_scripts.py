@@ -204,6 +204,26 @@ def test_another_launcher_takes_the_place_of_deepspeed(shell, monkeypatch: pytes
     assert other.arguments == usual.arguments
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, ""),  # torch's newer name
+    ],
+)
+def test_memory_grows_in_segments_unless_the_user_says_otherwise(
+    shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict, expected: str
+):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "bin/python").write_text('#!/bin/sh\necho "$PYTORCH_CUDA_ALLOC_CONF"\n')
+    process = shell(BASH, str(TRAINING / STEP1 / "single_gpu/run_1.3b.sh"))
+    assert process.stdout == f"{expected}\n"
+
+
 def test_what_the_environment_holds_by_chance_is_no_argument(shell, monkeypatch):
     for name in ("ZERO_STAGE", "ACTOR_MODEL_PATH", "CRITIC_ZERO_STAGE", "OUTPUT", "MORE"):
         monkeypatch.setenv(name, "7")
