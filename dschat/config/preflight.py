@@ -122,7 +122,9 @@ def _look_at_ppo(
         teaches_format=names.actor in waits,
         process=process,
     )
-    adapted, flags = _fitting_model(settings.actor, actor, BUILDS[1], "actor_", widths)
+    # A policy is held near where it began: by the root it stays there and earns the same reward
+    # (docs/ppo/update.md).
+    adapted, flags = _fitting_model(settings.actor, actor, BUILDS[1], "actor_", widths, power=0.5)
     settings = replace(settings, actor=adapted)
     if critic is not None:
         adapted, more = _fitting_model(settings.critic, critic, BUILDS[2], "critic_", widths)
@@ -145,11 +147,16 @@ def _look_at_ppo(
 
 
 def _fitting_model(
-    model: ModelConfig, name: str, build: Build, prefix: str, widths: Mapping[str, int]
+    model: ModelConfig,
+    name: str,
+    build: Build,
+    prefix: str,
+    widths: Mapping[str, int],
+    power: float = 1.0,
 ) -> tuple[ModelConfig, dict[str, int | float]]:
     """Fit adapters and rates to the model: its layers may be smaller, or larger, than foreseen."""
     width = getattr(load_config(name).get_text_config(), "hidden_size", None)  # one family has none
-    factor = widths[prefix] / width if prefix in widths and width else 1.0
+    factor = (widths[prefix] / width) ** power if prefix in widths and width else 1.0
     flags = {f"{prefix}{key}": rate for key, rate in _scaled_rates(model, factor).items()}
     if model.lora.lora_dim:
         largest = max(adapter_ranks(on_meta(name, build), model.lora).values())
