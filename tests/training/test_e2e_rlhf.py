@@ -239,7 +239,7 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
     """8 micro-batches of 16 rows; layers of width 32, where the scripts have rank 128."""
     more = ["--gradient_accumulation_steps", "1", "--num_train_epochs", "3"]
-    # 7.2e-6 * 2048 / 32 of A (step 3: by the root), and of all weights 5e-5 and 5e-6, times 1024 / 32
+    # 7.2e-6 * 2048 / 32 of A (step 3: by the root); of all weights 5e-5 and 5e-6, times 1024 / 32
     rates = {
         1: ["--learning_rate", "0.00046"],
         2: ["--learning_rate", "0.0016"],
