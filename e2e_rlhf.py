@@ -10,11 +10,11 @@ output folder and go through the ordinary scripts.
     python e2e_rlhf.py --actor-model ./my-model --data-path ./pairs.jsonl --save-steps 100 --resume
 
 1. `commands`: the steps' shell scripts and their arguments
-2. `check_ahead`: settings, models, rows, folders and disk of every step; where the rows are few,
+2. `check`: settings, models, rows, folders and disk of every step; where the rows are few,
    accumulation, epochs and warm-up that suit them; rates that suit the models' widths
-3. `run_step`: one after the other, up to the first that fails
+3. `run_all`: one after the other, up to the first that fails
 
-Leaves out: it does not train; the scripts do.
+It does not train: the scripts do. `dschat run FILE` does the same for stages that a file describes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if __name__ == "__main__":  # first: signals may come during the imports, which 
     signals.start()
 
 import argparse
-import contextlib
-import io
 import os
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser
 from dschat.errors import UserError
-from dschat.train import launch, run_lock, signals
+from dschat.pipeline.ahead import check_ahead
+from dschat.pipeline.closing import close
+from dschat.pipeline.recipe import local
+from dschat.pipeline.run import hold_output, run_all, unfinished
+from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
 
 ROOT = Path(__file__).resolve().parent
 STEP_DIRS = {
@@ -45,14 +45,12 @@ STEP_DIRS = {
     2: ROOT / "training" / "step2_reward_model_finetuning",
     3: ROOT / "training" / "step3_rlhf_finetuning",
 }
-STEP_NAMES = {1: "actor-models", 2: "reward-models", 3: "step3-models"}
+KINDS = {1: "sft", 2: "reward", 3: "ppo"}
+STEP_NAMES = {step: FOLDERS[kind] for step, kind in KINDS.items()}
 FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any other model
 # Hidden sizes of the models that a script's learning rates are meant for, by their sizes.
 WIDTHS = {"350m": 1024, "1.3b": 2048, "6.7b": 4096, "13b": 5120, "30b": 7168, "66b": 9216}
 CRITIC_WIDTH = 1024
-# Flags of main.py in every step, where given.
-PASSED = ("num_train_epochs", "gradient_accumulation_steps", "num_warmup_steps", "save_steps")
-RESUME = ["--resume"]
 # Flags that the embedded default has no use for.
 OF_A_MODEL = (
     "reward_model",
@@ -214,7 +212,7 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     for name in PASSED:
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
-    return flags + ["--overwrite_output_dir"] * args.overwrite_output_dir + RESUME * args.resume
+    return flags + ["--overwrite_output_dir"] * args.overwrite_output_dir + [RESUME] * args.resume
 
 
 def arguments_of(command: list[str]) -> list[str]:
@@ -233,49 +231,27 @@ def arguments_of(command: list[str]) -> list[str]:
     return arguments[start + 1 :]
 
 
-def check_ahead(args: argparse.Namespace, plan: dict[int, list[str]]) -> dict[int, list[str]]:
-    """Check every step, print a summary, and return the commands with the flags that suit it."""
-    import torch
+def stages(args: argparse.Namespace, plan: dict[int, list[str]]) -> list[Stage]:
+    """Make stages of the steps' shell commands."""
+    return [
+        Stage(
+            f"step {step}",
+            KINDS[step],
+            tuple(command),
+            tuple(arguments_of(command)),
+            args.output_dir / STEP_NAMES[step],
+            widths_of(step, command),
+            borrowed(args, step, command),
+        )
+        for step, command in plan.items()
+    ]
 
-    from dschat.config.preflight import look_ahead
-    from dschat.train.disk import check_disk, free_bytes, in_words
-    from dschat.utils.distributed import Distributed
 
-    count = 1 if args.deployment_type == "single_gpu" else max(torch.cuda.device_count(), 1)
-    process = Distributed(0, count, 0, torch.device("cpu"))
+def check(args: argparse.Namespace, steps: list[Stage]) -> list[Stage]:
+    """Check every step, print a summary, and return the steps with the flags that suit them."""
+    ranks = 1 if args.deployment_type == "single_gpu" else None
     fixed = [name for name in PASSED if getattr(args, name) is not None]
-    stand_ins: dict[str, str] = {}
-    written, result = [], {}
-    print("checking all steps", flush=True)
-    for step, command in plan.items():
-        argv = arguments_of(command)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                ahead = look_ahead(step, argv, stand_ins, process, fixed, widths_of(step, command))
-        except UserError as error:
-            raise UserError(f"step {step}: {error}") from error
-        flags = [word for name, value in ahead.flags.items() for word in (f"--{name}", str(value))]
-        result[step] = [*command, *flags]
-        written += ahead.written
-        if step < 3:
-            stand_ins[str(args.output_dir / STEP_NAMES[step])] = ahead.model
-        steps = ahead.length.steps
-        print(f"step {step}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps")
-        if line := borrowed(args, step, command):
-            print(f"  {line}")
-        if flags:
-            print(f"  chosen by rows and model: {' '.join(flags)}")
-        for line in ahead.length.advice():
-            print(f"  {line}")
-    check_disk(str(args.output_dir), written, checkpoints=0)
-    size, free = in_words(sum(w.folders for w in written)), in_words(free_bytes(args.output_dir))
-    print(f"model folders: {size}, of {free} free in {args.output_dir}", flush=True)
-    return result
-
-
-def local(model: str) -> str:
-    """Make a folder's path absolute; ids and sizes stay."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    return check_ahead(steps, args.output_dir, ranks, fixed)
 
 
 def check_hostfile(args: argparse.Namespace) -> None:
@@ -290,77 +266,22 @@ def check_hostfile(args: argparse.Namespace) -> None:
     os.environ["HOSTFILE"] = str(args.hostfile)
 
 
-def prepare_output_dir(args: argparse.Namespace) -> None:
-    """Make and hold the output folder; stop where that cannot be, or a model would be replaced."""
-    place = f"--output-dir {args.output_dir}"
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{place}: {error.strerror}; give a folder") from error
-    run_lock.hold(args.output_dir)
-    for step in () if args.overwrite_output_dir or args.resume else args.step:
-        if finished(args.output_dir, step):
-            raise UserError(
-                f"{place}: {args.output_dir / STEP_NAMES[step]} holds a finished model; give "
-                "another --output-dir, or --overwrite-output-dir to replace it"
-            )
-
-
-def finished(output_dir: Path, step: int) -> bool:
-    """Tell whether a step has written its model, and no run of it was stopped after that."""
-    from dschat.models.save_plan import holds_model
-    from dschat.train.checkpoint_folder import RECORD, checkpoints_in, folder_of
-
-    folder = output_dir / STEP_NAMES[step]
-    model = folder / "actor" if step == 3 else folder
-    if not holds_model(model):
-        return False
-    written = max(path.stat().st_mtime for path in model.iterdir())
-    saved = checkpoints_in(folder_of(folder)).values()
-    return all((path / RECORD).stat().st_mtime <= written for path in saved)
-
-
-def run_step(step: int, command: list[str]) -> float:
-    """Run one step; returns its seconds, ends the program when it fails or a signal stops it."""
-    print(f"\n== step {step}: {' '.join(command)}", flush=True)
-    start = time.perf_counter()
-    # `python` and `deepspeed` in the scripts are those of the environment that runs this.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    code = launch.run(command, environ=os.environ | {"PATH": path})
-    seconds = time.perf_counter() - start
-    if code == signals.STOPPED:  # the step has said how to go on
-        sys.exit(code)
-    if code != 0:
-        print(f"error: step {step} failed with exit code {code}", file=sys.stderr)
-        sys.exit(code)
-    return seconds
-
-
 def main() -> None:
     """Build what the default needs, check, run the steps, print the closing table."""
     args = parse_args()
     plan = commands(args)
     check_hostfile(args)
-    prepare_output_dir(args)
+    steps = every = stages(args, plan)
+    hold_output(args.output_dir, steps, args.overwrite_output_dir or args.resume, "output-dir")
     if args.actor_model is None:
         from dschat.quickstart import build
 
         build(args.output_dir, args.seed)
-    for step in [step for step in plan if args.resume and finished(args.output_dir, step)]:
-        print(f"step {step}: finished before, its model is in {args.output_dir / STEP_NAMES[step]}")
-        del plan[step]
-    plan = check_ahead(args, plan)
-    if args.dry_run:
-        return
-    signals.restore()  # from here they are the steps'
-    seconds = {step: run_step(step, command) for step, command in plan.items()}
-    if args.actor_model is None and set(seconds) == {1, 2, 3}:
-        from dschat.quickstart.report import print_report
-
-        print_report(args.output_dir, seconds, args.seed)
-        return
-    print("\n" + "\n".join(f"step {step}: {took:.0f} s" for step, took in seconds.items()))
-    print(f"everything is in {args.output_dir}")
+    if args.resume:
+        steps = unfinished(steps)
+    steps = check(args, steps)
+    if not args.dry_run:
+        close(args.output_dir, every, run_all(steps), args.seed, embedded=args.actor_model is None)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ FLOORS = [
     ("rlhf",),
     ("config",),
     ("quickstart", "merge", "checkpoint", "winrate"),
+    ("pipeline",),
     ("command",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -18,6 +18,7 @@ INK, QUIET, LINE = "#1f2328", "#57606a", "#8c959f"
 COLOURS = {
     "users": "#f6f8fa",
     "command": "#f6f8fa",
+    "pipeline": "#e6eaef",
     "quickstart": "#e6eaef",
     "merge": "#e6eaef",
     "checkpoint": "#e6eaef",
@@ -39,6 +40,7 @@ COLOURS = {
 FLOORS = (
     (("users", "training/ · inference/ · e2e_rlhf.py · chat.py", "recipes and programs"),),
     (("command", "command", "`dschat`: the registry of commands, completion, doctor"),),
+    (("pipeline", "pipeline", "stages from one file: checked together, resumed, told in a table"),),
     (
         ("quickstart", "quickstart", "embedded default"),
         ("merge", "merge", "adapter into base"),

@@ -6,16 +6,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from tqdm import tqdm
 
 from dschat.config.failures import line_for
 from dschat.config.help import flag_parser
-from dschat.errors import UserError, brief
-from dschat.settings import Flag, Settings, flags_of, unknown
+from dschat.config.yaml_file import as_words, read_yaml
+from dschat.errors import UserError
+from dschat.settings import Settings, flags_of, unknown
 from dschat.train import run_lock, signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import launched_rank, print_rank_0
@@ -71,7 +70,9 @@ def _given(
     flags = flags_of(cls)
     parser = flag_parser(cls, description)
     yaml_path = parser.parse_known_args([*_only(argv, "--config")])[0].config
-    from_yaml = _yaml_argv(yaml_path, flags) if yaml_path else []
+    from_yaml: list[str] = []
+    if yaml_path:
+        from_yaml = as_words(f"config {yaml_path}", read_yaml(yaml_path), flags)
     # Two passes, so that a word before the first flag cannot join a list that the file ends with.
     try:
         from_file = parser.parse_args(from_yaml)
@@ -90,61 +91,6 @@ def _only(argv: list[str], name: str) -> list[str]:
         if token == name or token.startswith(name + "="):
             return argv[i : i + (1 if "=" in token else 2)]
     return []
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that takes a key twice for an error, where YAML's own takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Build a mapping of distinct keys."""
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                problem = f"the key {key.value} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_argv(path: str, flags: list[Flag]) -> list[str]:
-    """Turn a YAML mapping into command-line tokens, so that both go through the same checks."""
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"config {path} line {number}: not UTF-8; save it as UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path} line {mark.line + 1}" if mark else path
-        raise UserError(f"config {place}: not YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path}: not YAML ({brief(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config {path}: expected lines of `flag: value`")
-    by_name = {flag.name: flag for flag in flags}
-    tokens: list[str] = []
-    for key, value in content.items():
-        if key not in by_name:
-            raise UserError(f"config {path}: {unknown('key', str(key), list(by_name))}")
-        if value is not None:
-            tokens += _yaml_tokens(path, by_name[key], value)
-    return tokens
-
-
-def _yaml_tokens(path: str, flag: Flag, value: Any) -> list[str]:
-    if flag.kind.element is bool:
-        wanted = "true or false"
-        if isinstance(value, bool):
-            return [f"--{flag.name}"] if value else []
-    elif flag.kind.is_tuple and isinstance(value, list):
-        return [f"--{flag.name}", *map(str, value)]
-    else:
-        wanted = "values" if flag.kind.is_tuple else "one value"
-        if not isinstance(value, (bool, dict, list)):
-            return [f"--{flag.name}={value}"]
-    raise UserError(f"config {path}: {flag.name} is {value!r}, expected {wanted}")
 
 
 def run_cli(main: Callable[[], None]) -> None:

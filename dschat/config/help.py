@@ -96,7 +96,8 @@ def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
 
 def _usage(cls: type[Settings]) -> str:
     needed = [f"--{flag.name} TEXT" for flag in flags_of(cls) if flag.default is MISSING]
-    return " ".join(["%(prog)s", *needed, "[--config FILE] [FLAG ...]"])
+    first = getattr(cls, "FIRST_WORD", "[--config FILE]")
+    return " ".join(["%(prog)s", *needed, first, "[FLAG ...]"])
 
 
 def _title(cls: type[Settings], place: tuple[str, ...] | None) -> tuple[str, str | None]:
@@ -107,4 +108,4 @@ def _title(cls: type[Settings], place: tuple[str, ...] | None) -> tuple[str, str
     for name in place:
         (owner,) = (f.metadata["group"] for f in fields(owner) if f.name == name)
     first = (inspect.getdoc(owner) or "").split("\n\n")[0].replace("\n", " ")
-    return " ".join(place) or "this step", first
+    return " ".join(place) or getattr(cls, "KIND", "settings"), first

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dschat.config import RewardSettings, RLHFSettings, SFTSettings
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data.datasets import PromptData
 from dschat.models.config import Build, build_causal_lm, load_config, on_meta
@@ -25,7 +25,17 @@ from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
 
-BUILDS: dict[int, Build] = {1: build_causal_lm, 2: RewardModel.from_config}
+OneModelSettings = SFTSettings | RewardSettings | DPOSettings
+OF_ONE_MODEL: dict[str, type[OneModelSettings]] = {
+    "sft": SFTSettings,
+    "reward": RewardSettings,
+    "dpo": DPOSettings,
+}
+BUILDS: dict[str, Build] = {
+    "sft": build_causal_lm,
+    "reward": RewardModel.from_config,
+    "dpo": build_causal_lm,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class StepAhead:
 
 
 def look_ahead(
-    step: int,
+    kind: str,
     argv: Sequence[str],
     stand_ins: Mapping[str, str],
     process: Distributed,
@@ -56,7 +66,7 @@ def look_ahead(
     """Check a step's settings, models, output folder and data.
 
     Args:
-        step: 1, 2 or 3. argv: of its main.py.
+        kind: sft, reward, dpo or ppo. argv: of its main.py.
         stand_ins: the model that each folder of an earlier step starts from.
         process: one of those that will train. fixed: flags that are the user's choice.
         widths: hidden size of the models that the rates in `argv` are meant for, by the prefix of
@@ -66,18 +76,17 @@ def look_ahead(
         UserError: what would stop the step.
     """
     widths = widths or {}
-    if step == 3:
+    if kind == "ppo":
         rlhf = parse(RLHFSettings, argv, None)
         with run_lock.released_after(rlhf.run.output_dir):  # the step itself will hold it
             return _look_at_ppo(rlhf, stand_ins, process, fixed, widths)
-    settings: SFTSettings | RewardSettings
-    settings = parse(SFTSettings, argv, None) if step == 1 else parse(RewardSettings, argv, None)
+    settings = parse(OF_ONE_MODEL[kind], argv, None)
     with run_lock.released_after(settings.run.output_dir):
-        return _look_at_one_model(settings, BUILDS[step], stand_ins, process, fixed, widths)
+        return _look_at_one_model(settings, BUILDS[kind], stand_ins, process, fixed, widths)
 
 
 def _look_at_one_model(
-    settings: SFTSettings | RewardSettings,
+    settings: OneModelSettings,
     build: Build,
     stand_ins: Mapping[str, str],
     process: Distributed,
@@ -124,10 +133,12 @@ def _look_at_ppo(
     )
     # A policy is held near where it began: by the root it stays there and earns the same reward
     # (docs/ppo/update.md).
-    adapted, flags = _fitting_model(settings.actor, actor, BUILDS[1], "actor_", widths, power=0.5)
+    adapted, flags = _fitting_model(
+        settings.actor, actor, BUILDS["sft"], "actor_", widths, power=0.5
+    )
     settings = replace(settings, actor=adapted)
     if critic is not None:
-        adapted, more = _fitting_model(settings.critic, critic, BUILDS[2], "critic_", widths)
+        adapted, more = _fitting_model(settings.critic, critic, BUILDS["reward"], "critic_", widths)
         settings, flags = replace(settings, critic=adapted), flags | more
     if waits:
         settings.run.check_output(*ROLE_FOLDERS)

@@ -16,7 +16,11 @@ from dschat.utils.optim_config import first_lora_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dschat" / "recipes"
-RECIPES = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.yaml"))]
+RECIPES = [
+    str(path.relative_to(FOLDER))
+    for path in sorted(FOLDER.rglob("*.yaml"))
+    if not path.name.startswith("run")  # pipelines of those beside them: tests/pipeline
+]
 OWN_MODEL = "quickstart/"  # half a million weights: rates of its own, any hardware
 STEPS = {"sft": SFTSettings, "reward": RewardSettings, "dpo": DPOSettings, "ppo": RLHFSettings}
 HARDWARE = {

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 
 from dschat.errors import UserError
+from dschat.pipeline.run import hold_output
 from dschat.train import run_lock
 from tests.helpers.shell import ROOT, STEP1, STEP2, STEP3, TRAINING, fake_launchers, load, started
 from tests.helpers.steps import preference_rows, write_rows
@@ -232,8 +233,11 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
     args = e2e.parse_args([*words, "--output-dir", str(inputs / "out"), *argv])
     cache = ["--data_output_path", str(inputs / "cache"), "--data_split", "1"]
     commands = {step: [*command, *cache] for step, command in e2e.commands(args).items()}
-    checked = e2e.check_ahead(args, commands)
-    return {step: command[len(commands[step]) :] for step, command in checked.items()}
+    checked = e2e.check(args, e2e.stages(args, commands))
+    return {
+        step: [*stage.command[len(commands[step]) :]]
+        for step, stage in zip(commands, checked, strict=True)
+    }
 
 
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
@@ -300,9 +304,8 @@ def test_rows_leave_room_for_the_models(e2e: ModuleType, inputs: Path, monkeypat
 
 def test_an_output_folder_that_cannot_be(e2e: ModuleType, tmp_path: Path):
     (tmp_path / "file").touch()
-    args = e2e.parse_args(["--output-dir", str(tmp_path / "file" / "below")])
     with pytest.raises(UserError, match=r"--output-dir .*below: Not a directory; give a fold"):
-        e2e.prepare_output_dir(args)
+        hold_output(tmp_path / "file" / "below", [], replaces=False, dashes="output-dir")
 
 
 @pytest.mark.parametrize("name", ["actor-models", "reward-models", "step3-models/actor"])
@@ -317,17 +320,21 @@ def test_a_finished_step_is_not_replaced(e2e: ModuleType, tmp_path: Path, name: 
     assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
     steps = {"actor-models": "2", "reward-models": "3", "step3-models/actor": "1"}
     for argv in (["--overwrite-output-dir"], ["--step", steps[name]]):
-        e2e.prepare_output_dir(e2e.parse_args([*argv, "--output-dir", str(tmp_path)]))
+        args = e2e.parse_args([*argv, "--output-dir", str(tmp_path)])
+        stages = e2e.stages(args, e2e.commands(args))
+        hold_output(tmp_path, stages, args.overwrite_output_dir, "output-dir")
 
 
 def test_a_dry_run_starts_nothing(e2e: ModuleType, inputs: Path, monkeypatch):
     started = []
-    monkeypatch.setattr(e2e, "check_ahead", lambda args, plan: plan)
-    monkeypatch.setattr(e2e, "run_step", lambda step, command: started.append(step) or 1.0)
+    monkeypatch.setattr(e2e, "check", lambda args, steps: steps)
+    monkeypatch.setattr(
+        e2e, "run_all", lambda steps: {s.name: started.append(s.kind) or 1.0 for s in steps}
+    )
     argv = ["e2e_rlhf.py", "--actor-model", "1.3b", "--output-dir", str(inputs / "dry")]
     monkeypatch.setattr("sys.argv", [*argv, "--dry-run"])
     e2e.main()
     assert started == []
     monkeypatch.setattr("sys.argv", argv)
     e2e.main()
-    assert started == [1, 2, 3]
+    assert started == ["sft", "reward", "ppo"]

@@ -1,0 +1,83 @@
+"""Settings in YAML files, as the words of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dschat.errors import UserError, brief
+from dschat.settings import Flag, unknown
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that takes a key twice for an error, where YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Build a mapping of distinct keys."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: with the line of what is wrong.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"config {path} line {number}: not UTF-8; save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path} line {mark.line + 1}" if mark else path
+        raise UserError(f"config {place}: not YAML ({error.problem})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not YAML ({brief(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {path}: expected lines of `flag: value`")
+    return content
+
+
+def as_words(place: str, content: Mapping[Any, Any], flags: Sequence[Flag]) -> list[str]:
+    """Turn a mapping into command-line words, so that both go through the same checks.
+
+    Args:
+        place: of the mapping, for messages.
+
+    Raises:
+        UserError: an unknown key, with the nearest, or a value of another shape than the flag's.
+    """
+    by_name = {flag.name: flag for flag in flags}
+    tokens: list[str] = []
+    for key, value in content.items():
+        if key not in by_name:
+            raise UserError(f"{place}: {unknown('key', str(key), list(by_name))}")
+        if value is not None:
+            tokens += _words_of(place, by_name[key], value)
+    return tokens
+
+
+def _words_of(place: str, flag: Flag, value: Any) -> list[str]:
+    if flag.kind.element is bool:
+        wanted = "true or false"
+        if isinstance(value, bool):
+            return [f"--{flag.name}"] if value else []
+    elif flag.kind.is_tuple and isinstance(value, list):
+        return [f"--{flag.name}", *map(str, value)]
+    else:
+        wanted = "values" if flag.kind.is_tuple else "one value"
+        if not isinstance(value, (bool, dict, list)):
+            return [f"--{flag.name}={value}"]
+    raise UserError(f"{place}: {flag.name} is {value!r}, expected {wanted}")

@@ -1,0 +1,1 @@
+"""Several programs in turn, from one file: checked together, resumed where they stopped."""

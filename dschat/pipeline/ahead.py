@@ -1,0 +1,70 @@
+"""Checks of all stages before the first one trains, and the flags that suit their rows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dschat.errors import UserError
+from dschat.pipeline.stage import Stage
+
+
+def check_ahead(
+    stages: Sequence[Stage],
+    output_dir: Path,
+    ranks: int | None,
+    fixed: Sequence[str] = (),
+    fit: bool = True,
+) -> list[Stage]:
+    """Check every stage's settings, models, rows, folders and disk; print a line on each.
+
+    Args:
+        ranks: that train; None for as many as there are GPUs.
+        fixed: flags that are the user's choice.
+        fit: add the flags that suit rows and models better than those that are given.
+
+    Returns:
+        The stages, with these flags.
+
+    Raises:
+        UserError: what would stop a stage, after its name.
+    """
+    import torch
+
+    from dschat.config.preflight import StepAhead, look_ahead
+    from dschat.train.disk import check_disk, free_bytes, in_words
+    from dschat.utils.distributed import Distributed
+
+    count = ranks or max(torch.cuda.device_count(), 1)
+    process = Distributed(0, count, 0, torch.device("cpu"))
+    stand_ins: dict[str, str] = {}
+    found: list[StepAhead] = []
+    result = []
+    print("checking all steps", flush=True)
+    for stage in stages:
+        widths: Mapping[str, int] = stage.widths if fit else {}
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                ahead = look_ahead(stage.kind, stage.argv, stand_ins, process, fixed, widths)
+        except UserError as error:
+            raise UserError(f"{stage.name}: {error}") from error
+        flags = [word for name, value in ahead.flags.items() for word in (f"--{name}", str(value))]
+        flags = flags if fit else []
+        result.append(stage.with_flags(*flags))
+        found.append(ahead)
+        stand_ins[str(stage.model)] = ahead.model
+        steps = ahead.length.steps
+        print(f"{stage.name}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps")
+        if stage.remark:
+            print(f"  {stage.remark}")
+        if flags:
+            print(f"  chosen by rows and model: {' '.join(flags)}")
+        for line in ahead.length.advice():
+            print(f"  {line}")
+    written = [one for ahead in found for one in ahead.written]
+    check_disk(str(output_dir), written, checkpoints=0)
+    size, free = in_words(sum(w.folders for w in written)), in_words(free_bytes(output_dir))
+    print(f"model folders: {size}, of {free} free in {output_dir}", flush=True)
+    return result

@@ -1,0 +1,204 @@
+"""A pipeline's file: its stages, their models, data and hardware, and how they hang together."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.cli import parse
+from dschat.config.yaml_file import as_words, read_yaml
+from dschat.errors import UserError
+from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
+from dschat.settings import Settings, flags_of, setting, unknown
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+KINDS: dict[str, type[Settings]] = {
+    "sft": SFTSettings,
+    "reward": RewardSettings,
+    "dpo": DPOSettings,
+    "ppo": RLHFSettings,
+}
+MODEL, CRITIC = "model_name_or_path", "critic_model_name_or_path"
+CONFIG = "config"  # of a stage: a file of its settings, beside the pipeline's or in RECIPES
+EMBEDDED = "embedded"  # the model that is generated, with its data
+
+
+@dataclass(frozen=True)
+class PipelineSettings(Settings):
+    """What all stages share; a stage's own flags win."""
+
+    FIRST_WORD: ClassVar[str] = "PIPELINE"
+
+    output_dir: str = setting("./output", "the models of all stages, in folders of their own")
+    model: str | None = setting(
+        None, "what the first stage starts from; embedded: a small one, generated with its data"
+    )
+    reward_model: str | None = setting(
+        None, "what the reward model starts from (default: the model of the stage sft)"
+    )
+    data_path: tuple[str, ...] = setting((), "data of all stages", may_be_empty=True)
+    hardware: str = setting(
+        "single_gpu",
+        "one GPU, or the CPU where there is none; all of one machine; those of the hostfile",
+        choices=("single_gpu", "single_node", "multi_node"),
+    )
+    ranks: int | None = setting(None, "processes on one machine (default: by GPUs)", at_least=1)
+    hostfile: str = setting("/job/hostfile", "of multi_node: a line `host slots=8` for each")
+    seed: int = setting(1234, "seed of all stages", at_least=0)
+    fit_to_rows: bool = setting(
+        False, "choose accumulation, epochs and warm-up by the rows, where none are given here"
+    )
+    num_train_epochs: int | None = setting(None, "of every stage", at_least=1)
+    gradient_accumulation_steps: int | None = setting(None, "of every stage", at_least=1)
+    num_warmup_steps: int | None = setting(None, "of every stage", at_least=0)
+    save_steps: int | None = setting(None, "steps between checkpoints, of every stage", at_least=0)
+    overwrite_output_dir: bool = setting(False, "replace models that are there")
+    resume: bool = setting(False, "skip finished stages, go on inside the one that stopped")
+    dry_run: bool = setting(False, "check all stages and stop")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hardware == "multi_node" and self.ranks is not None:
+            raise UserError(f"ranks {self.ranks}: the hostfile decides them; drop ranks")
+        if self.hardware == "multi_node" and not Path(self.hostfile).is_file():
+            raise UserError(f"hostfile {self.hostfile}: no such file; name one")
+
+    @property
+    def launcher(self) -> list[str]:
+        """Words before `-m dschat` or its like that start the ranks of a stage."""
+        python = [sys.executable, "-m"]
+        if self.hardware == "multi_node":
+            hosts = str(Path(self.hostfile).resolve())
+            return [*python, "deepspeed.launcher.runner", "--hostfile", hosts, "--module", "dschat"]
+        if self.hardware == "single_gpu" and self.ranks in (None, 1):
+            return [*python, "dschat"]
+        ranks = "gpu" if self.ranks is None else str(self.ranks)
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        return [*python, *torchrun, "-m", "dschat"]
+
+    @property
+    def common_flags(self) -> list[str]:
+        """Flags of every stage."""
+        words = ["--seed", str(self.seed)]
+        for name in PASSED:
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name}", str(value)]
+        words += ["--data_path", *map(local, self.data_path)] if self.data_path else []
+        words += ["--overwrite_output_dir"] * self.overwrite_output_dir
+        return words + [RESUME] * self.resume
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline's settings and its stages, in their order."""
+
+    settings: PipelineSettings
+    stages: tuple[Stage, ...]
+
+
+def shipped() -> dict[str, Path]:
+    """Map the names of the pipelines that come with the library to their files.
+
+    A folder's name is its run.yaml, and FOLDER/8b its run_8b.yaml.
+    """
+    files = sorted(RECIPES.rglob("run*.yaml"), key=lambda path: (path.parent, path.stem))
+    return {
+        "/".join([*file.parent.relative_to(RECIPES).parts, *file.stem.split("_", 1)[1:]]): file
+        for file in files
+    }
+
+
+def find(name: str) -> Path:
+    """Find a pipeline's file: a path, or the name of one that comes with the library.
+
+    Raises:
+        UserError: there is none; with the nearest name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = shipped()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "dschat run --help lists those of the library"
+    raise UserError(f"{name}: no such file or pipeline; {hint}")
+
+
+def read(path: Path, argv: Sequence[str], description: str | None) -> Pipeline:
+    """Read a pipeline's file; flags of the command line win over it.
+
+    Raises:
+        UserError: an unknown key (with the nearest), or a value that a setting cannot have.
+    """
+    content = read_yaml(path)
+    listed = content.pop("stages", None)
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"config {path}: stages: give at least one of {', '.join(KINDS)}")
+    words = as_words(f"config {path}", content, flags_of(PipelineSettings))
+    settings = parse(PipelineSettings, [*words, *argv], description)
+    stages: list[Stage] = []
+    for kind, flags in listed.items():
+        place = f"config {path}: stages"
+        if kind not in KINDS:
+            raise UserError(f"{place}: {unknown('stage', str(kind), list(KINDS))}")
+        if flags is not None and not isinstance(flags, dict):
+            raise UserError(f"{place}: {kind} is {flags!r}: give lines of `flag: value`")
+        stages.append(_stage(kind, flags or {}, settings, stages, path))
+    return Pipeline(settings, tuple(stages))
+
+
+def _stage(
+    kind: str, given: Mapping[Any, Any], settings: PipelineSettings, before: list[Stage], path: Path
+) -> Stage:
+    """Make a stage; its settings are checked, its models and data not yet."""
+    place, cls = f"config {path}: stages: {kind}", KINDS[kind]
+    own = {key: value for key, value in given.items() if key != CONFIG}
+    words: list[str] = []
+    if (config := given.get(CONFIG)) is not None:
+        words += ["--config", str(_config(str(config), path, place))]
+    folder = Path(settings.output_dir).resolve() / FOLDERS[kind]
+    words += _inputs(kind, settings, before)
+    words += [*settings.common_flags, "--output_dir", str(folder)]
+    words += as_words(place, own, flags_of(cls))
+    try:
+        parse(cls, words, None)
+    except UserError as error:
+        raise UserError(f"{kind}: {error}") from error
+    return Stage(kind, kind, (*settings.launcher, kind, *words), tuple(words), folder)
+
+
+def _config(name: str, path: Path, place: str) -> Path:
+    for folder in (path.parent, RECIPES):
+        if (folder / name).is_file():
+            return (folder / name).resolve()
+    raise UserError(f"{place}: {CONFIG} {name}: no such file beside the pipeline or in {RECIPES}")
+
+
+def _inputs(kind: str, settings: PipelineSettings, before: Sequence[Stage]) -> list[str]:
+    """Choose models and data that the pipeline gives a stage; its own flags come after."""
+    made = {stage.kind: str(stage.model) for stage in before}
+    out = Path(settings.output_dir).resolve()
+    first = settings.model and local(settings.model)
+    words = ["--data_output_path", str(out / ".data")]
+    if settings.model == EMBEDDED:
+        first = str(out / "model")
+        words += ["--data_path", str(out / ("sft" if kind == "sft" else "data"))]
+    policy = made.get("dpo") or made.get("sft") or first
+    if kind == "ppo":
+        critic = made.get("reward") or (settings.reward_model and local(settings.reward_model))
+        named = {f"actor_{MODEL}": policy, CRITIC: critic}
+    elif kind == "reward":
+        named = {MODEL: (settings.reward_model and local(settings.reward_model)) or policy}
+    else:
+        named = {MODEL: first if kind == "sft" else policy}
+    return words + [word for n, model in named.items() if model for word in (f"--{n}", model)]
+
+
+def local(name: str) -> str:
+    """Make the path of a file or folder absolute; ids stay."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

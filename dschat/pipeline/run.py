@@ -1,0 +1,78 @@
+"""Run stages one after the other, up to the first that fails; what is finished stays."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dschat.errors import UserError
+from dschat.pipeline.stage import Stage
+from dschat.train import launch, run_lock, signals
+
+
+def hold_output(output_dir: Path, stages: Sequence[Stage], replaces: bool, dashes: str) -> None:
+    """Make and hold the output folder.
+
+    Args:
+        replaces: finished models may be replaced, or are skipped.
+        dashes: the flags' names, `output-dir` or `output_dir`.
+
+    Raises:
+        UserError: it cannot be made, another run holds it, or a model would be replaced.
+    """
+    place = f"--{dashes} {output_dir}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror}; give a folder") from error
+    run_lock.hold(output_dir)
+    overwrite = f"--overwrite{dashes[6]}{dashes}"
+    for stage in () if replaces else stages:
+        if stage.is_finished:
+            raise UserError(
+                f"{place}: {stage.folder} holds a finished model; give another --{dashes}, or "
+                f"{overwrite} to replace it"
+            )
+
+
+def unfinished(stages: Sequence[Stage]) -> list[Stage]:
+    """Leave out the stages that finished before, and name them."""
+    left = []
+    for stage in stages:
+        if stage.is_finished:
+            print(f"{stage.name}: finished before, its model is in {stage.folder}")
+        else:
+            left.append(stage)
+    return left
+
+
+def run_stage(stage: Stage, log: Path | None = None) -> float:
+    """Run one stage; returns its seconds, ends the program when it fails or a signal stops it.
+
+    Args:
+        log: a file that gets what it prints as well.
+    """
+    print(f"\n== {stage.name}: {' '.join(stage.command)}", flush=True)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    # `python` and `deepspeed` in a script are those of the environment that runs this.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    code = launch.run(stage.command, log=log, environ=os.environ | {"PATH": path})
+    if code == signals.STOPPED:  # the stage has said how to go on
+        sys.exit(code)
+    if code != 0:
+        print(f"error: {stage.name} failed with exit code {code}", file=sys.stderr)
+        sys.exit(code)
+    return time.perf_counter() - start
+
+
+def run_all(
+    stages: Sequence[Stage], run: Callable[[Stage], float] = run_stage
+) -> Mapping[str, float]:
+    """Run all stages; returns the seconds of each by its name."""
+    signals.restore()  # from here they are the stages'
+    return {stage.name: run(stage) for stage in stages}

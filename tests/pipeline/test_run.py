@@ -1,0 +1,87 @@
+"""Running stages: finished ones are skipped, the first that fails ends it, the table tells all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dschat.pipeline import __main__ as program
+from dschat.pipeline.closing import close
+from dschat.pipeline.run import run_stage, unfinished
+from dschat.pipeline.stage import Stage
+from tests.helpers.steps import preference_rows, write_rows
+from tests.helpers.tiny import save_llama_folder
+
+
+def stage(folder: Path, code: str, kind: str = "sft") -> Stage:
+    """A stage whose program is a line of Python."""
+    return Stage(kind, kind, (sys.executable, "-c", code), (), folder / kind)
+
+
+def finish(stage: Stage, *figures: dict[str, float]) -> None:
+    """What a stage leaves behind."""
+    stage.model.mkdir(parents=True)
+    (stage.model / "config.json").touch()
+    lines = [json.dumps({"kind": "eval", "step": i} | f) for i, f in enumerate(figures)]
+    (stage.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_stage_is_logged_and_timed(tmp_path: Path, capfd):
+    seconds = run_stage(stage(tmp_path, "print('hello')"), tmp_path / "sft" / "training.log")
+    assert (tmp_path / "sft" / "training.log").read_text() == "hello\n" and seconds > 0
+    assert "== sft: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_the_first_that_fails_ends_the_pipeline_with_its_code(code: int, tmp_path: Path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_stage(stage(tmp_path, f"raise SystemExit({code})"))
+    assert stop.value.code == code
+    told = capfd.readouterr().err
+    assert told == ("" if code == 75 else "error: sft failed with exit code 2\n")
+
+
+def test_finished_stages_are_skipped_and_told_in_the_table(tmp_path: Path, capsys):
+    stages = [stage(tmp_path, "", kind) for kind in ("sft", "reward", "ppo")]
+    finish(stages[0], {"perplexity": 808.08}, {"perplexity": 1.4})
+    assert unfinished(stages) == stages[1:]
+    finish(stages[1], {"accuracy": 0.5}, {"accuracy": 0.948})
+    finish(stages[2], {"reward": -4.45}, {"reward": -0.22})
+    close(tmp_path, stages, {"reward": 67.2, "ppo": 62.4}, seed=1)
+    assert capsys.readouterr().out.splitlines() == [
+        f"sft: finished before, its model is in {tmp_path / 'sft'}",
+        "",
+        "                     before   after  seconds",
+        "sft     perplexity  808.080   1.400  earlier",
+        "reward  accuracy      0.500   0.948       67",
+        "ppo     reward       -4.450  -0.220       62",
+        f"everything is in {tmp_path}",
+        f"chat with it: dschat chat --path {tmp_path / 'ppo' / 'actor'}",
+    ]
+
+
+def test_all_stages_are_checked_before_the_first_starts(tmp_path: Path, monkeypatch, capsys):
+    save_llama_folder(tmp_path / "model", max_position_embeddings=128)
+    write_rows(tmp_path / "pairs.jsonl", preference_rows(40, seed=0))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path}/model\ndata_path: [{tmp_path}/pairs.jsonl]\n"
+        "stages:\n  sft: {max_seq_len: 64, dtype: fp32}\n  dpo: {max_seq_len: 64, dtype: fp32}\n"
+        "  reward: {max_seq_len: 64, dtype: fp32}\n  ppo: {max_prompt_seq_len: 48, "
+        "max_answer_seq_len: 8, dtype: fp32}\n"
+    )
+    started: list[str] = []
+    monkeypatch.setattr(program, "logged", lambda stage: started.append(stage.kind) or 1.0)
+    argv = ["dschat run", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    program.main()
+    told = capsys.readouterr().out
+    kinds = ["sft", "dpo", "reward", "ppo"]
+    checked = [line.split(":")[0] for line in told.splitlines() if "optimizer steps" in line]
+    assert checked == kinds == started and "model folders: " in told
+    monkeypatch.setattr(program, "check_ahead", lambda stages, *_, fit: stages)
+    monkeypatch.setattr(sys, "argv", [*argv, "--dry_run"])
+    program.main()
+    assert started == kinds
