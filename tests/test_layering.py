@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,45 @@ def test_functional_needs_torch_alone():
     ground = [n for n in SOURCES if room_of(n) in ("errors", "lazy", "settings", "functional")]
     packages = {t.split(".")[0] for n in ground for t in imports_of(SOURCES[n].read_text())}
     assert packages <= BARE_PACKAGES
+
+
+def imported_at_once(nodes: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports that importing a module runs: not those of its functions, nor for type checkers."""
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            yield from imported_at_once([*node.body, *node.orelse])
+        elif isinstance(node, ast.If):
+            yield from imported_at_once(node.orelse)
+        elif isinstance(node, ast.Try | ast.With | ast.ClassDef):
+            yield from imported_at_once(node.body)
+
+
+def packages_of(name: str) -> dict[str, str]:
+    """Packages that importing a module imports, each with the module that does."""
+    found, seen, queue = {}, set(), [name]
+    while queue:
+        module = queue.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for node in imported_at_once(ast.parse(SOURCES[module].read_text()).body):
+            for target in imports_of(ast.unparse(node)):
+                if target in SOURCES:
+                    parts = target.split(".")
+                    queue += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+                else:
+                    found.setdefault(target.split(".")[0], module)
+    return found
+
+
+def test_settings_need_none_of_the_packages_that_take_seconds():
+    """Import them in the function that needs them, or from dschat.lazy; see tests/test_start.py."""
+    slow = {"torch", "transformers", "datasets", "deepspeed", "numpy", "pyarrow", "huggingface_hub"}
+    found = packages_of("dschat.config.cli") | packages_of("dschat.config.programs")
+    assert {name: by for name, by in found.items() if name in slow} == {}
+    assert "yaml" in found
 
 
 def test_the_library_does_not_know_its_users():

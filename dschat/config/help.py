@@ -97,7 +97,8 @@ def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
 def _usage(cls: type[Settings]) -> str:
     needed = [f"--{flag.name} TEXT" for flag in flags_of(cls) if flag.default is MISSING]
     first = getattr(cls, "FIRST_WORD", "[--config FILE]")
-    return " ".join(["%(prog)s", *needed, first, "[FLAG ...]"])
+    words = " ".join(["%(prog)s", *needed, first, "[FLAG ...]"])
+    return textwrap.fill(words, 64, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _title(cls: type[Settings], place: tuple[str, ...] | None) -> tuple[str, str | None]:

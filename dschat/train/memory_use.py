@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from dschat.lazy import torch
 
 GIB = 2**30
 
