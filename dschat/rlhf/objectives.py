@@ -16,15 +16,17 @@ from dschat.functional.returns import kl_k3
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.ppo_config import PPOConfig
 
+Sums = dict[str, torch.Tensor]  # scalars, read together when the optimizer step is made
 
-def loss_count(e: Experience, config: PPOConfig) -> float:
-    """Number of what the policy's loss is a mean over: tokens of the loss, or answers.
+
+def loss_count(e: Experience, config: PPOConfig) -> torch.Tensor:
+    """Count what the policy's loss is a mean over: tokens of the loss, or answers.
 
     An answer that is masked because it was cut counts as an answer, as in TRL; one without a reward
     does not.
     """
     of_tokens = config.policy.loss_aggregation == "token"
-    return float((e.loss_mask if of_tokens else e.counted).sum().item())
+    return (e.loss_mask if of_tokens else e.counted).sum()
 
 
 def policy_objective(
@@ -33,7 +35,7 @@ def policy_objective(
     entropy: torch.Tensor,
     config: PPOConfig,
     kl_coef: float,
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> tuple[torch.Tensor, Sums]:
     """Policy loss, summed over what it is a mean over, and sums to report.
 
     Args:
@@ -52,30 +54,30 @@ def policy_objective(
         loss = loss + kl_coef * kl_loss(logprobs, e.ref_logprobs, mask, weights)
     with torch.no_grad():
         sums = {
-            "tokens": mask.sum().item(),
-            "actor_loss": loss.item(),
-            "ratio": (ratio * mask).sum().item(),
+            "tokens": mask.sum(),
+            "actor_loss": loss.detach(),
+            "ratio": (ratio * mask).sum(),
             # Outside the mask the two may drift apart without bound.
-            "approx_kl": kl_k3(e.logprobs, logprobs.where(mask, e.logprobs)).sum().item(),
-            "entropy": entropy.where(mask, 0.0).sum().item(),
+            "approx_kl": kl_k3(e.logprobs, logprobs.where(mask, e.logprobs)).sum(),
+            "entropy": entropy.where(mask, 0.0).sum(),
         }
         sums |= clip_sums(ratio - 1.0, mask, config)
         if importance is not None:
-            sums["importance_capped"] = ((importance >= cap) & mask).sum().item()
+            sums["importance_capped"] = ((importance >= cap) & mask).sum()
         if policy.loss_aggregation != "token":
             sums["loss_count"] = loss_count(e, config)
         return loss, sums
 
 
-def clip_sums(moved: torch.Tensor, mask: torch.Tensor, config: PPOConfig) -> dict[str, float]:
+def clip_sums(moved: torch.Tensor, mask: torch.Tensor, config: PPOConfig) -> Sums:
     """Count the tokens whose ratio is beyond the clip range, by side where the sides differ.
 
     Ratios of entire answers have another name: their range is narrower by orders of magnitude, and
     a large share of them is no sign of long updates.
     """
     low, high = config.clip_range
-    below = ((moved < -low) & mask).sum().item()
-    above = ((moved > high) & mask).sum().item()
+    below = ((moved < -low) & mask).sum()
+    above = ((moved > high) & mask).sum()
     is_sequence = config.policy.importance_level == "sequence"
     name = "answer_clip_fraction" if is_sequence else "clip_fraction"
     sums = {name: below + above}
@@ -84,9 +86,7 @@ def clip_sums(moved: torch.Tensor, mask: torch.Tensor, config: PPOConfig) -> dic
     return sums
 
 
-def value_objective(
-    e: Experience, values: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, dict[str, float]]:
+def value_objective(e: Experience, values: torch.Tensor, clip: float) -> tuple[torch.Tensor, Sums]:
     """Value loss, summed over the tokens of the losses, and sums to report.
 
     Args:
@@ -94,8 +94,8 @@ def value_objective(
     """
     old, mask = filled(e.values), e.loss_mask
     loss = value_loss(values, old, filled(e.returns), mask, clip)
-    sums = {"tokens": mask.sum().item(), "critic_loss": loss.item()}
+    sums = {"tokens": mask.sum(), "critic_loss": loss.detach()}
     if clip:
         beyond = ((values - old).abs() > clip) & mask
-        sums["value_clip_fraction"] = beyond.sum().item()
+        sums["value_clip_fraction"] = beyond.sum()
     return loss, sums

@@ -25,7 +25,7 @@ from dschat.models.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
 from dschat.rlhf.dynamic_sampling import Resampled, SparePrompts, resampled
 from dschat.rlhf.experience import Experience, filled, minibatches
-from dschat.rlhf.objectives import loss_count, policy_objective, value_objective
+from dschat.rlhf.objectives import Sums, loss_count, policy_objective, value_objective
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_health import check_figures
 from dschat.rlhf.ppo_statistics import (
@@ -45,6 +45,7 @@ from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.train.checkpointer import check_weights
 from dschat.train.engine import Engine, backward
 from dschat.train.steps import accumulation_groups
+from dschat.train.transfer import numbers, read_sums
 from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.predecessor import changed_class, moved
 
@@ -193,11 +194,10 @@ class DeepSpeedPPOTrainer:
         actor, critic = StepMeans("actor"), StepMeans("critic")
         trains_actor, steps, actor_steps, distances = not self.warming_up, 0, 0, []
         for group in self.groups(experiences):
+            here = [e.loss_mask.sum() for e in group], [loss_count(e, self.config) for e in group]
+            counted = numbers([*here[0], *here[1]])
             tokens, losses = all_reduce_sum(
-                [
-                    float(sum(e.loss_mask.sum().item() for e in group)),
-                    sum(loss_count(e, self.config) for e in group),
-                ]
+                [sum(counted[: len(group)]), sum(counted[len(group) :])]
             )
             if not tokens:
                 self.pass_over(None if self.warming_up else self.roles.actor, self.roles.critic)
@@ -251,11 +251,11 @@ class DeepSpeedPPOTrainer:
         Measured by passes of its own: gradients of a group that then makes no step would have to
         be taken back.
         """
-        moved = 0.0
+        parts = []
         for e in group:
             now = self.policy_scores(e).logprobs
-            moved += kl_k3(e.logprobs, now).where(e.loss_mask, 0.0).sum().item()
-        (moved,) = all_reduce_sum([moved])
+            parts.append(kl_k3(e.logprobs, now).where(e.loss_mask, 0.0).sum())
+        (moved,) = all_reduce_sum([sum(numbers(parts))])
         return moved / tokens
 
     def actor_step(self, group: list[Experience], scale: float, means: StepMeans) -> None:
@@ -263,34 +263,37 @@ class DeepSpeedPPOTrainer:
         actor = self.roles.actor
         if self.ptx is not None:
             self.ptx.backward(actor, [len(e) for e in group])
-        total = 0.0
+        parts = []
         for i, e in enumerate(group):
             loss, sums = self.actor_loss(e)
             backward(actor, loss * scale, last=i == len(group) - 1)
-            means.add(sums)
-            total += sums["actor_loss"]
-        if self.step(actor, "actor", total, means) and self.roles.ema is not None:
+            parts.append(sums)
+        if self.step(actor, "actor", parts, means) and self.roles.ema is not None:
             self.roles.ema.update()
 
     def critic_step(
         self, critic: Engine, group: list[Experience], scale: float, means: StepMeans
     ) -> None:
         """Make one step of the critic over an accumulation group."""
-        total = 0.0
+        parts = []
         for i, e in enumerate(group):
             loss, sums = self.critic_loss(critic, e)
             backward(critic, loss * scale, last=i == len(group) - 1)
-            means.add(sums)
-            total += sums["critic_loss"]
-        self.step(critic, "critic", total, means)
+            parts.append(sums)
+        self.step(critic, "critic", parts, means)
 
-    def step(self, engine: Engine, role: str, loss: float, means: StepMeans) -> bool:
-        """Make an optimizer step of a summed loss; tell whether it changed the weights.
+    def step(self, engine: Engine, role: str, parts: list[Sums], means: StepMeans) -> bool:
+        """Make an optimizer step; tell whether it changed the weights.
+
+        Args:
+            parts: sums of each micro-batch, the loss's among them.
 
         Raises:
             UserError: on every rank, where the loss, or the norm of the gradients, is not finite.
         """
-        (loss,) = all_reduce_sum([loss])
+        for sums in (found := read_sums(parts)):
+            means.add(sums)
+        (loss,) = all_reduce_sum([sum(sums[f"{role}_loss"] for sums in found)])
         check_figures({f"{role}_loss": loss}, self.iterations + 1)
         engine.step()
         if not engine.was_step_applied():
@@ -313,13 +316,13 @@ class DeepSpeedPPOTrainer:
             temperature=temperature,
         )
 
-    def actor_loss(self, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
+    def actor_loss(self, e: Experience) -> tuple[torch.Tensor, Sums]:
         """Policy loss of one mini-batch, summed, and sums to report."""
         scored = self.policy_scores(e, with_entropy=True)
         entropy = filled(scored.entropy)
         return policy_objective(e, scored.logprobs, entropy, self.config, self.kl.coefficient)
 
-    def critic_loss(self, critic: Engine, e: Experience) -> tuple[torch.Tensor, dict[str, float]]:
+    def critic_loss(self, critic: Engine, e: Experience) -> tuple[torch.Tensor, Sums]:
         """Value loss of one mini-batch, summed over its tokens, and sums to report."""
         values = answer_values(critic, e.sequences, e.attention_mask, e.answer_mask.shape[1])
         return value_objective(e, values, self.config.cliprange_value)

@@ -17,6 +17,7 @@ from dschat.train.means import Means
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
+from dschat.train.transfer import numbers
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 from dschat.utils.flops import Matrices
 from dschat.utils.optim import group_rates
@@ -50,7 +51,10 @@ def timed(
 def batch_counts(
     micro_batches: Sequence[BatchT], targets: Callable[[BatchT], torch.Tensor]
 ) -> list[float]:
-    """Count in this rank's micro-batches: the loss's targets, real tokens, sequences."""
+    """Count in this rank's micro-batches: the loss's targets, real tokens, sequences.
+
+    On the host, where they were collated, it waits for no device.
+    """
     counts = [0.0, 0.0, 0.0]
     for batch in micro_batches:
         rows = batch.attention_mask.unflatten(0, (-1, len(batch.real)))[:, batch.real]
@@ -60,16 +64,17 @@ def batch_counts(
     return counts
 
 
-def finite_loss(step: int, loss_sum: float, targets: float) -> float:
-    """Sum the loss of an optimizer step over the ranks, before the step is made.
+def finite_loss(step: int, losses: Sequence[torch.Tensor], targets: float) -> float:
+    """Sum the loss of an optimizer step over micro-batches and ranks, before the step is made.
 
     Args:
-        step: its number. loss_sum: this rank's. targets: terms of the loss, on all ranks.
+        step: its number. losses: scalars, of this rank's micro-batches. targets: terms of the loss,
+            on all ranks.
 
     Raises:
         UserError: on every rank, where the loss is not finite.
     """
-    (total,) = all_reduce_sum([loss_sum])
+    (total,) = all_reduce_sum([sum(numbers(losses))])
     check_finite(total / max(targets, 1.0), f"loss of optimizer step {step}")
     return total
 

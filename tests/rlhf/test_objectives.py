@@ -23,6 +23,7 @@ from dschat.rlhf.policy_config import PolicyConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_statistics import StepMeans, masked_share
 from dschat.settings import flags_of
+from dschat.train.transfer import read_sums
 
 NEW = [[-1.0, -2.0, -0.5, -1.5], [-0.7, -1.2, -3.0, 0.0], [-2.0, -1.0, 0.0, 0.0]]
 OLD = [[-1.3, -1.6, -0.5, -2.5], [-0.9, -1.1, -2.2, 0.0], [-1.5, -1.2, 0.0, 0.0]]
@@ -96,7 +97,7 @@ def learned(e: Experience, config: PPOConfig) -> Experience:
 def mean_of(parts: list[Experience], config: PPOConfig, kl: float) -> tuple[float, float]:
     """Loss and norm of the gradient over micro-batches, as an optimizer step makes them."""
     total, squares, means = 0.0, 0.0, StepMeans("actor")
-    count = sum(loss_count(e, config) for e in parts)
+    count = sum(loss_count(e, config) for e in parts).item()
     for e in parts:
         rows = [NEW[i] if i < 3 else [0.0] * 4 for i in e.group.tolist()]
         new = torch.tensor(rows, requires_grad=True)
@@ -104,7 +105,7 @@ def mean_of(parts: list[Experience], config: PPOConfig, kl: float) -> tuple[floa
         (loss / count).backward()
         squares += new.grad.square().sum().item()
         total += loss.item() / count
-        means.add(sums)
+        means.add(*read_sums([sums]))
     assert means.means()["actor_loss"] == pytest.approx(total, abs=1e-6)
     return total, math.sqrt(squares)
 

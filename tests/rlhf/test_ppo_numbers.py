@@ -17,6 +17,8 @@ from dschat.rlhf.ppo_statistics import (
     value_statistics,
     zero_spread,
 )
+from dschat.train.transfer import read_sums
+from tests.helpers.recorder import Recorder
 from tests.helpers.tiny import PAD
 
 
@@ -123,7 +125,10 @@ def test_what_the_critics_steps_report(monkeypatch):
     monkeypatch.setattr(ppo_trainer, "answer_values", lambda *_: moved)
     config = PPOConfig(cliprange_value=0.2)
     trainer = ppo_trainer.DeepSpeedPPOTrainer(None, config, world_size=1, seed=0)
-    loss, sums = trainer.critic_loss(None, e)
+    with Recorder() as recorder:
+        loss, sums = trainer.critic_loss(None, e)
+    assert recorder.reads == 0  # the numbers of a step leave together
+    (sums,) = read_sums([sums])
     expected = {"tokens": 4, "value_clip_fraction": 2, "critic_loss": (0.01 + 0.09 + 0.09) / 2}
     assert sums == pytest.approx(expected, abs=1e-6)
     assert loss.item() == sums["critic_loss"]
@@ -139,7 +144,10 @@ def test_what_the_actors_steps_report(monkeypatch):
     monkeypatch.setattr(ppo_trainer.DeepSpeedPPOTrainer, "policy_scores", lambda *_, **__: scored)
     config = PPOConfig(cliprange=0.2)
     trainer = ppo_trainer.DeepSpeedPPOTrainer(None, config, world_size=1, seed=0)
-    _, sums = trainer.actor_loss(e)
+    with Recorder() as recorder:
+        _, sums = trainer.actor_loss(e)
+    assert recorder.reads == 0
+    (sums,) = read_sums([sums])
     expected = {
         "tokens": 4,
         "actor_loss": -(1.0 + 1.2 + 0.5 + 1.1),

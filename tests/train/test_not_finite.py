@@ -27,9 +27,9 @@ REMEDY = "the run stops and its weights are not saved; give a lower learning rat
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_names_its_step(loss: float):
-    assert finite_loss(3, 8.0, targets=4.0) == 8.0
+    assert finite_loss(3, [torch.tensor(5.0), torch.tensor(3.0)], targets=4.0) == 8.0
     with pytest.raises(UserError) as error:
-        finite_loss(3, loss, targets=4.0)
+        finite_loss(3, [torch.tensor(loss)], targets=4.0)
     assert str(error.value).startswith(f"loss of optimizer step 3 is {loss}: {REMEDY}")
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from dschat.functional.losses import mean_scale, pairwise_loss
-from dschat.models.causal_lm import create_hf_model, forward_inputs
+from dschat.models.causal_lm import create_hf_model
 from dschat.models.logprobs import target_loss
 from dschat.models.reward_model import create_critic_model, scores_at_end
+from dschat.models.right_padding import needed_mask, right_padded_inputs
 from dschat.train.engine import backward, build_engine, torch_dtype
 from dschat.train.steps import accumulation_groups
 from dschat.utils import zero
@@ -49,13 +50,13 @@ def loss_and_count(engine: nn.Module, cell: cells.Cell, rows: list[int]) -> tupl
         ids, mask, loss_mask = cells.sft_batch(rows)
 
         def sft() -> torch.Tensor:
-            return target_loss(engine, forward_inputs(engine, ids, mask), loss_mask)
+            return target_loss(engine, right_padded_inputs(engine, ids, mask), loss_mask)
 
         return sft, loss_mask[:, 1:].sum().item()
     ids, mask, real = cells.pair_batch(rows, size=max(4, len(rows)))
 
     def pairwise() -> torch.Tensor:
-        scores = scores_at_end(engine(ids, mask), mask)
+        scores = scores_at_end(engine(ids, needed_mask(engine, ids, mask)), mask)
         return pairwise_loss(*scores.chunk(2), real)
 
     return pairwise, len(rows)

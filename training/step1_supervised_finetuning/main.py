@@ -35,6 +35,7 @@ from dschat.train.evaluation import answer_loss, evaluate_answers, trained_token
 from dschat.train.prepare import plan_model, prepare, setup_run
 from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.steps import accumulation_groups
+from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 
@@ -74,18 +75,18 @@ def main() -> None:
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
     for epoch in range(position.epoch, steps.epochs):
         train_loader.set_epoch(epoch, skip=position.batches(epoch))
-        for micro_batches in accumulation_groups(train_loader, steps.batches_per_step):
+        groups = accumulation_groups(train_loader, steps.batches_per_step)
+        for collated, micro_batches in ahead(groups, device):
             if step == steps.total_steps:
                 break
-            micro_batches = [batch.to(device) for batch in micro_batches]
-            counts = all_reduce_sum(batch_counts(micro_batches, trained_tokens))
-            scale, loss_sum = mean_scale(counts[0], ctx.world_size), 0.0
+            counts = all_reduce_sum(batch_counts(collated, trained_tokens))
+            scale, losses = mean_scale(counts[0], ctx.world_size), []
             for i, batch in enumerate(micro_batches):
                 loss = answer_loss(engine, batch)
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
-                loss_sum += loss.item()
+                losses.append(loss.detach())
             step += 1
-            loss_sum = finite_loss(step, loss_sum, counts[0])
+            loss_sum = finite_loss(step, losses, counts[0])
             engine.step()
             log.step(step, loss_sum, counts)
             if settings.print_loss:

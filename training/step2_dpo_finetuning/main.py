@@ -39,6 +39,7 @@ from dschat.train.preferences import FallWatch, evaluate_preferences
 from dschat.train.prepare import plan_model, prepare, setup_run
 from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.steps import accumulation_groups
+from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 
@@ -74,20 +75,20 @@ def main() -> None:
         log.evaluation(step, *timed(evaluate))
     for epoch in range(position.epoch, steps.epochs):
         train_loader.set_epoch(epoch, skip=position.batches(epoch))
-        for micro_batches in accumulation_groups(train_loader, steps.batches_per_step):
+        groups = accumulation_groups(train_loader, steps.batches_per_step)
+        for collated, micro_batches in ahead(groups, device):
             if step == steps.total_steps:
                 break
-            micro_batches = [batch.to(device) for batch in micro_batches]
-            counts = all_reduce_sum(batch_counts(micro_batches, pair_count))
-            scale, loss_sum, figures = mean_scale(counts[0], ctx.world_size), 0.0, Means()
+            counts = all_reduce_sum(batch_counts(collated, pair_count))
+            scale, losses, figures = mean_scale(counts[0], ctx.world_size), [], Means()
             distance = objective.distance(engine, micro_batches)
             for i, batch in enumerate(micro_batches):
                 loss, of_batch = objective(engine, batch, distance)
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
-                loss_sum += loss.item()
+                losses.append(loss.detach())
                 figures.add(of_batch)
             step += 1
-            loss_sum = finite_loss(step, loss_sum, counts[0])
+            loss_sum = finite_loss(step, losses, counts[0])
             engine.step()
             log.step(step, loss_sum, counts, figures.over_ranks())
             if settings.print_loss:
