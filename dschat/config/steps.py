@@ -84,6 +84,9 @@ class RewardSettings(StepSettings):
         at_least=0,
         at_most=1,
     )
+    share_prompts: bool = setting(
+        False, "compute the prompt of a pair once, in batches where that is less work"
+    )
     train_head_only: bool = setting(False, "train the reward head on a frozen trunk")
     eval_iters: int | None = setting(
         None, "evaluation batches at --eval_interval (default: all)", at_least=1
@@ -96,6 +99,16 @@ class RewardSettings(StepSettings):
             raise UserError("train_head_only and lora_dim contradict: adapters change the trunk")
         self.sampler()
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
+
+    def check_model(self) -> None:
+        """Stop where the model cannot be trained by these settings; read its config alone."""
+        super().check_model()
+        if self.share_prompts:
+            from dschat.models.shared_prompt_proof import check_shared_prompts
+
+            check_shared_prompts(
+                self.model_name_or_path, self.batch.max_seq_len, self.run.attn_implementation
+            )
 
     @property
     def trains_head_only(self) -> bool:

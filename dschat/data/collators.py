@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
 from dschat.data.columns import OwnColumns, picked
-from dschat.lazy import np, torch
+from dschat.lazy import torch
 
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")
-
-_ENDLESS_STREAM = 4  # of the seed, apart from those of splits and streams
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class SFTCollator:
     def __call__(self, rows: Sequence[Row]) -> SFTBatch:
         """Pad to the longest row; raises KeyError on rows of another phase."""
         input_ids, attention_mask = _pad([row["input_ids"] for row in rows], self.pad_token_id)
-        real = _real(rows)
+        real = real_rows(rows)
         spans = [[0, row["length"]] if self.train_on_prompt else row["trained"] for row in rows]
         loss_mask = _within(spans, attention_mask) & real[:, None]
         # The first token of a sequence has nothing before it to be predicted from.
@@ -161,41 +158,11 @@ class PairCollator:
         """Pad and stack chosen over rejected; raises KeyError on rows of another phase."""
         sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
         input_ids, attention_mask = _pad(sequences, self.pad_token_id)
-        real = _real(rows)
+        real = real_rows(rows)
         starts = torch.tensor(2 * [row["prompt_len"] for row in rows])
         is_answer = torch.arange(attention_mask.shape[1]) >= starts[:, None]
         answer_mask = attention_mask & is_answer & real.repeat(2)[:, None]
         return PairBatch(input_ids, attention_mask, real, answer_mask)
-
-
-@dataclass(frozen=True)
-class RewardCollator:
-    """Phase-2 rows → RewardBatch.
-
-    Attributes:
-        margin: of rows that have none of their own.
-        endless_share: share of answers that lose their end token. Which ones, the seed and the
-            answer decide, so that a row is the same in every epoch, batch and resumed run.
-    """
-
-    pad_token_id: int
-    margin: float = 0.0
-    endless_share: float = 0.0
-    seed: int = 0
-
-    def __call__(self, rows: Sequence[Row]) -> RewardBatch:
-        """Pad and stack chosen over rejected; raises KeyError on rows of another phase."""
-        margins = [row.get("margin") for row in rows]
-        if self.endless_share:
-            rows = [without_end(row, self._is_endless) for row in rows]
-        pairs = PairCollator(self.pad_token_id)(rows)
-        margin = torch.tensor([self.margin if value is None else value for value in margins])
-        return RewardBatch(**vars(pairs), margin=margin.float())
-
-    def _is_endless(self, ids: Sequence[int]) -> bool:
-        content = zlib.crc32(np.asarray(ids, dtype=np.int32).tobytes())
-        draw = np.random.default_rng([self.seed, _ENDLESS_STREAM, content]).random()
-        return bool(draw < self.endless_share)
 
 
 def without_end(row: Row, chosen: Callable[[Sequence[int]], bool] = lambda ids: True) -> Row:
@@ -246,7 +213,7 @@ class PromptCollator:
         own = None
         if any("columns" in row for row in rows):
             own = tuple(json.loads(row["columns"]) for row in rows)
-        return PromptBatch(*_pad(prompts, self.pad_token_id, left=True), _real(rows), own)
+        return PromptBatch(*_pad(prompts, self.pad_token_id, left=True), real_rows(rows), own)
 
 
 def _pad(
@@ -273,5 +240,6 @@ def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> tor
     return attention_mask & inside
 
 
-def _real(rows: Sequence[Row]) -> torch.Tensor:
+def real_rows(rows: Sequence[Row]) -> torch.Tensor:
+    """(B,) bool: True for rows that are no filler."""
     return torch.tensor([row.get("real", True) for row in rows])

@@ -36,7 +36,14 @@ def packed_inputs(model: nn.Module, input_ids: torch.Tensor, position_ids: torch
             "position_ids": position_ids,
             **sequence_bounds(position_ids),
         }
-    mask = packed_mask(position_ids)
+    return masked_inputs(module, input_ids, packed_mask(position_ids), position_ids)
+
+
+def masked_inputs(
+    model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor
+) -> dict:
+    """Build the keyword arguments of a forward pass under a (B, 1, T, T) mask, True sees."""
+    module = _language_model(model)
     if module.config._attn_implementation == "eager":  # adds its mask to the scores
         dtype = module.dtype
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -85,12 +92,13 @@ def check_packing(
     config = load_config(model_name_or_path, attn_implementation=attn_implementation)
     with torch.device("meta"):
         module = build_causal_lm(config)
-    problem = _obstacle(module, module.config, max_seq_len)
+    problem = obstacle(module, module.config, max_seq_len)
     if problem is not None:
         raise UserError(f"packing: model {model_name_or_path} {problem}; {_UNPACKED}")
 
 
-def _obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> str | None:
+def obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> str | None:
+    """Say what keeps a model from serving several sequences in one row; None: nothing known."""
     if getattr(config, "alibi", False) or not takes_argument(module, "position_ids"):
         return "takes no position_ids (ALiBi, or a recurrent state), so none can begin anew"
     used = config._attn_implementation

@@ -32,6 +32,7 @@ from dschat.models.causal_lm import (
 )
 from dschat.models.config import load_config
 from dschat.models.reward_statistics import RewardStatistics
+from dschat.models.shared_prompt import shared_prompt_inputs
 from dschat.models.vocabulary import grow_vocabulary
 from dschat.models.weight_files import (
     DISK_HEAD,
@@ -83,17 +84,24 @@ class RewardModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         use_reward_head: bool = False,
+        segments: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute values: (B, T) ids and bool mask -> (B, T) fp32, by `value_scaling` where set.
 
-        Without a mask, as `right_padding.needed_mask` may give it, every token counts.
+        Without a mask, as `right_padding.needed_mask` may give it, every token counts. With
+        (B, T) `segments` and `position_ids` a row is a pair (`shared_prompt`).
 
         With `use_reward_head`, by the copy that `keep_reward_head` made, and never scaled. Both
         heads run whenever both exist: ZeRO-3 prefetches by the order of modules, which must not
         vary.
         """
-        inputs = forward_inputs(self.rwtransformer, input_ids, attention_mask)
-        hidden = self.rwtransformer(**inputs, use_cache=False)[0]  # (B, T, H)
+        trunk = self.rwtransformer
+        if segments is not None and position_ids is not None:
+            inputs = shared_prompt_inputs(trunk, input_ids, segments, position_ids)
+        else:
+            inputs = forward_inputs(trunk, input_ids, attention_mask)
+        hidden = trunk(**inputs, use_cache=False)[0]  # (B, T, H)
         values = self.v_head(hidden)
         if self.reward_head is not None:
             rewards = self.reward_head(hidden)

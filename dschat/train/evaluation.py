@@ -15,6 +15,7 @@ from torch import nn
 
 from dschat.data.collators import Batch, PackedBatch, PairBatch, PreferenceBatch, SFTBatch
 from dschat.data.report import DataReport
+from dschat.data.reward_batches import SharedPromptBatch
 from dschat.models.causal_lm import eval_mode
 from dschat.models.logprobs import target_loss
 from dschat.models.packing import packed_inputs
@@ -56,15 +57,21 @@ def evaluate_answers(
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def pair_scores(model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_scores(
+    model: nn.Module, batch: PairBatch | SharedPromptBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) scores of the chosen and (B,) of the rejected answers."""
+    if isinstance(batch, SharedPromptBatch):
+        values = model(batch.input_ids, segments=batch.segments, position_ids=batch.position_ids)
+        chosen, rejected = values.gather(-1, batch.ends).unbind(-1)
+        return chosen, rejected
     mask = needed_mask(model, batch.input_ids, batch.attention_mask)
     values = model(batch.input_ids, mask)
     chosen, rejected = scores_at_end(values, batch.attention_mask).chunk(2)
     return chosen, rejected
 
 
-def pair_count(batch: PairBatch) -> torch.Tensor:
+def pair_count(batch: PairBatch | SharedPromptBatch) -> torch.Tensor:
     """Count the pairs of a batch that the loss runs over."""
     return batch.real.sum()
 

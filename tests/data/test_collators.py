@@ -6,9 +6,7 @@ from dschat.data.batching import build_loader
 from dschat.data.collators import (
     PairCollator,
     PromptCollator,
-    RewardCollator,
     SFTCollator,
-    without_end,
 )
 from dschat.models.causal_lm import position_ids_from
 
@@ -58,40 +56,6 @@ def test_pairs_are_stacked_chosen_first():
         [0, 0, 1, 1],
     ]
     assert batch.real.tolist() == [True, True]
-
-
-def _pair(number: int, **more):
-    ids = {"chosen_ids": [5, number, EOS], "rejected_ids": [5, EOS, number, EOS]}
-    return {**ids, "prompt_len": 1, **more}
-
-
-def test_margins_of_rows_stand_before_the_runs_own():
-    rows = [_pair(6, margin=2.5), _pair(7, margin=None), _pair(8, margin=0.0), _pair(9)]
-    batch = RewardCollator(PAD, margin=1.0)(rows)
-    assert batch.margin.tolist() == [2.5, 1.0, 0.0, 1.0] and batch.margin.dtype == torch.float32
-
-
-def test_answers_lose_their_end_by_seed_and_content_alone():
-    rows = [_pair(number) for number in range(300)]
-    collate = RewardCollator(PAD, endless_share=0.3, seed=1)
-    lengths = collate(rows).attention_mask.sum(-1)
-    cut = 3 - lengths[:300], 4 - lengths[300:]
-    # 600 draws of 0.3: 180, and 45 from there to four standard deviations
-    assert 135 < sum(side.sum().item() for side in cut) < 225
-    assert cut[0].tolist() != cut[1].tolist()  # each side is drawn for itself
-    others = collate(rows[::-1][:100]).attention_mask.sum(-1)[:100]
-    assert others.tolist() == lengths[200:300].flip(0).tolist()
-    again = RewardCollator(PAD, endless_share=0.3, seed=2)(rows).attention_mask.sum(-1)
-    assert again.tolist() != lengths.tolist()
-    assert rows[0] == _pair(0)  # nothing is changed in place
-    for share, missing in ((0.0, 0), (1.0, 600)):
-        mask = RewardCollator(PAD, endless_share=share)(rows).attention_mask
-        assert mask.sum().item() == 300 * (3 + 4) - missing
-
-
-def test_an_answer_of_its_end_alone_keeps_it():
-    row = {"chosen_ids": [5, EOS], "rejected_ids": [5, 6, EOS], "prompt_len": 1}
-    assert without_end(row) == {**row, "rejected_ids": [5, 6]}
 
 
 def test_prompts_are_padded_on_the_left_with_positions():

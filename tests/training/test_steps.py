@@ -104,7 +104,7 @@ def one_rank(inputs: Path) -> Run:
     plan.append([*dpo, "--output_dir", folder / "dpo"])
     plan.append([*grpo_on_sums(inputs, folder), "--output_dir", folder / "grpo"])
     full = [REWARD, "--model_name_or_path", sft, *fp32, *SHORT, *batch, "--max_steps", "1"]
-    plan.append([*full, "--output_dir", folder / "full"])
+    plan.append([*full, "--share_prompts", "--output_dir", folder / "full"])
     again = ["--show", "0", "--all_rows", "--output_dir", folder / "bench"]
     bench = ["--data_path", "bench.jsonl", *cache(folder), "--max_seq_len", "64"]
     plan += [

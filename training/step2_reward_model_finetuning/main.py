@@ -25,11 +25,13 @@ from functools import partial
 from dschat.config import RewardSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
-from dschat.data.collators import PreferenceCollator, RewardCollator
+from dschat.data.collators import PreferenceCollator
+from dschat.data.reward_batches import RewardCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
+from dschat.models.shared_prompt_proof import prove_shared_prompts
 from dschat.train.engine import backward
 from dschat.train.evaluation import (
     evaluate_pairs,
@@ -65,7 +67,9 @@ def main() -> None:
 
     # 2. batches, model, engine
     pad = ctx.tokenizer.pad_token_id
-    collator = RewardCollator(pad, settings.margin, settings.endless_share, ctx.seed)
+    collator = RewardCollator(
+        pad, settings.margin, settings.endless_share, ctx.seed, settings.share_prompts
+    )
     train_loader = ctx.loader(data.train, collator, settings.sampler(), shuffle=True)
     eval_rows = batch_config.per_device_eval_batch_size
     in_order = PreferenceCollator(pad)
@@ -78,6 +82,8 @@ def main() -> None:
     create = partial(create_critic_model, init_head=True)
     run = prepare(ctx, settings, model, data, train_loader, create)
     engine, steps, device = run.engine, run.steps, ctx.device
+    if settings.share_prompts:
+        prove_shared_prompts(engine, device)
     log, position = run.start()
 
     # 3. train; evaluate before, at intervals, after each epoch
