@@ -41,6 +41,8 @@ from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
+from dschat.rlhf.static_model import StaticModel
+from dschat.rlhf.static_rollout import StaticRollout
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.engine import torch_dtype
 from dschat.train.model_config import ModelConfig
@@ -134,7 +136,10 @@ def measure(args: argparse.Namespace, folder: Path, layout: str) -> dict[str, ob
         per_device_generation_batch_size=args.batch,
         per_device_training_batch_size=args.batch,
     )
-    trainer = DeepSpeedPPOTrainer(roles, config, distributed.world_size, seed=SEED)
+    engine = None
+    if args.engine == "static":
+        engine = StaticRollout(StaticModel(roles.actor.module), tokenizer, args.batch)
+    trainer = DeepSpeedPPOTrainer(roles, config, distributed.world_size, engine, seed=SEED)
     set_random_seed(SEED)
     ids = torch.randint(3, len(tokenizer), (args.batch, args.prompt_tokens))
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones(args.batch) > 0)
@@ -209,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     add("--iterations", type=int, default=4, help="of PPO; the first warms up")
     add("--turns", type=int, default=2, help="processes of each layout")
     add("--dtype", default="bf16", choices=["fp32", "bf16"], help="of the weights")
+    add("--engine", default="generate", choices=["generate", "static"], help="of the rollouts")
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where")
     add("--table", action="store_true", help="print model states of known models instead")
     add("--zero_stage", type=int, default=0, choices=[0, 1, 2, 3], help="of the table")

@@ -36,6 +36,7 @@ class Sampled:
 
     sequences: torch.Tensor  # (B, P + A) ids: the prompts unchanged, then answers
     logprobs: torch.Tensor | None = None  # (B, A) fp32, by the sampler; None: it does not tell
+    steps: int = 0  # decoding steps, in sequence; 0: one for each of the A tokens
 
 
 class StopStrings(StoppingCriteria):
@@ -51,15 +52,16 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         """(B,) bool: rows whose answer is complete."""
         tails = input_ids[:, self.prompt_length :][:, -self.reach :]
-        return torch.tensor(self._complete(tails.tolist()), device=input_ids.device)
+        return torch.tensor(self.complete(tails.tolist()), device=input_ids.device)
 
     def end(self, answer: Sequence[int]) -> int | None:
         """Count tokens up to the one that completes the first stop string; None: none does."""
         ends = range(1, len(answer) + 1)
         tails = [list(answer[max(0, end - self.reach) : end]) for end in ends]
-        return next((n for n, done in zip(ends, self._complete(tails), strict=True) if done), None)
+        return next((n for n, done in zip(ends, self.complete(tails), strict=True) if done), None)
 
-    def _complete(self, tails: list[list[int]]) -> list[bool]:
+    def complete(self, tails: list[list[int]]) -> list[bool]:
+        """Tell which of these ends of answers, of up to `reach` tokens, hold a stop string."""
         texts = [decode(self.tokenizer, tail) for tail in tails]
         return [any(stop in text for stop in self.strings) for text in texts]
 

@@ -21,6 +21,7 @@ from dschat.models.reward_statistics import read_statistics
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import SavePlan
 from dschat.rlhf.dynamic_sampling import SparePrompts
+from dschat.rlhf.engines import choose_engine
 from dschat.rlhf.generation import tell_unused_ends
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.ppo_log import PPOLog
@@ -33,7 +34,6 @@ from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.role_checks import check_role_contexts, check_roles
 from dschat.rlhf.role_settings import RoleNames
 from dschat.rlhf.role_setup import RoleConfig, RoleSetup
-from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.train.checkpointer import Checkpointer, Position
 from dschat.train.disk import Written, reserve
@@ -215,8 +215,7 @@ def prepare(
     tell_unused_ends(plan.names.actor, tokenizer)
 
     roles = DeepSpeedRLHFEngine.load(setup, tokenizer, ctx, settings.ema)
-    fused = settings.fuse_lora_for_generation
-    engine = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fused)
+    engine = choose_engine(settings, roles, tokenizer)
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size}
     ptx = PTX(text, settings.ptx.unsup_coef, seed=ctx.seed, **ranks) if text else None
     spare = SparePrompts.of(ctx, config, data) if config.policy.dynamic_sampling_rounds else None

@@ -119,8 +119,9 @@ def generate_sorted(
 ) -> Generated:
     """Generate in chunks of rows of like length, each only as wide as its longest prompt.
 
-    When one chunk holds all rows they keep their order.
+    When one chunk holds all rows they keep their order; an engine that refills gets all rows.
     """
+    chunk_rows = len(prompts.real) if engine.refills else chunk_rows
     lengths = prompts.attention_mask.sum(dim=-1)
     order = torch.arange(len(lengths), device=lengths.device)
     if len(lengths) > chunk_rows:
@@ -132,18 +133,18 @@ def generate_sorted(
         # A model may look at the ids under padding: they are those of its own padding.
         ids = ids.masked_fill(~mask, pad_token_id)
         sampled = engine.generate(PromptBatch(ids, mask, prompts.real[index]), sampling)
-        parts.append(Sampled(sampled.sequences[:, width:], sampled.logprobs))
-    steps = [part.sequences.shape[1] for part in parts]
+        parts.append(replace(sampled, sequences=sampled.sequences[:, width:]))
+    widths = [part.sequences.shape[1] for part in parts]
 
     def rows(columns: list[torch.Tensor], fill: int) -> torch.Tensor:
-        wide = [F.pad(c, (0, max(steps) - c.shape[1]), value=fill) for c in columns]
+        wide = [F.pad(c, (0, max(widths) - c.shape[1]), value=fill) for c in columns]
         return torch.cat(wide)[order.argsort()]
 
     told = [part.logprobs for part in parts if part.logprobs is not None]
     return Generated(
         rows([part.sequences for part in parts], pad_token_id),
         rows(told, 0) if len(told) == len(parts) else None,
-        sum(steps),
+        sum(part.steps or width for part, width in zip(parts, widths, strict=True)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,14 @@ ROUNDINGS = 8  # of the largest logit, by which two ways of adding the same may 
 
 
 class RolloutEngine(Protocol):
-    """Sampler of answers; a faster one than `TransformersRollout` may take its place."""
+    """Sampler of answers; a faster one than `TransformersRollout` may take its place.
+
+    Attributes:
+        refills: it takes any number of prompts, and decides by itself how many answers grow at a
+            time; False: it gets chunks of prompts of like length.
+    """
+
+    refills: ClassVar[bool]
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         """Sample one answer for every prompt, by the policy's present weights.
@@ -44,6 +51,8 @@ class RolloutEngine(Protocol):
 @dataclass(frozen=True)
 class TransformersRollout:
     """Samples by transformers' own `generate`, on the training engine's weights."""
+
+    refills: ClassVar[bool] = False
 
     model: nn.Module  # a causal LM or an engine around one, in eval mode when it generates
     tokenizer: PreTrainedTokenizerBase

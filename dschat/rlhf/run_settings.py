@@ -55,6 +55,12 @@ class PPORunSettings(Settings):
     max_prompt_seq_len: int = setting(
         256, "tokens of a prompt; longer ones lose their beginning", at_least=1
     )
+    rollout_engine: str = setting(
+        "auto",
+        "what samples the answers: generate of transformers, or a static cache whose rows are "
+        "refilled; auto: the static one where the model passes its proof",
+        choices=("auto", "generate", "static"),
+    )
     fuse_lora_for_generation: bool = setting(
         False, "fold the actor's adapters into its weights while it generates"
     )

@@ -10,18 +10,25 @@ from dschat.data.collators import PromptBatch
 from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
+from dschat.rlhf.static_model import StaticModel
+from dschat.rlhf.static_rollout import StaticRollout
 from dschat.utils.module.lora import adapters_disabled, lora_layers
 from tests.helpers import tiny
+from tests.helpers.tiers import tiers
 from tests.rlhf.tiny_roles import LORA, MODELS, Setting, ppo_trainer, prompts
 
 TOKENIZER = tiny.byte_tokenizer()
 ENGINES: dict[str, Callable[[nn.Module], RolloutEngine]] = {
     "generate": lambda model: TransformersRollout(model, TOKENIZER),
     "generate, fused": lambda model: TransformersRollout(model, TOKENIZER, fuse_adapters=True),
+    "static": lambda model: StaticRollout(StaticModel(model), TOKENIZER, 3),  # one prompt waits
+    "static, fused": lambda model: StaticRollout(StaticModel(model), TOKENIZER, 8, True),
+    "static, unrecorded": lambda model: StaticRollout(StaticModel(model, False), TOKENIZER, 3),
 }
 ANSWER = 7
 ROUNDING = 2e-5  # of log-probabilities that a cache and one pass add up in other orders
 each_engine = pytest.mark.parametrize("name", ENGINES)
+core_engine = pytest.mark.parametrize("name", tiers(ENGINES, ("generate", "static, fused")))
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def train_a_little(model: nn.Module) -> None:
 
 
 @each_engine
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", tiers(MODELS, ("llama",)))
 def test_an_engine_samples_the_model(name, family):
     model = MODELS[family]()
     engine = ENGINES[name](model)
@@ -79,7 +86,7 @@ def test_an_engine_samples_the_model(name, family):
     prove(engine, model, prompts(seed=1, width=17))  # another shape, more padding
 
 
-@each_engine
+@core_engine
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 def test_an_engine_follows_the_weights(name, lora):
     """After an update, after other weights were loaded, with adapters off, and back again."""
@@ -104,7 +111,7 @@ def test_an_engine_follows_the_weights(name, lora):
     assert torch.equal(answers_of(engine), before)
 
 
-@each_engine
+@core_engine
 def test_answers_depend_on_the_seed_and_the_weights_alone(name):
     """An engine that has worked, and one that a resumed run has made, draw the same answers."""
     model = tiny.tiny_llama()

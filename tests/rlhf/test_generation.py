@@ -174,6 +174,8 @@ def test_the_engine_tells_the_log_probabilities_that_it_sampled_by(load_roles, t
 class Fixed:
     """An engine that says the same every time."""
 
+    refills = False
+
     sampled: Sampled
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
@@ -245,6 +247,8 @@ class Echo:
 
     The k-th answer to one prompt ends in k.
     """
+
+    refills = False
 
     seen: list[PromptBatch] = field(default_factory=list)
     counts: dict = field(default_factory=dict)

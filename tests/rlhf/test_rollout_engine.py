@@ -22,6 +22,8 @@ def plain(seed: int = 0) -> TransformersRollout:
 class Wrong:
     """Plain generation with one fault."""
 
+    refills = False
+
     inner: TransformersRollout
     logit_error: float = 0.0
     wrong_token: bool = False

@@ -43,7 +43,7 @@ SAMPLING = ["--dtype", "fp32", "--ppo_epochs", "2", "--generation_batches", "2"]
 SAMPLING += ["--eval_interval", "2"]
 # The critic's warm-up ends, the coefficient moves and updates end early before and after the kill.
 SAMPLING += ["--critic_warmup_iterations", "1", "--kl_target", "0.5", "--kl_horizon", "8"]
-SAMPLING += ["--update_kl_limit", "1e-3"]
+SAMPLING += ["--update_kl_limit", "1e-5"]
 
 PPO_RESUMED = ["--save_steps", "1", "--output_dir", "ppo-killed", "--resume"]
 

@@ -105,11 +105,15 @@ def make_model_gradient_checkpointing_compatible(model: nn.Module) -> nn.Module:
     )
 
 
+def adapted_layers(model: nn.Module) -> list[LoRALayer | TokenRows]:
+    """List everything that `adapters_disabled` switches off."""
+    return [*lora_layers(model).values(), *token_rows(model).values()]
+
+
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Switch all adapters off inside the block: the model computes what its base computes."""
-    layers: list[LoRALayer | TokenRows]
-    layers = [*lora_layers(model).values(), *token_rows(model).values()]
+    layers = adapted_layers(model)
     before = [layer.adapter_enabled for layer in layers]
     for layer in layers:
         layer.adapter_enabled = False
@@ -126,6 +130,23 @@ def shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in users.items() if count > 1}
 
 
+def _fusible(model: nn.Module) -> list[LoRALayer]:
+    shared = shared_weights(model)
+    return [
+        layer
+        for layer in lora_layers(model).values()
+        if layer.adapter_enabled
+        and not isinstance(layer, QuantizedLoRALinear)
+        and not any(id(layer.get_parameter(leaf)) in shared for leaf in layer.adapted)
+    ]
+
+
+def fused_bytes(model: nn.Module) -> int:
+    """Count the bytes of the copies that `fused_adapters` keeps."""
+    weights = [layer.get_parameter(leaf) for layer in _fusible(model) for leaf in layer.adapted]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
 @contextlib.contextmanager
 def fused_adapters(model: nn.Module) -> Iterator[None]:
     """Fuse adapters into the weights inside the block; after it the base is back bit for bit.
@@ -133,14 +154,7 @@ def fused_adapters(model: nn.Module) -> Iterator[None]:
     Disabled adapters are left out; those on a quantised weight, or on one that another module uses
     as well, stay adapters. Every weight is copied meanwhile. Not for ZeRO-3 shards.
     """
-    shared = shared_weights(model)
-    layers = [
-        layer
-        for layer in lora_layers(model).values()
-        if layer.adapter_enabled
-        and not isinstance(layer, QuantizedLoRALinear)
-        and not any(id(layer.get_parameter(leaf)) in shared for leaf in layer.adapted)
-    ]
+    layers = _fusible(model)
     originals = []
     with torch.no_grad():
         for layer in layers:

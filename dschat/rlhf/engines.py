@@ -1,0 +1,53 @@
+"""The choice of a run's rollout engine: the fastest that passes its proof."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dschat.errors import UserError
+from dschat.models.causal_lm import unwrap
+from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
+from dschat.rlhf.run_settings import PPORunSettings
+from dschat.rlhf.static_model import StaticModel
+from dschat.rlhf.static_proof import disproof
+from dschat.rlhf.static_rollout import StaticRollout
+from dschat.utils.distributed import print_rank_0
+from dschat.utils.module.lora import fused_bytes
+
+# Adapters are folded unasked where this takes less than an update of the model does, and where
+# folded weights are no other policy: in fp32.
+SMALL_COPY = 32 * 2**20
+
+
+def choose_engine(
+    settings: PPORunSettings, roles: DeepSpeedRLHFEngine, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """Build the engine that `rollout_engine` names, or the fastest one; say which, in one line.
+
+    Raises:
+        UserError: the static engine was asked for, and the model does not pass its proof.
+    """
+    asked, fuse = settings.rollout_engine, settings.fuse_lora_for_generation
+    plain = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fuse)
+    if asked == "generate":
+        return plain
+    static = StaticModel(unwrap(roles.actor))
+    reason = disproof(static, settings.max_seq_len)
+    if reason is not None:
+        if asked == "static":
+            raise UserError(
+                f"rollout_engine static: {reason}; use rollout_engine auto, which then generates "
+                "by transformers"
+            )
+        print_rank_0(f"rollouts: generate of transformers; no static cache: {reason}")
+        return plain
+    copy = fused_bytes(static.model)
+    fuse = fuse or (0 < copy <= SMALL_COPY and static.dtype == torch.float32)
+    told = "static cache" + (", recorded steps" if static.is_recording else "")
+    if fuse:
+        told += f", adapters folded into the weights ({copy / 2**20:.3g} MiB more meanwhile)"
+    print_rank_0(f"rollouts: {told}; its logits are those of entire texts")
+    rows = settings.ppo.chunk_rows(settings.ppo.answers_per_prompt)
+    return StaticRollout(static, tokenizer, rows, fuse)
