@@ -48,6 +48,8 @@ WRONG = {
     "fusing": ((PPO, *ROLES, "--fuse_lora_for_generation"), "add actor_lora_dim"),
     "no YAML": ((DPO, "--config", "missing.yaml"), "config missing.yaml: No such file"),
     "no JSON": ((SFT, *MODEL, "--deepspeed_config", "missing.json"), "missing.json: no such file"),
+    "no data": ((SFT, *MODEL, "--data_path", "./no.jsonl"), "data_path ./no.jsonl: no such file"),
+    "no model": ((DPO, "--model_name_or_path", "./none"), "tokenizer './none' is not a folder"),
     "inspect": (("dschat/data/__main__.py", "inspect", *MODEL, "--phas", "1"), "mean --phase"),
 }
 RUN = """

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dschat.config.failures import line_for
 from dschat.config.help import flag_parser
+from dschat.config.paths import check_paths
 from dschat.config.yaml_file import as_words, read_yaml
 from dschat.errors import UserError
 from dschat.settings import Settings, flags_of, unknown
@@ -49,14 +50,14 @@ def parse(
 def check_flags(
     cls: type[Settings], description: str | None, argv: Sequence[str] | None = None
 ) -> None:
-    """Stop at `--help` and at flags and files of them that are wrong, as `run_cli(main)` would.
+    """Stop at `--help`, at wrong flags and at files that are missing, as `run_cli(main)` would.
 
     Programs call it before the imports of what they run, which take seconds.
     """
     guard_terminal()
     try:
         with _one_line():
-            cls.of(**_given(cls, argv, description))
+            check_paths(cls.of(**_given(cls, argv, description)))
     except SystemExit:
         signals.restore()
         raise

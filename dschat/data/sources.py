@@ -14,12 +14,12 @@ import datasets
 
 from dschat.data import hub
 from dschat.data.files import BROKEN, digest_files, read_rows, short_name
+from dschat.data.names import SUFFIXES, is_spelt_as_path
 from dschat.data.readers import LOCAL_JSON, Reader, choose_reader
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError, brief
 from dschat.text.conversations import Example, Skip, kind_of
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 # The first name that is present counts; the later ones are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
 TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
@@ -64,7 +64,7 @@ class Finder:
         path = Path(name).expanduser()
         if name == LOCAL_JSON:
             return self._local_json()
-        is_path = name.startswith((".", os.sep, "~")) or path.suffix in self.suffixes
+        is_path = is_spelt_as_path(name, self.suffixes)
         if not path.exists() and not is_path and not (os.sep in name and path.parent.is_dir()):
             loaded = hub.fetch(name, self.setting, self.config, self.streaming)
             return self._splits(name, loaded)
