@@ -65,18 +65,32 @@ def _without_origin(value: Any) -> Any:
     return {str(k): _without_origin(v) for k, v in own.items() if k != "transformers_version"}
 
 
-_CHUNK = 2**22  # elements that are widened to 64 bits at once
+# Elements that are widened to 64 bits at once: what a core's cache holds, and what fills a device.
+_CHUNK_ON_CPU, _CHUNK = 2**17, 2**22
+# Two to the 64 by the golden ratio: of its multiples modulo 2**64 no two near ones are alike.
+_GOLDEN = -7046029254386353131
 
 
 def _weighted_bits(tensor: torch.Tensor) -> int:
-    """Sum of bit patterns times odd numbers that are spread over 64 bits, modulo 2**64."""
+    """Sum of bit patterns times odd numbers that are spread over 64 bits, modulo 2**64.
+
+    The number at place i is i times the golden one, made odd.
+    """
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.reshape(-1).view(integer[tensor.element_size()])
-    total = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        chunk = bits[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + chunk.numel(), device=bits.device)
-        # The golden ratio's multiples modulo 2**64: no two near places have like weights.
-        weights = (places * -7046029254386353131).bitwise_or_(1)
-        total += int((chunk * weights).sum().item())
-    return total % 2**64
+    size = _CHUNK_ON_CPU if bits.device.type == "cpu" else _CHUNK
+    size = max(1, min(size, bits.numel()))
+    first = torch.arange(size, device=bits.device).mul_(_GOLDEN)
+    products = torch.empty_like(first)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), size):
+        chunk = bits[start : start + size]
+        here = products[: chunk.numel()]
+        torch.add(first[: chunk.numel()], _wrapped(start * _GOLDEN), out=here)
+        total += here.bitwise_or_(1).mul_(chunk).sum()
+    return int(total.item()) % 2**64
+
+
+def _wrapped(number: int) -> int:
+    """A number modulo 2**64 as a signed one of 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -18,6 +18,7 @@ from dschat.config.cli import parse
 from dschat.data.batching import build_loader
 from dschat.data.collators import PromptCollator
 from dschat.errors import UserError
+from dschat.train import checksums
 from dschat.train.checkpoint_write import frozen_left_out
 from dschat.train.checkpointer import Position
 from dschat.train.checksums import frozen_checksum
@@ -246,6 +247,16 @@ def test_the_checksum_sees_what_a_sum_would_not(change):
         else:
             module.config.rms_norm_eps = 1e-2
     assert frozen_checksum(module) != first
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 37])
+def test_contents_are_summed_piece_by_piece_as_one(monkeypatch, count):
+    """By whole numbers: each pattern times the odd number of its place."""
+    monkeypatch.setattr(checksums, "_CHUNK_ON_CPU", 8)
+    bits = torch.arange(count, dtype=torch.int32) * -123456789
+    golden = 2**64 - 7046029254386353131
+    expected = sum(b * (i * golden % 2**64 | 1) for i, b in enumerate(bits.tolist())) % 2**64
+    assert checksums._weighted_bits(bits.view(torch.float32)) == expected
 
 
 def test_the_checksum_does_not_see_where_a_model_lies():
