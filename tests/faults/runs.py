@@ -73,7 +73,7 @@ def start(
     ranks: int = 1,
     aim: Aim | None = None,
     kill_after: Pause | None = None,
-    limit: float = 300.0,
+    limit: float = 900.0,
     trace: Path | None = None,
 ) -> Outcome:
     """Run a program of the repository in `folder` to its end, and say what came of it.
