@@ -20,6 +20,7 @@ from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.engine import Engine
 from dschat.utils.distributed import Distributed, all_gather, on_every_rank
 from dschat.utils.files import disk_error
+from dschat.utils.rank_watch import working
 from dschat.utils.waiting import from_waiting_main
 
 METRICS = "metrics.jsonl"
@@ -129,7 +130,8 @@ def _write(part: Path, contents: Contents) -> None:
 
 def _save(state_dict: dict[str, Any], path: str | Path, zipped: bool = True) -> None:
     try:
-        with open(path, "wb") as file:  # given a path, torch would hide the system's reason
+        # The other ranks wait inside DeepSpeed. Given a path, torch would hide the system's reason.
+        with working(), open(path, "wb") as file:
             torch.save(state_dict, file, _use_new_zipfile_serialization=zipped)
     except Exception as error:
         found = disk_error(error)

@@ -183,7 +183,7 @@ def all_gather(value: Result) -> list[Result]:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        with waiting("a barrier", patient=True):
+        with waiting("a barrier"):
             dist.barrier()
 
 

@@ -73,12 +73,13 @@ def waiting(name: str, patient: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def working() -> Iterator[None]:
-    """Mark work in a patient place, on the rank that the others wait for."""
+    """Mark work, without waiting for other ranks, of a rank that these wait for."""
+    before = _here.works
     _here.works, _here.since = True, time.monotonic()
     try:
         yield
     finally:
-        _here.works = False
+        _here.works = before
 
 
 def in_step(number: int) -> None:
@@ -178,7 +179,8 @@ class RankWatch:
         first = min(set(range(self.ranks)) - set(missing))
         word = json.dumps([first, f"error: rank {first} waited {line}"])
         # The store is rank 0's: without that there is nobody to ask whether it is said already.
-        self._leave(word if 0 in missing else self._store.compare_set(self._last, "", word))
+        is_lost = 0 in missing and 0 in self.silent(3 * self.interval)
+        self._leave(word if is_lost else self._store.compare_set(self._last, "", word))
 
     def _leave(self, word: bytes | str) -> None:
         self.leave_once()

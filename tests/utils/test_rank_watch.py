@@ -33,6 +33,7 @@ ENDS = {
     ),
     "stuck in work of rank 0": ([1, 1], f"rank 0 {STUCK}"),
     "stuck in other work of rank 0": ([1, 1], f"rank 0 {STUCK}"),
+    "stuck on a file": ([1, 1], "rank * 5 s * of step 4 *; the run ends"),  # either may say it
     "never comes": ([1], "rank 0 of 2 waited 5 s at 127.0.0.1:* for the others to start *"),
     "first never comes": ([1], "rank 1 of 2 waited 5 s at 127.0.0.1:* for the others to start *"),
 }

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import deepspeed
 
 from dschat.config.cli import run_cli
-from dschat.train import signals
+from dschat.train import checkpoint_write, signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import all_reduce_sum, barrier, from_main, init_distributed
 from dschat.utils.waiting import from_waiting_main
@@ -43,6 +44,13 @@ def stick() -> str:
     return str(os.read(os.pipe()[0], 1))
 
 
+def write_file(name: str) -> None:
+    """Write a file of a checkpoint, which cannot even be opened while nobody reads it."""
+    path = Path(tempfile.mkdtemp(), name)
+    os.mkfifo(path)
+    checkpoint_write._save({}, path)
+
+
 KILL, STOP, HANG = send(signal.SIGKILL), send(signal.SIGSTOP), lambda: time.sleep(3600)
 # Name → what each rank does in step 4, in its order; None: it never starts.
 CASES: dict[str, list[Callable[[], object] | None]] = {
@@ -57,6 +65,7 @@ CASES: dict[str, list[Callable[[], object] | None]] = {
     "long work of rank 0": [lambda: from_main(lambda: work(1.5 * LIMIT))] * 2,
     "stuck in work of rank 0": [lambda: from_main(stick)] * 2,
     "stuck in other work of rank 0": [lambda: from_waiting_main(stick)] * 2,
+    "stuck on a file": [lambda: write_file("fifo"), print],
     "stopped in work of rank 0": [lambda: from_main(STOP)] * 2,
     "never comes": [print, None],
     "first never comes": [None, print],
