@@ -36,25 +36,27 @@ NAMES = (
 )
 
 
-def small_file_digests(model_name_or_path: str) -> dict[str, str]:
-    """Map each of a model's small files to its SHA-256; those of a hub model as they are cached.
+Digests = dict[str, str | None]  # SHA-256 of a file by its name, or that there is none
 
-    A file of an adapter has its folder's number in front, counted from the base: `1/`.
+
+def small_file_digests(model_name_or_path: str) -> Digests:
+    """Digest a model's small files, and say which a folder does not have.
+
+    A file of an adapter has its folder's number in front, counted from the base: `1/`. Of a base on
+    the hub the files are those that are cached so far; more may come.
     """
     source = resolve_model(model_name_or_path)
-    folders = [_folder_of(source.base), *(adapter.folder for adapter in source.adapters)]
-    return {
-        f"{number}/{name}" if number else name: sha256(folder / name)
-        for number, folder in enumerate(folders)
-        for name in NAMES
-        if folder is not None and (folder / name).is_file()
-    }
+    base = Path(source.base).expanduser()
+    digests = _in_folder(base) if base.is_dir() else _in_cache(source.base)
+    for number, adapter in enumerate(source.adapters, start=1):
+        digests |= {f"{number}/{name}": d for name, d in _in_folder(adapter.folder).items()}
+    return digests
 
 
-def _folder_of(base: str) -> Path | None:
-    """Folder of a base model, of the hub's the one in its cache."""
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        return folder
-    cached = try_to_load_from_cache(base, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
+def _in_folder(folder: Path) -> Digests:
+    return {n: sha256(folder / n) if (folder / n).is_file() else None for n in NAMES}
+
+
+def _in_cache(repository: str) -> Digests:
+    found = {name: try_to_load_from_cache(repository, name) for name in NAMES}
+    return {name: sha256(Path(path)) for name, path in found.items() if isinstance(path, str)}

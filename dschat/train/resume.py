@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
-from dschat.models.small_files import small_file_digests
+from dschat.models.small_files import Digests, small_file_digests
 from dschat.settings import Settings, flag_values, flags_of
 from dschat.train.machine import without_shape
 from dschat.train.steps import StepPlan
@@ -26,8 +26,8 @@ OVERRIDE = "resume_with_new_rates"
 FACTS = ("rows", "total_steps", "epoch_steps")
 
 
-def model_files(settings: Settings) -> dict[str, dict[str, str]]:
-    """SHA-256 of each model's small files, by the setting that names the model."""
+def model_files(settings: Settings) -> dict[str, Digests]:
+    """Digest each model's small files, by the setting that names the model."""
     return {
         name: small_file_digests(value)
         for name, value in flag_values(settings).items()
@@ -54,7 +54,7 @@ class RunPlan:
     data_key: str
     steps: StepPlan
     derived: Mapping[str, object] = field(default_factory=dict)
-    model_files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    model_files: Mapping[str, Digests] = field(default_factory=dict)
 
     @functools.cached_property
     def fixed(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class RunPlan:
             for name, optimizer in self.optimizers.items():
                 _check_same_rates(place, name, record["engines"][name], optimizer)
 
-    def _check_model_files(self, place: str, saved: Mapping[str, Mapping[str, str]]) -> None:
+    def _check_model_files(self, place: str, saved: Mapping[str, Digests]) -> None:
         """Stop at a small file of a model that changed since the run began.
 
         Args:
@@ -140,13 +140,13 @@ class RunPlan:
         """
         for setting in sorted(saved.keys() & self.model_files.keys()):
             before, now = saved[setting], self.model_files[setting]
-            for file in sorted({*before, *now}):
-                if before.get(file) == now.get(file):
+            for file, digest in sorted(before.items()):
+                if digest == now.get(file):
                     continue
                 state, remedy = "is not as it was when the run began", "put it back"
-                if file not in now:
+                if now.get(file) is None:
                     state = "is no longer there"
-                elif file not in before:
+                elif digest is None:
                     state, remedy = "was not there when the run began", "remove it"
                 raise UserError(
                     f"resume {place}: {file} of {setting} "

@@ -77,7 +77,8 @@ def test_every_small_file_of_a_model_is_compared_before_its_rows(tmp_path):
         return replace(plan(*argv, rows=rows), model_files=model_files(sft(*argv)))
 
     record = json.loads(json.dumps(now().record({"model": ["lora_A"]}, processes=1)))
-    files = sorted(record["model_files"]["model_name_or_path"])
+    digests = record["model_files"]["model_name_or_path"]
+    files = [name for name, digest in digests.items() if digest is not None]
     small = {path.name for path in model.iterdir()} - {"model.safetensors"}
     assert {*files} == small and "chat_template.jinja" in files and len(files) >= 5
 
@@ -98,6 +99,8 @@ def test_every_small_file_of_a_model_is_compared_before_its_rows(tmp_path):
         (model / name).write_bytes(content)
     (model / "added_tokens.json").write_text("{}")
     assert "added_tokens.json of model_name" in refused() and "remove it" in refused()
+    del digests["added_tokens.json"]  # of a model on the hub, of which more may be cached by now
+    now().check_continues("S", record, 1, with_new_rates=False)
     del record["model_files"]  # as earlier versions wrote it
     now().check_continues("S", record, 1, with_new_rates=False)
 
