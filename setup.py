@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["dschat", "dschat.*"]), *programs()],
     package_dir=programs(),
     entry_points={"console_scripts": ["dschat = dschat.command.door:main"]},
-    package_data={"dschat": ["py.typed", "recipes/**/*.yaml"]},
+    package_data={"dschat": ["py.typed", "recipes/**/*.yaml", "report/*.j2"]},
     python_requires=">=3.11",
     # Lower bounds are what the tests run on (constraints.txt), but where an older release is
     # known to serve; upper bounds stand before the next release that may break an interface.
@@ -60,6 +60,8 @@ setup(
         "pyyaml>=6",
         "tqdm>=4.66",
         "tensorboard>=2.17",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
     ],
     extras_require={
         "test": [
@@ -73,7 +75,6 @@ setup(
             "bitsandbytes>=0.49",
         ],
         "quantize": ["bitsandbytes>=0.49"],
-        "plot": ["matplotlib>=3.10"],
         "wandb": ["wandb>=0.18"],
     },
 )

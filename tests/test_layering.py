@@ -16,7 +16,7 @@ FLOORS = [
     ("settings",),
     ("functional",),
     ("utils",),
-    ("text", "models"),
+    ("text", "models", "report"),
     ("data",),
     ("train",),
     ("rlhf",),

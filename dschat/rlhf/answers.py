@@ -15,7 +15,8 @@ from dschat.functional.returns import kl_k1
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.rewards import texts_of
 from dschat.train.checkpoint_folder import disk_errors
-from dschat.train.metrics import format_value, keep_longest, set_aside
+from dschat.train.line_files import keep_longest, set_aside
+from dschat.train.metrics import format_value
 
 FILE = "answers.jsonl"
 LINES = 4  # of one text on the screen, about
@@ -115,14 +116,14 @@ def format_answers(answers: Sequence[Answer], width: int | None = None) -> str:
 
 
 class AnswerFile:
-    """`OUTPUT/answers.jsonl`: every answer that was shown, one a line.
+    """A file of answers, one a line, such as `OUTPUT/answers.jsonl`: every answer that was shown.
 
     An earlier run's file gets a number; a resumed run continues its own, up to the iteration that
     it resumes at.
     """
 
-    def __init__(self, output_dir: str | Path, resumed_at: int | None):
-        self.path = Path(output_dir) / FILE
+    def __init__(self, output_dir: str | Path, resumed_at: int | None, name: str = FILE):
+        self.path = Path(output_dir) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resumed_at is None:
             set_aside(self.path)

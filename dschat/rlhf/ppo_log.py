@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dschat.report.records import HELD_OUT
 from dschat.rlhf.answers import AnswerFile, choose_answers, format_answers
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
@@ -20,6 +21,7 @@ from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
 
 ANSWER_ROWS = 3  # shown at a time
+HELD_OUT_ROWS = 64  # kept of an evaluation
 PARTS = ("reward_model", "reward_function")  # in the line where there are both
 SHOWN = (
     "reward",
@@ -69,10 +71,12 @@ class PPOLog:
         self.works = {n: training_work(e, configs[n]) for n, e in roles.trained.items()}
         self.bar = progress_bar(iterations, "ppo", metrics)
         self.health, self.functions = health or HealthMonitor(), functions
-        self._answers = None
-        if answers_interval and metrics.output_dir is not None and self.rank == 0:
+        self._answers = self._held_out = None
+        if metrics.output_dir is not None and self.rank == 0:
             resumed_at = None if metrics.continued is None else metrics.first_step
-            self._answers = AnswerFile(metrics.output_dir, resumed_at)
+            self._held_out = AnswerFile(metrics.output_dir, resumed_at, HELD_OUT)
+            if answers_interval:
+                self._answers = AnswerFile(metrics.output_dir, resumed_at)
         self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
         self._start = self._rolled_out = 0.0
 
@@ -148,6 +152,7 @@ class PPOLog:
             )
         for warning in self.health.observe(iteration, statistics):
             self._print(f"warning, iteration {iteration}: {warning}")
+            self.metrics.warn(iteration, warning)
         self._show_answers(iteration, experiences)
 
     def _shown(self, statistics: dict[str, float]) -> list[str]:
@@ -159,9 +164,16 @@ class PPOLog:
         at = 1 + ("reward_model" in names)
         return names[:at] + parts + names[at:] if "reward" in names else parts + names
 
-    def evaluation(self, iteration: int, statistics: dict[str, float]) -> None:
-        """Show an evaluation on held-out prompts."""
+    def evaluation(
+        self, iteration: int, statistics: dict[str, float], rollouts: Sequence[Experience] = ()
+    ) -> None:
+        """Show an evaluation on held-out prompts, and keep some of its answers on this rank."""
         self._print("eval " + console_line(iteration, self.iterations, statistics))
+        if self._held_out is not None and rollouts:
+            tokenizer, names = self.roles.tokenizer, self.functions
+            self._held_out.write(
+                choose_answers(rollouts, HELD_OUT_ROWS, tokenizer, iteration, names)
+            )
         self.metrics.log(iteration, statistics, kind="eval")
 
     def _print(self, text: str) -> None:

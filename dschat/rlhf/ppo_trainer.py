@@ -129,7 +129,14 @@ class DeepSpeedPPOTrainer:
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
         """Statistics of one answer to each held-out prompt by the present policy; no update."""
-        return self.earned(self.rollout(list(batches), answers_per_prompt=1))
+        return self.evaluated(batches)[0]
+
+    def evaluated(
+        self, batches: Iterable[PromptBatch]
+    ) -> tuple[dict[str, float], list[Experience]]:
+        """Evaluate; return the answers beside their statistics."""
+        rollouts = self.rollout(list(batches), answers_per_prompt=1)
+        return self.earned(rollouts), rollouts
 
     def earned(self, experiences: list[Experience]) -> dict[str, float]:
         """Statistics of rollouts and their rewards.

@@ -133,7 +133,8 @@ class PPORun:
     def start(self) -> tuple[PPOLog, Position]:
         """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
         run, ctx, roles = self.settings.run, self.ctx, self.trainer.roles
-        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
+        continued = self.checkpointer.continued
+        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, continued, self.settings)
         configs = {name: role.config for name, role in self.setup.trained.items()}
         log = PPOLog(
             metrics,

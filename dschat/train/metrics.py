@@ -18,6 +18,8 @@ from tqdm import tqdm
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
 from dschat.train.checkpoint_folder import disk_errors
+from dschat.train.line_files import keep_longest, restore_lines, set_aside
+from dschat.train.run_page import RunPage
 from dschat.utils.distributed import print_rank_0
 
 
@@ -50,6 +52,9 @@ class LogConfig(Settings):
     )
     wandb_project: str | None = setting(
         None, "log to this Weights & Biases project", may_change=True
+    )
+    no_report: bool = setting(
+        False, "do not make OUTPUT_DIR/report.html, the page of the run", may_change=True
     )
 
     def __post_init__(self) -> None:
@@ -94,9 +99,11 @@ class MetricLogger:
         output_dir: str | Path | None,
         rank: int,
         continued: Continued | None = None,
+        settings: Settings | None = None,
     ):
         self.config, self.output_dir, self.continued = config, output_dir, continued
         self.rank = rank
+        self._page: RunPage | None = None
         self._file: IO[str] | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -110,8 +117,10 @@ class MetricLogger:
             elif continued.metrics is None:
                 keep_longest(self._path)
             else:
-                _restore_lines(self._path, continued.metrics)
+                restore_lines(self._path, continued.metrics)
             self._file = self._path.open("a", encoding="utf-8")
+            if not config.no_report:
+                self._page = RunPage(output_dir, settings)
         if config.enable_tensorboard:
             module = importlib.import_module("torch.utils.tensorboard")
             hidden = {} if continued is None else {"purge_step": continued.step + 1}
@@ -132,6 +141,8 @@ class MetricLogger:
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
         """Write one record of this step's figures; `kind` is train or eval.
 
+        An evaluation refreshes the page of the run.
+
         A line holds kind and step, then the figures by name. JSON has no NaN and no infinity:
         these stand as the strings "nan", "inf", "-inf".
         """
@@ -143,8 +154,7 @@ class MetricLogger:
         if clash:
             raise ValueError(f"metric {min(clash)!r} has the name of a field of the record")
         record |= {name: x if math.isfinite(x) else str(x) for name, x in figures.items()}
-        with disk_errors(self._path.parent, self._path):
-            self._write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._write(record)
         if self._tensorboard is not None:
             for name, value in figures.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -152,9 +162,21 @@ class MetricLogger:
             # The step is a figure of its own: W&B's must rise, but train and eval share one.
             named = {f"{kind}/{name}": value for name, value in figures.items()}
             self._wandb.log({"step": step, **named})
+        if kind == "eval" and self._page is not None:
+            self._page.refresh()
 
-    def _write(self, line: str) -> None:
+    def warn(self, step: int, text: str) -> None:
+        """Write a warning, or advice, as a record of its kind; the page of the run shows it."""
+        if self._file is not None:
+            self._write({"kind": "warning", "step": int(step), "text": text})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         """Add a line, in one write and a flush: a killed run leaves complete lines."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with disk_errors(self._path.parent, self._path):
+            self._write_line(line)
+
+    def _write_line(self, line: str) -> None:
         assert self._file is not None
         if os.fstat(self._file.fileno()).st_nlink == 0:  # what went on would be seen by nobody
             self._file.close()
@@ -164,9 +186,11 @@ class MetricLogger:
         self._file.flush()
 
     def close(self) -> None:
-        """Finish every writer; a second call does nothing."""
+        """Finish every writer, and make the page of the run; a second call does nothing."""
         if self._file is not None:
             self._file.close()
+            if self._page is not None:
+                self._page.make()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -203,34 +227,6 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
         initial=metrics.first_step,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
-
-
-def set_aside(path: Path) -> None:
-    """Give an earlier run's file the first free number: metrics.jsonl becomes metrics.1.jsonl."""
-    if not path.exists():
-        return
-    number = 1
-    while (numbered := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(numbered)
-
-
-def keep_longest(path: Path) -> None:
-    """Keep one file of the starts that ended before a checkpoint: restarts may be many."""
-    kept = path.with_suffix(f".unfinished{path.suffix}")
-    if path.exists() and (not kept.exists() or path.stat().st_size >= kept.stat().st_size):
-        path.replace(kept)
-    path.unlink(missing_ok=True)
-
-
-def _restore_lines(path: Path, earlier: Path) -> None:
-    """Make the file equal `earlier`; set aside one that begins otherwise: it is another run's."""
-    lines = earlier.read_bytes()
-    if path.exists() and not path.read_bytes().startswith(lines):
-        set_aside(path)
-    part = path.with_suffix(".tmp")
-    part.write_bytes(lines)
-    os.replace(part, path)
 
 
 def require_package(package: str, setting_name: str) -> None:

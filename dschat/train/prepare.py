@@ -219,7 +219,8 @@ class Run:
             watch: what the log asks for advice. others: what else a checkpoint holds, by name.
         """
         run, ctx = self.settings.run, self.ctx
-        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, self.checkpointer.continued)
+        continued = self.checkpointer.continued
+        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, continued, self.settings)
         log = TrainingLog(
             metrics, self.engine, self.model.config, ctx.gpus, self.steps.total_steps, watch
         )

@@ -193,6 +193,7 @@ class TrainingLog:
         if line is not None:
             self.bar.clear()
             print_rank_0(f"advice: step {step}: {line}")
+            self.metrics.warn(step, line)
 
     def _means(self, interval: Interval) -> dict[str, float]:
         """Mean loss and speed."""

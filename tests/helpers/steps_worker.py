@@ -23,8 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(argv: list[str]) -> int:
-    """The exit code of one program with this command line, as its own `__main__`."""
-    sys.argv = [str(ROOT / argv[0]), *argv[1:]]
+    """The exit code of one program with this command line, as its own `__main__`.
+
+    A step makes no page of its run, which takes a second; tests/report makes some.
+    """
+    is_step = argv[0].endswith("/main.py")
+    sys.argv = [str(ROOT / argv[0]), *argv[1:], *(["--no_report"] if is_step else [])]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:

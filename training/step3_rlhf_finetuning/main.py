@@ -67,7 +67,7 @@ def main() -> None:
     # 3. train; evaluate before, at intervals, after each epoch
     iteration = position.step
     if iteration == 0:
-        log.evaluation(iteration, trainer.evaluate(held_out))
+        log.evaluation(iteration, *trainer.evaluated(held_out))
     for epoch in range(position.epoch, run.steps.epochs):
         prompts.set_epoch(epoch, skip=position.batches(epoch))
         for batches in accumulation_groups(prompts, run.steps.batches_per_step):
@@ -89,9 +89,9 @@ def main() -> None:
             trained = resampled.trained
             log.iteration(iteration, statistics, resampled.drawn, config.ppo_epochs, trained)
             if settings.eval_interval and iteration % settings.eval_interval == 0:
-                log.evaluation(iteration, trainer.evaluate(held_out))
+                log.evaluation(iteration, *trainer.evaluated(held_out))
             run.checkpointer.save_if_due(iteration, epoch)
-        log.evaluation(iteration, trainer.evaluate(held_out))
+        log.evaluation(iteration, *trainer.evaluated(held_out))
         if iteration == iterations:
             break
 

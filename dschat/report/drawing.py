@@ -1,0 +1,89 @@
+"""Pictures of a page by matplotlib: curves, and the distribution of rewards before and after."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dschat.report.panels import Panel
+from dschat.report.records import Points, Records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZE = (4.8, 2.7)  # inches
+BINS = 20
+
+
+def curve(panel: Panel, records: Records) -> Figure:
+    """Draw a panel: lines of training, points of held-out data."""
+    figure, axes = _figure()
+    for number, (name, train, held_out) in enumerate(panel.lines(records)):
+        color, label = f"C{number}", _label(name)
+        if train:
+            axes.plot(*_columns(train), color=color, linewidth=1.4, label=label)
+        if held_out:
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": ":"}
+            axes.plot(*_columns(held_out), color=color, label=f"{label}, held out", **style)
+    if panel.log and _is_positive(axes):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def distributions(before: Sequence[float], after: Sequence[float]) -> Figure:
+    """Draw the rewards of the same held-out prompts at the first and at the last evaluation."""
+    figure, axes = _figure()
+    low, high = min(*before, *after), max(*before, *after)
+    bins = [low + (high - low) * i / BINS for i in range(BINS + 1)] if high > low else BINS
+    for values, label in ((before, "before"), (after, "after")):
+        axes.hist(values, bins, alpha=0.6, label=label)
+    axes.set(xlabel="reward", ylabel="answers")
+    axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """Return the picture as an element of a page; its text stays text."""
+    import matplotlib
+
+    file = io.StringIO()
+    # The salt makes names of parts the same each time; metadata would hold the date.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dschat"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r"^.*?(?=<svg )", "", file.getvalue(), flags=re.DOTALL)
+
+
+def png(figure: Figure) -> bytes:
+    """Return the picture as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _figure() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _label(name: str) -> str:
+    """The name without its group; a dollar would begin a formula."""
+    return name.partition("/")[2].replace("$", r"\$") or name.replace("$", r"\$")
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _is_positive(axes: Any) -> bool:
+    values = [y for line in axes.get_lines() for y in line.get_ydata()]
+    return max(values, default=0) > 0

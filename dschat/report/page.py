@@ -1,0 +1,165 @@
+"""The page itself: text and tables by Jinja2 around the curves, which are PNG files as well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dschat.report.panels import PANELS, drawn
+from dschat.report.records import Records, read
+from dschat.utils.printable import printable
+
+PAGE = "report.html"
+PICTURES = "figures"  # folder of the PNG files
+MOST_PROMPTS, MOST_ITERATIONS = 8, 5  # of the table of answers
+HIDDEN = {"answers", "decode_gap", "decode_gap_max"}  # among what it came to
+PROGRAMS = {
+    "sft": "Step 1, supervised fine-tuning",
+    "reward": "Step 2, reward model",
+    "dpo": "Preference optimisation",
+    "ppo": "Step 3, PPO",
+}
+
+
+def write_page(folder: str | Path) -> Path:
+    """Make OUTPUT/report.html and the pictures beside it from what the run has written so far.
+
+    Returns:
+        The page's path. Each file takes its place in one step.
+
+    Raises:
+        FileNotFoundError: the folder has no metrics.
+    """
+    folder = Path(folder)
+    records = read(folder)
+    from dschat.report import drawing  # matplotlib takes a second to import
+
+    pictures, curves = {}, []
+    for panel in drawn(records):
+        figure = drawing.curve(panel, records)
+        curves.append({"title": panel.title, "svg": drawing.svg(figure)})
+        pictures[panel.file] = drawing.png(figure)
+    scores = list(_scores(records))
+    if len(scores) > 1:
+        figure = drawing.distributions(scores[0], scores[-1])
+        title = "Rewards of held-out answers, before and after"
+        curves.append({"title": title, "svg": drawing.svg(figure)})
+        pictures["rewards_before_and_after"] = drawing.png(figure)
+    for name, data in pictures.items():
+        _place(folder / PICTURES / f"{name}.png", data)
+    text = render(records, str(folder.resolve().name), curves)
+    _place(folder / PAGE, text.encode())
+    return folder / PAGE
+
+
+def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> str:
+    """Fill the template.
+
+    Args:
+        name: of the output folder. curves: `title` and `svg` of each.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    program = records.description.get("program", "")
+    steps = [step for points in records.held_out.values() for step, _ in points] or [0]
+    iterations = _chosen(sorted(records.answers))
+    context = {
+        "title": f"{PROGRAMS.get(program, 'Run')}: {name}",
+        "subtitle": _subtitle(records),
+        "figures": list(_before_and_after(records)),
+        "first": min(steps),
+        "last": max(steps),
+        "warnings": records.warnings,
+        "curves": [{"title": c["title"], "svg": Markup(c["svg"])} for c in curves],
+        "iterations": iterations,
+        "answers": list(_side_by_side(records, iterations)),
+        "tables": [(title, rows) for title, rows in _tables(records) if rows],
+    }
+    return environment.get_template("page.html.j2").render(_escaped(context))
+
+
+def _subtitle(records: Records) -> str:
+    settings = records.description.get("settings", {})
+    names = "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"
+    parts = [f"{settings[name]}" for name in names if settings.get(name)]
+    data = settings.get("data_path")
+    if data:
+        parts.append("data: " + ", ".join(map(str, data if isinstance(data, list) else [data])))
+    return " · ".join(parts)
+
+
+def _before_and_after(records: Records) -> Iterator[dict[str, str]]:
+    order = [name for panel in PANELS for name, _, _ in panel.lines(records)]
+    names = sorted(records.held_out.keys() - HIDDEN)
+    for name in sorted(names, key=lambda n: order.index(n) if n in order else len(order)):
+        points = records.held_out[name]
+        before, after = (f"{value:,.4g}" for _, value in (points[0], points[-1]))
+        yield {"name": name, "before": before, "after": after}
+
+
+def _scores(records: Records) -> Iterator[list[float]]:
+    """Rewards of the held-out answers of each evaluation; those without one are left out."""
+    for iteration in sorted(records.answers):
+        found = [a["reward"] for a in records.answers[iteration] if a["reward"] is not None]
+        if found:
+            yield found
+
+
+def _chosen(iterations: list[int]) -> list[int]:
+    """Choose the first, the last and some between them."""
+    if len(iterations) <= MOST_ITERATIONS:
+        return iterations
+    last = len(iterations) - 1
+    return [iterations[round(i * last / (MOST_ITERATIONS - 1))] for i in range(MOST_ITERATIONS)]
+
+
+def _side_by_side(records: Records, iterations: Sequence[int]) -> Iterator[dict[str, Any]]:
+    if not iterations:
+        return
+    for place, first in enumerate(records.answers[iterations[0]][:MOST_PROMPTS]):
+        row = []
+        for iteration in iterations:
+            answers = records.answers[iteration]
+            same = place < len(answers) and answers[place]["prompt"] == first["prompt"]
+            row.append(_answer(answers[place]) if same else None)
+        yield {"prompt": first["prompt"], "answers": row}
+
+
+def _answer(answer: Mapping[str, Any]) -> dict[str, str]:
+    reward = "no reward" if answer["reward"] is None else f"reward {answer['reward']:.3g}"
+    ended = "" if answer["ended"] else ", not ended"
+    figures = f"{reward}, KL {answer['kl']:.3g}, {answer['length']} tokens{ended}"
+    return {"text": answer["answer"], "figures": figures}
+
+
+def _tables(records: Records) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    figures = records.evaluation.get("figures", {})
+    yield "Closing evaluation", [(name, f"{value}") for name, value in figures.items()]
+    settings = records.description.get("settings", {})
+    yield "Settings", [(name, str(settings[name])) for name in sorted(settings)]
+    yield "Versions", [(n, str(v)) for n, v in records.description.get("versions", {}).items()]
+
+
+def _escaped(value: Any) -> Any:
+    """Make every text of a nested structure printable; pictures stay as they are."""
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return _escaped(vars(value))
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return printable(value)
+    return value
+
+
+def _place(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_bytes(data)
+    os.replace(part, path)

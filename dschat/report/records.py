@@ -1,0 +1,86 @@
+"""What a run wrote into its output folder: figures by step, warnings, answers, its description."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+DESCRIPTION = "run.json"  # program, settings, versions
+HELD_OUT = "held_out_answers.jsonl"  # answers to the same held-out prompts at each evaluation
+EVALUATION = "evaluation.json"  # of a reward model, see dschat.train.pair_report
+
+Points = list[tuple[int, float]]  # step and value
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning of a run, or its advice."""
+
+    step: int
+    text: str
+
+
+@dataclass
+class Records:
+    """All that a page shows.
+
+    Attributes:
+        train, held_out: points of each figure by its name; values that are not finite are left out.
+        answers: records of held-out answers by the iteration of their evaluation.
+        description: `program`, `settings` and `versions`; empty where the run wrote none.
+        evaluation: the closing evaluation of a reward model; empty where there is none.
+    """
+
+    train: dict[str, Points] = field(default_factory=dict)
+    held_out: dict[str, Points] = field(default_factory=dict)
+    warnings: list[Warned] = field(default_factory=list)
+    answers: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all figures."""
+        return self.train.keys() | self.held_out.keys()
+
+
+def read(folder: Path) -> Records:
+    """Read a run's output folder; a last line that is still being written is left out.
+
+    Raises:
+        FileNotFoundError: there are no metrics.
+    """
+    records = Records(
+        description=_json(folder / DESCRIPTION), evaluation=_json(folder / EVALUATION)
+    )
+    for line in _lines(folder / METRICS):
+        kind, step = line["kind"], int(line["step"])
+        if kind == "warning":
+            records.warnings.append(Warned(step, line["text"]))
+            continue
+        series = records.train if kind == "train" else records.held_out
+        for name, value in line.items():
+            # JSON has no NaN: such figures are text
+            if name not in ("kind", "step") and math.isfinite(float(value)):
+                series.setdefault(name, []).append((step, float(value)))
+    if (folder / HELD_OUT).exists():
+        for line in _lines(folder / HELD_OUT):
+            records.answers.setdefault(int(line["iteration"]), []).append(line)
+    return records
+
+
+def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    # Bytes: texts may hold characters that end a line elsewhere.
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

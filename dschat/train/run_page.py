@@ -1,0 +1,63 @@
+"""The page of a run while it goes on: OUTPUT/report.html, from what stands in OUTPUT."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dschat.report.records import DESCRIPTION
+from dschat.settings import Settings, flag_values
+from dschat.utils.distributed import print_rank_0
+
+SHARE = 100  # of the run's time, one part at most goes into its page
+VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "tokenizers")
+PROGRAMS = {  # by the settings' class
+    "SFTSettings": "sft",
+    "RewardSettings": "reward",
+    "DPOSettings": "dpo",
+    "RLHFSettings": "ppo",
+}
+
+
+class RunPage:
+    """Describes the run in OUTPUT/run.json, and makes its page at evaluations and at its end.
+
+    Args:
+        settings: of the run; without them nothing is described.
+    """
+
+    def __init__(self, output_dir: str | Path, settings: Settings | None):
+        self.folder = Path(output_dir)
+        self._next = 0.0  # earliest time of the next one
+        if settings is not None:
+            text = json.dumps(description(settings), indent=2, default=str, ensure_ascii=False)
+            (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+    def refresh(self) -> None:
+        """Make the page, unless that would take more than its share of the time."""
+        if time.monotonic() >= self._next:
+            self.make()
+
+    def make(self) -> None:
+        """Make the page; what hinders it is said, and the run goes on without."""
+        from dschat.report.page import write_page
+
+        start = time.monotonic()
+        try:
+            write_page(self.folder)
+        except Exception as error:  # a picture is worth no run
+            print_rank_0(f"no report.html: {type(error).__name__}: {error}")
+        end = time.monotonic()
+        self._next = end + SHARE * (end - start)
+
+
+def description(settings: Settings) -> dict[str, Any]:
+    """Tell program, settings and versions, as JSON takes them."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions |= {name: importlib.metadata.version(name) for name in VERSIONS}
+    program = PROGRAMS.get(type(settings).__name__, type(settings).__name__)
+    return {"program": program, "settings": flag_values(settings), "versions": versions}

@@ -1,0 +1,178 @@
+"""The page of a run: what it shows, that it stands alone, and that nothing in it runs."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dschat.config import SFTSettings
+from dschat.report import __main__ as program
+from dschat.report.drawing import distributions, png, svg
+from dschat.report.page import write_page
+from dschat.report.panels import PANELS, drawn
+from dschat.report.records import read
+from dschat.train.metrics import LogConfig, MetricLogger
+from dschat.train.run_page import RunPage
+
+EVIL = "<script>alert(1)</script>\x1b[2J\u202e"
+
+
+def answer(iteration: int, prompt: str, text: str, reward: float | None) -> dict:
+    return {
+        "iteration": iteration,
+        "prompt": prompt,
+        "answer": text,
+        "reward": reward,
+        "kl": 1.5,
+        "length": 7,
+        "ended": iteration > 0,
+    }
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three iterations of PPO, two evaluations of two prompts, and a line that is half written."""
+    train = [
+        {"kind": "train", "step": i, "reward": i / 2, "lr/actor/lora_B": 1e-3, "kl_per_token": 0.1}
+        for i in (1, 2, 3)
+    ]
+    held_out = [
+        {"kind": "eval", "step": 0, "reward": 0.25, "answers": 2},
+        {"kind": "eval", "step": 3, "reward": 1234.5, "kl_per_token": "nan", "answers": 2},
+    ]
+    warning = {"kind": "warning", "step": 2, "text": f"the reward is gamed {EVIL}"}
+    write_lines(tmp_path / "metrics.jsonl", [held_out[0], *train, warning, held_out[1]])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')
+    answers = [answer(0, "one", "before", -1.0), answer(0, EVIL, "text", None)]
+    answers += [answer(3, "one", f"after {EVIL}", 2.0), answer(3, EVIL, "text", None)]
+    write_lines(tmp_path / "held_out_answers.jsonl", answers)
+    description = {"program": "ppo", "settings": {"data_path": [EVIL], "kl_coef": 0.1}}
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    return tmp_path
+
+
+class Reader(HTMLParser):
+    """Elements, what they point to, and the page's text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.targets: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        names = ("src", "href", "xlink:href", "action", "data")
+        self.targets += [value or "" for name, value in attrs if name in names]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_stands_alone_and_nothing_in_it_runs(folder: Path):
+    text = write_page(folder).read_text(encoding="utf-8")
+    page = Reader(text)
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
+    assert all(target.startswith("#") for target in page.targets)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    shown = " ".join(page.text)
+    assert shown.count(r"<script>alert(1)</script>\x1b[2J\u202e") == 5  # as text, escaped
+
+
+def test_what_the_page_says(folder: Path):
+    write_page(folder)
+    shown = " ".join(" ".join(Reader((folder / "report.html").read_text()).text).split())
+    assert shown.startswith(f"Step 3, PPO: {folder.name}")
+    assert "before (step 0) after (step 3) reward 0.25 1,234" in shown
+    assert "step 2 the reward is gamed" in shown
+    assert "iteration 0 iteration 3 one before reward -1, KL 1.5, 7 tokens, not ended" in shown
+    assert "reward 2, KL 1.5, 7 tokens" in shown and "no reward, KL 1.5" in shown
+    assert "kl_coef 0.1" in shown
+    pictures = sorted(path.name for path in (folder / "figures").iterdir())
+    assert pictures == [
+        "kl_to_the_reference_nats_a_token.png",
+        "learning_rates.png",
+        "reward.png",
+        "rewards_before_and_after.png",
+    ]
+    assert all((folder / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+
+def test_the_same_run_makes_the_same_page(folder: Path):
+    assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
+
+
+def test_figures_that_are_not_finite_and_half_lines_are_left_out(folder: Path):
+    records = read(folder)
+    assert records.held_out == {"reward": [(0, 0.25), (3, 1234.5)], "answers": [(0, 2), (3, 2)]}
+    assert records.train["reward"] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert [panel.title for panel in drawn(records)] == [
+        "Reward",
+        "KL to the reference, nats a token",
+        "Learning rates",
+    ]
+
+
+def test_names_of_pictures_are_their_own():
+    assert len({panel.file for panel in PANELS}) == len(PANELS)
+
+
+def test_equal_rewards_and_names_with_a_dollar_can_be_drawn(tmp_path: Path):
+    assert svg(distributions([1.0, 1.0], [1.0])).startswith("<svg ")
+    lines = [{"kind": "train", "step": i, "rewards/$x_$": float(i)} for i in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    (panel,) = drawn(read(tmp_path))
+    from dschat.report.drawing import curve
+
+    assert png(curve(panel, read(tmp_path)))[:4] == b"\x89PNG"
+
+
+def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path):
+    settings = SFTSettings.of(model_name_or_path="some model", data_path=["rows"])
+    log = MetricLogger(LogConfig(), tmp_path, 0, settings=settings)
+    log.log(0, {"loss": 2.0}, kind="eval")
+    assert (tmp_path / "report.html").exists()
+    log.log(1, {"loss": 1.5})
+    log.warn(1, "a rate is high")
+    log.log(2, {"loss": 1.0}, kind="eval")  # too soon for another page
+    assert "a rate is high" not in (tmp_path / "report.html").read_text()
+    log.close()
+    text = (tmp_path / "report.html").read_text()
+    assert "a rate is high" in text and "some model" in text and "Step 1" in text
+    assert read(tmp_path).description["settings"]["data_path"] == ["rows"]
+
+
+def test_without_a_page(tmp_path: Path):
+    log = MetricLogger(LogConfig(no_report=True), tmp_path, 0)
+    log.log(0, {"loss": 2.0}, kind="eval")
+    log.close()
+    MetricLogger(LogConfig(), tmp_path / "other", 1).close()  # another rank
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("no JSON\n")
+    RunPage(tmp_path, None).make()
+    assert capsys.readouterr().out.startswith("no report.html: JSONDecodeError: ")
+
+
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    program.main()
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path / 'nowhere'}: no run has written ")
