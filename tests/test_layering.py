@@ -33,7 +33,11 @@ DOORS = {
     "dschat.utils.model.model_utils",
     "dschat.utils.model.reward_model",
 }
-PROGRAMS = {"dschat.data.__main__", "dschat.__main__"}  # above the library, and imported by nobody
+PROGRAMS = {
+    "dschat.data.__main__",
+    "dschat.report.__main__",
+    "dschat.__main__",
+}  # above the library, and imported by nobody
 BARE_PACKAGES = {*sys.stdlib_module_names, "torch", "numpy", "dschat"}
 USERS = {"training", "inference", "tests", "benchmarks", "e2e_rlhf", "chat"}
 

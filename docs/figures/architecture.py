@@ -29,6 +29,7 @@ COLOURS = {
     "data": "#d3ebd3",
     "text": "#d5eef0",
     "models": "#d3e4f8",
+    "report": "#e6eaef",
     "utils": "#fff1b8",
     "functional": "#f7d7e8",
     "settings": "#e6eaef",
@@ -54,6 +55,7 @@ FLOORS = (
     (
         ("text", "text", "tokenizer, prompt formats"),
         ("models", "models", "causal LM, reward model, saving"),
+        ("report", "report", "the page of a run"),
     ),
     (("utils", "utils", "LoRA layers, LoRA+ groups, ZeRO, DeepSpeed's dict, throughput"),),
     (

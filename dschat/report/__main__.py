@@ -1,36 +1,35 @@
-"""Make the page of a run again: curves, answers and settings in OUTPUT/report.html.
+"""Make the page of a run again: curves, warnings, answers and settings in OUTPUT/report.html.
 
 python -m dschat.report output/step3-models
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from dschat.config.cli import run_cli
+from dschat.config.help import OneLineParser, program
+from dschat.errors import UserError
+from dschat.report.page import write_page
+from dschat.report.records import METRICS
+from dschat.utils.printable import printable
 
-def main() -> None:
-    """Make the page of each folder; print where it is."""
-    parser = argparse.ArgumentParser(prog="python -m dschat.report", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("output", nargs="+", type=Path, help="output folder of a run")
-    folders = parser.parse_args().output
-    from dschat.report.page import write_page
-    from dschat.report.records import METRICS
-    from dschat.utils.printable import printable
 
-    for folder in folders:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the page of each folder, and print where it is."""
+    parser = OneLineParser(__doc__, prog=program("dschat.report"))
+    parser.add_argument("output_dir", nargs="+", type=Path, help="output folder of a run")
+    for folder in parser.parse_args(argv).output_dir:
+        if not (folder / METRICS).is_file():
+            raise UserError(f"{folder}: holds no {METRICS}; give the output folder of a run")
         try:
             print(printable(str(write_page(folder))))
-        except FileNotFoundError as error:
-            line = f"error: {folder}: no run has written {error.filename or METRICS} there"
-            print(printable(line), file=sys.stderr)
-            sys.exit(2)
-        except (OSError, ValueError, KeyError) as error:
-            print(printable(f"error: {folder}: {error}"), file=sys.stderr)
-            sys.exit(2)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: what the run wrote is damaged: {error}") from error
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -20,18 +20,20 @@ BINS = 20
 def curve(panel: Panel, records: Records) -> Figure:
     """Draw a panel: lines of training, points of held-out data."""
     figure, axes = _figure()
-    for number, (name, train, held_out) in enumerate(panel.lines(records)):
+    for number, (name, *both) in enumerate(panel.lines(records)):
+        train, held_out = ([(x, y) for x, y in p if y > 0 or not panel.log] for p in both)
         color, label = f"C{number}", _label(name)
         if train:
             axes.plot(*_columns(train), color=color, linewidth=1.4, label=label)
         if held_out:
             style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": ":"}
             axes.plot(*_columns(held_out), color=color, label=f"{label}, held out", **style)
-    if panel.log and _is_positive(axes):
+    if panel.log and axes.get_lines():
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize="small", frameon=False)
+    if axes.get_lines():
+        axes.legend(fontsize="small", frameon=False)
     return figure
 
 
@@ -82,8 +84,3 @@ def _label(name: str) -> str:
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _is_positive(axes: Any) -> bool:
-    values = [y for line in axes.get_lines() for y in line.get_ydata()]
-    return max(values, default=0) > 0

@@ -20,7 +20,7 @@ COMMON = {
         "resume",
         "resume_with_new_rates",
     ),
-    *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project"),
+    *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project", "no_report"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers", "max_skipped_steps"),
     "rank_timeout",

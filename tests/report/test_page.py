@@ -2,13 +2,13 @@
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from dschat.config import SFTSettings
+from dschat.errors import UserError
 from dschat.report import __main__ as program
 from dschat.report.drawing import distributions, png, svg
 from dschat.report.page import write_page
@@ -167,12 +167,13 @@ def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path, capsys):
     assert capsys.readouterr().out.startswith("no report.html: JSONDecodeError: ")
 
 
-def test_the_command(folder: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
-    program.main()
+def test_the_command(folder: Path, tmp_path: Path, capsys):
+    program.main([str(folder)])
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="2"):
-        program.main()
-    line = capsys.readouterr().err
-    assert line.startswith(f"error: {tmp_path / 'nowhere'}: no run has written ")
+    with pytest.raises(
+        UserError, match=r"nowhere: holds no metrics\.jsonl; give the output folder"
+    ):
+        program.main([str(tmp_path / "nowhere")])
+    (folder / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    with pytest.raises(UserError, match="what the run wrote is damaged: 'step'"):
+        program.main([str(folder)])
