@@ -184,10 +184,11 @@ def _inputs(kind: str, settings: PipelineSettings, before: Sequence[Stage]) -> l
     made = {stage.kind: str(stage.model) for stage in before}
     out = Path(settings.output_dir).resolve()
     first = settings.model and local(settings.model)
-    words = ["--data_output_path", str(out / ".data")]
+    words: list[str] = []
     if settings.model == EMBEDDED:
         first = str(out / "model")
         words += ["--data_path", str(out / ("sft" if kind == "sft" else "data"))]
+        words += ["--data_output_path", str(out / ".data")]
     policy = made.get("dpo") or made.get("sft") or first
     if kind == "ppo":
         critic = made.get("reward") or (settings.reward_model and local(settings.reward_model))

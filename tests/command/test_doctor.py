@@ -1,6 +1,7 @@
 """The doctor: each finding is ok or says what to do, and something to do is exit code 1."""
 
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,33 @@ def test_versions_are_held_against_what_the_package_declares(monkeypatch):
     assert torch.remedy == 'run: pip install "torch<3,>=2.13"'
     assert missing.found == "missing, tested with >=1" and fitting.found == "tqdm 4.70"
     assert fitting.remedy is None
+
+
+def test_gpus_and_one_that_torch_misses(monkeypatch):
+    (none,) = doctor.gpus()
+    assert none.found == "none; training runs on the CPU" and none.remedy is None
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    (missed,) = doctor.gpus()
+    assert "nvidia-smi is there, and torch" in missed.found and "install" in missed.remedy
+    card = SimpleNamespace(name="H200", total_memory=140 * 10**9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert [f.found for f in doctor.gpus()] == ["H200, 140 GB, bf16"] * 2
+
+
+@pytest.mark.parametrize("problem", [None, "ncclSystemError"])
+def test_nccl_is_a_sum_over_all_gpus(problem, monkeypatch):
+    (unneeded,) = doctor.nccl()
+    assert unneeded.found == "not needed without a GPU"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 27, 3))
+    monkeypatch.setattr(training_check, "sum_over_gpus", lambda count: problem)
+    (finding,) = doctor.nccl()
+    assert finding.found == f"2.27.3, a sum over 2: {problem or 'right'}"
+    assert (finding.remedy is None) == (problem is None)
 
 
 def test_a_disk_without_room(monkeypatch):

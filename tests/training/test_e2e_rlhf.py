@@ -5,8 +5,11 @@ from types import ModuleType
 
 import pytest
 
+from dschat.config.cli import parse
 from dschat.errors import UserError
+from dschat.pipeline.recipe import KINDS, find, read
 from dschat.pipeline.run import hold_output
+from dschat.settings import flag_values
 from dschat.train import run_lock
 from tests.helpers.shell import ROOT, STEP1, STEP2, STEP3, TRAINING, fake_launchers, load, started
 from tests.helpers.steps import preference_rows, write_rows
@@ -203,6 +206,21 @@ def test_flags_of_all_steps(e2e: ModuleType):
         assert command[-5:] == [
             *("--num_train_epochs", "3", "--num_warmup_steps", "0", "--overwrite_output_dir")
         ]
+
+
+def test_without_a_model_it_is_the_pipeline_quickstart(e2e: ModuleType, tmp_path: Path):
+    args = e2e.parse_args(["--output-dir", str(tmp_path)])
+    pipeline = read(find("quickstart"), ["--output_dir", str(tmp_path)], "")
+    for stage, of_pipeline in zip(
+        e2e.stages(args, e2e.commands(args)), pipeline.stages, strict=True
+    ):
+        one, other = (
+            flag_values(parse(KINDS[stage.kind], made.argv, "")) for made in (stage, of_pipeline)
+        )
+        assert {name: (one[name], other[name]) for name in one if one[name] != other[name]} == {
+            "data_output_path": (f"{stage.folder}/.data", f"{tmp_path}/.data")
+        }
+        assert stage.folder == of_pipeline.folder
 
 
 def test_a_script_is_read_without_a_trace(e2e: ModuleType, tmp_path: Path):
