@@ -272,7 +272,7 @@ def main() -> None:
     plan = commands(args)
     check_hostfile(args)
     steps = every = stages(args, plan)
-    hold_output(args.output_dir, steps, args.overwrite_output_dir or args.resume, "output-dir")
+    hold_output(args.output_dir, steps, args.overwrite_output_dir or args.resume, dash="-")
     if args.actor_model is None:
         from dschat.quickstart import build
 

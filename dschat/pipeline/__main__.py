@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dschat.config.cli import parse, run_cli
 from dschat.errors import UserError
+from dschat.lazy import torch
 from dschat.pipeline.ahead import check_ahead
 from dschat.pipeline.closing import close
 from dschat.pipeline.recipe import EMBEDDED, Pipeline, PipelineSettings, find, read, shipped
@@ -32,7 +33,9 @@ def execute(pipeline: Pipeline) -> None:
     """Check all stages, run those that are left, print the closing table."""
     settings, stages = pipeline.settings, list(pipeline.stages)
     out = Path(settings.output_dir).resolve()
-    hold_output(out, stages, settings.overwrite_output_dir or settings.resume, "output_dir")
+    if settings.hardware == "single_node" and not (settings.ranks or torch.cuda.is_available()):
+        raise UserError("hardware single_node: torch sees no GPU here; give ranks for the CPU")
+    hold_output(out, stages, settings.overwrite_output_dir or settings.resume, dash="_")
     if settings.model == EMBEDDED:
         from dschat.quickstart import build
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,30 +12,30 @@ from pathlib import Path
 from dschat.errors import UserError
 from dschat.pipeline.stage import Stage
 from dschat.train import launch, run_lock, signals
+from dschat.utils.printable import printable
 
 
-def hold_output(output_dir: Path, stages: Sequence[Stage], replaces: bool, dashes: str) -> None:
+def hold_output(output_dir: Path, stages: Sequence[Stage], replaces: bool, dash: str) -> None:
     """Make and hold the output folder.
 
     Args:
         replaces: finished models may be replaced, or are skipped.
-        dashes: the flags' names, `output-dir` or `output_dir`.
+        dash: between the words of the program's flags, `-` or `_`.
 
     Raises:
         UserError: it cannot be made, another run holds it, or a model would be replaced.
     """
-    place = f"--{dashes} {output_dir}"
+    flag, overwrite = f"--output{dash}dir", f"--overwrite{dash}output{dash}dir"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{place}: {error.strerror}; give a folder") from error
+        raise UserError(f"{flag} {output_dir}: {error.strerror}; give a folder") from error
     run_lock.hold(output_dir)
-    overwrite = f"--overwrite{dashes[6]}{dashes}"
     for stage in () if replaces else stages:
         if stage.is_finished:
             raise UserError(
-                f"{place}: {stage.folder} holds a finished model; give another --{dashes}, or "
-                f"{overwrite} to replace it"
+                f"{flag} {output_dir}: {stage.folder} holds a finished model; give another "
+                f"{flag}, or {overwrite} to replace it"
             )
 
 
@@ -55,7 +56,7 @@ def run_stage(stage: Stage, log: Path | None = None) -> float:
     Args:
         log: a file that gets what it prints as well.
     """
-    print(f"\n== {stage.name}: {' '.join(stage.command)}", flush=True)
+    print(f"\n== {stage.name}: {printable(shlex.join(stage.command), keep='')}", flush=True)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dschat.errors import UserError
 from dschat.pipeline import __main__ as program
 from dschat.pipeline.closing import close
 from dschat.pipeline.run import run_stage, unfinished
@@ -33,6 +34,16 @@ def test_a_stage_is_logged_and_timed(tmp_path: Path, capfd):
     seconds = run_stage(stage(tmp_path, "print('hello')"), tmp_path / "sft" / "training.log")
     assert (tmp_path / "sft" / "training.log").read_text() == "hello\n" and seconds > 0
     assert "== sft: " in capfd.readouterr().out
+
+
+def test_all_gpus_of_a_machine_without_one(tmp_path: Path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("model: m\nhardware: single_node\nstages: {sft: }\n")
+    out = tmp_path / "out"
+    words = ["dschat run", str(tmp_path / "recipe.yaml"), "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="no GPU here; give ranks for the CPU"):
+        program.main()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("code", [2, 75])

@@ -323,7 +323,7 @@ def test_rows_leave_room_for_the_models(e2e: ModuleType, inputs: Path, monkeypat
 def test_an_output_folder_that_cannot_be(e2e: ModuleType, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output-dir .*below: Not a directory; give a fold"):
-        hold_output(tmp_path / "file" / "below", [], replaces=False, dashes="output-dir")
+        hold_output(tmp_path / "file" / "below", [], replaces=False, dash="-")
 
 
 @pytest.mark.parametrize("name", ["actor-models", "reward-models", "step3-models/actor"])
@@ -340,7 +340,7 @@ def test_a_finished_step_is_not_replaced(e2e: ModuleType, tmp_path: Path, name: 
     for argv in (["--overwrite-output-dir"], ["--step", steps[name]]):
         args = e2e.parse_args([*argv, "--output-dir", str(tmp_path)])
         stages = e2e.stages(args, e2e.commands(args))
-        hold_output(tmp_path, stages, args.overwrite_output_dir, "output-dir")
+        hold_output(tmp_path, stages, args.overwrite_output_dir, dash="-")
 
 
 def test_a_dry_run_starts_nothing(e2e: ModuleType, inputs: Path, monkeypatch):
