@@ -35,6 +35,9 @@ class Experience:
     # Of a complete iteration's generation: its first experience alone holds them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
+    # The only step on it is made before the policy changes: `logprobs` are the sampler's, the ratio
+    # is 1.
+    fresh: bool = False
     columns: OwnColumns | None = None  # (B,) the rows' own, by name; None: none are kept
 
     def __len__(self) -> int:

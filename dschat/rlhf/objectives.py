@@ -43,8 +43,9 @@ def policy_objective(
         kl_coef: of k3 in the loss, for estimators that have it there.
     """
     mask, policy = e.loss_mask, config.policy
+    old = logprobs.detach() if e.fresh else e.logprobs
     weights = answer_weights(mask, policy.loss_aggregation, config.sampling.max_answer_seq_len)
-    ratio = RATIOS[policy.importance_level](logprobs, e.logprobs, mask)
+    ratio = RATIOS[policy.importance_level](logprobs, old, mask)
     cap, importance = config.rollout_importance_cap, None
     if cap:
         importance = importance_weights(e.logprobs, filled(e.sampler_logprobs), mask, cap)
@@ -58,10 +59,13 @@ def policy_objective(
             "actor_loss": loss.detach(),
             "ratio": (ratio * mask).sum(),
             # Outside the mask the two may drift apart without bound.
-            "approx_kl": kl_k3(e.logprobs, logprobs.where(mask, e.logprobs)).sum(),
+            "approx_kl": kl_k3(old, logprobs.where(mask, old)).sum(),
             "entropy": entropy.where(mask, 0.0).sum(),
         }
         sums |= clip_sums(ratio - 1.0, mask, config)
+        if e.fresh:
+            gap = (filled(e.sampler_logprobs) - logprobs).abs()
+            sums["decode_gap"] = gap.where(mask, 0.0).sum()
         if importance is not None:
             sums["importance_capped"] = ((importance >= cap) & mask).sum()
         if policy.loss_aggregation != "token":

@@ -106,6 +106,19 @@ class PPOConfig(Settings):
             return self.estimator.whitens
         return self.whiten_advantages == "always"
 
+    def first_ratio_is_last(self, rollouts: int, accumulated: int) -> bool:
+        """Tell whether nothing needs the policy's log-probabilities before its only step.
+
+        The ratio of that step is 1 by construction, and the KL penalty is in its loss.
+
+        Args:
+            rollouts: of an iteration, on each rank. accumulated: micro-batches of a step.
+        """
+        rows = self.per_device_generation_batch_size * self.answers_per_prompt
+        micro_batches = rollouts * -(-rows // self.per_device_training_batch_size)
+        is_single = self.ppo_epochs == 1 and micro_batches <= accumulated
+        return is_single and self.estimator.kl_in_loss and not self.rollout_importance_cap
+
     def chunk_rows(self, answers_per_prompt: int) -> int:
         """Answers generated at a time, by default those to one batch of prompts."""
         rows = self.per_device_generation_batch_size * answers_per_prompt

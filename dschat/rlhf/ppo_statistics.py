@@ -28,7 +28,7 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
     gaps = [
         (e.sampler_logprobs - e.logprobs).abs().where(e.answer_mask, 0.0)
         for e in experiences
-        if e.sampler_logprobs is not None
+        if e.sampler_logprobs is not None and not e.fresh  # else the step measures it
     ]
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
     # Without any score there is no mean.

@@ -112,7 +112,10 @@ class DeepSpeedPPOTrainer:
         """
         roles, answers = self.roles, answers_per_prompt or self.config.answers_per_prompt
         engine = self.engine or TransformersRollout(roles.actor, roles.tokenizer, roles.synced_gpus)
-        sampled = make_experience(roles, engine, batches, self.config, answers)
+        accumulated = roles.actor.gradient_accumulation_steps()
+        is_update = answers_per_prompt is None and self.spare is None
+        fresh = is_update and self.config.first_ratio_is_last(len(batches), accumulated)
+        sampled = make_experience(roles, engine, batches, self.config, answers, fresh=fresh)
         if self.config.rollout_importance_cap and sampled[0].sampler_logprobs is None:
             raise UserError(
                 f"rollout_importance_cap: {type(engine).__name__} does not tell the "

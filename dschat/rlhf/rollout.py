@@ -12,7 +12,7 @@ from torch import nn
 
 from dschat.data.collators import PromptBatch
 from dschat.models.logprobs import answer_logprobs
-from dschat.rlhf.experience import Experience
+from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.generation import Sampled, answer_ends
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig
@@ -47,6 +47,8 @@ def make_experience(
     batches: list[PromptBatch],
     config: PPOConfig,
     answers_per_prompt: int,
+    *,
+    fresh: bool = False,
 ) -> list[Experience]:
     """Generate answers, then score them by every role's forward passes in eval mode.
 
@@ -55,6 +57,8 @@ def make_experience(
     Args:
         batches: of prompts, on any device.
         answers_per_prompt: in place of the configured number; evaluation takes one.
+        fresh: the only step on the answers is made before the policy changes; it is not run over
+            them beforehand where the engine tells log-probabilities.
 
     Returns:
         One experience for each batch, its rows in the batch's order, the answers to one prompt
@@ -77,7 +81,8 @@ def make_experience(
     answers, told = generated.answers.split(sizes), [None] * len(sizes)
     logprobs = told if generated.logprobs is None else generated.logprobs.split(sizes)
     columns = zip(batches, answers, logprobs, groups.split(sizes), strict=True)
-    experiences = [score(roles, *column, config) for column in columns]
+    fresh = fresh and generated.logprobs is not None
+    experiences = [score(roles, *column, config, fresh=fresh) for column in columns]
     first = replace(experiences[0], generation_seconds=seconds, generation_steps=generated.steps)
     return [first, *experiences[1:]]
 
@@ -155,6 +160,8 @@ def score(
     sampler_logprobs: torch.Tensor | None,
     group: torch.Tensor,
     config: PPOConfig,
+    *,
+    fresh: bool = False,
 ) -> Experience:
     """Score one batch of prompts and the (B, A) ids generated for it under every role.
 
@@ -170,8 +177,9 @@ def score(
     columns: dict[str, list[torch.Tensor]] = defaultdict(list)
     size = config.per_device_training_batch_size
     for ids, seen in zip(sequences.split(size), attention_mask.split(size), strict=True):
-        scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
-        columns["logprobs"].append(scored.logprobs)
+        if not fresh:
+            scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
+            columns["logprobs"].append(scored.logprobs)
         columns["ref_logprobs"].append(
             roles.reference_logprobs(ids, seen, length, temperature=temperature)
         )
@@ -180,6 +188,9 @@ def score(
         if roles.has_reward_model:
             columns["model_scores"].append(roles.reward_scores(ids, seen, length))
     joint = {name: torch.cat(parts) for name, parts in columns.items()}
+    told = None if sampler_logprobs is None else sampler_logprobs[:, :length]
+    if fresh:
+        joint["logprobs"] = filled(told).where(mask, 0.0)
     return Experience(
         sequences,
         attention_mask,
@@ -191,6 +202,7 @@ def score(
         values=joint["values"] * mask if "values" in joint else None,
         model_scores=joint.get("model_scores"),
         group=group,
-        sampler_logprobs=None if sampler_logprobs is None else sampler_logprobs[:, :length],
+        sampler_logprobs=told,
+        fresh=fresh,
         columns=prompts.columns,
     )
