@@ -123,13 +123,15 @@ def stacked(experiences: list[Experience], pad_token_id: int) -> Experience:
     prompt = max(e.prompt_length for e in experiences)
     answer = max(e.answer_mask.shape[1] for e in experiences)
     wide = [e.widened(prompt, answer, pad_token_id) for e in experiences]
-    own = [e.columns for e in wide]
+    nothing: dict[str, Any] = {}  # of a batch of filler in a stream
+    own = [e.columns or (nothing,) * len(e) for e in wide]
     tensors: dict[str, Any] = {
         f.name: torch.cat([getattr(e, f.name) for e in wide])
         for f in fields(Experience)
         if isinstance(getattr(wide[0], f.name), torch.Tensor)
     }
-    columns = None if all(c is None for c in own) else tuple(row for c in own for row in c or ())
+    kept = any(e.columns is not None for e in wide)
+    columns = tuple(row for rows in own for row in rows) if kept else None
     return replace(wide[0], **tensors, columns=columns, generation_seconds=0.0, generation_steps=0)
 
 
