@@ -37,12 +37,13 @@ from dschat.text.formats import choose_format
 from dschat.text.tokenizer import load_hf_tokenizer
 
 SUMMANDS, HELD_OUT, SFT_ROWS = 50, 200, 8000
-ANSWER = 28  # tokens; a complete answer has 19 to 23
-KINDS = {"right": 0.14, "units": 0.22, "carry": 0.26, "result": 0.28, "endless": 0.1}
+ANSWER = 28  # tokens; a complete answer has up to 19
+RIGHT = 0.17
+SLIPS = {"units": 0.25, "carry": 0.3125, "result": 0.3125, "endless": 0.125}  # of the others
 SFT = {
     "learning_rate": "2e-3",
     "per_device_train_batch_size": "64",
-    "num_train_epochs": "3",
+    "num_train_epochs": "6",
     "max_seq_len": "128",
     "eval_interval": "0",
 }
@@ -60,23 +61,22 @@ GRPO = {
     "num_warmup_steps": "0",
     "kl_coef": "0.01",
     "num_train_epochs": "20",
-    "max_steps": "36",
     "max_eval_samples": "8",
     "log_every": "1",
 }
 ARMS: dict[str, dict[str, str]] = {
     "grpo": {},
-    "--cliprange_high 0.28": {"cliprange_high": "0.28"},
-    "--loss_aggregation answer": {"loss_aggregation": "answer"},
-    "--loss_aggregation constant": {"loss_aggregation": "constant"},
-    "--advantage_std none": {"advantage_std": "none"},
-    "--mask_truncated_answers": {"mask_truncated_answers": ""},
-    "--importance_level sequence": {
+    "cliprange_high 0.28": {"cliprange_high": "0.28"},
+    "loss_aggregation answer": {"loss_aggregation": "answer"},
+    "loss_aggregation constant": {"loss_aggregation": "constant"},
+    "advantage_std none": {"advantage_std": "none"},
+    "mask_truncated_answers": {"mask_truncated_answers": ""},
+    "importance_level sequence": {
         "importance_level": "sequence",
         "loss_aggregation": "answer",
         "cliprange": "3e-2",
     },
-    "--dynamic_sampling_rounds 2": {"dynamic_sampling_rounds": "2"},
+    "dynamic_sampling_rounds 2": {"dynamic_sampling_rounds": "2"},
 }
 
 
@@ -96,7 +96,7 @@ def answer_of_kind(draw: random.Random, a: int, b: int, kind: str) -> str:
     return f"{working},{working}" if kind == "endless" else f"{working} #### {max(result, 0)}"
 
 
-def write_inputs(folder: Path, seed: int) -> None:
+def write_inputs(folder: Path, seed: int, right: float = RIGHT) -> None:
     """Write `model/`, `sft/` with slips, and `data/` with the right answers, by a seed."""
     draw = random.Random(seed)
     pairs = [(a, b) for a in range(SUMMANDS) for b in range(SUMMANDS)]
@@ -109,7 +109,8 @@ def write_inputs(folder: Path, seed: int) -> None:
             for (a, b), kind in zip(pairs, kinds, strict=True)
         ]
 
-    slips = draw.choices(list(KINDS), list(KINDS.values()), k=SFT_ROWS)
+    weights = [right, *((1 - right) * share for share in SLIPS.values())]
+    slips = draw.choices(["right", *SLIPS], weights, k=SFT_ROWS)
     sets = {
         "sft/train": rows(draw.choices(train, k=SFT_ROWS), slips),
         "sft/test": rows(held_out, ["right"] * HELD_OUT),
@@ -164,22 +165,22 @@ def cpu_minutes() -> float:
     return (used.ru_utime + used.ru_stime) / 60
 
 
-def of_seed(output: Path, seed: int, arms: list[str], draws: int) -> dict[str, list[float]]:
+def of_seed(args: argparse.Namespace, seed: int) -> dict[str, list[float]]:
     """Step 1 once and step 3 for every arm; figures of each."""
-    folder = output / f"seed-{seed}"
+    folder, draws = args.output / f"seed-{seed}", args.draws
     sft, data = folder / "sft-model", folder / "data"
     common = {"seed": str(seed), "dtype": "fp32", "data_output_path": str(folder / "cache")}
     paths = {"model_name_or_path": str(folder / "model"), "data_path": str(folder / "sft")}
     if not sft.is_dir():  # else it stands from an earlier call, for other arms
-        write_inputs(folder, seed)
+        write_inputs(folder, seed, args.right)
         run("1", sft, SFT | common | paths)
     before = judge(sft, data, draws, seed)
     print(f"seed {seed} | after step 1 | {before.right:.3f} right | {cpu_minutes():.1f} min CPU")
     figures = {}
-    for name in arms:
-        target, start = folder / name.replace(" ", "_").strip("-"), cpu_minutes()
+    for name in args.arms:
+        target, start = folder / name.replace(" ", "_"), cpu_minutes()
         paths = {"actor_model_name_or_path": str(sft), "data_path": str(data)}
-        flags = GRPO | common | paths | ARMS[name]
+        flags = GRPO | common | paths | ARMS[name] | {"max_steps": str(args.iterations)}
         switches = tuple(f"--{flag}" for flag, value in flags.items() if not value)
         run("3", target, {flag: value for flag, value in flags.items() if value}, switches)
         after = judge(target / "actor", data, draws, seed)
@@ -200,10 +201,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--iterations", type=int, default=44)
+    parser.add_argument("--right", type=float, default=RIGHT, help="share of right rows in step 1")
     parser.add_argument("--draws", type=int, default=5, help="answers to each held-out sum")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = [of_seed(args.output, seed, args.arms, args.draws) for seed in args.seeds]
+    found = [of_seed(args, seed) for seed in args.seeds]
     print("arm | right | ended | tokens | iterations to a reward of 0.8 | KL | CPU min")
     for name in args.arms:
         columns = zip(*(figures[name] for figures in found), strict=True)

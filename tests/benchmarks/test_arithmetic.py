@@ -8,7 +8,7 @@ from benchmarks.arithmetic import (
     ARMS,
     GRPO,
     HELD_OUT,
-    KINDS,
+    SLIPS,
     SUMMANDS,
     answer_of_kind,
     write_inputs,
@@ -23,7 +23,7 @@ def test_every_kind_but_the_right_one_is_wrong():
     draw = random.Random(0)
     for a in range(SUMMANDS):
         for b in range(0, SUMMANDS, 7):
-            for kind in KINDS:
+            for kind in ("right", *SLIPS):
                 text = answer_of_kind(draw, a, b, kind)
                 (score,) = exact_number([""], [text], answer=[f"#### {a + b}"])
                 by_chance = kind == "endless" and a + b < 10  # its sum of tens is the result
