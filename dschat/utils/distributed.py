@@ -16,7 +16,7 @@ from dschat.errors import UserError, brief
 from dschat.lazy import dist, np, torch
 from dschat.utils import rank_watch
 from dschat.utils.launchers import rank_of, torch_variables
-from dschat.utils.printable import printable
+from dschat.utils.printable import fitted, printable, window
 from dschat.utils.rank_watch import waiting
 
 Result = TypeVar("Result")
@@ -253,4 +253,4 @@ def print_rank_0(message: str, rank: int | None = None) -> None:
     if rank is None:
         rank = dist.get_rank() if dist.is_initialized() else launched_rank()
     if rank == 0:
-        print(printable(str(message)), flush=True)
+        print(fitted(printable(str(message)), window()), flush=True)

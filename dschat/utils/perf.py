@@ -26,6 +26,7 @@ from dschat.utils.flops import (
 )
 from dschat.utils.flops import lora_overhead_factor as lora_overhead_factor
 from dschat.utils.predecessor import changed
+from dschat.utils.printable import fitted, window
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def print_throughput_step3(
 
 def _print(line: str, rank: int) -> str:
     if rank <= 0:
-        print(line, flush=True)
+        print(fitted(line, window()), flush=True)
     return line
 
 

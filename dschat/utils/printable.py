@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import warnings
@@ -23,6 +24,35 @@ def printable(text: str, keep: str = "\n\t") -> str:
         keep: characters that stay as they are.
     """
     return _STEERING.sub(lambda m: m[0] if m[0] in keep else _escaped(m[0]), text)
+
+
+def window() -> int | None:
+    """Columns of the terminal that standard output is; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fitted(text: str, columns: int | None) -> str:
+    """Break lines of figures, `a 1 | b 2, c 3`, that a window cuts: after `|` or a comma.
+
+    Args:
+        columns: of the window; None leaves all as it is.
+    """
+    if columns is None or len(text) <= columns:
+        return text
+    return "\n".join(_broken(line, columns) for line in text.split("\n"))
+
+
+def _broken(line: str, columns: int) -> str:
+    if len(line) <= columns or " | " not in line:
+        return line
+    lines = [""]
+    for figure in re.split(r"(?<= \|) |(?<=,) ", line):
+        longer = f"{lines[-1]} {figure}" if lines[-1] else figure
+        if len(longer) > columns and lines[-1]:
+            lines.append(f"  {figure}")
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def _escaped(character: str) -> str:

@@ -1,0 +1,25 @@
+"""Lines of figures in a window."""
+
+from dschat.utils.printable import fitted
+
+EVALUATION = "eval step 0/6 | loss 0.6931 | accuracy 0.5 | margin 0 | logprob_chosen -4.264"
+
+
+def test_figures_are_broken_where_the_window_ends_and_stay_whole():
+    assert fitted(EVALUATION, 40) == (
+        "eval step 0/6 | loss 0.6931 |\n  accuracy 0.5 | margin 0 |\n  logprob_chosen -4.264"
+    )
+    speed = "End-to-end 8.8 s, 14.49 samples/s | Generation 1.686 s, 1,737 tokens"
+    assert fitted(speed, 30) == (
+        "End-to-end 8.8 s,\n  14.49 samples/s |\n  Generation 1.686 s,\n  1,737 tokens"
+    )
+
+
+def test_what_fits_and_what_is_no_line_of_figures_stays():
+    assert fitted(EVALUATION, len(EVALUATION)) == EVALUATION == fitted(EVALUATION, None)
+    text = "a text of an answer that is longer than the window"
+    assert fitted(text, 20) == text
+    assert fitted(f"{text}\n{EVALUATION}", 60).startswith(f"{text}\neval step 0/6 | loss")
+    assert fitted("one_name_that_is_wider_than_all | b 1", 10) == (
+        "one_name_that_is_wider_than_all |\n  b 1"
+    )
