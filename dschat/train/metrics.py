@@ -190,7 +190,7 @@ class MetricLogger:
         if self._file is not None:
             self._file.close()
             if self._page is not None:
-                self._page.make()
+                self._page.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -40,19 +40,26 @@ class RunPage:
     def refresh(self) -> None:
         """Make the page, unless that would take more than its share of the time."""
         if time.monotonic() >= self._next:
-            self.make()
+            self._make()
 
-    def make(self) -> None:
+    def finish(self) -> None:
+        """Make the page of the whole run, and say where it is."""
+        page = self._make()
+        if page is not None:
+            print_rank_0(f"curves, warnings and answers: {page}")
+
+    def _make(self) -> Path | None:
         """Make the page; what hinders it is said, and the run goes on without."""
         from dschat.report.page import write_page
 
-        start = time.monotonic()
+        start, page = time.monotonic(), None
         try:
-            write_page(self.folder)
+            page = write_page(self.folder)
         except Exception as error:  # a picture is worth no run
             print_rank_0(f"no report.html: {type(error).__name__}: {error}")
         end = time.monotonic()
         self._next = end + SHARE * (end - start)
+        return page
 
 
 def description(settings: Settings) -> dict[str, Any]:

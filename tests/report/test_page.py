@@ -138,7 +138,7 @@ def test_equal_rewards_and_names_with_a_dollar_can_be_drawn(tmp_path: Path):
     assert png(curve(panel, read(tmp_path)))[:4] == b"\x89PNG"
 
 
-def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path):
+def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path, capsys):
     settings = SFTSettings.of(model_name_or_path="some model", data_path=["rows"])
     log = MetricLogger(LogConfig(), tmp_path, 0, settings=settings)
     log.log(0, {"loss": 2.0}, kind="eval")
@@ -148,7 +148,9 @@ def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path):
     log.log(2, {"loss": 1.0}, kind="eval")  # too soon for another page
     assert "a rate is high" not in (tmp_path / "report.html").read_text()
     log.close()
-    text = (tmp_path / "report.html").read_text()
+    page = tmp_path / "report.html"
+    assert capsys.readouterr().out == f"curves, warnings and answers: {page}\n"
+    text = page.read_text()
     assert "a rate is high" in text and "some model" in text and "Step 1" in text
     assert read(tmp_path).description["settings"]["data_path"] == ["rows"]
 
@@ -163,7 +165,7 @@ def test_without_a_page(tmp_path: Path):
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path, capsys):
     (tmp_path / "metrics.jsonl").write_text("no JSON\n")
-    RunPage(tmp_path, None).make()
+    RunPage(tmp_path, None).finish()
     assert capsys.readouterr().out.startswith("no report.html: JSONDecodeError: ")
 
 
