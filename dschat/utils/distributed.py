@@ -60,10 +60,8 @@ def init_distributed(rank_timeout: float = RANK_TIMEOUT) -> Distributed:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.update(torch_variables(os.environ))
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        with socket.socket() as probe:  # a free port
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed looks for them
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)
@@ -72,8 +70,11 @@ def init_distributed(rank_timeout: float = RANK_TIMEOUT) -> Distributed:
         # minute, a need for a C++ compiler, and a lock file that outlives a killed process.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks = int(os.environ["WORLD_SIZE"])
+    backend = accelerator.communication_backend_name()
     if ranks > 1:
-        _meet(accelerator.communication_backend_name(), ranks, rank_timeout)
+        _meet(backend, ranks, rank_timeout)
+    elif not dist.is_initialized():  # without a port, which another process might have
+        dist.init_process_group(backend, store=dist.HashStore(), world_size=1, rank=0)
     deepspeed.init_distributed(verbose=False)
     name = accelerator.device_name(local_rank)
     return Distributed(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(name))

@@ -133,7 +133,9 @@ def write_models(folder: Path) -> None:
 
 def launch_runs(runs: dict[str, Run], folder: Path, ranks: int) -> dict[str, Outcome]:
     """Run them in turn in `folder`; return rank 0's outcomes by name."""
-    plan = [{**vars(run), "port": free_port()} for run in runs.values()]
+    # A run of one rank needs no port, which another process might have by the time it starts.
+    ports = [free_port() if ranks > 1 else "none" for _ in runs]
+    plan = [{**vars(run), "port": port} for run, port in zip(runs.values(), ports, strict=True)]
     (folder / "plan.json").write_text(json.dumps(plan))
     worker, logs = Path(__file__).with_name("resume_worker.py"), folder / "logs"
     logs.mkdir()
