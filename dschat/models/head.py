@@ -89,6 +89,15 @@ def split_of(model: nn.Module, sequences: torch.Tensor) -> Split | None:
     return split
 
 
+def assume_split(module: nn.Module) -> None:
+    """Take what looks like trunk and head for them, where no values can prove it (fake tensors)."""
+    trunk, head = _parts(module)
+    if trunk is not None and head is not None:
+        assert isinstance(module, PreTrainedModel)
+        text = module.config.get_text_config()
+        _SPLITS[module] = Split(trunk, head, _finish(text), text.vocab_size)
+
+
 @torch.no_grad()
 def _proven_split(model: nn.Module, sequences: torch.Tensor) -> Split | None:
     """Compare trunk, head and finish with the model's own forward pass over a few tokens.

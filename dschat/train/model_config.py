@@ -158,6 +158,18 @@ class ModelConfig(Settings):
             make_model_gradient_checkpointing_compatible(module)
         return module
 
+    def apply_on_meta(self, module: nn.Module) -> nn.Module:
+        """Do to a module without weights what `apply` does to one that has them.
+
+        Rows of tokens are left out, which depend on values, and so is the packing of weights.
+        """
+        with torch.device("meta"):
+            if self.lora.lora_dim:
+                self._add_adapters(module, replace(self.lora, quantize_base=None))
+        if self.gradient_checkpointing:
+            make_model_gradient_checkpointing_compatible(module)
+        return module
+
     def _add_adapters(self, module: nn.Module, lora: LoraConfig) -> None:
         from dschat.utils.module.lora import (
             convert_linear_layer_to_lora,

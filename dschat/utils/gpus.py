@@ -1,0 +1,84 @@
+"""GPUs by name: memory, peak speed, bandwidth of memory and links.
+
+Peaks are dense, in TFLOPS, from NVIDIA's data sheets and architecture white papers of each product;
+where a sheet prints the sparse figure, its half. bf16 and fp16 accumulate in fp32, fp32 is without
+TF32. Volta and Turing have no bf16 units. Bandwidths are in GB/s; a link's is that of one
+direction, half of what the sheets print for NVLink, between GPUs of one machine. Memory is what a
+program sees (`torch.cuda.mem_get_info`), less than the round figure in the product's name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dschat.errors import UserError
+from dschat.settings import unknown
+
+NVLINK_3, NVLINK_4, NVLINK_5 = 300.0, 450.0, 900.0
+PCIE_4 = 32.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One product.
+
+    Attributes:
+        pattern: of the device name that CUDA gives it.
+        bf16, fp16, fp32: peaks in TFLOPS; None where it has no units, or no figure is published.
+        name: by which a plan asks for it; None where the rest is not in the table.
+        memory: GiB. bandwidth: of the memory, GB/s. link: to a neighbour, GB/s.
+    """
+
+    pattern: str
+    bf16: float | None
+    fp16: float
+    fp32: float | None
+    name: str | None = None
+    memory: float = 0.0
+    bandwidth: float = 0.0
+    link: float = PCIE_4
+
+
+# The first match wins, so the slower boards of a chip stand before it.
+GPUS = (
+    Gpu(r"\bG?B200\b", 2250, 2250, None, "b200", 178.4, 8000, NVLINK_5),
+    Gpu(r"\bH[12]00 NVL\b", 835.5, 835.5, 60),
+    Gpu(r"\bG?H200\b", 989.5, 989.5, 67, "h200", 139.8, 4800, NVLINK_4),
+    Gpu(r"\bH100 PCIe\b", 756.5, 756.5, 51),
+    Gpu(r"\bH100\b", 989.5, 989.5, 67, "h100", 79.2, 3350, NVLINK_4),
+    Gpu(r"\bA100.*\b40GB\b", 312, 312, 19.5, "a100-40", 39.4, 1555, NVLINK_3),
+    Gpu(r"\bA100\b", 312, 312, 19.5, "a100-80", 79.2, 2039, NVLINK_3),
+    Gpu(r"\bRTX A6000\b", 154.8, 154.8, 38.7, "a6000", 47.4, 768, PCIE_4),
+    Gpu(r"\bA40\b", 149.7, 149.7, 37.4),
+    Gpu(r"\bA10\b", 125, 125, 31.2),
+    Gpu(r"\bRTX 4090$", 165.2, 165.2, 82.6, "4090", 23.5, 1008, PCIE_4),
+    Gpu(r"\bL40S\b", 362, 362, 91.6, "l40s", 44.4, 864, PCIE_4),
+    Gpu(r"\bL4\b", 121, 121, 30.3),
+    Gpu(r"\bV100S\b", None, 130, 16.4),
+    Gpu(r"\bV100-PCIE\b", None, 112, 14),
+    Gpu(r"\bV100\b", None, 125, 15.7),
+    Gpu(r"\bT4\b", None, 65, 8.1),
+)
+BY_NAME = {gpu.name: gpu for gpu in GPUS if gpu.name is not None}
+
+
+def gpu_of_device(device_name: str | None) -> Gpu | None:
+    """Look a device up by the name that CUDA gives it; None where the table has none.
+
+    A MIG slice has no entry: its name does not say how much of the GPU it is.
+    """
+    if device_name is None or re.search(r"\bMIG\b", device_name):
+        return None
+    return next((gpu for gpu in GPUS if re.search(gpu.pattern, device_name)), None)
+
+
+def named_gpu(name: str) -> Gpu:
+    """Look a GPU up by its short name, such as a6000 or a100-80.
+
+    Raises:
+        UserError: an unknown one, with the nearest.
+    """
+    if name not in BY_NAME:
+        raise UserError(unknown("gpu", name, [*BY_NAME], "; known: " + ", ".join(BY_NAME)))
+    return BY_NAME[name]
