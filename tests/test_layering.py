@@ -21,7 +21,7 @@ FLOORS = [
     ("train",),
     ("rlhf",),
     ("config",),
-    ("quickstart", "merge", "checkpoint", "winrate"),
+    ("plan", "quickstart", "merge", "checkpoint", "winrate"),
     ("pipeline",),
     ("command",),
 ]

@@ -45,23 +45,18 @@ class Allocations(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor)
+                self.add(tensor)
         return made
-
-    def forget(self, tensor: torch.Tensor) -> None:
-        """Leave a tensor out from now on, as one that is counted elsewhere."""
-        key = tensor.untyped_storage()._cdata
-        self._known.add(key)
-        self._drop(key)
 
     def start_again(self) -> None:
         """Measure the peak from now on."""
         self.peak, self.at_peak = self.live, dict(self.by_kind)
 
-    def _add(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, unless it is counted."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known or key in self._alive:
+        if key in self._known or key in self._alive or tensor.device.type == "meta":
             return
         size, kind = storage.nbytes(), self.kind(tensor)
         gone = weakref.ref(storage, lambda _, key=key: self._drop(key))  # type: ignore[misc]

@@ -4,8 +4,8 @@ Nothing is computed and nothing allocated: a fake tensor has a shape, a dtype an
 model's own code makes the same tensors, keeps the same ones for its backward pass and drops them at
 the same places. A few layers of each kind run. All layers of a kind keep the same between forward
 and backward, so the others add what the last one kept; that is exact as long as the peak lies where
-all layers' tensors are alive, which is at the head or in the backward pass of the last layer (a test
-holds it against models of all their layers).
+all layers' tensors are alive, which is at the head or in the backward pass of the last layer (a
+test holds it against models of all their layers).
 """
 
 from __future__ import annotations

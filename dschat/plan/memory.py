@@ -13,30 +13,29 @@ from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.models.config import Build, build_causal_lm, set_dropout
 from dschat.models.reward_model import RewardModel
 from dschat.plan import passes
-from dschat.plan.fake_step import ACTIVATIONS, LOGITS, Needed, Shape, needed, without_weights
+from dschat.plan.fake_step import ACTIVATIONS, LOGITS, Shape, needed, without_weights
 from dschat.plan.passes import Pass
 from dschat.plan.states import (
     ADAPTERS,
     BUCKETS,
-    BYTES,
     GRADIENTS,
     OPTIMIZER,
     WEIGHTS,
     Bytes,
     Counted,
     States,
+    adapted_sizes,
     engine_states,
     frozen_states,
 )
-from dschat.rlhf.role_setup import RoleConfig
+from dschat.rlhf.role_setup import FrozenConfig, RoleConfig
 from dschat.train.engine import torch_dtype
 from dschat.train.model_config import ModelConfig
 from dschat.utils.ds_utils import EngineConfig
 
 CACHE, MARGIN = "cache", "margin"
-KINDS = (
-    *(WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUCKETS, MARGIN),
-)
+GENERATION, SCORING = "generation", "scoring"  # phases
+KINDS = (*(WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, BUCKETS, MARGIN),)
 GIB = 2**30
 # Beside tensors: CUDA's context, cuBLAS' workspace, NCCL's buffers; and what the allocator cannot
 # reuse, as a share of the tensors. Assumptions, not measured here.
@@ -133,7 +132,7 @@ def plan_memory(
     )
     model = settings.run.complete(settings.model)
     role = trained_role(configs["model"], build, model, engine, ranks)
-    return MemoryPlan({"model": role}, _training("training", role, training_pass(settings)))
+    return MemoryPlan({"model": role}, training_phases("training", role, training_pass(settings)))
 
 
 def training_pass(settings: SFTSettings | RewardSettings | DPOSettings) -> Pass:
@@ -168,19 +167,17 @@ def trained_role(
     return Role(shape, engine_states(counted, engine, ranks), counted, module, engine)
 
 
-def _training(name: str, role: Role, made: Pass) -> tuple[Phase, ...]:
-    """Backward pass of a micro-batch, and the optimizer step."""
-    assert role.engine is not None
-    in_pass = _with_unpacking(needed(role.shape, made), role)
-    both = role.states.in_backward.keys() | in_pass.keys()
-    backward = {k: role.states.in_backward.get(k, 0.0) + in_pass.get(k, 0.0) for k in both}
-    return Phase(name, backward), Phase(f"{name}: optimizer", role.states.in_step)
-
-
-def _with_unpacking(found: Needed, role: Role) -> Bytes:
-    """Add the weight that one packed layer computes with."""
-    unpacked = role.counted.unpacked * role.shape.dtype.itemsize
-    return found.at_peak | {ACTIVATIONS: found.at_peak[ACTIVATIONS] + unpacked}
+def training_phases(name: str, role: Role, made: Pass) -> tuple[Phase, ...]:
+    """Both ends of the backward pass of a micro-batch, and the optimizer step."""
+    states, found = role.states, needed(role.shape, made)
+    unpacked = role.counted.unpacked * role.shape.dtype.itemsize  # the weight of a packed layer
+    at_peak = found.at_peak | {ACTIVATIONS: found.at_peak[ACTIVATIONS] + unpacked}
+    of_a_layer = {ACTIVATIONS: max(found.total - found.left, 0.0) + unpacked}
+    return (
+        Phase(name, at_peak | states.at_start),
+        Phase(f"{name}, its end", of_a_layer | states.at_end),
+        Phase(f"{name}, optimizer", states.in_step),
+    )
 
 
 def _plan_ppo(
@@ -191,34 +188,32 @@ def _plan_ppo(
     rows = ppo.per_device_training_batch_size
 
     def of(role: RoleConfig, name: str, build: Build) -> Role:
-        return trained_role(
-            configs[name], build, role.config, role.engine, ranks, is_policy=True
-        )
+        return trained_role(configs[name], build, role.config, role.engine, ranks, is_policy=True)
 
     actor = of(setup.actor, "actor", build_causal_lm)
     roles = {"actor": actor}
     phases = [*_generation(settings, actor)]
     scoring = needed(actor.shape, passes.scoring_pass(rows, *lengths)).at_peak
-    phases += _training("actor", actor, passes.actor_pass(rows, *lengths))
+    phases += training_phases("actor", actor, passes.actor_pass(rows, *lengths))
     if settings.ptx.unsupervised_dataset_name is not None:
         text = passes.actor_pass(rows, 1, sum(lengths) - 1)
-        phases += _training("mixed-in text", actor, text)
+        phases += training_phases("mixed-in text", actor, text)
     if setup.critic is not None:
         critic = of(setup.critic, "critic", RewardModel.from_config)
         if setup.share_trunk == "all":  # its weights are the actor's
             critic = replace(critic, states=_without_base(critic.states))
         roles["critic"] = critic
-        phases += _training("critic", critic, passes.critic_pass(rows, *lengths))
-    frozen = {}
+        phases += training_phases("critic", critic, passes.critic_pass(rows, *lengths))
+    frozen: dict[str, tuple[PretrainedConfig, Build, FrozenConfig]] = {}
     if not setup.reference_is_actors:
-        frozen["reference"] = (configs["actor"], build_causal_lm, setup.reference)
+        frozen["reference"] = configs["actor"], build_causal_lm, setup.reference
     if setup.reward is not None and not setup.reward_is_critics:
         config = configs.get("reward", configs.get("critic"))
         assert config is not None
-        frozen["reward"] = (config, RewardModel.from_config, setup.reward)
+        frozen["reward"] = config, RewardModel.from_config, setup.reward
     moved = 0.0
-    for name, (config, build, role) in frozen.items():
-        shape = Shape(config, build, ModelConfig(), torch_dtype(dtype), is_policy=True)
+    for name, (config, build_frozen, role) in frozen.items():
+        shape = Shape(config, build_frozen, ModelConfig(), torch_dtype(dtype), is_policy=True)
         module = without_weights(shape)
         counted, sharded = Counted.of(module, shape.model.lora), role.zero_stage == 3
         states = frozen_states(counted, dtype, ranks, sharded=sharded)
@@ -228,7 +223,7 @@ def _plan_ppo(
             moved = max(moved, states.held[WEIGHTS])
             states = _without_base(states)
         roles[name] = Role(shape, states, counted, module)
-    phases.append(Phase("scoring", {WEIGHTS: moved} | scoring))
+    phases.append(Phase(SCORING, {WEIGHTS: moved} | scoring))
     return MemoryPlan(roles, tuple(phases))
 
 
@@ -251,13 +246,5 @@ def _generation(settings: RLHFSettings, actor: Role) -> tuple[Phase, ...]:
         LOGITS: sampling,
     }
     if settings.fuse_lora_for_generation:
-        needs[WEIGHTS] = float(adapted_weights(actor)) * BYTES[str(actor.engine.dtype)]  # type: ignore[union-attr]
-    return (Phase("generation", needs),)
-
-
-def adapted_weights(role: Role) -> int:
-    """Elements of the weights that carry adapters, which fusing copies."""
-    from dschat.utils.module.lora import lora_layers
-
-    layers = lora_layers(role.module).values()
-    return sum(layer.get_parameter(leaf).numel() for layer in layers for leaf in layer.adapted)
+        needs[WEIGHTS] = float(sum(adapted_sizes(actor.module)) * actor.shape.dtype.itemsize)
+    return (Phase(GENERATION, needs),)

@@ -1,19 +1,21 @@
 """Bytes that an engine holds for a model: by DeepSpeed's optimizer for its stage and dtype.
 
-The four optimizers differ in what they keep (read in DeepSpeed 0.19; a test holds the sums against
-the bytes that engines allocate). P trained parameters, N ranks, w bytes of the dtype:
+The optimizers differ in what they keep (read in DeepSpeed 0.19; a test holds the sums against the
+bytes that engines allocate). P trained parameters, N ranks, w bytes of the dtype:
 
 | | gradients | masters and moments | buckets |
 | --- | --- | --- | --- |
-| none (fp32, stage 0) | 4 P in backward | 8 P | a copy to reduce, with several ranks |
-| BF16 (bf16, stage 0 or 1, accumulation) | 4 P, held | 12 P / N | none |
-| ZeRO 1 (all others of stage 0 or 1) | w P in backward | 12 P / N | one |
-| ZeRO 2 | a P / N in backward | 12 P / N | two, they overlap |
-| ZeRO 3 | a P / N, held | 12 P / N | one, held; gathered layers |
+| none (fp32, stage 0) | 4 P | 8 P | a copy to reduce |
+| BF16 (bf16, stage 0 or 1, accumulation) | 4 P always, 2 P | 12 P / N | two copies to reduce |
+| ZeRO 1 (all others of stage 0 or 1) | a P | 12 P / N | one |
+| ZeRO 2 | a P / N | 12 P / N | two, they overlap |
+| ZeRO 3 | a P / N always | 12 P / N | one, always; gathered layers |
 
-a is the bytes that gradients add up in: 4 with bf16 and accumulation, else w. A step copies its
-part of the gradients to fp32. `offload` takes masters and moments off the device, and their
-gradients; at stage 3 the weights as well.
+a is the bytes that gradients add up in: 4 with bf16 and accumulation, else w. What is not there
+always grows while a backward pass drops activations, so both ends of the pass are planned: the
+first micro-batch of several leaves its gradients to the next. A step copies its part of the
+gradients to fp32. `offload` takes masters and moments off the device, and their gradients; at
+stage 3 the weights as well.
 """
 
 from __future__ import annotations
@@ -39,6 +41,12 @@ PACKED = {"4bit": 0.5 + (8 + 32 / 256) / 8 / 64, "8bit": 1.0}
 Bytes = dict[str, float]
 
 
+def adapted_sizes(module: nn.Module) -> list[int]:
+    """Elements of each weight that carries an adapter."""
+    layers = lora_layers(module).values()
+    return [layer.get_parameter(leaf).numel() for layer in layers for leaf in layer.adapted]
+
+
 @dataclass(frozen=True)
 class Counted:
     """Parameters of a model, tied ones once.
@@ -62,10 +70,7 @@ class Counted:
         named = list(module.named_parameters())
         adapters = sum(p.numel() for name, p in named if is_adapter_key(name))
         trained = [p.numel() for _, p in named if p.requires_grad]
-        sizes = []
-        if lora.quantize_base is not None:
-            layers = lora_layers(module).values()
-            sizes = [layer.get_parameter(leaf).numel() for layer in layers for leaf in layer.adapted]
+        sizes = [] if lora.quantize_base is None else adapted_sizes(module)
         return cls(
             base=sum(p.numel() for _, p in named) - adapters,
             adapters=adapters,
@@ -84,10 +89,16 @@ class Counted:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one rank, by kind: always, in a backward pass beside that, in an optimizer step."""
+    """Bytes on one rank, by kind.
+
+    Attributes:
+        held: always. at_start, at_end: beside that, as a backward pass begins and when it has all
+            gradients. in_step: in the optimizer step.
+    """
 
     held: Bytes
-    in_backward: Bytes = field(default_factory=dict)
+    at_start: Bytes = field(default_factory=dict)
+    at_end: Bytes = field(default_factory=dict)
     in_step: Bytes = field(default_factory=dict)
 
 
@@ -101,39 +112,60 @@ def frozen_states(counted: Counted, dtype: str, ranks: int, *, sharded: bool) ->
 def engine_states(counted: Counted, config: EngineConfig, ranks: int) -> States:
     """Bytes of a model that trains; the user's DeepSpeed JSON is read, where there is one."""
     ds: dict[str, Any] = get_train_ds_config(config, ranks)
-    zero, stage = ds["zero_optimization"], ds["zero_optimization"]["stage"]
+    zero = ds["zero_optimization"]
+    stage, offloads = zero["stage"], "offload_optimizer" in zero
     size, trained = BYTES[config.dtype], counted.trained
-    share = ranks if stage else 1
-    sharded = ranks if stage == 3 else 1
+    share, sharded = ranks if stage else 1, ranks if stage == 3 else 1
     adds_fp32 = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    summed = 4 if adds_fp32 else size
-    offloads = "offload_optimizer" in zero
-    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET) * size
     held = {
         WEIGHTS: counted.weights(config.dtype) / sharded,
         ADAPTERS: counted.adapters * size / sharded,
         OPTIMIZER: 0.0 if offloads else trained * (12 if stage else 8) / share,
     }
-    backward: Bytes = {}
-    copy = {} if offloads else {GRADIENTS: 4.0 * trained / share}
+    if stage == 3:
+        return _sharded(counted, zero, held, size, 4 if adds_fp32 else size, ranks)
+    copied = min(trained, REDUCE_BUCKET)
     if stage == 0:
-        copies = min(trained, REDUCE_BUCKET) * size if ranks > 1 else 0
-        return States(held, {GRADIENTS: trained * size, BUCKETS: copies}, {})
+        return _unsharded(held, {GRADIENTS: trained * size}, {BUCKETS: copied * size}, config)
     if stage == 1 and adds_fp32 and not offloads:
-        return States(held | {GRADIENTS: 4.0 * trained}, {}, {})
-    if stage == 1:
-        backward = {GRADIENTS: trained * size, BUCKETS: bucket}
-    elif stage == 2:
-        part = counted.largest * size if offloads else trained * summed / share
-        backward = {GRADIENTS: part, BUCKETS: bucket * (2 if zero.get("overlap_comm") else 1)}
-    else:
-        live = min(counted.base + counted.adapters, zero.get("stage3_max_live_parameters", MAX_LIVE))
-        held[BUCKETS] = bucket + (live * size if ranks > 1 or "offload_param" in zero else 0)
-        if "offload_param" in zero:
-            held[WEIGHTS] = held[ADAPTERS] = 0.0
-        if not offloads:
-            held[GRADIENTS] = trained * summed / share
-            copy = {GRADIENTS: 4.0 * min(trained / share, zero.get("sub_group_size", SUB_GROUP))}
-        return States(held, {}, copy)
-    kept = {} if offloads else {GRADIENTS: trained * summed / share}
-    return States(held, backward, {k: copy.get(k, 0) + kept.get(k, 0) for k in copy})
+        held[GRADIENTS] = 4.0 * trained
+        return _unsharded(held, {GRADIENTS: trained * size}, {BUCKETS: copied * (4 + size)}, config)
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
+    buckets = {BUCKETS: bucket * size * (2.0 if stage == 2 and zero.get("overlap_comm") else 1.0)}
+    summed = 4 if adds_fp32 else size
+    gradients = trained * summed / (share if stage == 2 else 1)
+    if stage == 2 and offloads:
+        gradients = counted.largest * size
+    before = gradients if config.gradient_accumulation_steps > 1 else 0.0
+    if stage == 2 and before and not offloads and summed == size:
+        # Beside the sum of the passes before, this pass's own part, once a bucket is full.
+        own = trained * size / share
+        before, gradients = before + (own if trained > bucket else 0.0), gradients + own
+    # The part that a rank has, that part in one piece, and the same in fp32.
+    copies = 2 * summed + (4 if summed != 4 else 0)
+    step = {} if offloads else {GRADIENTS: copies * trained / share}
+    return States(held, {GRADIENTS: before} | buckets, {GRADIENTS: gradients} | buckets, step)
+
+
+def _unsharded(held: Bytes, gradients: Bytes, copies: Bytes, config: EngineConfig) -> States:
+    """Gradients of all parameters on every rank, reduced in copies once all are there."""
+    before = gradients if config.gradient_accumulation_steps > 1 else {}
+    return States(held, before, gradients | copies)
+
+
+def _sharded(
+    counted: Counted, zero: dict[str, Any], held: Bytes, size: int, summed: int, ranks: int
+) -> States:
+    """ZeRO-3."""
+    everything, trained = counted.base + counted.adapters, counted.trained
+    gathers = ranks > 1 or "offload_param" in zero
+    live = min(everything, zero.get("stage3_max_live_parameters", MAX_LIVE)) if gathers else 0
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
+    held[BUCKETS] = float((bucket + live) * size)
+    if "offload_param" in zero:
+        held[WEIGHTS] = held[ADAPTERS] = 0.0
+    if "offload_optimizer" in zero:
+        return States(held)
+    held[GRADIENTS] = trained * summed / ranks
+    at_once = min(trained / ranks, zero.get("sub_group_size", SUB_GROUP))
+    return States(held, in_step={GRADIENTS: 4.0 * at_once})

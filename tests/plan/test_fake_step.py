@@ -1,0 +1,114 @@
+"""Bytes of passes on fake tensors against those that the same models really allocate."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig
+
+from dschat.models.config import build_causal_lm
+from dschat.models.reward_model import RewardModel
+from dschat.plan import fake_step, passes
+from dschat.plan.counting import Allocations
+from dschat.plan.fake_step import Shape, needed
+from dschat.train.model_config import ModelConfig
+from dschat.utils.module.lora_config import LoraConfig
+from tests.helpers.tiny import SPECIAL
+
+ROWS, LENGTH, ANSWER, VOCABULARY = 4, 64, 24, 300
+WIDTH = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+CONFIGS = {
+    "llama": LlamaConfig(
+        num_hidden_layers=6, intermediate_size=160, num_key_value_heads=2, **WIDTH, **SPECIAL
+    ),
+    "opt": OPTConfig(
+        num_hidden_layers=5, ffn_dim=256, word_embed_proj_dim=32, dropout=0.1, **WIDTH, **SPECIAL
+    ),
+    "gemma3": Gemma3TextConfig(
+        num_hidden_layers=8,
+        intermediate_size=128,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=16,
+        **WIDTH,
+        **SPECIAL,
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=5, n_head=4, **SPECIAL),
+}
+PASSES = {
+    "sft": passes.sft_pass(ROWS, LENGTH),
+    "reward": passes.reward_pass(ROWS // 2, LENGTH),
+    "dpo": passes.preference_pass(ROWS // 2, LENGTH),
+    "actor": passes.actor_pass(ROWS, LENGTH - ANSWER, ANSWER),
+    "critic": passes.critic_pass(ROWS, LENGTH - ANSWER, ANSWER),
+    "scoring": passes.scoring_pass(ROWS, LENGTH - ANSWER, ANSWER),
+    "prefill": passes.prefill_pass(ROWS, LENGTH),
+}
+LORA = ModelConfig(lora=LoraConfig(lora_dim=4))
+CHECKPOINTED = ModelConfig(lora=LoraConfig(lora_dim=4), gradient_checkpointing=True)
+EVERYTHING = ModelConfig()
+
+
+def shape(family: str, name: str, model: ModelConfig, dtype: torch.dtype) -> Shape:
+    build = RewardModel.from_config if name in ("reward", "critic") else build_causal_lm
+    return Shape(CONFIGS[family], build, model, dtype, is_policy=name in ("actor", "critic"))
+
+
+def really(wanted: Shape, made: passes.Pass) -> tuple[int, int]:
+    """Bytes at the peak and after the forward pass, of all layers and with values."""
+    config = fake_step.shortened(wanted.config, fake_step.layer_kinds(wanted.config))
+    for part in (config, config.get_text_config()):
+        part.dtype = wanted.dtype
+    module = wanted.build(config)
+    wanted.model.apply(module).train(made.trains)
+    if wanted.is_policy:
+        fake_step.disable_dropout(module)
+    ids = torch.full((made.rows, made.length), 5)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 0] = False  # padding: without any, attention would take no mask
+    with torch.no_grad():
+        made.run(module, ids, mask)  # its trunk and head are proven by now
+    fake_step._drop_gradients(module)
+    counted = Allocations([*module.parameters(), *module.buffers(), ids, mask])
+    with counted, torch.set_grad_enabled(made.trains):
+        kept = made.run(module, ids, mask)
+        left = counted.live
+        if made.trains:
+            kept.backward()
+    return counted.peak, left
+
+
+def test_it_counts_what_lives_and_what_lived():
+    given = torch.zeros(10)
+    with Allocations([given]) as counted:
+        one = torch.zeros(100)  # 400 bytes
+        view = one[:50]
+        two = one + 1  # 800 at the peak
+        del two
+        given.add_(1)
+    assert (counted.live, counted.peak, counted.at_peak) == (400, 800, {"activations": 800})
+    del one
+    assert counted.live == 400  # the view holds it
+    del view
+    assert counted.live == 0
+
+
+CORE = [
+    ("llama", "actor", CHECKPOINTED),
+    ("gemma3", "sft", LORA),
+]
+OTHERS = [
+    *itertools.product(("llama", "gemma3"), PASSES, (LORA, CHECKPOINTED, EVERYTHING)),
+    *itertools.product(("opt", "gpt2"), ("sft", "reward", "prefill"), (LORA, EVERYTHING)),
+]
+CELLS = [*CORE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)]
+
+
+@pytest.mark.parametrize(("family", "name", "model"), CELLS)
+def test_fake_layers_need_what_real_ones_allocate(family, name, model):
+    wanted = shape(family, name, model, torch.bfloat16)
+    found = needed(wanted, PASSES[name])
+    peak, left = really(wanted, PASSES[name])
+    # Byte for byte, but for a few numbers that a sliding window's cache keeps.
+    assert found.total == pytest.approx(peak, rel=1e-3)
+    assert found.left == pytest.approx(left, rel=1e-3)

@@ -1,0 +1,91 @@
+"""What engines hold and allocate in a step, against the plan's sums; buckets are small."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from dschat.models.config import build_causal_lm
+from dschat.plan import passes
+from dschat.plan.counting import Allocations
+from dschat.plan.fake_step import Shape, without_weights
+from dschat.plan.memory import MemoryPlan, Role, training_phases
+from dschat.plan.states import Counted, engine_states
+from dschat.train.engine import backward, build_engine, torch_dtype
+from dschat.train.model_config import ModelConfig
+from dschat.utils.distributed import init_distributed
+from dschat.utils.ds_utils import EngineConfig
+from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.optim import OptimizerConfig, schedule_factory
+from tests.helpers.tiny import tiny_llama
+
+CONFIG = tiny_llama(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+).config
+BUCKET = 50_000  # elements
+ADAPTERS, EVERYTHING = LoraConfig(lora_dim=16), LoraConfig()
+CORE = [("bf16", 0, 2, ADAPTERS), ("bf16", 2, 1, EVERYTHING)]
+OTHERS = [
+    ("bf16", 0, 2, EVERYTHING),
+    ("fp32", 0, 1, ADAPTERS),
+    ("bf16", 0, 1, ADAPTERS),
+    ("bf16", 1, 1, EVERYTHING),
+    ("bf16", 2, 2, EVERYTHING),
+    ("bf16", 2, 2, ADAPTERS),
+    ("bf16", 3, 1, EVERYTHING),
+    ("bf16", 3, 2, ADAPTERS),
+    ("fp32", 0, 2, EVERYTHING),
+    ("fp32", 1, 1, EVERYTHING),
+    ("fp32", 2, 2, EVERYTHING),
+]
+
+
+def measured(config: EngineConfig, model: ModelConfig, made: passes.Pass) -> tuple[int, int]:
+    """Bytes held between optimizer steps, and at the peak of the second one."""
+    init_distributed()
+    own = copy.deepcopy(CONFIG)
+    own.dtype = torch_dtype(config.dtype)
+    counted = Allocations()
+    with counted:
+        module = build_causal_lm(own)
+        schedule = schedule_factory("constant", 0, 10)
+        engine = build_engine(module, config, model, schedule, 1, "plan")
+        ids = torch.full((made.rows, made.length), 5)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0, 0] = False
+        for _ in range(2):
+            held = counted.live
+            counted.start_again()
+            for i in range(config.gradient_accumulation_steps):
+                last = i == config.gradient_accumulation_steps - 1
+                backward(engine, made.run(engine, ids, mask), last=last)
+            engine.step()
+    engine.destroy()
+    return held, counted.peak
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "accumulation", "lora"),
+    [*CORE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)],
+)
+def test_an_engine_allocates_what_is_planned(tmp_path, dtype, stage, accumulation, lora):
+    json_file = tmp_path / "ds.json"
+    json_file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
+    config = EngineConfig(
+        zero_stage=stage,
+        dtype=dtype,
+        micro_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        deepspeed_config=str(json_file),
+    )
+    model = ModelConfig(optimizer=OptimizerConfig(1e-4), lora=lora)
+    made = passes.sft_pass(4, 32)
+    held, peak = measured(config, model, made)
+    shape = Shape(CONFIG, build_causal_lm, model, torch_dtype(dtype))
+    module = without_weights(shape)
+    counted = Counted.of(module, lora)
+    role = Role(shape, engine_states(counted, config, 1), counted, module, config)
+    plan = MemoryPlan({"model": role}, training_phases("training", role, made))
+    assert sum(role.states.held.values()) == pytest.approx(held, rel=0.01)
+    assert plan.tensors == pytest.approx(peak, rel=0.05)
