@@ -51,6 +51,7 @@ _ALL = (
     Command("merge", USE, "an adapter into its base", "dschat.merge"),
     Command("inspect", LOOK, "data as training would see it", "dschat.data", ("inspect",)),
     Command("report", LOOK, "the page of a run, made again", "dschat.report"),
+    Command("plan", LOOK, "memory and time of a step before it runs", "dschat.plan"),
     Command("checkpoint", LOOK, "inspect, verify or convert a checkpoint", "dschat.checkpoint"),
     Command("doctor", LOOK, "whether this machine can train", "dschat.command.doctor"),
     Command("completion", LOOK, "completion for your shell", "dschat.command.completion"),

@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dschat.config.cli import OneLineParser, run_cli
+from dschat.config.cli import run_cli
+from dschat.config.help import OneLineParser, program
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the planner itself."""
     flags = OneLineParser(
-        prog="python -m dschat.plan",
+        prog=program("dschat.plan"),
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

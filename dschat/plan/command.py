@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.errors import UserError
-from dschat.plan.memory import GIB, AnySettings, plan_memory
+from dschat.plan.memory import AnySettings, plan_memory
 from dschat.plan.remedies import largest_micro_batch, remedies
 from dschat.plan.report import Plan, as_json, text
+from dschat.plan.roles import GIB
 from dschat.plan.shapes import config_of, known_in
 from dschat.plan.speed import COMPUTE, NETWORK, Cluster, plan_speed
 from dschat.utils.gpus import Gpu, named_gpu

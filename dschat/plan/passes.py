@@ -69,7 +69,8 @@ def actor_pass(rows: int, prompt: int, answer: int) -> Pass:
     def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         scored = answer_logprobs(model, ids, mask, answer, with_entropy=True)
         old = torch.zeros_like(scored.logprobs)
-        return policy_loss(scored.logprobs, old, old, mask[:, -answer:], 0.2)
+        ratio = torch.exp(scored.logprobs - old)
+        return policy_loss(ratio, old, mask[:, -answer:], (0.2, 0.2))
 
     return Pass(("actor", answer), rows, prompt + answer, run)
 

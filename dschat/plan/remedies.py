@@ -8,7 +8,8 @@ from typing import Any
 
 from dschat.config import RLHFSettings
 from dschat.errors import UserError
-from dschat.plan.memory import GENERATION, GIB, SCORING, AnySettings, MemoryPlan
+from dschat.plan.memory import AnySettings
+from dschat.plan.roles import GENERATION, GIB, SCORING, MemoryPlan
 from dschat.settings import flags_of, given_flags
 
 Planned = Callable[[AnySettings], MemoryPlan]

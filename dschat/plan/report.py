@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dschat.plan.memory import CONTEXT, FRAGMENTATION, GIB, KINDS, MARGIN, MemoryPlan
 from dschat.plan.remedies import Remedy
+from dschat.plan.roles import CONTEXT, FRAGMENTATION, GIB, KINDS, MARGIN, MemoryPlan
 from dschat.plan.speed import COMPUTE, LINK, MEMORY, Cluster, Part
 from dschat.utils.printable import printable
 

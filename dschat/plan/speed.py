@@ -13,8 +13,9 @@ import torch
 from transformers import PretrainedConfig
 
 from dschat.config import DPOSettings, RLHFSettings
-from dschat.plan.fake_step import layer_kinds
-from dschat.plan.memory import AnySettings, MemoryPlan, Role, training_pass
+from dschat.plan.memory import AnySettings, training_pass
+from dschat.plan.ppo import cache_bytes
+from dschat.plan.roles import MemoryPlan, Role
 from dschat.plan.states import BYTES
 from dschat.utils.flops import Matrices, causal_pairs, forward_flops, training_flops
 from dschat.utils.gpus import Gpu
@@ -192,10 +193,8 @@ def _rollout(
     chunks = -(-answers // rows)
     size = actor.shape.dtype.itemsize
     weights = actor.counted.weights(str(actor.engine.dtype)) if actor.engine else 0.0
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = len(layer_kinds(config))
-    cache = 2.0 * layers * kv_heads * head_dim * size * rows * (prompt + new / 2)
+    layers = config.num_hidden_layers
+    cache = cache_bytes(config, actor.shape.dtype) * rows * (prompt + new / 2)
     flops = forward_flops(matrices, rows, rows * (prompt + new / 2), rows)
     read = cluster.read_seconds(weights + cache)
     step = max(read, cluster.compute_seconds(flops, actor.shape.dtype), LAUNCH * layers)

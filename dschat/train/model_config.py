@@ -150,6 +150,9 @@ class ModelConfig(Settings):
         if self.lora.lora_dim:
             self._add_adapters(module, self.lora)
             self._add_token_rows(module)
+        return self._frozen_and_checkpointed(module)
+
+    def _frozen_and_checkpointed(self, module: nn.Module) -> nn.Module:
         if self.head_only:
             freeze_trunk(module)
         if self.gradient_checkpointing:
@@ -166,9 +169,7 @@ class ModelConfig(Settings):
         with torch.device("meta"):
             if self.lora.lora_dim:
                 self._add_adapters(module, replace(self.lora, quantize_base=None))
-        if self.gradient_checkpointing:
-            make_model_gradient_checkpointing_compatible(module)
-        return module
+        return self._frozen_and_checkpointed(module)
 
     def _add_adapters(self, module: nn.Module, lora: LoraConfig) -> None:
         from dschat.utils.module.lora import (

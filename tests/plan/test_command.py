@@ -9,8 +9,9 @@ from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.config import build_causal_lm
 from dschat.plan.__main__ import main
-from dschat.plan.memory import GIB, MemoryPlan, Phase, plan_memory
+from dschat.plan.memory import plan_memory
 from dschat.plan.remedies import changed, largest_micro_batch, remedies
+from dschat.plan.roles import GIB, MemoryPlan, Phase
 from dschat.plan.shapes import KNOWN, config_of, known_in
 from dschat.plan.speed import Cluster
 from dschat.utils.gpus import BY_NAME, gpu_of_device, named_gpu

@@ -10,7 +10,7 @@ from dschat.models.config import build_causal_lm
 from dschat.plan import passes
 from dschat.plan.counting import Allocations
 from dschat.plan.fake_step import Shape, without_weights
-from dschat.plan.memory import MemoryPlan, Role, training_phases
+from dschat.plan.roles import MemoryPlan, Role, training_phases
 from dschat.plan.states import Counted, engine_states
 from dschat.train.engine import backward, build_engine, torch_dtype
 from dschat.train.model_config import ModelConfig
