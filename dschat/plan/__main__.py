@@ -20,12 +20,7 @@ from dschat.config.help import OneLineParser, program
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the planner itself."""
-    flags = OneLineParser(
-        prog=program("dschat.plan"),
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = OneLineParser(__doc__, prog=program("dschat.plan"))
     add = flags.add_argument
     add("--config", help="recipe: a YAML file of the step's flags")
     add("--script", help="training script, in place of its recipe")

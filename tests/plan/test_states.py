@@ -17,7 +17,8 @@ from dschat.train.model_config import ModelConfig
 from dschat.utils.distributed import init_distributed
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.optim import OptimizerConfig, schedule_factory
+from dschat.utils.optim import OptimizerConfig
+from dschat.utils.schedules import schedule_factory
 from tests.helpers.tiny import tiny_llama
 
 CONFIG = tiny_llama(
