@@ -19,6 +19,7 @@ COLOURS = {
     "users": "#f6f8fa",
     "command": "#f6f8fa",
     "pipeline": "#e6eaef",
+    "plan": "#e6eaef",
     "quickstart": "#e6eaef",
     "merge": "#e6eaef",
     "checkpoint": "#e6eaef",
@@ -43,6 +44,7 @@ FLOORS = (
     (("command", "command", "`dschat`: the registry of commands, completion, doctor"),),
     (("pipeline", "pipeline", "stages from one file: checked together, resumed, told in a table"),),
     (
+        ("plan", "plan", "memory, time"),
         ("quickstart", "quickstart", "embedded default"),
         ("merge", "merge", "adapter into base"),
         ("checkpoint", "checkpoint", "verify, convert"),
