@@ -1,7 +1,7 @@
 """CPU seconds of a reward model's step with the prompt of each pair once, against twice.
 
-    python benchmarks/shared_prompts.py --model_name_or_path ../shared/models/stories260K
-    python benchmarks/shared_prompts.py --hidden_size 576 --layers 2
+    python -m benchmarks.shared_prompts --model_name_or_path ../shared/models/stories260K
+    python -m benchmarks.shared_prompts --hidden_size 576 --layers 2
 
 Random tokens, forward and backward of the loss in fp32 on one thread; both ways in turns, medians.
 Prints the largest difference of scores, that of all gradients together, and the seconds.

@@ -10,6 +10,7 @@ holds a `score` head. The sum is computed in fp32 and cast once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,12 @@ def merge(
     from dschat.models.config import load_config
     from dschat.models.placing import repair
     from dschat.models.reward_model import create_critic_model
-    from dschat.models.reward_statistics import VALUE_FILE, read_statistics
+    from dschat.models.reward_statistics import (
+        EVALUATION_FILE,
+        VALUE_FILE,
+        read_evaluation,
+        read_statistics,
+    )
     from dschat.models.save import check_output_dir, save_hf_format
     from dschat.models.save_plan import holds_model
     from dschat.text.tokenizer import load_hf_tokenizer
@@ -72,11 +78,13 @@ def merge(
     create = create_critic_model if is_reward else create_hf_model
     model = create(adapter, tokenizer, saved if dtype == "auto" else torch_dtype(dtype))
     alone = Distributed(0, 1, 0, torch.device("cpu"))
-    statistics = None
+    statistics, files = None, {}
     if is_reward:
         statistics = read_statistics(adapter)
+        if (report := read_evaluation(adapter)) is not None:
+            files[EVALUATION_FILE] = (json.dumps(report, indent=1) + "\n").encode()
         model.value_scaling = read_statistics(adapter, VALUE_FILE)
-    save_hf_format(model, tokenizer, output_dir, alone, statistics=statistics)
+    save_hf_format(model, tokenizer, output_dir, alone, statistics=statistics, files=files)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = torch_dtype(resolve_dtype(settings.dtype))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = AnsweringLimits(
-        settings.sampling,
+        replace(settings.sampling, greedy=settings.greedy),
         settings.prompt_format,
         settings.max_prompt_seq_len,
         settings.batch_size,
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(printable(f"{name}: answers {len(prompts)} prompts"), flush=True)
             answers[number] = sample_answers(name, prompts, limits)
     first, second = answers[0], answers[1]
+    if settings.output_dir is not None:  # first of all: they cost the most
+        write_answers(settings.output_dir, prompts, (first, second))
 
     # 3. verdicts
     judge = load_judge(settings.judge, judge_limits)
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = win_figures(verdicts, first, second)
     print(printable("\n".join(lines(settings, figures))))
     if settings.output_dir is not None:
-        write(settings, figures, prompts, (first, second), verdicts)
+        write_report(settings, figures, prompts, (first, second), verdicts)
 
 
 def win_figures(
@@ -153,15 +156,26 @@ def lines(settings: WinRateSettings, figures: dict[str, Any]) -> list[str]:
     return shown
 
 
-def write(
+def write_answers(
+    output_dir: str, prompts: Sequence[Example], answers: Sequence[Sequence[GivenAnswer]]
+) -> None:
+    """Write each side's answers as a file that can be a candidate again."""
+    for number, side in enumerate(answers, 1):
+        rows = (
+            {"prompt": _plain(e.prompt), "response": a.text, "ended": a.ended}
+            for e, a in zip(prompts, side, strict=True)
+        )
+        _write(output_dir, f"answers-{number}.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def write_report(
     settings: WinRateSettings,
     figures: dict[str, Any],
     prompts: Sequence[Example],
     answers: tuple[list[GivenAnswer], list[GivenAnswer]],
     verdicts: Verdicts,
 ) -> None:
-    """Write winrate.json, and each side's answers as a file that can be a candidate again."""
-    folder = Path(settings.output_dir or ".")
+    """Write winrate.json: figures, settings, and a row for each prompt."""
     rows = [
         {
             "prompt": _plain(e.prompt),
@@ -174,16 +188,13 @@ def write(
         for number, e in enumerate(prompts)
     ]
     report = {"figures": figures, "settings": flag_values(settings), "rows": rows}
-    files = {"winrate.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n"}
-    for number, side in enumerate(answers, 1):
-        texts = [
-            json.dumps({"prompt": row["prompt"], "response": a.text, "ended": a.ended})
-            for row, a in zip(rows, side, strict=True)
-        ]
-        files[f"answers-{number}.jsonl"] = "\n".join(texts) + "\n"
-    with disk_errors_named(f"output_dir {folder}", lambda: "nothing else was written"):
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    _write(settings.output_dir or ".", "winrate.json", text)
+
+
+def _write(folder: str, name: str, text: str) -> None:
+    with disk_errors_named(f"output_dir {folder}", lambda: "give another folder", name):
+        Path(folder, name).write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(prompt: Prompt) -> Any:

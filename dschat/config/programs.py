@@ -109,7 +109,8 @@ class WinRateSettings(Settings):
     )
     sampling: SamplingConfig = group(SamplingConfig)
     max_prompt_seq_len: int = setting(256, "tokens of a prompt", at_least=1)
-    max_seq_len: int = setting(512, "tokens that the judge reads at a time", at_least=SHORTEST)
+    max_seq_len: int = setting(1024, "tokens that the judge reads at a time", at_least=SHORTEST)
+    greedy: bool = setting(False, "answer by the likeliest token, not by a drawn one")
     batch_size: int = setting(16, "rows per batch", at_least=1)
     output_dir: str | None = setting(
         None, "folder for winrate.json, with a row for each prompt, and the answers as files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,15 @@ from dschat.text.ordinary import ordinary_examples
 
 
 def answer_rows(
-    convert: Converter, examples: Sequence[Example], ended: Sequence[bool] | None = None
+    convert: Converter,
+    examples: Sequence[Example],
+    ended: Sequence[bool] | None = None,
+    counts: Counter[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Tokenise prompts with their chosen answers, in their order; none is dropped.
 
     Args:
+        counts: gets the numbers of prompts and answers that were cut to the longest length.
         ended: False for an answer that a limit cut: it gets no end token. None: all have ended.
 
     Returns:
@@ -37,6 +42,8 @@ def answer_rows(
     for prompt, answer, has_end in zip(ids, answers, ends, strict=True):
         short = truncate(prompt, [answer], convert.max_len, bos_id)
         (kept,), start = short.answers, len(short.prompt)
+        if counts is not None:
+            counts.update(prompts_cut=short.prompt_cut, answers_cut=short.answers_cut)
         if not has_end and start + len(kept) > 1:  # a text of nothing but its end keeps it
             kept = kept[:-1]
         length = start + len(kept)

@@ -58,8 +58,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.rwtransformer = base_model
         self.config = base_model.config
-        text = self.config.get_text_config()
-        width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+        width = head_width(self.config)
         self.v_head = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.v_head.weight, std=1.0 / math.sqrt(width + 1))
         self.v_head.to(base_model.dtype)
@@ -110,6 +109,12 @@ class RewardModel(nn.Module):
         if self.value_scaling is None or use_reward_head:
             return values
         return self.value_scaling.scaled(values)
+
+
+def head_width(config: PretrainedConfig) -> int:
+    """Width of the hidden states that the head reads."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
 def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from dschat.text.conversations import Example, Turn, as_turns, question
 from dschat.text.encoding import encode, encode_answers
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.train.answer_scores import score_answers
+from dschat.utils.distributed import print_rank_0
 
 QUESTION = """\
 {prompt}
@@ -127,9 +128,14 @@ class RewardJudge:
     def _scores(
         self, prompts: Sequence[Example], answers: Answers
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = answer_rows(
-            self.convert, _answered(prompts, answers), [answer.ended for answer in answers]
-        )
+        cut: Counter[str] = Counter()
+        ended = [answer.ended for answer in answers]
+        rows = answer_rows(self.convert, _answered(prompts, answers), ended, cut)
+        if cut.total():
+            print_rank_0(
+                f"max_seq_len {self.limits.max_seq_len}: of {len(rows)} texts the judge reads "
+                f"{cut['prompts_cut']} prompts and {cut['answers_cut']} answers in part"
+            )
         pad, limits = self.convert.tokenizer.pad_token_id, self.limits
         scores = score_answers(self.model, rows, pad, limits.device, limits.batch_size)
         return scores, _lengths(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +63,8 @@ class LineScorer:
     def __call__(self, lines: Iterable[str]) -> Iterator[str]:
         """Score each line as it comes, as JSON with score and tokens; blank ones are passed over.
 
+        `cut` stands with what was longer than the limit.
+
         Raises:
             UserError: a line that is no row with an answer, by its number.
         """
@@ -74,9 +77,11 @@ class LineScorer:
 
     def _scored(self, line: str) -> str:
         example, convert = self._read(line)
-        rows, tokenizer = answer_rows(convert, [example]), convert.tokenizer
+        cut: Counter[str] = Counter()
+        rows, tokenizer = answer_rows(convert, [example], counts=cut), convert.tokenizer
         (score,) = score_answers(self.model, rows, tokenizer.pad_token_id, self.device, 1).tolist()
-        return json.dumps({"score": score, "tokens": rows[0]["length"]})
+        scored = {"score": score, "tokens": rows[0]["length"]}
+        return json.dumps(scored | ({"cut": True} if cut.total() else {}))
 
     def _read(self, line: str) -> tuple[Example, Converter]:
         value: Any = line

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 AUTO, NONE = ("auto",), ("none",)  # values of `trainable_tokens` beside lists of tokens
 
-HEAD_ALONE_RATE = 1e-2  # of a head on a frozen trunk: docs/reward_models.md has the measurement
+HEAD_ALONE_RATE = 2.0  # over the width, of a head on a frozen trunk: docs/reward_models.md
 
 
 def freeze_trunk(module: nn.Module) -> None:
@@ -114,11 +114,14 @@ class ModelConfig(Settings):
         """Tell whether switching the adapters off restores the model that training started from."""
         return self.lora.lora_dim > 0 and not self.train_base and not self.lora.modules_to_save
 
-    def of_head_alone(self) -> ModelConfig:
-        """The same for a head on a frozen trunk, at a rate that suits it where none is given."""
+    def of_head_alone(self, width: int) -> ModelConfig:
+        """The same for a head on a frozen trunk, at a rate that suits its width if none is given.
+
+        An optimizer step of Adam moves a score by the rate times the sum of `width` features.
+        """
         rates = self.optimizer
         if rates.learning_rate is None and rates.head_learning_rate is None:
-            rates = replace(rates, head_learning_rate=HEAD_ALONE_RATE)
+            rates = replace(rates, head_learning_rate=HEAD_ALONE_RATE / width)
         return replace(self, optimizer=rates, head_only=True, gradient_checkpointing=False)
 
     def check(self, model_name_or_path: str, build: Build) -> ModelSize:

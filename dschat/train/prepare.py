@@ -23,7 +23,8 @@ from dschat.data.config import DataConfig
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream, StreamLoader
 from dschat.models.causal_lm import check_model_folder
-from dschat.models.config import check_attention, check_kind
+from dschat.models.config import check_attention, check_kind, load_config
+from dschat.models.reward_model import head_width
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
@@ -184,7 +185,7 @@ def plan_model(
     get_train_ds_config(engine, ctx.world_size)
     config = run.complete(settings.model)
     if settings.trains_head_only:
-        config = config.of_head_alone()
+        config = config.of_head_alone(head_width(load_config(name)))
     config = replace(config, tokens=asked_tokens(config.trainable_tokens, ctx.tokenizer))
     check_model_folder(name, ctx.tokenizer)
     check_attention(run.attn_implementation, ctx.dtype_name, name)

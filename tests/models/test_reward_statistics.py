@@ -13,6 +13,7 @@ from dschat.models.reward_model import create_critic_model
 from dschat.models.reward_statistics import (
     FILE,
     RewardStatistics,
+    read_evaluation,
     read_statistics,
     read_value_scaling,
     reward_scaling,
@@ -24,6 +25,7 @@ from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
 from tests.helpers.tiny import byte_tokenizer
 
 LORA = LoraConfig(lora_dim=4, lora_alpha=6.0)
+FILES = {"evaluation.json": b'{"settings": {"seed": 1}}'}
 SAVED = RewardStatistics(mean=-1.5, std=0.25, count=26, data="rows")
 
 
@@ -35,14 +37,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reward = with_adapter(create_critic_model(base, tokenizer, torch.float32, init_head=True), LORA)
     for name, mode in (("merged", "both"), ("adapter", "adapter")):
         saving = plan(mode, base, LORA, folder / name)
-        save_hf_format(reward, tokenizer, folder / name, ALONE, saving, SAVED)
+        save_hf_format(reward, tokenizer, folder / name, ALONE, saving, SAVED, FILES)
     return folder
 
 
 def test_they_are_kept_in_every_form(made, tmp_path):
     for name in ("merged", "merged/adapter", "adapter"):
         assert read_statistics(str(made / name)) == SAVED
+        assert (made / name / "evaluation.json").read_bytes() == FILES["evaluation.json"]
     merge.main([str(made / "adapter"), str(tmp_path / "out")])
+    assert read_evaluation(str(tmp_path / "out")) == {"settings": {"seed": 1}}
     assert read_statistics(str(tmp_path / "out")) == SAVED
     assert read_statistics(str(made / "base")) is None
     AutoModelForSequenceClassification.from_pretrained(made / "merged", local_files_only=True)

@@ -7,16 +7,16 @@ from dschat.config import RewardSettings
 from dschat.config.unused import unused_flags
 from dschat.errors import UserError
 from dschat.models.reward_model import RewardModel
-from dschat.train.model_config import HEAD_ALONE_RATE, ModelConfig
+from dschat.train.model_config import ModelConfig
 from dschat.utils.optim import get_optimizer_grouped_parameters
 from tests.helpers.tiny import padded, save_llama_folder, tiny_llama, token_rows
 
 
 def test_nothing_but_the_head_trains_at_a_rate_of_its_own(tmp_path):
-    config = ModelConfig.of().of_head_alone()
+    config = ModelConfig.of().of_head_alone(32)
     model = config.apply(RewardModel(tiny_llama().model))
     (group,) = get_optimizer_grouped_parameters(model, config.optimizer)
-    assert (group["name"], group["lr"]) == ("head", HEAD_ALONE_RATE)
+    assert (group["name"], group["lr"]) == ("head", 2.0 / 32)
     assert group["params"] == [model.v_head.weight]
     model(*padded(token_rows(2, seed=0))).sum().backward()
     assert all(p.grad is None for p in model.rwtransformer.parameters())
@@ -27,7 +27,7 @@ def test_nothing_but_the_head_trains_at_a_rate_of_its_own(tmp_path):
 
 def test_a_rate_that_is_given_stays():
     for given in ({"learning_rate": 1e-3}, {"head_learning_rate": 1e-3}):
-        assert ModelConfig.of(**given).of_head_alone().optimizer.rate("head") == 1e-3
+        assert ModelConfig.of(**given).of_head_alone(32).optimizer.rate("head") == 1e-3
 
 
 def test_adapters_contradict_and_checkpointing_has_no_use():

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from dschat.config.programs import RewardEvaluation
 from dschat.config.steps import EVALUATION_DATA
 from dschat.config.unused import tell_unused
 from dschat.data.batching import build_loader
-from dschat.data.collators import PairCollator, PreferenceCollator, without_end
+from dschat.data.collators import PairCollator, PreferenceCollator, Row, without_end
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream
 from dschat.data.tokenise import Converter
@@ -98,6 +98,11 @@ def start(settings: RewardEvaluation) -> RunContext:
     tell_unused(settings)
     name = settings.model_name_or_path
     ctx = setup_run(name, settings, prompt_format=settings.data.prompt_format)
+    if (
+        settings.output_dir is not None
+        and Path(settings.output_dir).resolve() == Path(name).resolve()
+    ):
+        raise UserError(f"output_dir {name}: the model's folder keeps its own report; give another")
     check_output_dir(settings.output_dir)
     check_model_folder(name, ctx.tokenizer)
     check_reward_head(name)
@@ -151,11 +156,12 @@ def evaluate(
         flags |= {"data_path": settings.data.data_path, "max_seq_len": settings.max_seq_len}
         for name, content in report_files(report, flags, ctx.rank).items():
             Path(settings.output_dir, name).write_bytes(content)
-    show(ctx, model, rows.select(range(min(settings.show, len(rows)))))
+    shown = list(rows.select(range(min(settings.show, len(rows)))))
+    show(ctx, model, [*map(without_end, shown)] if settings.without_end else shown)
 
 
 @torch.no_grad()
-def show(ctx: RunContext, model: RewardModel, rows: datasets.Dataset) -> None:
+def show(ctx: RunContext, model: RewardModel, rows: Sequence[Row]) -> None:
     """Print pairs with their scores."""
     tokenizer = ctx.tokenizer
     collate = PairCollator(tokenizer.pad_token_id)
