@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import unwrap
+from dschat.rlhf.gathered_rollout import GatheredRollout
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
@@ -15,6 +18,7 @@ from dschat.rlhf.static_proof import disproof
 from dschat.rlhf.static_rollout import StaticRollout
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.lora import fused_bytes
+from dschat.utils.zero import gathered_whole
 
 # Adapters are folded unasked where this takes less than an update of the model does, and where
 # folded weights are no other policy: in fp32.
@@ -29,12 +33,17 @@ def choose_engine(
     Raises:
         UserError: the static engine was asked for, and the model does not pass its proof.
     """
-    asked, fuse = settings.rollout_engine, settings.fuse_lora_for_generation
-    plain = TransformersRollout(roles.actor, tokenizer, roles.synced_gpus, fuse)
+    actor, asked, fuse = roles.actor, settings.rollout_engine, settings.fuse_lora_for_generation
+    is_whole, waits = settings.gather_for_rollouts, roles.synced_gpus
+    plain: RolloutEngine
+    plain = TransformersRollout(actor, tokenizer, waits and not is_whole, fuse)
+    if is_whole:
+        plain = GatheredRollout(TransformersRollout(unwrap(actor), tokenizer), actor)
     if asked == "generate":
         return plain
-    static = StaticModel(unwrap(roles.actor))
-    reason = disproof(static, settings.max_seq_len)
+    static = StaticModel(unwrap(actor))
+    with gathered_whole(actor) if is_whole else contextlib.nullcontext():
+        reason = disproof(static, settings.max_seq_len)
     if reason is not None:
         if asked == "static":
             raise UserError(
@@ -43,11 +52,14 @@ def choose_engine(
             )
         print_rank_0(f"rollouts: generate of transformers; no static cache: {reason}")
         return plain
+    rows = settings.ppo.chunk_rows(settings.ppo.answers_per_prompt)
+    if is_whole:
+        print_rank_0("rollouts: static cache, on weights that are gathered once for each rollout")
+        return GatheredRollout(StaticRollout(static, tokenizer, rows), actor)
     copy = fused_bytes(static.model)
     fuse = fuse or (0 < copy <= SMALL_COPY and static.dtype == torch.float32)
     told = "static cache" + (", recorded steps" if static.is_recording else "")
     if fuse:
         told += f", adapters folded into the weights ({copy / 2**20:.3g} MiB more meanwhile)"
     print_rank_0(f"rollouts: {told}; its logits are those of entire texts")
-    rows = settings.ppo.chunk_rows(settings.ppo.answers_per_prompt)
     return StaticRollout(static, tokenizer, rows, fuse)

@@ -28,7 +28,9 @@ class RolloutEngine(Protocol):
             time; False: it gets chunks of prompts of like length.
     """
 
-    refills: ClassVar[bool]
+    @property
+    def refills(self) -> bool:
+        """See the class."""
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         """Sample one answer for every prompt, by the policy's present weights.

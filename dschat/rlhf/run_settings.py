@@ -61,6 +61,11 @@ class PPORunSettings(Settings):
         "refilled; auto: the static one where the model passes its proof",
         choices=("auto", "generate", "static"),
     )
+    gather_for_rollouts: bool = setting(
+        False,
+        "at actor_zero_stage 3: every rank holds the complete actor while it generates, in place "
+        "of gathering each layer anew for each token",
+    )
     fuse_lora_for_generation: bool = setting(
         False, "fold the actor's adapters into its weights while it generates"
     )
@@ -79,8 +84,17 @@ class PPORunSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_gathering()
         self._check_fusing()
         self.role_setup("fp32", iterations=1)  # its parts check themselves
+
+    def _check_gathering(self) -> None:
+        stage = self.actor.zero_stage
+        if self.gather_for_rollouts and stage != 3:
+            raise UserError(
+                f"gather_for_rollouts: at actor_zero_stage {stage} every rank holds complete "
+                "weights already; drop gather_for_rollouts"
+            )
 
     def _check_fusing(self) -> None:
         """Stop where the actor has no adapters to fold in, or no weights to fold them into."""

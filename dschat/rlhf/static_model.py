@@ -19,7 +19,7 @@ from dschat.rlhf.static_attention import (
 )
 from dschat.rlhf.static_cache import StaticCache, windows_of
 from dschat.utils.module.lora import adapted_layers
-from dschat.utils.zero import is_partitioned
+from dschat.utils.zero import full_shape
 
 Step = Callable[..., torch.Tensor]
 
@@ -36,8 +36,8 @@ def obstacle(model: nn.Module) -> str | None:
         return "its cache holds more than keys and values"
     if len({*windows} - {None}) > 1:
         return "its layers have windows of several sizes"
-    if any(is_partitioned(p) for p in model.parameters()):
-        return "ZeRO-3 holds its weights in shards"
+    if any(p.shape != full_shape(p) for p in model.parameters()):
+        return "ZeRO-3 holds its weights in shards; gather_for_rollouts makes them whole meanwhile"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ class ShardedParameter(nn.Parameter):
     ds_tensor: torch.Tensor
     ds_status: Enum
     ds_process_group: dist.ProcessGroup
+    ds_active_sub_modules: set[int]
     partition: Callable[[], None]
 
 
@@ -50,6 +51,30 @@ def gathered(
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
         yield
+
+
+@contextlib.contextmanager
+def gathered_whole(engine: nn.Module) -> Iterator[None]:
+    """Hold the complete weights of a ZeRO-3 engine inside the block: its passes gather nothing.
+
+    Every rank enters and leaves; between the two they need not make the same passes. The weights
+    must not change meanwhile.
+    """
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    for parameter in engine.parameters():
+        if is_partitioned(parameter):
+            # A pass that stopped half-way leaves its marks, with which no shard can be let go.
+            parameter.ds_active_sub_modules.clear()
+    offload: Any = engine.optimizer.parameter_offload  # type: ignore[union-attr]
+    # DeepSpeed leaves this hook, in which every pass of one rank waits for those of the others.
+    hooks, place = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
+    waits = hooks.pop(place)
+    try:
+        with unwrap_model_for_generation(engine):
+            yield
+    finally:
+        hooks[place] = waits
 
 
 @contextlib.contextmanager
