@@ -61,6 +61,9 @@ class RunConfig(StartConfig):
     overwrite_output_dir: bool = setting(
         False, "replace a finished model in the output folder", may_change=True
     )
+    ignore_plan: bool = setting(
+        False, "start although the plan says that the GPUs are too small", may_change=True
+    )
     num_train_epochs: int = setting(1, "passes over the training data", at_least=1, at_most=10_000)
     lr_scheduler_type: str = setting("cosine", "shape of the schedule", choices=tuple(SCHEDULES))
     num_warmup_steps: int | None = setting(

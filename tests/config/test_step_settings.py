@@ -23,7 +23,7 @@ COMMON = {
     *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project", "no_report"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers", "max_skipped_steps"),
-    "rank_timeout",
+    *("rank_timeout", "ignore_plan"),
     *("deepspeed_config", "dtype"),  # compared by what they come to
 }
 ROLES = {

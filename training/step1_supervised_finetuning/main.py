@@ -30,6 +30,7 @@ from dschat.models.config import build_causal_lm
 from dschat.models.packing import prove_packing
 from dschat.models.reward_model import check_language_model
 from dschat.models.save import save_hf_format
+from dschat.plan.start import tell_plan
 from dschat.train.engine import backward
 from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
 from dschat.train.prepare import plan_model, prepare, setup_run
@@ -54,6 +55,7 @@ def main() -> None:
     )
     check_language_model(settings.model_name_or_path)
     model = plan_model(ctx, settings, build_causal_lm)
+    tell_plan(ctx, settings)
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
 
     # 2. batches, model, engine

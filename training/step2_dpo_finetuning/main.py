@@ -31,6 +31,7 @@ from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import check_language_model
 from dschat.models.save import save_hf_format
+from dschat.plan.start import tell_plan
 from dschat.train.engine import backward
 from dschat.train.evaluation import pair_count
 from dschat.train.means import Means
@@ -56,6 +57,7 @@ def main() -> None:
     )
     check_language_model(settings.model_name_or_path)
     model = plan_model(ctx, settings, build_causal_lm)
+    tell_plan(ctx, settings)
     data = ctx.load_data(
         settings.data, settings.PHASE, settings.batch.max_seq_len, later=model.later
     )

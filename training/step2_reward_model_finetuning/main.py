@@ -32,6 +32,7 @@ from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.models.shared_prompt_proof import prove_shared_prompts
+from dschat.plan.start import tell_plan
 from dschat.train.engine import backward
 from dschat.train.evaluation import (
     evaluate_pairs,
@@ -62,6 +63,7 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
     )
     model = plan_model(ctx, settings, RewardModel.from_config)
+    tell_plan(ctx, settings)
     tell_reward_form(settings.model_name_or_path, ctx.tokenizer)
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
 

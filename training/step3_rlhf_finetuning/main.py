@@ -29,6 +29,7 @@ from dschat.config import RLHFSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.data.collators import PromptCollator
+from dschat.plan.start import tell_plan
 from dschat.rlhf.prepare import plan_roles, prepare
 from dschat.train.prepare import setup_run
 from dschat.train.steps import accumulation_groups
@@ -47,6 +48,7 @@ def main() -> None:
         prompt_format=settings.data.prompt_format,
     )
     plan = plan_roles(ctx, settings)
+    tell_plan(ctx, settings)
     data = ctx.load_data(
         plan.rewards.reading(settings.data),
         settings.PHASE,
