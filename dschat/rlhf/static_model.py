@@ -140,14 +140,19 @@ class StaticModel:
         *rows, span = inputs
         example = (*(x[[0, -1]] for x in rows), span, *(x[[0, -1]] for x in tensors))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that tracing is old, and sees one side of an if
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
                 # Of a module, not of a function: its weights are then read at each step. Those of
                 # a function would be constants, of which equal ones are made one.
                 step = _AsModule(self.model, self._plain(cache))
-                return torch.jit.trace(step, example, check_trace=False, strict=False)
+                recorded = torch.jit.trace(step, example, check_trace=False, strict=False)
         finally:
             cache.tensors = tensors
+        # What depends on values (an expert that no token of the example chose) is not in it.
+        if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in said):
+            self.records = False
+            return self._plain(cache)
+        return recorded
 
     def _plain(self, cache: StaticCache) -> Step:
         """Step as a function of tensors alone."""

@@ -165,6 +165,18 @@ def test_a_step_that_cannot_be_recorded_is_left_to_python(monkeypatch):
     assert disproof(static, LONGEST) is None and not static.records
 
 
+def test_a_step_that_depends_on_values_is_not_recorded():
+    model = tiny.tiny_llama()
+
+    def looks(module, inputs, output):
+        return output + 0 if output.sum() > 0 else output  # one of the two would be recorded
+
+    model.model.norm.register_forward_hook(looks)
+    static = StaticModel(model)
+    assert disproof(static, LONGEST) is None and not static.records
+    prove(StaticRollout(static, TOKENIZER, 3), model, prompts())
+
+
 def test_the_cache_grows_in_blocks_and_no_further_than_answers_reach():
     static, batch = StaticModel(tiny.tiny_llama(max_position_embeddings=256)), prompts(width=15)
     cache, rows = static.cache(4), torch.arange(4)
