@@ -13,7 +13,7 @@ from dschat.errors import UserError
 from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.rlhf.candidates import GivenAnswer
-from dschat.rlhf.judges import JudgeLimits, letter_ids, load_judge
+from dschat.rlhf.judges import QUESTION, JudgeLimits, letter_ids, load_judge
 from dschat.text.conversations import Example
 from dschat.text.formats import choose_format
 from dschat.train.answer_scores import score_answers
@@ -97,6 +97,13 @@ def test_a_chat_model_is_asked_in_both_orders(made):
     second = [GivenAnswer("no, never") for _ in range(6)]
     verdicts, turned = judge(prompts, first, second), judge(prompts, second, first)
     assert torch.equal(turned.margin, -verdicts.margin) and verdicts.margin.abs().min() > 0
+    shown = QUESTION.format(prompt="Question:\nWhat is 0?", a="so0", b="no, never")
+    text = f"\n\nHuman: {shown}\n\nAssistant: "  # the next token is a letter
+    ids = judge.convert.tokenizer(text, return_tensors="pt")["input_ids"]
+    a, b = judge.convert.tokenizer.convert_tokens_to_ids(["A", "B"])
+    with torch.no_grad():
+        logits = judge.model(input_ids=ids).logits[0, -1]
+    assert verdicts.orders[0][0].item() == pytest.approx((logits[a] - logits[b]).item(), abs=1e-4)
     same = judge(prompts, first, first)
     assert same.margin.tolist() == [0.0] * 6  # whatever it thinks of the places
     forward, backward = same.orders
