@@ -60,6 +60,11 @@ class StaticRollout:
         return fused_adapters(self.static.model) if fuse else contextlib.nullcontext()
 
 
+def _asks_at_once(device: torch.device) -> bool:
+    """Tell whether a device answers without being waited for."""
+    return device.type == "cpu"
+
+
 class _Decoding:
     """Decodes one set of prompts; a slot is a row of the cache.
 
@@ -77,9 +82,9 @@ class _Decoding:
         self.pad, self.end = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.draw = Drawing(sampling, self.end)
         self.stops = StopStrings(texts, tokenizer) if texts else None
-        # An answer that has ended goes on until its device is asked, and a free slot has a place.
-        self.every = 1 if texts or device.type == "cpu" else LATE
-        room = sampling.max_answer_seq_len + self.every
+        # An answer that has ended goes on until its device is asked, but never beyond the longest.
+        self.every = 1 if texts or _asks_at_once(device) else LATE
+        room = sampling.max_answer_seq_len + 1  # one that free slots write to
         lengths = prompts.attention_mask.sum(-1)
         count, slots = len(lengths), min(engine.rows, len(lengths))
         # Long prompts come first, so that the cache has its width at once.
@@ -89,6 +94,7 @@ class _Decoding:
         self.cache = self.static.cache(slots)
         self.row: list[int | None] = [None] * slots
         self.reached = [0] * slots  # each slot's column, known without the device
+        self.left = [0] * slots  # tokens that its answer may still have
         self.answers = torch.full((count + 1, room), self.pad, device=device)
         self.logprobs = torch.zeros(count + 1, room, device=device)
         self.written = torch.zeros(count, dtype=torch.long, device=device)
@@ -104,7 +110,8 @@ class _Decoding:
         while (free := self.row.count(None)) < len(self.row):
             if not self.waiting and 2 * free >= len(self.row):
                 self.compact()
-            for _ in range(self.every):
+            left = min(n for n, row in zip(self.left, self.row, strict=True) if row is not None)
+            for _ in range(min(self.every, left)):
                 self.advance()
             self.release()
             if self.waiting and FREE * self.row.count(None) >= len(self.row):
@@ -131,6 +138,7 @@ class _Decoding:
         self.alive[into], self.ended[into] = True, False
         for slot, row in zip(slots, rows, strict=True):
             self.row[slot], self.reached[slot] = row, width
+            self.left[slot] = self.sampling.max_answer_seq_len - 1
         tokens, logprobs = self.draw(logits, self.length[into])
         self.answers[of, 0], self.logprobs[of, 0] = tokens, logprobs
         self.tokens[into], self.length[into] = tokens, 1
@@ -149,6 +157,7 @@ class _Decoding:
         self.length += self.alive
         self.ended |= self.tokens == self.end
         self.reached = [column + 1 for column in self.reached]
+        self.left = [tokens - 1 for tokens in self.left]
         self.steps += 1
 
     def release(self) -> None:
@@ -164,6 +173,7 @@ class _Decoding:
         index = torch.tensor(slots, device=self.tokens.device)
         self.written[self.target[index]] = self.length[index]
         self.alive[index], self.target[index] = False, len(self.written)
+        self.column[index] = self.first[index] = 0  # inside the cache, however it has grown
         for slot in slots:
             self.row[slot] = None
 
@@ -182,6 +192,7 @@ class _Decoding:
         self.cache.keep(index)
         self.row = [self.row[slot] for slot in kept]
         self.reached = [self.reached[slot] for slot in kept]
+        self.left = [self.left[slot] for slot in kept]
         for name in ("column", "first", "length", "alive", "ended", "target", "tokens"):
             setattr(self, name, getattr(self, name)[index])
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dschat.data.collators import PromptBatch
+from dschat.rlhf import static_cache, static_rollout
 from dschat.rlhf.drawing import Drawing
 from dschat.rlhf.generation import SamplingConfig, answer_ends
 from dschat.rlhf.rollout import repeated
@@ -60,6 +61,22 @@ def test_rows_are_refilled_and_answers_stay_those_of_generate(monkeypatch, by_te
     monkeypatch.setattr(StaticModel, "step", lambda *args: decoded.append(0) or step(*args))
     engine.generate(batch, sampling)
     assert len(decoded) < sum(max(lengths[i : i + 4]) - 1 for i in range(0, 12, 4))
+
+
+@pytest.mark.parametrize("late", [1, 8], ids=["CPU", "device"])
+def test_long_and_short_answers_share_a_cache_that_is_full(monkeypatch, late):
+    """Answers end in each column of a block while others go on, asked after each token or later."""
+    monkeypatch.setattr(static_rollout, "LATE", late)
+    monkeypatch.setattr(static_rollout, "_asks_at_once", lambda device: late == 1)
+    monkeypatch.setattr(static_cache, "BLOCK", 4)
+    model, batch, tokenizer = tiny.tiny_gpt2(), prompts(9), tiny.byte_tokenizer()
+    sampling = SamplingConfig(20, greedy=True)
+    whole = answers(TransformersRollout(model, tokenizer), batch, sampling)
+    often = torch.tensor([i for answer in whole for i in answer]).bincount().argmax().item()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(often)
+    expected = answers(TransformersRollout(model, tokenizer), batch, sampling)
+    assert len({len(answer) for answer in expected}) > 2
+    assert answers(StaticRollout(StaticModel(model), tokenizer, 3), batch, sampling) == expected
 
 
 def test_copies_of_a_prompt_are_computed_once_and_drawn_apart(monkeypatch):
