@@ -3,6 +3,8 @@
 import json
 import random
 
+import pytest
+
 from benchmarks.arithmetic import (
     ANSWER,
     ARMS,
@@ -32,6 +34,7 @@ def test_every_kind_but_the_right_one_is_wrong():
     assert answer_of_kind(draw, 27, 35, "carry") == " 7 + 5 = 12, 2 + 3 = 5 #### 52"
 
 
+@pytest.mark.slow
 def test_held_out_sums_are_nowhere_in_training_and_answers_fit(tmp_path):
     write_inputs(tmp_path, seed=3)
     sets = {
