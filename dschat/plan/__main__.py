@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
+from dschat.plan.recipe import settings_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +42,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and print the plan."""
     args, others = parser().parse_known_args(argv)
-    from dschat.plan.command import run  # here: it imports torch, which --help need not
+    recipe, settings = settings_of(args, others)
+    from dschat.plan.command import run  # here: it imports torch, which checks of flags need not
 
-    run(args, others)
+    run(args, recipe, settings)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
-from dschat.config.cli import parse
+from dschat.config import RLHFSettings
 from dschat.errors import UserError
 from dschat.plan.memory import AnySettings, plan_memory
 from dschat.plan.remedies import largest_micro_batch, remedies
@@ -22,23 +20,13 @@ from dschat.plan.shapes import config_of, known_in
 from dschat.plan.speed import COMPUTE, NETWORK, Cluster, plan_speed
 from dschat.utils.gpus import Gpu, named_gpu
 
-STEPS: dict[str, type[AnySettings]] = {
-    "sft": SFTSettings,
-    "reward": RewardSettings,
-    "dpo": DPOSettings,
-    "ppo": RLHFSettings,
-}
-RECIPES = Path(__file__).parents[1] / "recipes"
 
-
-def run(args: argparse.Namespace, others: Sequence[str]) -> None:
+def run(args: argparse.Namespace, recipe: Path, settings: AnySettings) -> None:
     """Plan and print.
 
     Raises:
-        UserError: no recipe, an unknown GPU or model, settings that contradict each other.
+        UserError: an unknown GPU or model, settings that contradict each other.
     """
-    recipe = recipe_of(args)
-    settings = parse(step_of(recipe, args.step), ["--config", str(recipe), *others], None)
     gpu, ranks = named_gpu(args.gpu), args.gpus * args.nodes
     for name in ("gpus", "nodes"):
         if getattr(args, name) < 1:
@@ -85,40 +73,6 @@ def planned_dtype(name: str, gpu: Gpu) -> str:
     if name == "auto":
         return "fp32" if gpu.bf16 is None else "bf16"
     return name
-
-
-def recipe_of(args: argparse.Namespace) -> Path:
-    """Find the recipe: named, or the one that a script names.
-
-    Raises:
-        UserError: neither or both, or a script without one.
-    """
-    if (args.config is None) == (args.script is None):
-        raise UserError("give --config RECIPE.yaml, or --script SCRIPT.sh")
-    if args.config is not None:
-        return Path(args.config)
-    try:
-        content = Path(args.script).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"script {args.script}: cannot be read ({error})") from error
-    found = re.search(r"^RECIPE=[\"']?([\w./-]+\.yaml)", content, re.MULTILINE)
-    if found is None:
-        raise UserError(f"script {args.script}: it names no recipe; give --config RECIPE.yaml")
-    return RECIPES / found[1]
-
-
-def step_of(recipe: Path, named: str | None) -> type[AnySettings]:
-    """Choose the step's settings by its name, or by the recipe's: sft_8b.yaml.
-
-    Raises:
-        UserError: the file's name tells none.
-    """
-    name = named or re.split(r"[_.]", recipe.name)[0]
-    if name not in STEPS:
-        raise UserError(
-            f"config {recipe}: its name tells no step; add --step sft, reward, dpo or ppo"
-        )
-    return STEPS[name]
 
 
 def configs_of(

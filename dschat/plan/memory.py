@@ -12,9 +12,8 @@ from dschat.models.reward_model import RewardModel
 from dschat.plan import passes
 from dschat.plan.passes import Pass
 from dschat.plan.ppo import plan_ppo
+from dschat.plan.recipe import AnySettings
 from dschat.plan.roles import MemoryPlan, trained_role, training_phases
-
-AnySettings = SFTSettings | RewardSettings | DPOSettings | RLHFSettings
 
 
 def plan_memory(
