@@ -42,6 +42,11 @@ def needed_mask(
     return attention_mask if _NEEDS_MASK[module] else None
 
 
+def assume_causal(module: nn.Module) -> None:
+    """Take the model for one that needs no mask, where no values can prove it (fake tensors)."""
+    _NEEDS_MASK[module] = False
+
+
 def right_padded_inputs(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> dict:

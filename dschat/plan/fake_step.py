@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.head import assume_split
+from dschat.models.right_padding import assume_causal
 from dschat.plan.counting import Allocations
 from dschat.plan.passes import Pass
 from dschat.train.model_config import ModelConfig
@@ -115,6 +116,7 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
     config = shortened(shape.config, run)
     module = without_weights(replace(shape, config=config)).train(wanted.trains)
     assume_split(module)
+    assume_causal(module)
     vocabulary = config.get_text_config().vocab_size
     with FakeTensorMode():
         _give_fake_weights(module)

@@ -13,6 +13,7 @@ from dschat.functional.losses import pairwise_loss, policy_loss, value_loss
 from dschat.models.causal_lm import forward_inputs
 from dschat.models.logprobs import answer_logprobs, target_logprobs, target_loss
 from dschat.models.reward_model import scores_at_end
+from dschat.models.right_padding import needed_mask, right_padded_inputs
 
 Made = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -37,7 +38,7 @@ def sft_pass(rows: int, length: int) -> Pass:
     """Step 1, every token trained."""
 
     def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return target_loss(model, forward_inputs(model, ids, mask), mask)
+        return target_loss(model, right_padded_inputs(model, ids, mask), mask)
 
     return Pass(("sft",), rows, length, run)
 
@@ -46,7 +47,8 @@ def reward_pass(pairs: int, length: int) -> Pass:
     """Step 2: a pair is two rows."""
 
     def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        chosen, rejected = scores_at_end(model(ids, mask), mask).chunk(2)
+        values = model(ids, needed_mask(model, ids, mask))
+        chosen, rejected = scores_at_end(values, mask).chunk(2)
         return pairwise_loss(chosen, rejected, torch.ones_like(chosen, dtype=torch.bool))
 
     return Pass(("reward",), 2 * pairs, length, run)
