@@ -46,6 +46,7 @@ GRPO_KNOBS = [
     *(PPO, "--actor_model_name_or_path", "model", *DATA, "--dtype", "fp32"),
     *shlex.split("--max_prompt_seq_len 48 --max_answer_seq_len 4 --num_warmup_steps 0"),
     *shlex.split("--actor_learning_rate 1e-3 --advantage_estimator grpo --answers_per_prompt 2"),
+    *shlex.split("--rollout_engine generate"),  # by its draws some answers are cut, and some end
     *shlex.split("--per_device_generation_batch_size 2 --per_device_training_batch_size 4"),
     *shlex.split("--generation_batches 2 --gradient_accumulation_steps 2 --ppo_epochs 2"),
     *shlex.split("--max_eval_samples 4 --actor_lora_dim 4 --cliprange_high 0.3"),

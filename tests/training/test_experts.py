@@ -32,6 +32,7 @@ SIZES = ["--max_prompt_seq_len", "64", "--max_answer_seq_len", "6"]
 SIZES += ["--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "4"]
 PPO = [*COMMON, *ROLES, *SIZES, "--actor_lora_dim", "4", "--critic_lora_dim", "4"]
 PPO += ["--reward_scaling", "none"]
+PPO += ["--rollout_engine", "generate"]  # one sampler for all: at ZeRO-3 there is no other
 ONE_BASE = ["--actor_model_name_or_path", "base"]
 ONE_BASE += ["--critic_model_name_or_path", "reward/adapter"]
 PLAN = {

@@ -23,8 +23,8 @@ from tests.helpers.steps import (
 
 
 def commands(good: Path, bad: str) -> list[list[object]]:
-    """Every program on the bad folder; data that does not exist would be the next complaint."""
-    data = ["--data_path", "nowhere.jsonl"]
+    """Every program on the bad folder; data without a row would be the next complaint."""
+    data = ["--data_path", "empty.jsonl"]
     roles = ["--actor_model_name_or_path", good, "--critic_model_name_or_path", bad]
     compared = ["--model_name_or_path_baseline", good, "--model_name_or_path_finetune", bad]
     return [
@@ -40,6 +40,7 @@ def commands(good: Path, bad: str) -> list[list[object]]:
 @pytest.mark.slow
 def test_every_program_says_so_in_one_line(tmp_path: Path):
     good = tiny.save_llama_folder(tmp_path / "good")
+    (tmp_path / "empty.jsonl").touch()
     cut, _ = spoilt(tmp_path / "cut", EARLY["cut"])
     encoder_decoder = tmp_path / "t5"  # with a tokenizer that ends every text, as T5's does
     tiny.save_llama_folder(encoder_decoder)
