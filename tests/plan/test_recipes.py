@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dschat.config.cli import parse
-from dschat.plan.command import configs_of, step_of
+from dschat.plan.command import configs_of
 from dschat.plan.memory import plan_memory
+from dschat.plan.recipe import step_of
 from dschat.plan.roles import GIB
 from dschat.utils.gpus import named_gpu
 from tests.config.test_recipes import FOLDER, OWN_MODEL, RECIPES, head
