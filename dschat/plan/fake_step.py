@@ -10,10 +10,11 @@ test holds it against models of all their layers).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, masking_utils
 
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.head import assume_split
@@ -127,7 +128,8 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
         )
         marks = _marks(module, counted, len(run))
         _drop_gradients(module)
-        with counted, WorstCase(), torch.set_grad_enabled(wanted.trains):
+        grad = torch.set_grad_enabled(wanted.trains)
+        with counted, WorstCase(), _unpacked_rows(), grad:
             made = wanted.run(module, ids, mask)
             left = counted.live
             if wanted.trains:
@@ -202,6 +204,17 @@ def _drop_gradients(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop)
+
+
+@contextlib.contextmanager
+def _unpacked_rows() -> Iterator[None]:
+    """Have transformers take rows for one text each: it cannot read that off fake positions."""
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 class WorstCase(TorchFunctionMode):

@@ -111,8 +111,8 @@ def test_fake_layers_need_what_real_ones_allocate(family, name, model):
     wanted = shape(family, name, model, torch.bfloat16)
     found = needed(wanted, PASSES[name])
     peak, left = really(wanted, PASSES[name])
-    # Byte for byte, but for the masks that transformers makes for fake tensors where it makes none
-    # for real ones: of right-padded rows, and of sliding windows.
-    above = 0.1 if name in ("sft", "reward", "dpo") else 0.01
-    assert 0.99 * peak <= found.total <= (1 + above) * peak
-    assert 0.99 * left <= found.left <= (1 + 1.5 * above) * left
+    # With a sliding window transformers makes its mask for real values in further steps, of a byte
+    # for each pair of places: two such masks are 2 % of a pass this small.
+    below = 0.025 if family == "gemma3" else 0.01
+    assert (1 - below) * peak <= found.total <= 1.01 * peak
+    assert 0.99 * left <= found.left <= 1.01 * left
