@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -133,20 +133,34 @@ class AnswerFile:
             self._truncate(resumed_at)
 
     def _truncate(self, resumed_at: int) -> None:
+        self._replace(self._lines_until(resumed_at))
+
+    def _lines_until(self, iteration: int) -> list[bytes]:
         # Bytes: texts may hold characters that end a line elsewhere, a kill may leave half a one.
         with self.path.open("rb") as file:
-            lines = [
+            return [
                 line
                 for line in file
-                if line.endswith(b"\n") and json.loads(line)["iteration"] <= resumed_at
+                if line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
             ]
+
+    def _replace(self, lines: Sequence[bytes]) -> None:
         part = self.path.with_suffix(".tmp")
         part.write_bytes(b"".join(lines))
         part.replace(self.path)
 
+    def replace(self, iteration: int, answers: Sequence[Answer]) -> None:
+        """Have these be the answers of an iteration, whether or not it was there; the last one."""
+        with disk_errors(self.path.parent, self.path):
+            earlier = self._lines_until(iteration - 1) if self.path.exists() else []
+            self._replace([*earlier, *(line.encode() for line in _lines(answers))])
+
     def write(self, answers: Sequence[Answer]) -> None:
         """Add lines, in one write."""
-        lines = (json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)
         errors = disk_errors(self.path.parent, self.path)
         with errors, self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+            file.write("".join(_lines(answers)))
+
+
+def _lines(answers: Sequence[Answer]) -> Iterator[str]:
+    return (json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)

@@ -171,9 +171,8 @@ class PPOLog:
         self._print("eval " + console_line(iteration, self.iterations, statistics))
         if self._held_out is not None and rollouts:
             tokenizer, names = self.roles.tokenizer, self.functions
-            self._held_out.write(
-                choose_answers(rollouts, HELD_OUT_ROWS, tokenizer, iteration, names)
-            )
+            answers = choose_answers(rollouts, HELD_OUT_ROWS, tokenizer, iteration, names)
+            self._held_out.replace(iteration, answers)
         self.metrics.log(iteration, statistics, kind="eval")
 
     def _print(self, text: str) -> None:

@@ -17,7 +17,9 @@ from tests.helpers.resume_runs import figures
 
 CHECKPOINTS = "checkpoints"
 # Beside the model: the log of figures, which is compared by value, and a lock that may stay.
-NOT_RESULTS = re.compile(r"checkpoints/.*|metrics(\.\w+)?\.jsonl|\.lock")
+NOT_RESULTS = re.compile(
+    r"checkpoints/.*|metrics(\.\w+)?\.jsonl|held_out_answers\.unfinished\.jsonl|\.lock"
+)
 MAY_STAY = {".lock"}
 RESUMED = re.compile(r"^resumed from (\S+) at step (\d+)$", re.M)
 

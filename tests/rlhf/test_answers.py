@@ -84,6 +84,22 @@ def test_a_resumed_run_goes_on_with_its_own_lines(tmp_path):
     assert not fresh.path.exists() and (tmp_path / "answers.1.jsonl").exists()
 
 
+def test_an_evaluation_that_is_made_again_stands_once(tmp_path):
+    """As at the end of a run that was killed after its last evaluation."""
+    file = AnswerFile(tmp_path, None, "held_out.jsonl")
+    for iteration in (0, 2, 4):
+        file.replace(iteration, [dataclasses.replace(ANSWER, iteration=iteration)] * 2)
+    whole = file.path.read_bytes()
+    assert iterations(file) == [0, 0, 2, 2, 4, 4]
+    with file.path.open("a") as half:
+        half.write('{"iteration": 4')
+    for resumed_at in (4, 3):
+        resumed = AnswerFile(tmp_path, resumed_at, "held_out.jsonl")
+        resumed.replace(4, [dataclasses.replace(ANSWER, iteration=4)] * 2)
+        assert resumed.path.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["held_out.jsonl"]
+
+
 def test_texts_may_hold_any_character(tmp_path):
     """Unicode's own line ends stand in JSON as they are; a kill can cut a character apart."""
     odd = dataclasses.replace(ANSWER, iteration=1, answer="a\u2028b\x85c\r\nd")
