@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTForCausalLM
 
+from dschat.plan.shapes import config_of
 from dschat.quickstart.model import build_tokenizer, corpus, write_model
 from dschat.train import checkpoint_folder, checkpointer
 from dschat.train.disk import in_words
@@ -50,15 +51,8 @@ COMMON = ["--data_split", "10,0,0", "--dtype", "fp32", "--max_eval_samples", "1"
 
 def write_opt(folder: Path) -> None:
     """OPT-1.3B's shape with random weights in bf16, and the embedded default's tokenizer."""
-    config = OPTConfig(
-        hidden_size=2048,
-        ffn_dim=8192,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        word_embed_proj_dim=2048,
-    )
     torch.set_default_dtype(torch.bfloat16)
-    model = OPTForCausalLM(config)
+    model = OPTForCausalLM(config_of("opt-1.3b"))
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     build_tokenizer(corpus()).save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer of what trains, and frozen weights; activations, the cache of
 generation and buffers of communication come on top. Nothing is allocated: models are built on
-`meta` from the configurations below.
+`meta` from the planner's configurations (dschat/plan/shapes.py).
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 
 from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import RewardModel
+from dschat.plan.shapes import config_of
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
 
@@ -35,38 +32,11 @@ TITLES = {
 BYTES = {"bf16": (2, 2, 12), "fp16": (2, 2, 12), "fp32": (4, 4, 8)}
 
 
-def _opt(hidden: int, ffn: int, layers: int, heads: int, **more: object) -> OPTConfig:
-    return OPTConfig(
-        hidden_size=hidden,
-        ffn_dim=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        word_embed_proj_dim=more.pop("projection", hidden),
-        vocab_size=50272,
-        max_position_embeddings=2048,
-        **more,
-    )
-
-
-def _llama(vocabulary: int, ffn: int, kv_heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=4096,
-        intermediate_size=ffn,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=False,
-    )
-
-
-OPT_350M = _opt(1024, 4096, 24, 16, projection=512, do_layer_norm_before=False)
-LLAMA_2 = _llama(32000, 11008, 32)
-LLAMA_3 = _llama(128256, 14336, 8)
+OPT_350M, LLAMA_2, LLAMA_3 = map(config_of, ("opt-350m", "llama-2-7b", "llama-3-8b"))
 # name: configurations of actor and critic
 PAIRS: dict[str, tuple[PretrainedConfig, PretrainedConfig]] = {
-    "OPT-1.3B, critic 350M": (_opt(2048, 8192, 24, 32), OPT_350M),
-    "OPT-6.7B, critic 350M": (_opt(4096, 16384, 32, 32), OPT_350M),
+    "OPT-1.3B, critic 350M": (config_of("opt-1.3b"), OPT_350M),
+    "OPT-6.7B, critic 350M": (config_of("opt-6.7b"), OPT_350M),
     "Llama-2-7B, critic 7B": (LLAMA_2, LLAMA_2),
     "Llama-3-8B, critic 8B": (LLAMA_3, LLAMA_3),
 }
