@@ -23,6 +23,11 @@ Result = TypeVar("Result")
 
 RANK_TIMEOUT = 600  # seconds
 LONGEST_COLLECTIVE = 7200.0  # seconds
+# Of a process that no launcher started.
+LONE = {
+    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,8 @@ def init_distributed(rank_timeout: float = RANK_TIMEOUT) -> Distributed:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed, once per bucket.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.update(torch_variables(os.environ))
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # DeepSpeed looks for them
+    for name, value in LONE.items():  # DeepSpeed looks for them
+        os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)

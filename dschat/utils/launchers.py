@@ -24,6 +24,7 @@ class Launcher:
     local_size: str | None
 
 
+SRUN = Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
 # In this order: mpirun and mpiexec start their processes by srun, whose variables are then theirs.
 LAUNCHERS = (
     Launcher(
@@ -33,9 +34,20 @@ LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    Launcher(
+        "mpirun_rsh",  # MVAPICH2
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
     Launcher("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None),
+    SRUN,
 )
+# A script of sbatch has these variables too, for tasks that only srun starts: they count where the
+# user says besides where the first task is.
+SBATCH = Launcher("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None)
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PORT = 29500  # torch's own
 
 
@@ -46,50 +58,87 @@ def torch_variables(environ: Mapping[str, str]) -> dict[str, str]:
         Those that are missing; none under torchrun and deepspeed, nor for a process by itself.
 
     Raises:
-        UserError: several processes, and nothing says where the first one is.
+        UserError: several processes, and nothing tells them apart, or says where the first one is.
     """
-    if "WORLD_SIZE" in environ:
-        return {}
     launcher = _launcher_of(environ)
+    if all(name in environ for name in PLACE):
+        _check_whole(environ)
+        if "MASTER_PORT" in environ or _number(environ, "WORLD_SIZE") == 1:
+            return {}
     if launcher is None:
         _check_lone(environ)
         return {}
     rank, size = environ[launcher.rank], environ[launcher.size]
-    local_rank = environ[launcher.local_rank]
-    found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
+    if "RANK" not in environ and environ.get("WORLD_SIZE", size) != size:
+        raise UserError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']} and {launcher.size} {size}: unset WORLD_SIZE, "
+            "which is the number of all processes"
+        )
+    found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": environ[launcher.local_rank]}
     found |= {"MASTER_ADDR": _first_host(launcher, environ), "MASTER_PORT": str(_port(environ))}
     return {name: value for name, value in found.items() if name not in environ}
 
 
 def rank_of(environ: Mapping[str, str]) -> int:
     """Find this process's rank; 0 for a process by itself."""
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        return int(environ.get("RANK", "0"))
+    if "RANK" in environ:
+        return _number(environ, "RANK")
     launcher = _launcher_of(environ)
-    return 0 if launcher is None else int(environ[launcher.rank])
+    return 0 if launcher is None else _number(environ, launcher.rank)
+
+
+def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
+    """Read a number; an empty variable counts as missing.
+
+    Raises:
+        UserError: it is none.
+    """
+    value = environ.get(name, "").strip() or str(default)
+    if not value.isdecimal():
+        raise UserError(f"{name} is {value!r} in the environment: set a number, or unset it")
+    return int(value)
 
 
 def _launcher_of(environ: Mapping[str, str]) -> Launcher | None:
     """Find the launcher of several processes that tells this one its place among them."""
-    for launcher in LAUNCHERS:
+    is_step = SRUN.size in environ
+    more = (SBATCH,) if "MASTER_ADDR" in environ and not is_step else ()
+    for launcher in (*LAUNCHERS, *more):
         known = {launcher.rank, launcher.size, launcher.local_rank} <= environ.keys()
-        if known and int(environ[launcher.size]) > 1:
+        if known and _number(environ, launcher.size) > 1:
             return launcher
     return None
 
 
 def _check_lone(environ: Mapping[str, str]) -> None:
-    """Stop where there seem to be several processes, and nothing tells them apart.
-
-    A script of sbatch has the number of tasks, which only srun starts.
-    """
-    for rank, size in (("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE")):
-        step = environ.get("SLURM_STEP_NUM_TASKS", "2")
-        if rank in environ and int(environ.get(size, "1")) > 1 and int(step) > 1:
+    """Stop where there seem to be several processes, and nothing tells them apart."""
+    sizes = ["WORLD_SIZE", *(launcher.size for launcher in LAUNCHERS)]
+    if environ.get(SRUN.size) != "1":
+        sizes.append(SBATCH.size)
+    for size in sizes:
+        if _number(environ, size) > 1:
             raise UserError(
                 f"{size} is {environ[size]}, and nothing tells this process its place among them: "
                 "start them by srun or torchrun, or one alone by `srun --ntasks 1`"
             )
+    # Of some launchers processes know their rank and not how many there are.
+    for rank in ("RANK", "PMIX_RANK", *(launcher.rank for launcher in LAUNCHERS)):
+        if _number(environ, rank) > 0:
+            raise UserError(
+                f"{rank} is {environ[rank]}, and nothing tells how many processes there are: "
+                "start them by srun or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR"
+            )
+
+
+def _check_whole(environ: Mapping[str, str]) -> None:
+    """Stop where several launchers of one machine were started, each for a run of its own."""
+    per_host = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    tasks = _number(environ, SRUN.size)
+    if per_host == environ["WORLD_SIZE"] and tasks > 1:
+        raise UserError(
+            f"srun started {tasks} launchers, and each is a run of its own: give torchrun "
+            f"--nnodes {tasks} and --rdzv_endpoint, or unset SLURM_STEP_NUM_TASKS if that is meant"
+        )
 
 
 def _first_host(launcher: Launcher, environ: Mapping[str, str]) -> str:

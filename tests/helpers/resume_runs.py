@@ -20,6 +20,7 @@ from tests.helpers.launch import run_ranks
 from tests.helpers.steps import PPO, REWARD, SFT, free_port, write_inputs, write_rows
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
+WORKER = Path(__file__).with_name("resume_worker.py")
 DATA = shlex.split("--data_path data --data_split 4,4,2 --data_output_path cache")
 # 27 rows, 4 a step: 7 steps in each of 2 epochs, the last one short. Dropout draws at every step,
 # and saves (every 3) lie between lines of the log (every 2).
@@ -134,14 +135,24 @@ def write_models(folder: Path) -> None:
 
 def launch_runs(runs: dict[str, Run], folder: Path, ranks: int) -> dict[str, Outcome]:
     """Run them in turn in `folder`; return rank 0's outcomes by name."""
+    logs = folder / "logs"
+    logs.mkdir()
+    run_ranks(WORKER, ranks, [write_plan(runs, folder, ranks)], log_dir=logs)
+    return read_outcomes(runs, folder)
+
+
+def write_plan(runs: dict[str, Run], folder: Path, ranks: int) -> str:
+    """Write what WORKER takes as its argument, which it runs in that folder."""
     # A run of one rank needs no port, which another process might have by the time it starts.
     ports = [free_port() if ranks > 1 else "none" for _ in runs]
     plan = [{**vars(run), "port": port} for run, port in zip(runs.values(), ports, strict=True)]
     (folder / "plan.json").write_text(json.dumps(plan))
-    worker, logs = Path(__file__).with_name("resume_worker.py"), folder / "logs"
-    logs.mkdir()
-    run_ranks(worker, ranks, [str(folder / "plan.json")], log_dir=logs)
-    results = json.loads((folder / "results.0.json").read_text())
+    return str(folder / "plan.json")
+
+
+def read_outcomes(runs: dict[str, Run], folder: Path, rank: int = 0) -> dict[str, Outcome]:
+    """Read what came of a plan's runs on one rank."""
+    results = json.loads((folder / f"results.{rank}.json").read_text())
     return {name: Outcome(**r) for name, r in zip(runs, results, strict=True)}
 
 

@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from dschat import config as arguments
+from dschat.utils.launchers import rank_of
 from tests.helpers.steps_worker import count_reads, run
 
 TARGETS = {"torch.save": (torch, "save"), "os.rename": (os, "rename")}
@@ -86,7 +87,7 @@ def send_signal(item: dict, pid: int) -> None:
 
 def main() -> None:
     """Run them all, whatever comes of each."""
-    plan, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    plan, rank = Path(sys.argv[1]), rank_of(os.environ)
     os.chdir(plan.parent)
     results = []
     for number, item in enumerate(json.loads(plan.read_text())):

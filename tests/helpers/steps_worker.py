@@ -19,6 +19,8 @@ from pathlib import Path
 
 import transformers
 
+from dschat.utils.launchers import rank_of, torch_variables
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,8 +70,8 @@ def count_reads() -> list[str]:
 
 def main() -> None:
     """Run them all; on several ranks stop at the first that breaks, lest the others wait."""
-    plan, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    plan, rank = Path(sys.argv[1]), rank_of(os.environ)
+    several = int({**os.environ, **torch_variables(os.environ)}.get("WORLD_SIZE", "1")) > 1
     read, results = count_reads(), []
     for number, argv in enumerate(json.loads(plan.read_text())):
         errors = plan.with_name(f"stderr.{number}.{rank}")

@@ -23,6 +23,7 @@ OPENMPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPENMPI.items()}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 TWO_ON_ONE_HOST = {
     "RANK": "1",
@@ -35,13 +36,42 @@ TWO_ON_ONE_HOST = {
 
 def test_a_process_by_itself_and_one_of_torchrun():
     assert torch_variables({}) == {} and rank_of({}) == 0
-    given = {**SRUN, "WORLD_SIZE": "8", "RANK": "6"}
+    given = {**SRUN, **TWO_ON_ONE_HOST, "WORLD_SIZE": "8", "RANK": "6"}
     assert torch_variables(given) == {} and rank_of(given) == 6
     alone = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}
     assert torch_variables(alone) == {}
 
 
-@pytest.mark.parametrize("environ", [OPENMPI, MPICH])
+def test_a_number_of_processes_that_the_user_set_besides():
+    """WORLD_SIZE alone tells no process its rank."""
+    there = {"MASTER_ADDR": "there", "MASTER_PORT": "1234"}
+    found = torch_variables(SRUN | there | {"WORLD_SIZE": "4"})
+    assert found == {"RANK": "3", "LOCAL_RANK": "1"}
+    with pytest.raises(UserError, match="WORLD_SIZE is 2 and SLURM_STEP_NUM_TASKS 4: unset"):
+        torch_variables(SRUN | there | {"WORLD_SIZE": "2"})
+
+
+def test_srun_that_tells_its_tasks_but_not_its_step():
+    """A script of sbatch has the same variables, so MASTER_ADDR decides."""
+    older = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1"}
+    assert torch_variables(older | {"MASTER_ADDR": "node07", "SLURM_JOB_ID": "7"}) == {
+        **{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "20007"}
+    }
+    step = {"SLURM_STEP_NUM_TASKS": "1", "MASTER_ADDR": "node07"}
+    assert torch_variables(older | step | {"SLURM_PROCID": "0"}) == {}
+
+
+def test_launchers_that_srun_started_each_for_itself():
+    torchrun = TWO_ON_ONE_HOST | {"LOCAL_WORLD_SIZE": "2"}
+    deepspeed = TWO_ON_ONE_HOST | {"LOCAL_SIZE": "2"}
+    for variables in (torchrun, deepspeed):
+        assert torch_variables(variables) == {}
+        with pytest.raises(UserError, match="srun started 4 launchers, and each is a run of its"):
+            torch_variables(SRUN | variables)
+        assert torch_variables(SRUN | variables | {"WORLD_SIZE": "8"}) == {}
+
+
+@pytest.mark.parametrize("environ", [OPENMPI, MVAPICH, MPICH])
 def test_mpi_on_one_host(environ):
     assert torch_variables(environ) == TWO_ON_ONE_HOST and rank_of(environ) == 1
     there = {"MASTER_ADDR": "there", "MASTER_PORT": "1234"}
@@ -82,6 +112,14 @@ def test_srun_on_two_hosts(monkeypatch):
             "srun or torchrun, or one alone by `srun --ntasks 1`",
         ),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_SIZE is 2, and nothing tells this process"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            "OMPI_COMM_WORLD_SIZE is 2, and nothing tells this process",
+        ),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "there"}, "WORLD_SIZE is 2, and nothing tells"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK is 1, and nothing tells how many processes there are"),
+        ({"RANK": "1"}, "RANK is 1, and nothing tells how many processes there are"),
+        ({"PMI_SIZE": "two"}, "PMI_SIZE is 'two' in the environment: set a number, or unset it"),
     ],
 )
 def test_ranks_that_cannot_find_each_other(environ, message):
