@@ -19,8 +19,9 @@ from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
 from dschat.rlhf.role_checks import check_role_contexts
 from dschat.text.tokenizer import check_same_tokenizer
 from dschat.train import run_lock
+from dschat.train.adapter_ranks import adapted_shapes, fitting_dim
 from dschat.train.disk import Written
-from dschat.train.model_config import ModelConfig, adapter_ranks
+from dschat.train.model_config import ModelConfig
 from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
@@ -170,10 +171,10 @@ def _fitting_model(
     factor = (widths[prefix] / width) ** power if prefix in widths and width else 1.0
     flags = {f"{prefix}{key}": rate for key, rate in _scaled_rates(model, factor).items()}
     if model.lora.lora_dim:
-        largest = max(adapter_ranks(on_meta(name, build), model.lora).values())
-        if model.lora.lora_dim > largest:
-            model = replace(model, lora=replace(model.lora, lora_dim=largest))
-            flags[f"{prefix}lora_dim"] = largest
+        shapes = adapted_shapes(on_meta(name, build), model.lora)
+        if (fitting := fitting_dim(shapes, model.lora.lora_dim)) < model.lora.lora_dim:
+            model = replace(model, lora=replace(model.lora, lora_dim=fitting))
+            flags[f"{prefix}lora_dim"] = fitting
     return model, flags
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dschat.errors import UserError
 from dschat.lazy import torch
 from dschat.settings import Settings, group, setting
+from dschat.train.adapter_ranks import adapted_shapes, beyond_rank
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.ds_utils import ZERO_STAGES
 from dschat.utils.module.lora_config import LoraConfig
@@ -30,46 +30,6 @@ def freeze_trunk(module: nn.Module) -> None:
     """Let the head of a reward model train, and nothing else."""
     module.requires_grad_(False)
     module.get_submodule("v_head").requires_grad_(True)
-
-
-def adapter_ranks(module: nn.Module, lora: LoraConfig) -> dict[str, int]:
-    """Map the matrices that get adapters to the highest rank that each can have."""
-    from dschat.utils.module.targets import match_layers
-
-    modules, weights = dict(module.named_modules()), dict(module.named_parameters())
-    return {
-        name: min((modules[name].weight if name in modules else weights[name]).shape[-2:])
-        for name in match_layers(module, lora)
-    }
-
-
-def beyond_rank(ranks: Mapping[str, int], lora_dim: int) -> str | None:
-    """Say which layers a `lora_dim` is too high for; None where there are none.
-
-    Raises:
-        UserError: it is too high for all of them.
-    """
-    from dschat.utils.module.targets import short_name
-
-    lower = {name: rank for name, rank in ranks.items() if rank < lora_dim}
-    if not lower:
-        return None
-    if len(lower) == len(ranks):
-        name = max(ranks, key=ranks.__getitem__)
-        raise UserError(
-            f"lora_dim {lora_dim}: no adapted layer has a rank above {ranks[name]} "
-            f"({name}), so a larger adapter adds nothing; give at most that"
-        )
-    kinds: dict[int, list[str]] = {}
-    for name, rank in sorted(lower.items(), key=lambda item: item[1]):
-        kind = kinds.setdefault(rank, [])
-        if (short := short_name(name)) not in kind:
-            kind.append(short)
-    listed = "; ".join(f"{', '.join(names)}: {rank}" for rank, names in kinds.items())
-    return (
-        f"lora_dim {lora_dim} is above the rank of {len(lower)} of {len(ranks)} adapted layers "
-        f"({listed}), where the rest of it adds nothing; at most {min(kinds)} counts in every layer"
-    )
 
 
 @dataclass(frozen=True)
@@ -138,8 +98,9 @@ class ModelConfig(Settings):
         module = on_meta(model_name_or_path, build)
         base = sum(parameter.numel() for parameter in module.parameters())
         if self.lora.lora_dim:
-            if line := beyond_rank(adapter_ranks(module, self.lora), self.lora.lora_dim):
-                print_rank_0(f"advice: {model_name_or_path}: {line}")
+            shapes = adapted_shapes(module, self.lora)
+            if line := beyond_rank(model_name_or_path, shapes, self.lora.lora_dim):
+                print_rank_0(line)
             with torch.device("meta"):
                 self._add_adapters(module, replace(self.lora, quantize_base=None))
         if self.head_only:

@@ -5,14 +5,16 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.save_plan import MERGED, SavePlan
 from dschat.train import run_lock
+from dschat.train.adapter_ranks import beyond_rank, fitting_dim
 from dschat.train.disk import ModelSize, Written, check_disk, in_words
-from dschat.train.model_config import ModelConfig, beyond_rank
+from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.adapter_write import AdapterOrigin
@@ -154,17 +156,30 @@ def test_a_rank_above_that_of_some_layers_is_said(tmp_path: Path, capsys):
     assert said(16) == "" == said(32, "q_proj", "mlp")
     assert said(17) == (
         f"advice: {tmp_path}: lora_dim 17 is above the rank of 4 of 14 adapted layers "
-        "(self_attn.k_proj, self_attn.v_proj: 16), where the rest of it adds nothing; at most 16 "
-        "counts in every layer\n"
+        "(self_attn.k_proj, self_attn.v_proj: 16), where the rest of it adds nothing: "
+        "give at most 16\n"
     )
 
 
 def test_every_lower_rank_is_named_with_its_layers():
-    ranks = {"m.layers.0.mlp.gate": 8, "m.layers.1.mlp.gate": 8, "a.v": 16, "a.k": 16, "a.q": 64}
-    line = beyond_rank(ranks, 32)
+    shapes = {"a.v": (16, 64), "a.k": (16, 64), "a.q": (64, 64), "b.q": (64, 64)}
+    sizes = {name: torch.Size(shape) for name, shape in shapes.items()}
+    line = beyond_rank("m", sizes, 32)
     assert line is not None
-    assert "4 of 5 adapted layers (mlp.gate: 8; a.v, a.k: 16)" in line and "at most 8 " in line
-    assert beyond_rank(ranks, 8) is None
+    assert "m: lora_dim 32 is above the rank of 2 of 4 adapted layers (a.v, a.k: 16)" in line
+    assert line.startswith("advice: ") and line.endswith("give at most 16")
+    assert beyond_rank("m", sizes, 8) is None and fitting_dim(sizes, 8) == 8
+
+
+def test_small_layers_do_not_decide_a_rank():
+    """Routers of 2 and of 8 experts hold 64 * 10 of 64 * (10 + 64 + 2 * 640) weights, 0.7 %."""
+    shapes = {"l.0.mlp.gate.weight": (2, 64), "l.1.mlp.gate.weight": (8, 64), "q": (64, 64)}
+    sizes = {name: torch.Size(shape) for name, shape in (shapes | {"up": (2, 640, 64)}).items()}
+    line = beyond_rank("m", sizes, 32)
+    assert line is not None and fitting_dim(sizes, 32) == 32
+    assert "2 of 4 adapted layers (mlp.gate: 2; mlp.gate: 8)" in line
+    assert not line.startswith("advice") and "at most" not in line
+    assert fitting_dim(sizes, 100) == 64  # q and the routers hold 5 %
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
