@@ -28,6 +28,7 @@ import argparse
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dschat.config.cli import run_cli
@@ -60,6 +61,8 @@ OF_A_MODEL = (
     "deployment_type",
     "hostfile",
 )
+# Flags of a model's steps alone.
+OF_STEPS = {"reward_model": (2,), "actor_zero_stage": (1, 3), "reward_zero_stage": (2, 3)}
 # What a script calls, in `arguments_of`: nothing is made, printed or started.
 STAND_INS = {"mkdir": ":"} | dict.fromkeys(
     ("deepspeed", "python"), 'printf "%s\\0" "$@" > "$WORDS"'
@@ -94,8 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--hostfile",
         type=lambda p: Path(text(p)).resolve(),
-        default=Path(os.environ.get("HOSTFILE") or "/job/hostfile").resolve(),
-        help="of multi_node: a line `host slots=8` for each machine",
+        help="of multi_node: a line `host slots=8` for each machine (default: /job/hostfile)",
     )
     add("--data-path", type=text, nargs="+", default=[], help="data of all steps, not the scripts'")
     add("--seed", type=int, default=1234, help="seed of all steps")
@@ -116,6 +118,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     "scripts of its own; name a model, or drop the flag"
                 )
     return args
+
+
+def unused_flags(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a line for each flag that was given and does nothing with these steps."""
+    if args.actor_model is None:
+        return  # what it has no use for is refused
+    for name, steps in OF_STEPS.items():
+        if getattr(args, name) and not {*steps} & {*args.step}:
+            needs = " and ".join(map(str, steps))
+            asked = ", ".join(map(str, sorted({*args.step})))
+            yield f"--{name.replace('_', '-')} does nothing in step {asked}: it is of step {needs}"
+    if args.hostfile and args.deployment_type != "multi_node":
+        yield "--hostfile does nothing: it is of --deployment-type multi_node"
 
 
 def size_of(model: str) -> str | None:
@@ -258,12 +273,13 @@ def check_hostfile(args: argparse.Namespace) -> None:
     """Stop where several machines are asked for and none are named; scripts read HOSTFILE."""
     if args.deployment_type != "multi_node" or os.environ.get("LAUNCHER"):
         return
-    if not args.hostfile.is_file():
+    hosts = args.hostfile or Path(os.environ.get("HOSTFILE") or "/job/hostfile").resolve()
+    if not hosts.is_file():
         raise UserError(
-            f"--hostfile {args.hostfile}: no such file; name one, with a line `host slots=8` for "
-            "each machine"
+            f"--hostfile {hosts}: no such file; name one, with a line `host slots=8` for each "
+            "machine"
         )
-    os.environ["HOSTFILE"] = str(args.hostfile)
+    os.environ["HOSTFILE"] = str(hosts)
 
 
 def main() -> None:
@@ -271,6 +287,8 @@ def main() -> None:
     args = parse_args()
     plan = commands(args)
     check_hostfile(args)
+    for line in unused_flags(args):
+        print(line, flush=True)
     steps = every = stages(args, plan)
     hold_output(args.output_dir, steps, args.overwrite_output_dir or args.resume, dash="-")
     if args.actor_model is None:

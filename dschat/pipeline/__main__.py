@@ -33,6 +33,8 @@ def execute(pipeline: Pipeline) -> None:
     """Check all stages, run those that are left, print the closing table."""
     settings, stages = pipeline.settings, list(pipeline.stages)
     out = Path(settings.output_dir).resolve()
+    for line in pipeline.unused:
+        print(line, flush=True)
     if settings.hardware == "single_node" and not (settings.ranks or torch.cuda.is_available()):
         raise UserError("hardware single_node: torch sees no GPU here; give ranks for the CPU")
     hold_output(out, stages, settings.overwrite_output_dir or settings.resume, dash="_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from dschat.config.cli import parse
 from dschat.config.yaml_file import as_words, read_yaml
 from dschat.errors import UserError
 from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
-from dschat.settings import Settings, flags_of, setting, unknown
+from dschat.settings import Settings, flag_values, flags_of, given_flags, setting, unknown
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 KINDS: dict[str, type[Settings]] = {
@@ -24,6 +24,7 @@ KINDS: dict[str, type[Settings]] = {
     "ppo": RLHFSettings,
 }
 MODEL, CRITIC = "model_name_or_path", "critic_model_name_or_path"
+FOLDER = "output_dir"
 CONFIG = "config"  # of a stage: a file of its settings, beside the pipeline's or in RECIPES
 EMBEDDED = "embedded"  # the model that is generated, with its data
 
@@ -95,10 +96,11 @@ class PipelineSettings(Settings):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline's settings and its stages, in their order."""
+    """A pipeline's settings and its stages, in their order; a line for each that does nothing."""
 
     settings: PipelineSettings
     stages: tuple[Stage, ...]
+    unused: tuple[str, ...] = ()
 
 
 def shipped() -> dict[str, Path]:
@@ -142,22 +144,46 @@ def read(path: Path, argv: Sequence[str], description: str | None) -> Pipeline:
     words = as_words(f"config {path}", content, flags_of(PipelineSettings))
     settings = parse(PipelineSettings, [*words, *argv], description)
     stages: list[Stage] = []
+    parsed: dict[str, Settings] = {}
     for kind, flags in listed.items():
         place = f"config {path}: stages"
         if kind not in KINDS:
             raise UserError(f"{place}: {unknown('stage', str(kind), list(KINDS))}")
         if flags is not None and not isinstance(flags, dict):
             raise UserError(f"{place}: {kind} is {flags!r}: give lines of `flag: value`")
-        stages.append(_stage(kind, flags or {}, settings, stages, path))
-    return Pipeline(settings, tuple(stages))
+        stage, parsed[kind] = _stage(kind, flags or {}, settings, stages, path)
+        stages.append(stage)
+    return Pipeline(settings, tuple(stages), tuple(_unused(settings, parsed)))
+
+
+def _unused(settings: PipelineSettings, stages: Mapping[str, Settings]) -> Iterator[str]:
+    """Yield a line for each shared setting that a stage, or all of them, have no use for."""
+    values = {kind: flag_values(parsed) for kind, parsed in stages.items()}
+    given = {flag.name for flag in given_flags(settings)}
+    for name in (*PASSED, "seed", "data_path"):
+        for kind, own in values.items() if name in given else ():
+            shared = getattr(settings, name)
+            shared = tuple(map(local, shared)) if isinstance(shared, tuple) else shared
+            if own[name] != shared:
+                its = " ".join(own[name]) if isinstance(shared, tuple) else own[name]
+                yield f"--{name} does nothing in {kind}, which has its own: {its}"
+    for name in ("model", "reward_model"):
+        model = getattr(settings, name) or ""
+        is_used = any(local(model) in own.values() for own in values.values())
+        if name in given and model != EMBEDDED and not is_used:
+            yield f"--{name} does nothing: no stage starts from it"
+    if "hostfile" in given and settings.hardware != "multi_node":
+        yield "--hostfile does nothing: it is of hardware multi_node"
 
 
 def _stage(
     kind: str, given: Mapping[Any, Any], settings: PipelineSettings, before: list[Stage], path: Path
-) -> Stage:
+) -> tuple[Stage, Settings]:
     """Make a stage; its settings are checked, its models and data not yet."""
     place, cls = f"config {path}: stages: {kind}", KINDS[kind]
     own = {key: value for key, value in given.items() if key != CONFIG}
+    if FOLDER in own:
+        raise UserError(f"{place}: {FOLDER}: the pipeline gives each stage its folder; drop it")
     words: list[str] = []
     if (config := given.get(CONFIG)) is not None:
         words += ["--config", str(_config(str(config), path, place))]
@@ -166,10 +192,11 @@ def _stage(
     words += [*settings.common_flags, "--output_dir", str(folder)]
     words += as_words(place, own, flags_of(cls))
     try:
-        parse(cls, words, None)
+        parsed = parse(cls, words, None)
     except UserError as error:
         raise UserError(f"{kind}: {error}") from error
-    return Stage(kind, kind, (*settings.launcher, kind, *words), tuple(words), folder)
+    stage = Stage(kind, kind, (*settings.launcher, kind, *words), tuple(words), folder)
+    return stage, parsed
 
 
 def _config(name: str, path: Path, place: str) -> Path:

@@ -83,6 +83,7 @@ def test_a_reward_model_starts_from_sft_unless_one_is_named(tmp_path: Path):
         ("stages: {sft: }\n", "sft: model_name_or_path is required"),
         ("model: m\nstages: {ppo: }\n", "ppo: critic_model_name_or_path is required"),
         ("model: m\nranks: 0\nstages: {sft: }\n", "ranks is 0: give at least 1"),
+        ("model: m\nstages: {sft: {output_dir: x}}\n", "output_dir: the pipeline gives each stage"),
         ("hardware: multi_node\nhostfile: none\nstages: {sft: }\n", "hostfile none: no such file"),
     ],
 )
@@ -91,6 +92,41 @@ def test_what_is_wrong_is_said_before_anything_starts(text: str, message: str, t
         pipeline(tmp_path, text)
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "lines"),
+    [
+        (THREE, "", []),
+        (THREE, "--seed 8 --save_steps 3 --model m --data_path x", []),
+        (
+            "model: m\nstages: {sft: {num_train_epochs: 3}, dpo: }\n",
+            "--num_train_epochs 2",
+            ["--num_train_epochs does nothing in sft, which has its own: 3"],
+        ),
+        (
+            "model: m\nstages: {sft: {data_path: [a, b]}}\n",
+            "--data_path c",
+            ["--data_path does nothing in sft, which has its own: a b"],
+        ),
+        (
+            "stages: {sft: {model_name_or_path: own}}\n",
+            "--model m --hostfile x",
+            [
+                "--model does nothing: no stage starts from it",
+                "--hostfile does nothing: it is of hardware multi_node",
+            ],
+        ),
+        (
+            "model: m\nreward_model: r\nstages: {sft: , dpo: }\n",
+            "",
+            ["--reward_model does nothing: no stage starts from it"],
+        ),
+    ],
+)
+def test_what_no_stage_uses_is_said(text: str, argv: str, lines: list[str], tmp_path: Path):
+    (tmp_path / "reward.yaml").write_text("seed: 3\n")  # a file that a stage begins with yields
+    assert list(pipeline(tmp_path, text, *argv.split()).unused) == lines
 
 
 def test_hardware_decides_the_launcher(tmp_path: Path):

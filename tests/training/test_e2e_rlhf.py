@@ -126,6 +126,35 @@ def test_what_cannot_be_planned_is_said_in_one_line(e2e: ModuleType):
             e2e.parse_args([flag, value])
 
 
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        ("--step 1 --reward-model r", ["--reward-model does nothing in step 1: it is of step 2"]),
+        (
+            "--step 3 1 --reward-model r",
+            ["--reward-model does nothing in step 1, 3: it is of step 2"],
+        ),
+        ("--step 2 --reward-model r --reward-zero-stage 1", []),
+        (
+            "--step 2 --actor-zero-stage 3",
+            ["--actor-zero-stage does nothing in step 2: it is of step 1 and 3"],
+        ),
+        (
+            "--step 1 --reward-zero-stage 0",
+            ["--reward-zero-stage does nothing in step 1: it is of step 2 and 3"],
+        ),
+        ("--step 3 --reward-zero-stage 0 --actor-zero-stage 0", []),
+        ("--hostfile x", ["--hostfile does nothing: it is of --deployment-type multi_node"]),
+        ("--hostfile x --deployment-type multi_node", []),
+    ],
+)
+def test_flags_that_the_chosen_steps_do_not_use_are_said(
+    e2e: ModuleType, argv: str, lines: list[str]
+):
+    args = e2e.parse_args(["--actor-model", "1.3b", *argv.split()])
+    assert list(e2e.unused_flags(args)) == lines
+
+
 @pytest.mark.parametrize("model", ["1.3b", "13b", "./somewhere"])
 def test_scripts_that_are_not_there_are_missed_at_once(
     e2e: ModuleType, model, tmp_path, monkeypatch
@@ -259,7 +288,7 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
 
 
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
-    """8 micro-batches of 16 rows; layers of width 32, where the scripts have rank 128."""
+    """8 micro-batches of 16 rows; keys and values of rank 16, where the scripts have 128."""
     more = ["--gradient_accumulation_steps", "1", "--num_train_epochs", "3"]
     # 7.2e-6 * 2048 / 32 of A (step 3: by the root); of all weights 5e-5 and 5e-6, times 1024 / 32
     rates = {
@@ -268,9 +297,9 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
         3: ["--actor_learning_rate", "5.8e-05"],
     }
     assert ahead(e2e, inputs) == {
-        1: [*rates[1], "--lora_dim", "32", *more],
+        1: [*rates[1], "--lora_dim", "16", *more],
         2: [*rates[2], *more],
-        3: [*rates[3], "--actor_lora_dim", "32", "--critic_learning_rate", "0.00016", *more],
+        3: [*rates[3], "--actor_lora_dim", "16", "--critic_learning_rate", "0.00016", *more],
     }
     lines = capsys.readouterr().out.splitlines()
     model = inputs / "model"
@@ -285,7 +314,7 @@ def test_what_the_user_gives_wins(e2e: ModuleType, inputs: Path):
     flags = ["--gradient-accumulation-steps", "4", "--num-warmup-steps", "7"]
     flags += ["--num-train-epochs", "1"]
     chosen = ahead(e2e, inputs, *flags)
-    assert chosen[1][2:] == ["--lora_dim", "32"]  # after the rate, that of the model's width
+    assert chosen[1][2:] == ["--lora_dim", "16"]  # after the rate, that of the model's width
     assert len(chosen[2]) == 2
     assert "--num_warmup_steps" not in chosen[3] and "--num_train_epochs" not in chosen[3]
 
