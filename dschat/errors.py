@@ -1,5 +1,6 @@
 """The one error a user can cause: bad input, reported in one line before work starts."""
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -48,3 +49,16 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         key = next(key for key, count in counts.items() if count > 1)
         raise RepeatedKeyError(key, counts[key])
     return entries
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON from outside, whose objects hold each key once.
+
+    Raises:
+        RepeatedKeyError: a key stands twice.
+        ValueError: no JSON, or nested more deeply than it can be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import yaml
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, unknown
 
+SHORT = reprlib.Repr()  # of a value in a message: aliases make it as large as they like
+SHORT.maxlevel = 2
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that takes a key twice for an error, where YAML's own takes the last."""
@@ -19,6 +23,9 @@ class _Loader(yaml.SafeLoader):
         """Build a mapping of distinct keys."""
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key is a list or a mapping, not a word"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
                 problem = f"the key {key.value} stands twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
@@ -45,6 +52,8 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
         raise UserError(f"config {place}: not YAML ({error.problem})") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path}: not YAML ({brief(error)})") from error
+    except RecursionError as error:
+        raise UserError(f"config {path}: nested too deeply") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path}: expected lines of `flag: value`")
     return content
@@ -80,4 +89,4 @@ def _words_of(place: str, flag: Flag, value: Any) -> list[str]:
         wanted = "values" if flag.kind.is_tuple else "one value"
         if not isinstance(value, (bool, dict, list)):
             return [f"--{flag.name}={value}"]
-    raise UserError(f"{place}: {flag.name} is {value!r}, expected {wanted}")
+    raise UserError(f"{place}: {flag.name} is {SHORT.repr(value)}, expected {wanted}")

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from dschat.errors import UserError, brief
-from dschat.models.config import load_config, set_dropout
+from dschat.models.config import build_causal_lm, load_config, on_meta, set_dropout
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 from dschat.models.weight_files import DISK_HEAD, HEAD, check_weight_files
 from dschat.utils import zero
@@ -127,7 +127,7 @@ def load_weights(
         state_dict: in place of files.
 
     Raises:
-        UserError: there are no weights under this name.
+        UserError: there are no weights under this name, or its config makes no model.
     """
     try:
         return model_class.from_pretrained(
@@ -140,6 +140,9 @@ def load_weights(
         )
     except OSError as error:
         raise UserError(f"model {name}: {brief(error)}") from error
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError):
+        on_meta(name, build_causal_lm)  # says what is wrong with its config
+        raise
 
 
 def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:

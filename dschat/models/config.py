@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from transformers import (
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
+from dschat.errors import RepeatedKeyError, UserError, brief, parse_json
 from dschat.models.attention import check_attention_dtype, choose_attention
 from dschat.utils.module.model_source import OWN_CODE, resolve_model, wants_own_code
 
@@ -136,9 +135,11 @@ def _check_keys(file: Path) -> None:
     if not file.is_file():
         return
     try:
-        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        content = parse_json(file.read_text(encoding="utf-8"))
     except RepeatedKeyError as error:
         raise ValueError(f"{error.key!r} stands in it {error.count} times") from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from dschat.errors import UserError
+from dschat.errors import UserError, parse_json
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.module.model_source import is_local, resolve_model
 
@@ -67,7 +67,7 @@ def read_evaluation(model_name_or_path: str) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: is no JSON; remove it, or train step 2 again") from error
     if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
@@ -87,7 +87,7 @@ def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatisti
     if file is None:
         return None
     try:
-        statistics = RewardStatistics(**json.loads(file.read_text(encoding="utf-8")))
+        statistics = RewardStatistics(**parse_json(file.read_text(encoding="utf-8")))
         usable = statistics.usable
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: no mean, std, count and data; {_REMEDY}") from error

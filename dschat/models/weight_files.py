@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
-from dschat.errors import UserError, brief
+from dschat.errors import UserError, brief, parse_json
 from dschat.utils.module.adapter import REWARD_HEAD
 from dschat.utils.module.model_source import resolve_model
 
@@ -62,7 +61,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if found.suffix != ".json":
         return [found]
     try:
-        index = json.loads(found.read_text(encoding="utf-8"))
+        index = parse_json(found.read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
         files = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

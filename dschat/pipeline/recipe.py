@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
-from dschat.config.yaml_file import as_words, read_yaml
+from dschat.config.yaml_file import SHORT, as_words, read_yaml
 from dschat.errors import UserError
 from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
 from dschat.settings import Settings, flag_values, flags_of, given_flags, setting, unknown
@@ -150,7 +150,7 @@ def read(path: Path, argv: Sequence[str], description: str | None) -> Pipeline:
         if kind not in KINDS:
             raise UserError(f"{place}: {unknown('stage', str(kind), list(KINDS))}")
         if flags is not None and not isinstance(flags, dict):
-            raise UserError(f"{place}: {kind} is {flags!r}: give lines of `flag: value`")
+            raise UserError(f"{place}: {kind} is {SHORT.repr(flags)}: give lines of `flag: value`")
         stage, parsed[kind] = _stage(kind, flags or {}, settings, stages, path)
         stages.append(stage)
     return Pipeline(settings, tuple(stages), tuple(_unused(settings, parsed)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.report.page import write_page
 from dschat.report.records import METRICS
 from dschat.utils.printable import printable
@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(printable(str(write_page(folder))))
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: what the run wrote is damaged: {error}") from error
+        except Exception as error:  # whatever a damaged record leads to
+            reason = brief(error, with_type=not isinstance(error, ValueError))
+            raise UserError(f"{folder}: what the run wrote is damaged: {reason}") from error
 
 
 if __name__ == "__main__":

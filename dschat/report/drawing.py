@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dschat.report.panels import Panel
 from dschat.report.records import Points, Records
+from dschat.utils.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,8 +79,8 @@ def _figure() -> tuple[Figure, Any]:
 
 
 def _label(name: str) -> str:
-    """The name without its group; a dollar would begin a formula."""
-    return name.partition("/")[2].replace("$", r"\$") or name.replace("$", r"\$")
+    """The name without its group, printable; a dollar would begin a formula."""
+    return printable(name.partition("/")[2] or name, keep="").replace("$", r"\$")
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:

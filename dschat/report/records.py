@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dschat.errors import brief, parse_json
 
 METRICS = "metrics.jsonl"
 DESCRIPTION = "run.json"  # program, settings, versions
@@ -77,10 +78,25 @@ def read(folder: Path) -> Records:
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     # Bytes: texts may hold characters that end a line elsewhere.
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield _object(line, f"{path.name} line {number}")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _object(path.read_bytes(), path.name) if path.exists() else {}
+
+
+def _object(text: bytes, place: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: naming the place.
+    """
+    try:
+        value = parse_json(text.decode())
+    except ValueError as error:
+        raise ValueError(f"{place}: {brief(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: holds no JSON object")
+    return value

@@ -49,6 +49,12 @@ def load_hf_tokenizer(
         raise UserError(
             f"tokenizer {model_name_or_path!r} has no fast version: save one with a tokenizer.json"
         )
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise UserError(
+            f"tokenizer {model_name_or_path!r}: model_max_length is {longest!r}: give a number in "
+            "its tokenizer_config.json, or remove it"
+        )
     _set_special_tokens(tokenizer, model_name_or_path, eot_token if add_eot_token else None)
     return tokenizer
 

@@ -17,7 +17,7 @@ from dschat.data.collators import SFTCollator
 from dschat.data.readers import choose_reader
 from dschat.data.tokenise import Converter
 from dschat.data.user_reader import ReadOptions
-from dschat.errors import UserError
+from dschat.errors import UserError, parse_json
 from dschat.models.causal_lm import eval_mode
 from dschat.models.reward_model import scores_at_end
 from dschat.models.right_padding import needed_mask
@@ -87,7 +87,7 @@ class LineScorer:
         value: Any = line
         if line.lstrip()[0] in '{"':
             try:
-                value = json.loads(line)
+                value = parse_json(line)
             except ValueError as error:
                 raise UserError(f"begins like JSON and is none ({error})") from error
         if isinstance(value, str):

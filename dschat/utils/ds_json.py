@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
-from dschat.errors import UserError, brief, unique_keys
+from dschat.errors import UserError, brief, parse_json
 from dschat.settings import unknown
 
 # Blocks that DeepSpeed reads key by key; the others are models that check themselves, or belong to
@@ -28,7 +27,7 @@ def read_user_config(path: str) -> dict:
         UserError: the file is missing, cannot be read, holds no JSON object, or a key twice.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        config = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"deepspeed_config {path}: no such file") from error
     except OSError as error:

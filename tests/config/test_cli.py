@@ -1,5 +1,6 @@
 """Command line and YAML to settings, on a small class of settings of its own."""
 
+import itertools
 import math
 import sys
 from dataclasses import MISSING, dataclass
@@ -163,6 +164,8 @@ def test_what_is_wrong_in_yaml(config, text, message):
         (b"name: x\nlimit: [1\n", 3, "not YAML (expected ',' or ']', but got '<stream end>')"),
         (b"name: x\n\tlimit: 3\n", 2, "not YAML (found character '\\t' that cannot start any to"),
         (b"name: x\nlimit: 3\nname: y\n", 3, "not YAML (the key name stands twice)"),
+        (b"? [a, b]\n: 3\n", 1, "not YAML (a key is a list or a mapping, not a word)"),
+        (b"{a: b}: 3\n", 1, "not YAML (a key is a list or a mapping, not a word)"),
         (b"limit: 3\nname: caf\xe9\n", 2, "not UTF-8; save it as UTF-8"),
     ],
 )
@@ -173,6 +176,23 @@ def test_what_is_no_yaml_names_its_line(tmp_path, content, line, message):
         parse(Example, ["--config", str(file)], "A test.")
     assert str(error.value).startswith(f"config {file} line {line}: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_a_value_without_end_is_said_in_short(tmp_path):
+    """Ten lists of ten lists of …, each written once; and a list in a list in a …"""
+    names = "abcdefghi"
+    lines = [f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]" for a, b in itertools.pairwise(names)]
+    file = tmp_path / "settings.yaml"
+    file.write_text("\n".join(["paths: &a {x: 1}", "limit:", *(f"  {x}" for x in lines)]) + "\n")
+    with pytest.raises(UserError, match=r"paths is {'x': 1}, expected values"):
+        parse(Example, ["--config", str(file)], "A test.")
+    file.write_text(file.read_text().replace("&a {x: 1}", "&a [x]"))
+    with pytest.raises(UserError, match=r"limit is .*, expected one value") as error:
+        parse(Example, ["--config", str(file)], "A test.")
+    assert len(str(error.value)) < 1000
+    file.write_text("limit: " + "[" * 50_000)
+    with pytest.raises(UserError, match=r"settings.yaml: nested too deeply"):
+        parse(Example, ["--config", str(file)], "A test.")
 
 
 def test_a_stray_word_does_not_join_a_list_of_the_file(config):

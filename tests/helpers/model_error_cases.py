@@ -123,6 +123,8 @@ EARLY: dict[str, tuple[Callable[[Path], object], str]] = {
     "images": (lambda folder: ViTConfig().save_pretrained(folder), r"'vit' writes no text; give"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"no readable config.json"),
     "config cut": (_text("config.json", '{"model'), r"no readable config.json"),
+    "config nested": (_text("config.json", "[" * 100_000), r"config.json \(nested too deeply\)"),
+    "config null": (_text("config.json", "null"), r"config.json \(it holds no JSON object\)"),
     "config a list": (_text("config.json", "[]"), r"no readable config.json"),
     "no type": (_without_type, r"no readable config.json \(.*model_type"),
     "key twice": (_twice, r"no readable config.json \('hidden_size' stands in it 2 times\)"),
@@ -147,6 +149,8 @@ EARLY: dict[str, tuple[Callable[[Path], object], str]] = {
 LATE: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (_value(float("nan")), r"NaN or infinity in 1 of its \d+ tensors \(.*1.mlp.up_proj"),
     "infinity": (_value(float("-inf")), r"NaN or infinity in 1 of its"),
+    "no such activation": (_config(hidden_act="none"), r"config.json makes no model \(KeyError"),
+    "negative widths": (_config(intermediate_size=-4), r"config.json makes no model \(RuntimeErr"),
     "other layers": (_config(num_hidden_layers=3), r"weights do not fit the architecture"),
     "other widths": (_config(intermediate_size=40), r"weights do not fit .*mismatched"),
     "other family": (

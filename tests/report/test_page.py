@@ -39,10 +39,8 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three iterations of PPO, two evaluations of two prompts, and a line that is half written."""
-    train = [
-        {"kind": "train", "step": i, "reward": i / 2, "lr/actor/lora_B": 1e-3, "kl_per_token": 0.1}
-        for i in (1, 2, 3)
-    ]
+    figures = {"lr/actor/lora_B": 1e-3, "kl_per_token": 0.1, f"lr/{EVIL}": 1.0}
+    train = [{"kind": "train", "step": i, "reward": i / 2, **figures} for i in (1, 2, 3)]
     held_out = [
         {"kind": "eval", "step": 0, "reward": 0.25, "answers": 2},
         {"kind": "eval", "step": 3, "reward": 1234.5, "kl_per_token": "nan", "answers": 2},
@@ -87,7 +85,7 @@ def test_the_page_stands_alone_and_nothing_in_it_runs(folder: Path):
     assert not re.search(r"@import|url\((?!#)", text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
     shown = " ".join(page.text)
-    assert shown.count(r"<script>alert(1)</script>\x1b[2J\u202e") == 5  # as text, escaped
+    assert shown.count(r"<script>alert(1)</script>\x1b[2J\u202e") == 6  # as text, escaped
 
 
 def test_what_the_page_says(folder: Path):
@@ -166,7 +164,7 @@ def test_without_a_page(tmp_path: Path):
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path, capsys):
     (tmp_path / "metrics.jsonl").write_text("no JSON\n")
     RunPage(tmp_path, None).finish()
-    assert capsys.readouterr().out.startswith("no report.html: JSONDecodeError: ")
+    assert capsys.readouterr().out.startswith("no report.html: ValueError: metrics.jsonl line 1: ")
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys):
@@ -177,5 +175,23 @@ def test_the_command(folder: Path, tmp_path: Path, capsys):
     ):
         program.main([str(tmp_path / "nowhere")])
     (folder / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    with pytest.raises(UserError, match="what the run wrote is damaged: 'step'"):
+    with pytest.raises(UserError, match="what the run wrote is damaged: KeyError: 'step'"):
         program.main([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metrics.jsonl", "[" * 100_000 + "\n", r"metrics.jsonl line 1: nested too deeply"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl line 1: holds no JSON object"),
+        ("metrics.jsonl", '{"kind": "eval", "step": 1e999}\n', "OverflowError: "),
+        ("held_out_answers.jsonl", "\xff\n", "held_out_answers.jsonl line 1: Expecting value"),
+        ("run.json", '{"settings": 3}', "AttributeError: "),
+        ("run.json", "null", "run.json: holds no JSON object"),
+    ],
+)
+def test_a_damaged_record_is_one_line(folder: Path, name: str, text: str, words: str):
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"what the run wrote is damaged: {words}") as error:
+        program.main([str(folder)])
+    assert "\n" not in str(error.value)

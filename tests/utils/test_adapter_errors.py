@@ -100,6 +100,8 @@ def assert_one_line(call, *words: str) -> None:
         ("r", 4.5, "malformed (lora_dim is 4.5: give 0 or more)"),
         ("rank_pattern", {"q_proj": "x"}, "malformed (lora_dim is x: give 0 or more)"),
         ("alpha_pattern", {"q_proj": float("inf")}, "malformed (lora_alpha is inf: give a number"),
+        ("rank_pattern", {"(q": 2}, "malformed ('(q' is no pattern of names: missing ), un"),
+        ("base_model_name_or_path", ["base"], "names no base; set base_model_name_or_path in"),
         ("use_rslora", "no", "malformed (use_rslora is no: give True or False)"),
     ],
 )
@@ -115,6 +117,11 @@ def test_a_key_that_stands_twice(folder: Path):
     file.write_text(file.read_text().replace("{", '{"r": 8,', 1))
     reason = "cannot be read (the key 'r' stands twice)"
     assert_one_line(lambda: load_config(str(folder)), str(folder), reason)
+
+
+def test_a_config_nested_without_end(folder: Path):
+    (folder / "adapter_config.json").write_text('{"r": ' + "[" * 100_000)
+    assert_one_line(lambda: load_config(str(folder)), str(folder), "cannot be read (not a JSON ob")
 
 
 def test_starts_that_leave_the_base_alone_are_read(folder: Path):

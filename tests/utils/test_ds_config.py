@@ -168,6 +168,7 @@ def test_the_flags_stage_may_be_repeated(merged):
         ({"curriculum_learning": {"enabled": True}}, "DeepSpeed refuses it .*curriculum_learning"),
         ('{"fp16": "auto", "fp16": "auto"}', "not JSON .the key 'fp16' stands twice"),
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON .nested too deeply"),
         ("[1]", "holds no JSON object"),
     ],
 )

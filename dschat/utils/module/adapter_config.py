@@ -5,13 +5,12 @@ The tensors' names say which layers carry an adapter, not `target_modules`, whic
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dschat.errors import RepeatedKeyError, UserError, unique_keys
+from dschat.errors import RepeatedKeyError, UserError, parse_json
 from dschat.utils.module.adapter_rows import TokenIndices, read_indices
 from dschat.utils.module.lora_config import LoraConfig
 
@@ -71,6 +70,11 @@ class AdapterConfig:
                 raise ValueError(f"r is {rank}")
         for alpha in self.alpha_pattern.values():
             replace(self.lora, lora_alpha=alpha)  # it checks itself
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no pattern of names: {error}") from error
 
     def of_layer(self, layer: str) -> LoraConfig:
         """Return the settings of the layer of this name: its own rank and alpha."""
@@ -103,7 +107,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
     """
     try:
         text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-        raw = json.loads(text, object_pairs_hook=unique_keys)
+        raw = parse_json(text)
         kind, base = raw.get("peft_type"), raw.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "not a JSON object"
@@ -117,7 +121,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             f"adapter {name}: peft_type is {kind!r}, only LORA can be read; merge it with PEFT and "
             "give the merged folder"
         )
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(
             f"adapter {name}: names no base; set base_model_name_or_path in its {CONFIG_FILE}"
         )
