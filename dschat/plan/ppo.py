@@ -93,11 +93,13 @@ def cache_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 def _generation(settings: RLHFSettings, actor: Role) -> tuple[Phase, ...]:
     """Sampling of one chunk of rows: the cache of full answers, one layer of it twice."""
+    if settings.rollouts.rollout_engine == "vllm":
+        return ()  # elsewhere
     ppo, config = settings.ppo, actor.shape.config.get_text_config()
     rows = ppo.chunk_rows(ppo.answers_per_prompt)
     prompt, answer = settings.max_prompt_seq_len, ppo.sampling.max_answer_seq_len
     cache = needed(actor.shape, passes.prefill_pass(rows, prompt + answer)).left
-    if settings.rollout_engine != "generate":  # its cache has all columns in every layer
+    if settings.rollouts.rollout_engine != "generate":  # its cache has all columns in every layer
         tokens = prompt + answer + LATE
         cache = max(cache, float(rows * tokens * cache_bytes(config, actor.shape.dtype)))
     started = needed(actor.shape, passes.prefill_pass(rows, prompt))
@@ -108,6 +110,6 @@ def _generation(settings: RLHFSettings, actor: Role) -> tuple[Phase, ...]:
         ACTIVATIONS: max(started.total - started.left - growing, 0.0),
         LOGITS: sampling,
     }
-    if settings.fuse_lora_for_generation:
+    if settings.rollouts.fuse_lora_for_generation:
         needs[WEIGHTS] = float(sum(adapted_sizes(actor.module)) * actor.shape.dtype.itemsize)
     return (Phase(GENERATION, needs),)

@@ -16,7 +16,8 @@ from dschat.rlhf.run_settings import PPORunSettings
 from dschat.rlhf.static_model import StaticModel
 from dschat.rlhf.static_proof import disproof
 from dschat.rlhf.static_rollout import StaticRollout
-from dschat.utils.distributed import print_rank_0
+from dschat.rlhf.vllm_setup import vllm_rollout
+from dschat.utils.distributed import Distributed, print_rank_0
 from dschat.utils.module.lora import fused_bytes
 from dschat.utils.zero import gathered_whole
 
@@ -26,15 +27,24 @@ SMALL_COPY = 32 * 2**20
 
 
 def choose_engine(
-    settings: PPORunSettings, roles: DeepSpeedRLHFEngine, tokenizer: PreTrainedTokenizerBase
+    settings: PPORunSettings,
+    roles: DeepSpeedRLHFEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    process: Distributed,
 ) -> RolloutEngine:
     """Build the engine that `rollout_engine` names, or the fastest one; say which, in one line.
 
     Raises:
-        UserError: the static engine was asked for, and the model does not pass its proof.
+        UserError: an engine was asked for that the model does not pass the proof of.
     """
-    actor, asked, fuse = roles.actor, settings.rollout_engine, settings.fuse_lora_for_generation
-    is_whole, waits = settings.gather_for_rollouts, roles.synced_gpus
+    if settings.rollouts.rollout_engine == "vllm":
+        return vllm_rollout(settings, roles.actor, tokenizer, process)
+    actor, asked, fuse = (
+        roles.actor,
+        settings.rollouts.rollout_engine,
+        settings.rollouts.fuse_lora_for_generation,
+    )
+    is_whole, waits = settings.rollouts.gather_for_rollouts, roles.synced_gpus
     plain: RolloutEngine
     plain = TransformersRollout(actor, tokenizer, waits and not is_whole, fuse)
     if is_whole:

@@ -34,7 +34,7 @@ class GatheredRollout:
         with gathered_whole(self.engine):
             return self.inner.generate(prompts, sampling)
 
-    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor | None:
         """See `RolloutEngine`."""
         with gathered_whole(self.engine):
             return self.inner.next_logits(prompts)

@@ -35,6 +35,7 @@ from dschat.rlhf.role_checks import check_role_contexts, check_roles
 from dschat.rlhf.role_settings import RoleNames
 from dschat.rlhf.role_setup import RoleConfig, RoleSetup
 from dschat.rlhf.run_settings import PPORunSettings
+from dschat.rlhf.vllm_setup import check_servers
 from dschat.train.checkpointer import Checkpointer, Position
 from dschat.train.disk import Written, reserve
 from dschat.train.metrics import MetricLogger
@@ -92,6 +93,7 @@ def plan_roles(ctx: RunContext, settings: PPORunSettings) -> RolePlan:
     check_role_contexts(names, settings.max_seq_len, retokenise)
     given = [n for n in (names.actor, names.critic, names.reward) if n is not None]
     check_attention(run.attn_implementation, ctx.dtype_name, *given)
+    check_servers(settings, ctx.tokenizer)
     return RolePlan(names, rewards, retokenise, plan_training(ctx, settings, names))
 
 
@@ -216,7 +218,7 @@ def prepare(
     tell_unused_ends(plan.names.actor, tokenizer)
 
     roles = DeepSpeedRLHFEngine.load(setup, tokenizer, ctx, settings.ema)
-    engine = choose_engine(settings, roles, tokenizer)
+    engine = choose_engine(settings, roles, tokenizer, ctx)
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size}
     ptx = PTX(text, settings.ptx.unsup_coef, seed=ctx.seed, **ranks) if text else None
     spare = SparePrompts.of(ctx, config, data) if config.policy.dynamic_sampling_rounds else None
@@ -237,7 +239,7 @@ def health_monitor(
         has_reward_model=reward_model is not None and rewards.reward_model_weight != 0,
         has_reward_function=bool(rewards.reward_function),
         can_scale=is_unscaled and read_statistics(str(reward_model)) is not None,
-        fuses_adapters=settings.fuse_lora_for_generation,
+        fuses_adapters=settings.rollouts.fuse_lora_for_generation,
         has_kl_target=ppo.kl_target is not None,
         masks_truncated=ppo.policy.mask_truncated_answers,
         ppo_epochs=ppo.ppo_epochs,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -40,13 +41,28 @@ class RolloutEngine(Protocol):
         their gap to the policy's is logged, and `rollout_importance_cap` corrects it.
         """
 
-    def next_logits(self, prompts: PromptBatch) -> torch.Tensor:
-        """(B, V) logits of each answer's first token, before temperature and truncation."""
+    def next_logits(self, prompts: PromptBatch) -> torch.Tensor | None:
+        """(B, V) logits of each answer's first token, before temperature and truncation.
+
+        None where the engine tells log-probabilities of sampled tokens alone.
+        """
 
     def weights_changed(self) -> None:
         """Drop what was made of the policy's weights: they are others now.
 
         Called after each update, after a checkpoint was loaded, and by whoever switches adapters.
+        """
+
+
+@runtime_checkable
+class RunsApart(Protocol):
+    """A rollout engine that samples while the trainer does something else."""
+
+    def start(self, prompts: PromptBatch, sampling: SamplingConfig) -> Callable[[], Sampled]:
+        """Begin to sample by the present weights; the call that is returned waits for the answers.
+
+        Later changes of the weights do not matter. Every rank calls it equally often; what it
+        returns may be called again, and waits for no other rank.
         """
 
 
@@ -86,7 +102,7 @@ class TransformersRollout:
 def check_parity(
     candidate: RolloutEngine, plain: RolloutEngine, prompts: PromptBatch, tokens: int, flag: str
 ) -> None:
-    """Stop unless an engine's logits and greedy answers are those of plain generation.
+    """Stop unless an engine's logits, if it tells them, and greedy answers are plain generation's.
 
     Args:
         tokens: generated for each prompt; ends of answers do not stop them.
@@ -95,14 +111,7 @@ def check_parity(
     Raises:
         UserError: with the largest difference of logits, or the first token that differs.
     """
-    expected, actual = plain.next_logits(prompts), candidate.next_logits(prompts)
-    allowed = ROUNDINGS * torch.finfo(expected.dtype).eps * expected.abs().max().item()
-    gap = (actual.float() - expected.float()).abs().max().item()
-    if not gap <= allowed:  # a NaN is no agreement
-        raise UserError(
-            f"{flag}: its logits after a prompt differ from plain generation's by {gap:.2g}, "
-            f"rounding allows {allowed:.2g}; drop the flag"
-        )
+    _check_logits(plain.next_logits(prompts), candidate.next_logits(prompts), flag)
     sampling = SamplingConfig(tokens, min_answer_seq_len=tokens, greedy=True)
     expected, actual = (e.generate(prompts, sampling).sequences for e in (plain, candidate))
     if torch.equal(actual, expected):
@@ -118,3 +127,15 @@ def check_parity(
         f"{flag}: token {place} of a greedy answer is {actual[row, column].item()}, plain "
         f"generation has {expected[row, column].item()}; drop the flag"
     )
+
+
+def _check_logits(expected: torch.Tensor | None, actual: torch.Tensor | None, flag: str) -> None:
+    if expected is None or actual is None:
+        return
+    allowed = ROUNDINGS * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    gap = (actual.float() - expected.float()).abs().max().item()
+    if not gap <= allowed:  # a NaN is no agreement
+        raise UserError(
+            f"{flag}: its logits after a prompt differ from plain generation's by {gap:.2g}, "
+            f"rounding allows {allowed:.2g}; drop the flag"
+        )

@@ -12,6 +12,7 @@ from dschat.rlhf.part_config import EMAConfig, PTXConfig, RewardConfig
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.role_settings import RoleNames, RoleSettings
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig, RoleSetup
+from dschat.rlhf.rollout_config import RolloutConfig
 from dschat.settings import Settings, group, setting
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_config import RunConfig
@@ -55,20 +56,7 @@ class PPORunSettings(Settings):
     max_prompt_seq_len: int = setting(
         256, "tokens of a prompt; longer ones lose their beginning", at_least=1
     )
-    rollout_engine: str = setting(
-        "auto",
-        "what samples the answers: generate of transformers, or a static cache whose rows are "
-        "refilled; auto: the static one where the model passes its proof",
-        choices=("auto", "generate", "static"),
-    )
-    gather_for_rollouts: bool = setting(
-        False,
-        "at actor_zero_stage 3: every rank holds the complete actor while it generates, in place "
-        "of gathering each layer anew for each token",
-    )
-    fuse_lora_for_generation: bool = setting(
-        False, "fold the actor's adapters into its weights while it generates"
-    )
+    rollouts: RolloutConfig = group(RolloutConfig)
     eval_interval: int = setting(0, "updates between evaluations; 0: per epoch only", at_least=0)
     max_steps: int = setting(0, "stop after so many updates; 0: after the data", at_least=0)
     print_answers: bool = setting(
@@ -84,38 +72,8 @@ class PPORunSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_gathering()
-        self._check_fusing()
+        self.rollouts.check(self.actor, self.ppo, train_base=self.run.train_base_model)
         self.role_setup("fp32", iterations=1)  # its parts check themselves
-
-    def _check_gathering(self) -> None:
-        stage = self.actor.zero_stage
-        if self.gather_for_rollouts and stage != 3:
-            raise UserError(
-                f"gather_for_rollouts: at actor_zero_stage {stage} every rank holds complete "
-                "weights already; drop gather_for_rollouts"
-            )
-
-    def _check_fusing(self) -> None:
-        """Stop where the actor has no adapters to fold in, or no weights to fold them into."""
-        lora = self.actor.lora
-        for is_obstacle, reason in (
-            (lora.lora_dim == 0, "the actor has no adapters; add actor_lora_dim"),
-            (
-                self.actor.zero_stage == 3,
-                "at actor_zero_stage 3 no rank holds a complete weight to fold an adapter into; "
-                "choose stage 0, 1 or 2",
-            ),
-            (
-                lora.quantize_base is not None,
-                "an adapter folded into the weights of actor_quantize_base "
-                f"{lora.quantize_base} would be rounded away; drop actor_quantize_base",
-            ),
-        ):
-            if self.fuse_lora_for_generation and is_obstacle:
-                raise UserError(
-                    f"fuse_lora_for_generation: {reason}, or drop fuse_lora_for_generation"
-                )
 
     @property
     def max_seq_len(self) -> int:

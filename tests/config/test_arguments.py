@@ -399,7 +399,9 @@ def test_settings_of_rollouts():
     assert (config.answers_per_prompt, config.generation_chunk_size) == (3, 5)
     assert config.sampling.stop_strings == ("\n\n", "User:")
     assert (config.sampling.min_answer_seq_len, config.sampling.temperature) == (7, 0.5)
-    assert settings.fuse_lora_for_generation and not rlhf().fuse_lora_for_generation
+    assert (
+        settings.rollouts.fuse_lora_for_generation and not rlhf().rollouts.fuse_lora_for_generation
+    )
 
 
 def test_the_schedule_counts_every_answer():

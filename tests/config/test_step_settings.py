@@ -7,6 +7,7 @@ from dschat.config.cli import parse
 from dschat.errors import UserError
 from dschat.settings import flags_of
 
+SERVERS = {"vllm_url", "vllm_adapter_dir", "vllm_timeout", "vllm_sleep"}
 RATES = {
     *("learning_rate", "head_learning_rate", "lora_learning_rate"),
     *("lora_embedding_learning_rate", "loraplus_lr_ratio", "trainable_tokens_learning_rate"),
@@ -39,7 +40,7 @@ ROLES = {
         (SFTSettings, COMMON | RATES | {"model_name_or_path", "print_loss"}),
         (RewardSettings, COMMON | RATES | {"model_name_or_path"}),
         (DPOSettings, COMMON | RATES | {"model_name_or_path", "print_loss"}),
-        (RLHFSettings, COMMON | ROLES),
+        (RLHFSettings, COMMON | ROLES | SERVERS),
     ],
 )
 def test_exactly_these_may_change(settings, expected):

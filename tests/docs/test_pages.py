@@ -32,6 +32,12 @@ LAUNCHERS = {  # and their flags
     *("num_gpus", "include", "master_port", "hostfile", "module"),
     *("max_restarts", "signals_to_handle", "standalone"),
     *("nodes", "gpus", "time", "ntasks", "requeue", "open_mode", "signal"),
+    *("ntasks_per_node", "gpus_per_node", "nodelist", "rdzv_backend"),
+}
+SERVERS = {  # flags of vLLM's
+    *("enable_lora", "max_lora_rank", "max_loras", "max_model_len", "logprobs_mode", "api_key"),
+    *("enable_sleep_mode", "gpu_memory_utilization", "data_parallel_size"),
+    "distributed_executor_backend",
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -90,7 +96,7 @@ def test_what_a_page_names_exists(page: Path):
     for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+\w)", text):
         name = flag.replace("-", "_")
         names = {name, name.removeprefix("actor_"), name.removeprefix("critic_")}
-        assert names & (WORDS | LAUNCHERS), flag
+        assert names & (WORDS | LAUNCHERS | SERVERS), flag
     for path in re.findall(r"`((?:dschat|tests|training|benchmarks|inference)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"\b([A-Z]\w+(?:Config|Settings|Setup|Plan))\(", text):

@@ -8,6 +8,7 @@ from dschat.rlhf import engines
 from dschat.rlhf.engines import choose_engine
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.static_rollout import StaticRollout
+from tests.helpers.adapters import ALONE
 from tests.rlhf.tiny_roles import LORA, Setting
 
 GIVEN = {"actor_model_name_or_path": "a", "critic_model_name_or_path": "c", "actor_lora_dim": 4}
@@ -22,7 +23,7 @@ def test_the_default_is_the_static_engine_with_small_adapters_folded(load_roles,
     roles = load_roles(Setting(lora=LORA))
     roles.train()
     capsys.readouterr()
-    engine = choose_engine(settings(), roles, roles.tokenizer)
+    engine = choose_engine(settings(), roles, roles.tokenizer, ALONE)
     assert isinstance(engine, StaticRollout) and engine.rows == 6 and engine.fuse_adapters
     said = capsys.readouterr().out
     assert said.count("\n") == 1
@@ -34,29 +35,29 @@ def test_the_default_is_the_static_engine_with_small_adapters_folded(load_roles,
 
 def test_in_bf16_adapters_stay_adapters_unless_asked_for(load_roles, monkeypatch):
     roles = load_roles(Setting(lora=LORA, dtype="bf16"))
-    assert not choose_engine(settings(), roles, roles.tokenizer).fuse_adapters
+    assert not choose_engine(settings(), roles, roles.tokenizer, ALONE).fuse_adapters
     asked = settings(fuse_lora_for_generation=True)
-    assert choose_engine(asked, roles, roles.tokenizer).fuse_adapters
+    assert choose_engine(asked, roles, roles.tokenizer, ALONE).fuse_adapters
     roles = load_roles(Setting(lora=LORA))
     monkeypatch.setattr(engines, "SMALL_COPY", 1000)  # too large a copy
-    assert not choose_engine(settings(), roles, roles.tokenizer).fuse_adapters
+    assert not choose_engine(settings(), roles, roles.tokenizer, ALONE).fuse_adapters
 
 
 def test_a_model_that_fails_the_proof_is_generated_by_transformers(load_roles, monkeypatch, capsys):
     roles = load_roles(Setting(lora=LORA))
     monkeypatch.setattr(engines, "disproof", lambda *_: "it takes no position_ids")
     capsys.readouterr()
-    assert isinstance(choose_engine(settings(), roles, roles.tokenizer), TransformersRollout)
+    assert isinstance(choose_engine(settings(), roles, roles.tokenizer, ALONE), TransformersRollout)
     said = "rollouts: generate of transformers; no static cache: it takes no position_ids\n"
     assert capsys.readouterr().out == said
     with pytest.raises(UserError, match="rollout_engine static: it takes no position_ids; use"):
-        choose_engine(settings(rollout_engine="static"), roles, roles.tokenizer)
+        choose_engine(settings(rollout_engine="static"), roles, roles.tokenizer, ALONE)
 
 
 def test_generate_is_as_before(load_roles, capsys):
     roles = load_roles(Setting(lora=LORA))
     capsys.readouterr()
-    engine = choose_engine(settings(rollout_engine="generate"), roles, roles.tokenizer)
+    engine = choose_engine(settings(rollout_engine="generate"), roles, roles.tokenizer, ALONE)
     assert engine == TransformersRollout(roles.actor, roles.tokenizer)
     assert capsys.readouterr().out == ""
 
@@ -64,4 +65,4 @@ def test_generate_is_as_before(load_roles, capsys):
 def test_weights_are_gathered_at_zero_3_alone():
     with pytest.raises(UserError, match="gather_for_rollouts: at actor_zero_stage 2 every rank"):
         settings(gather_for_rollouts=True, actor_zero_stage=2)
-    assert settings(gather_for_rollouts=True, actor_zero_stage=3).gather_for_rollouts
+    assert settings(gather_for_rollouts=True, actor_zero_stage=3).rollouts.gather_for_rollouts
