@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dschat.data.collators import PromptBatch
 from dschat.functional.returns import answer_mask_from
+from dschat.rlhf.answering import generate_sorted
 from dschat.rlhf.generation import SamplingConfig
-from dschat.rlhf.rollout import generate_sorted
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.rlhf.static_model import StaticModel
 from dschat.rlhf.static_rollout import StaticRollout

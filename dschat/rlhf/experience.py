@@ -35,6 +35,7 @@ class Experience:
     # Of a complete iteration's generation: its first experience alone holds them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
+    staleness: int = 0  # updates of the policy since its answers were begun
     # The only step on it is made before the policy changes: `logprobs` are the sampler's, the ratio
     # is 1.
     fresh: bool = False

@@ -81,6 +81,12 @@ class PPOConfig(Settings):
         "engine's log-probabilities and the policy's; 0 is off",
         at_least=0,
     )
+    rollouts_ahead: int = setting(
+        0,
+        "1: answers to the next prompts are sampled while the policy trains, and so by the policy "
+        "before that update; needs rollout_importance_cap",
+        choices=(0, 1),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,6 +150,17 @@ class PPOConfig(Settings):
                 f"rollout_importance_cap: with {', '.join(filters)} answers come from a part of "
                 "the distribution, which no weight makes whole; drop "
                 f"{', '.join(filters)}, or rollout_importance_cap"
+            )
+
+        if self.rollouts_ahead and not cap:
+            raise UserError(
+                "rollouts_ahead: answers come from the policy before the last update; give "
+                "rollout_importance_cap, which corrects for it (2 is a common one)"
+            )
+        if self.rollouts_ahead and self.policy.dynamic_sampling_rounds:
+            raise UserError(
+                "rollouts_ahead: dynamic_sampling_rounds samples further prompts by another policy "
+                "than the first ones; drop one of the two"
             )
 
     def _check_estimator(self) -> None:

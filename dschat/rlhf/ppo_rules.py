@@ -36,6 +36,7 @@ class RunFacts:
     ppo_epochs: int = 1
     rate: str = "actor_learning_rate"
     filters: tuple[str, ...] = ()
+    samples_ahead: bool = False
 
     @property
     def slower(self) -> str:
@@ -78,6 +79,8 @@ class RunFacts:
         """Against an engine of another policy."""
         if self.fuses_adapters:
             return "drop fuse_lora_for_generation"
+        if self.samples_ahead:  # then it is that of one update
+            return f"drop rollouts_ahead, or {self.slower}"
         return "look at the rollout engine's weights and temperature"
 
 

@@ -12,7 +12,10 @@ arXiv:1707.06347):
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from dschat.functional.losses import mean_scale
 from dschat.functional.returns import kl_k3
 from dschat.models.logprobs import AnswerScores, answer_logprobs
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
+from dschat.rlhf.ahead import RolloutsAhead
+from dschat.rlhf.answering import begin, ready
 from dschat.rlhf.dynamic_sampling import Resampled, SparePrompts, resampled
 from dschat.rlhf.experience import Experience, filled, minibatches
 from dschat.rlhf.objectives import Sums, loss_count, policy_objective, value_objective
@@ -40,13 +45,13 @@ from dschat.rlhf.ppo_statistics import (
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rewards import Rewards
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.rollout import answer_values, make_experience
+from dschat.rlhf.rollout import answer_values, scored
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.train.checkpointer import check_weights
 from dschat.train.engine import Engine, backward
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import numbers, read_sums
-from dschat.utils.distributed import all_reduce_sum
+from dschat.utils.distributed import all_reduce_sum, on_every_rank
 from dschat.utils.predecessor import changed_class, moved
 
 
@@ -59,6 +64,7 @@ class DeepSpeedPPOTrainer:
         rewards: makes rewards of scores; by default those of the reward model as they are.
         ptx: language modelling, mixed into the actor's steps.
         spare: further prompts, for dynamic sampling.
+        ahead: keeps answers that are sampled while the policy trains.
         seed: of the order of mini-batches.
     """
 
@@ -73,6 +79,7 @@ class DeepSpeedPPOTrainer:
         rewards: Rewards | None = None,
         ptx: PTX | None = None,
         spare: SparePrompts | None = None,
+        ahead: RolloutsAhead | None = None,
         *,
         seed: int,
     ):
@@ -83,6 +90,7 @@ class DeepSpeedPPOTrainer:
         self.rewards = rewards or Rewards()
         self.ptx = ptx
         self.spare = spare
+        self.ahead = ahead
         self.generator = torch.Generator().manual_seed(seed)
         self.kl = KLController(config)
         self.iterations = 0  # finished ones
@@ -103,25 +111,45 @@ class DeepSpeedPPOTrainer:
         self._weights_changed()  # a resumed run has loaded others
 
     def rollout(
-        self, batches: list[PromptBatch], answers_per_prompt: int | None = None
+        self,
+        batches: list[PromptBatch],
+        answers_per_prompt: int | None = None,
+        coming: list[PromptBatch] | None = None,
     ) -> list[Experience]:
         """Stage 1: sample and score batches of prompts, one experience for each.
 
         Args:
             answers_per_prompt: None for the configured number.
+            coming: the next batches, whose answers are to be sampled ahead, by the policy before
+                this iteration's update.
         """
         roles, answers = self.roles, answers_per_prompt or self.config.answers_per_prompt
         engine = self.engine or TransformersRollout(roles.actor, roles.tokenizer, roles.synced_gpus)
         accumulated = roles.actor.gradient_accumulation_steps()
         is_update = answers_per_prompt is None and self.spare is None
         fresh = is_update and self.config.first_ratio_is_last(len(batches), accumulated)
-        sampled = make_experience(roles, engine, batches, self.config, answers, fresh=fresh)
-        if self.config.rollout_importance_cap and sampled[0].sampler_logprobs is None:
+        beginning = functools.partial(begin, roles, engine, config=self.config)
+        start, begun = time.perf_counter(), None
+        if self.ahead is not None and answers_per_prompt is None:
+            begun = self.ahead.take(lambda: ready(batches, self.config, answers, roles.device))
+        if begun is None:
+            begun = beginning(batches, answers_per_prompt=answers, updates=self.iterations)
+        generated = begun.wait() if self.ahead is None else on_every_rank(begun.wait)
+        if self.ahead is not None and coming is not None:
+            updates = self.iterations
+            self.ahead.put(
+                beginning(coming, answers_per_prompt=answers, updates=updates, ahead=True)
+            )
+        seconds = time.perf_counter() - start
+        first, *others = scored(roles, begun.batches, generated, self.config, answers, fresh=fresh)
+        late = self.iterations - begun.updates
+        first = replace(first, generation_seconds=seconds, staleness=late)
+        if self.config.rollout_importance_cap and first.sampler_logprobs is None:
             raise UserError(
                 f"rollout_importance_cap: {type(engine).__name__} does not tell the "
                 "log-probabilities that it samples by; drop rollout_importance_cap"
             )
-        return [self.rewards.applied(e, roles.tokenizer) for e in sampled]
+        return [self.rewards.applied(e, roles.tokenizer) for e in (first, *others)]
 
     def resampled(self, rollouts: list[Experience]) -> Resampled:
         """Have prompts without spread give way to others, where dynamic sampling is on."""
@@ -168,6 +196,8 @@ class DeepSpeedPPOTrainer:
                 the policy and its prompts.
         """
         statistics = self.earned(rollouts) | {"kl_coefficient": self.kl.coefficient}
+        if self.ahead is not None:
+            statistics["rollout_staleness"] = float(rollouts[0].staleness)
         experiences = rollouts if trained is None else trained
         learned = with_advantages(experiences, self.config, self.kl.coefficient)
         statistics |= advantage_statistics(learned)

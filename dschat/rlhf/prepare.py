@@ -20,6 +20,7 @@ from dschat.models.reward_model import RewardModel
 from dschat.models.reward_statistics import read_statistics
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import SavePlan
+from dschat.rlhf.ahead import RolloutsAhead
 from dschat.rlhf.dynamic_sampling import SparePrompts
 from dschat.rlhf.engines import choose_engine
 from dschat.rlhf.generation import tell_unused_ends
@@ -154,6 +155,7 @@ class PPORun:
             {
                 **{"ppo": self.trainer, "ema": roles.ema, "ptx": self.trainer.ptx},
                 **{"spare": self.trainer.spare, "health": log.health},
+                "ahead": self.trainer.ahead,
             },
             frozen={"reference": roles.reference, "reward": roles.reward},
         )
@@ -222,8 +224,9 @@ def prepare(
     ranks = {"rank": ctx.rank, "world_size": ctx.world_size}
     ptx = PTX(text, settings.ptx.unsup_coef, seed=ctx.seed, **ranks) if text else None
     spare = SparePrompts.of(ctx, config, data) if config.policy.dynamic_sampling_rounds else None
+    ahead = RolloutsAhead(ctx) if config.rollouts_ahead else None
     trainer = DeepSpeedPPOTrainer(
-        roles, config, ctx.world_size, engine, rewards, ptx, spare, seed=ctx.seed
+        roles, config, ctx.world_size, engine, rewards, ptx, spare, ahead, seed=ctx.seed
     )
     return PPORun(ctx, settings, plan, setup, steps, trainer, checkpointer)
 
@@ -245,5 +248,6 @@ def health_monitor(
         ppo_epochs=ppo.ppo_epochs,
         rate="actor_lora_learning_rate" if has_own_rate else "actor_learning_rate",
         filters=ppo.sampling.filters,
+        samples_ahead=ppo.rollouts_ahead > 0,
     )
     return HealthMonitor(facts, slow_start=settings.warm_up(iterations) / settings.updates)

@@ -1,23 +1,20 @@
-"""Rollouts: prompts in, sampled and scored answers out, as the Experience that PPO learns from."""
+"""Scoring: sampled answers to the Experience that PPO learns from, under every role."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dschat.data.collators import PromptBatch
 from dschat.models.logprobs import answer_logprobs
+from dschat.rlhf.answering import Generated
 from dschat.rlhf.experience import Experience, filled
-from dschat.rlhf.generation import Sampled, answer_ends
-from dschat.rlhf.part_config import SamplingConfig
+from dschat.rlhf.generation import answer_ends
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.rlhf.rollout_engine import RolloutEngine
 
 
 def answer_values(
@@ -27,36 +24,20 @@ def answer_values(
     return critic(sequences, attention_mask)[:, -answer_length - 1 : -1]
 
 
-def pad_rows(prompts: PromptBatch, rows: int) -> PromptBatch:
-    """Fill a short batch up to `rows` with copies that are marked as not real.
-
-    Every rank then makes the same number of forward passes.
-    """
-    missing = rows - len(prompts.real)
-    if missing <= 0:
-        return prompts
-    index = torch.cat([torch.arange(len(prompts.real)), torch.zeros(missing, dtype=torch.long)])
-    real = torch.cat([prompts.real, torch.zeros(missing, dtype=torch.bool)])
-    return replace(prompts.rows(index), real=real)
-
-
 @torch.no_grad()
-def make_experience(
+def scored(
     roles: DeepSpeedRLHFEngine,
-    engine: RolloutEngine,
     batches: list[PromptBatch],
+    generated: Generated,
     config: PPOConfig,
     answers_per_prompt: int,
     *,
     fresh: bool = False,
 ) -> list[Experience]:
-    """Generate answers, then score them by every role's forward passes in eval mode.
-
-    The number of passes depends on the number of batches alone, on every rank.
+    """Score answers by every role's forward passes in eval mode.
 
     Args:
-        batches: of prompts, on any device.
-        answers_per_prompt: in place of the configured number; evaluation takes one.
+        batches: of prompts, `ready`.
         fresh: the only step on the answers is made before the policy changes; it is not run over
             them beforehand where the engine tells log-probabilities.
 
@@ -65,17 +46,6 @@ def make_experience(
         side by side.
     """
     roles.eval()
-    batches = [pad_rows(batch, config.per_device_generation_batch_size) for batch in batches]
-    batches = [repeated(batch, answers_per_prompt).to(roles.device) for batch in batches]
-    start = time.perf_counter()
-    generated = generate_sorted(
-        engine,
-        joined(batches),
-        config.sampling,
-        config.chunk_rows(answers_per_prompt),
-        roles.tokenizer.pad_token_id,
-    )
-    seconds = time.perf_counter() - start
     sizes = [len(batch.real) for batch in batches]
     groups = torch.arange(sum(sizes), device=roles.device) // answers_per_prompt
     answers, told = generated.answers.split(sizes), [None] * len(sizes)
@@ -83,74 +53,7 @@ def make_experience(
     columns = zip(batches, answers, logprobs, groups.split(sizes), strict=True)
     fresh = fresh and generated.logprobs is not None
     experiences = [score(roles, *column, config, fresh=fresh) for column in columns]
-    first = replace(experiences[0], generation_seconds=seconds, generation_steps=generated.steps)
-    return [first, *experiences[1:]]
-
-
-def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
-    """Repeat every row, copies side by side."""
-    return prompts.rows(torch.arange(len(prompts.real)).repeat_interleave(times))
-
-
-def joined(batches: list[PromptBatch]) -> PromptBatch:
-    """Concatenate batches, without their own columns; ids under the new padding are 0."""
-    width = max(batch.input_ids.shape[1] for batch in batches)
-
-    def stacked(columns: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([F.pad(column, (width - column.shape[1], 0)) for column in columns])
-
-    return PromptBatch(
-        stacked([batch.input_ids for batch in batches]),
-        stacked([batch.attention_mask for batch in batches]),
-        torch.cat([batch.real for batch in batches]),
-    )
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Answers to many prompts, rows in the prompts' order."""
-
-    answers: torch.Tensor  # (R, A) ids, padded after their ends
-    logprobs: torch.Tensor | None  # (R, A) fp32, by the sampler; None: it does not tell
-    steps: int  # decoding steps, in sequence
-
-
-def generate_sorted(
-    engine: RolloutEngine,
-    prompts: PromptBatch,
-    sampling: SamplingConfig,
-    chunk_rows: int,
-    pad_token_id: int,
-) -> Generated:
-    """Generate in chunks of rows of like length, each only as wide as its longest prompt.
-
-    When one chunk holds all rows they keep their order; an engine that refills gets all rows.
-    """
-    chunk_rows = len(prompts.real) if engine.refills else chunk_rows
-    lengths = prompts.attention_mask.sum(dim=-1)
-    order = torch.arange(len(lengths), device=lengths.device)
-    if len(lengths) > chunk_rows:
-        order = lengths.argsort(stable=True)
-    parts: list[Sampled] = []
-    for index in order.split(chunk_rows):
-        width = int(lengths[index].max())
-        ids, mask = prompts.input_ids[index, -width:], prompts.attention_mask[index, -width:]
-        # A model may look at the ids under padding: they are those of its own padding.
-        ids = ids.masked_fill(~mask, pad_token_id)
-        sampled = engine.generate(PromptBatch(ids, mask, prompts.real[index]), sampling)
-        parts.append(replace(sampled, sequences=sampled.sequences[:, width:]))
-    widths = [part.sequences.shape[1] for part in parts]
-
-    def rows(columns: list[torch.Tensor], fill: int) -> torch.Tensor:
-        wide = [F.pad(c, (0, max(widths) - c.shape[1]), value=fill) for c in columns]
-        return torch.cat(wide)[order.argsort()]
-
-    told = [part.logprobs for part in parts if part.logprobs is not None]
-    return Generated(
-        rows([part.sequences for part in parts], pad_token_id),
-        rows(told, 0) if len(told) == len(parts) else None,
-        sum(part.steps or width for part, width in zip(parts, widths, strict=True)),
-    )
+    return [replace(experiences[0], generation_steps=generated.steps), *experiences[1:]]
 
 
 def score(

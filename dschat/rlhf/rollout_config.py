@@ -104,6 +104,11 @@ class RolloutConfig(Settings):
                 "top_p and top_k",
                 "a server tells log-probabilities of what they leave, not of the policy; drop them",
             ),
+            (
+                self.vllm.vllm_sleep and ppo.rollouts_ahead > 0,
+                "vllm_sleep with rollouts_ahead",
+                "servers cannot sleep while they sample ahead; drop one of the two",
+            ),
             (self.gather_for_rollouts, "gather_for_rollouts", elsewhere),
             (self.fuse_lora_for_generation, "fuse_lora_for_generation", elsewhere),
             (

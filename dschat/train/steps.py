@@ -56,6 +56,19 @@ def accumulation_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Bat
         yield micro_batches
 
 
+def with_next(groups: Iterable[Batch], is_wanted: bool) -> Iterator[tuple[Batch, Batch | None]]:
+    """Yield each item with the one that follows; None at the end, and where it is not wanted."""
+    iterator = iter(groups)
+    if not is_wanted:
+        yield from ((item, None) for item in iterator)
+        return
+    for item in islice(iterator, 1):
+        for following in iterator:
+            yield item, following
+            item = following
+        yield item, None
+
+
 def num_accumulation_groups(num_batches: int, size: int) -> int:
     """Optimizer steps that `num_batches` micro-batches make."""
     return -(-num_batches // size)

@@ -66,6 +66,7 @@ ZERO_IS_VALID = {
     "num_warmup_steps": "no warm-up",
     "samples": "none is shown",
     "rollout_importance_cap": "no weights",
+    "rollouts_ahead": "answers are of the present policy",
     "save_steps": "no checkpoints",
     "seed": "a seed like any other",
     "show": "none is shown",

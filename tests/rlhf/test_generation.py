@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 from dschat.data.collators import PromptBatch
 from dschat.errors import UserError
 from dschat.models.logprobs import answer_logprobs
+from dschat.rlhf.answering import generate_sorted
 from dschat.rlhf.generation import Sampled, StopStrings, answer_ends, tell_unused_ends
 from dschat.rlhf.part_config import SamplingConfig
-from dschat.rlhf.rollout import generate_sorted
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig

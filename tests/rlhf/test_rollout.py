@@ -5,9 +5,10 @@ from transformers import LlamaForCausalLM
 from dschat.errors import UserError
 from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import RewardModel, scores_at_end
+from dschat.rlhf.answering import pad_rows
 from dschat.rlhf.generation import SamplerLogprobs, generate
 from dschat.rlhf.part_config import SamplingConfig
-from dschat.rlhf.rollout import answer_values, pad_rows
+from dschat.rlhf.rollout import answer_values
 from tests.helpers import tiny
 from tests.helpers.tiny import EOS, PAD
 from tests.rlhf.tiny_roles import MODELS, Setting, end_after, left_padded, ppo_trainer, prompts

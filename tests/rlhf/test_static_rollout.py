@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dschat.data.collators import PromptBatch
 from dschat.rlhf import static_cache, static_rollout
+from dschat.rlhf.answering import repeated
 from dschat.rlhf.drawing import Drawing
 from dschat.rlhf.generation import SamplingConfig, answer_ends
-from dschat.rlhf.rollout import repeated
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.static_cache import BLOCK
 from dschat.rlhf.static_model import StaticModel

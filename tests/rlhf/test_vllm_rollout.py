@@ -12,9 +12,9 @@ import torch
 
 from dschat.config import RLHFSettings
 from dschat.errors import UserError
+from dschat.rlhf.answering import repeated
 from dschat.rlhf.engines import choose_engine
 from dschat.rlhf.generation import SamplingConfig, answer_ends
-from dschat.rlhf.rollout import repeated
 from dschat.rlhf.vllm_rollout import VLLMRollout
 from dschat.rlhf.vllm_server import VLLMServer
 from dschat.rlhf.vllm_setup import check_servers

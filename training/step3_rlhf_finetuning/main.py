@@ -32,7 +32,7 @@ from dschat.data.collators import PromptCollator
 from dschat.plan.start import tell_plan
 from dschat.rlhf.prepare import plan_roles, prepare
 from dschat.train.prepare import setup_run
-from dschat.train.steps import accumulation_groups
+from dschat.train.steps import accumulation_groups, with_next
 
 
 def main() -> None:
@@ -72,12 +72,14 @@ def main() -> None:
         log.evaluation(iteration, *trainer.evaluated(held_out))
     for epoch in range(position.epoch, run.steps.epochs):
         prompts.set_epoch(epoch, skip=position.batches(epoch))
-        for batches in accumulation_groups(prompts, run.steps.batches_per_step):
+        groups = accumulation_groups(prompts, run.steps.batches_per_step)
+        for batches, following in with_next(groups, is_wanted=config.rollouts_ahead > 0):
             if iteration == iterations:
                 break
             log.begin()
-            # The stages of ppo_trainer.py: sample and score answers,
-            rollouts = trainer.rollout(batches)
+            # The stages of ppo_trainer.py: sample and score answers (and begin the next ones),
+            coming = following if iteration + 1 < iterations else None
+            rollouts = trainer.rollout(batches, coming=coming)
             # with dynamic sampling, have others take the place of those that teach nothing,
             resampled = trainer.resampled(rollouts)
             log.rolled_out()

@@ -1,0 +1,62 @@
+"""Answers that are sampled one update ahead of their training, kept over a stop of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from dschat.data.collators import PromptBatch
+from dschat.rlhf.answering import Begun, Generated
+from dschat.utils.distributed import Distributed, all_reduce_max, print_rank_0
+
+
+class RolloutsAhead:
+    """The answers that are under way while the policy trains on those before them.
+
+    A checkpoint waits for them and holds them: they are of a policy that is no more.
+    """
+
+    per_rank = True
+
+    def __init__(self, process: Distributed):
+        self.process = process
+        self._begun: Begun | None = None
+        self._saved: dict[str, Any] = {}
+
+    def put(self, begun: Begun) -> None:
+        """Keep what has been begun."""
+        self._begun = begun
+
+    def take(self, prepared: Callable[[], list[PromptBatch]]) -> Begun | None:
+        """Give what was begun for the next prompts, if anything was.
+
+        Args:
+            prepared: makes these prompts ready, for answers that a checkpoint held.
+        """
+        begun, self._begun = self._begun, None
+        if begun is None and self._saved:
+            saved, self._saved, batches = self._saved, {}, prepared()
+            device, told = batches[0].real.device, saved["logprobs"]
+            told = None if told is None else told.to(device)
+            held = Generated(saved["answers"].to(device), told, saved["steps"])
+            begun = Begun(batches, lambda: held, saved["updates"])
+        return begun
+
+    def state_dict(self) -> dict[str, Any]:
+        """Answers, as ids, and what is known of them; empty where none are under way."""
+        if self._begun is None:
+            return self._saved
+        made = self._begun.wait()
+        told = None if made.logprobs is None else made.logprobs.cpu()
+        place = {"rank": self.process.rank, "ranks": self.process.world_size}
+        made = replace(made, answers=made.answers.cpu(), logprobs=told)
+        return {**vars(made), **place, "updates": self._begun.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with these answers; with another number of ranks, with none."""
+        here = {"rank": self.process.rank, "ranks": self.process.world_size}
+        (others,) = all_reduce_max([float(bool(state) and not here.items() <= state.items())])
+        self._begun, self._saved = None, {} if others else state
+        if others:
+            print_rank_0("resume: answers of other ranks were under way; they are sampled anew")
