@@ -40,7 +40,9 @@ setup(
     packages=[*find_packages(include=["dschat", "dschat.*"]), *programs()],
     package_dir=programs(),
     entry_points={"console_scripts": ["dschat = dschat.command.door:main"]},
-    package_data={"dschat": ["py.typed", "recipes/**/*.yaml", "report/*.j2"]},
+    package_data={
+        "dschat": ["py.typed", "recipes/**/*.yaml", "report/*.j2", "compare/*.j2", "compare/*.js"]
+    },
     python_requires=">=3.11",
     # Lower bounds are what the tests run on (constraints.txt), but where an older release is
     # known to serve; upper bounds stand before the next release that may break an interface.
@@ -74,6 +76,7 @@ setup(
             "peft>=0.19",
             "bitsandbytes>=0.49",
         ],
+        "live": ["gradio>=6,<7"],
         "quantize": ["bitsandbytes>=0.49"],
         "wandb": ["wandb>=0.18"],
     },

@@ -19,11 +19,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dschat.config.cli import parse, run_cli
 from dschat.config.programs import WinRateSettings
@@ -31,18 +28,13 @@ from dschat.functional.length_control import length_controlled
 from dschat.functional.proportions import wilson_interval
 from dschat.models.save import check_output_dir
 from dschat.rlhf.candidates import (
-    AnsweringLimits,
+    Candidates,
     GivenAnswer,
-    check_candidate,
-    is_file_of_answers,
-    read_answers,
     read_prompts,
-    sample_answers,
 )
-from dschat.rlhf.judges import JudgeLimits, Verdicts, check_judge, load_judge
+from dschat.rlhf.judges import Verdicts, check_judge, load_judge
 from dschat.settings import flag_values
 from dschat.text.conversations import Example, Prompt
-from dschat.train.engine import resolve_dtype, torch_dtype
 from dschat.train.metrics import format_value
 from dschat.train.pair_report import half_ties
 from dschat.utils.files import disk_errors_named
@@ -52,39 +44,16 @@ from dschat.utils.printable import printable
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare two candidates."""
     settings = parse(WinRateSettings, argv, __doc__)
-    dtype = torch_dtype(resolve_dtype(settings.dtype))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limits = AnsweringLimits(
-        replace(settings.sampling, greedy=settings.greedy),
-        settings.prompt_format,
-        settings.max_prompt_seq_len,
-        settings.batch_size,
-        settings.seed,
-        dtype,
-        device,
-    )
-
-    judge_limits = JudgeLimits(
-        settings.prompt_format, settings.max_seq_len, settings.batch_size, dtype, device
-    )
+    limits, judge_limits = settings.limits()
 
     # 1. all that can be wrong
     check_output_dir(settings.output_dir)
     check_judge(settings.judge, judge_limits)
     prompts = read_prompts(settings.prompts, settings.max_prompts, settings.read, "prompts")
-    answers: dict[int, list[GivenAnswer]] = {}
-    for number, name in enumerate(settings.candidates):
-        if is_file_of_answers(name):
-            answers[number] = read_answers(name, prompts, settings.read)
-        else:
-            check_candidate(name, limits)
+    candidates = Candidates(settings.candidates, "candidates", prompts, limits, settings.read)
 
     # 2. answers
-    for number, name in enumerate(settings.candidates):
-        if number not in answers:
-            print(printable(f"{name}: answers {len(prompts)} prompts"), flush=True)
-            answers[number] = sample_answers(name, prompts, limits)
-    first, second = answers[0], answers[1]
+    first, second = candidates.answers()
     if settings.output_dir is not None:  # first of all: they cost the most
         write_answers(settings.output_dir, prompts, (first, second))
 

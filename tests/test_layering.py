@@ -21,7 +21,8 @@ FLOORS = [
     ("train",),
     ("rlhf",),
     ("config",),
-    ("plan", "quickstart", "merge", "checkpoint", "winrate"),
+    ("chat",),
+    ("plan", "quickstart", "merge", "checkpoint", "winrate", "compare"),
     ("pipeline",),
     ("command",),
 ]

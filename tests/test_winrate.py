@@ -11,35 +11,21 @@ from dschat.data.answers import answer_rows
 from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.reward_model import create_critic_model
-from dschat.models.save import save_hf_format
 from dschat.rlhf.candidates import GivenAnswer
 from dschat.rlhf.judges import QUESTION, JudgeLimits, letter_ids, load_judge
 from dschat.text.conversations import Example
 from dschat.text.formats import choose_format
 from dschat.train.answer_scores import score_answers
-from tests.helpers.adapters import ALONE
+from tests.helpers.candidates import PROMPTS, SHORT, make_candidates
 from tests.helpers.steps import write_rows
-from tests.helpers.tiny import EOS, byte_tokenizer, save_llama_folder
+from tests.helpers.tiny import EOS, byte_tokenizer
 
-PROMPTS = [f"What is {number}?" for number in range(6)]
 LIMITS = JudgeLimits(None, 512, 4, torch.float32, torch.device("cpu"))
-SHORT = ["--max_answer_seq_len", "5", "--max_prompt_seq_len", "48", "--dtype", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A language model, a reward model on it, prompts and two files of answers."""
-    folder, tokenizer = tmp_path_factory.mktemp("winrate"), byte_tokenizer()
-    save_llama_folder(folder / "model", max_position_embeddings=512)
-    torch.manual_seed(0)
-    reward = create_critic_model(str(folder / "model"), tokenizer, torch.float32, init_head=True)
-    save_hf_format(reward, tokenizer, folder / "reward", ALONE)
-    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    for name, answers in {"a": "so", "b": "no, never"}.items():
-        rows = [{"prompt": p, "response": f"{answers}{n}"} for n, p in enumerate(PROMPTS)]
-        rows[3]["ended"] = name == "b"
-        write_rows(folder / f"{name}.jsonl", rows)
-    return folder
+    return make_candidates(tmp_path_factory.mktemp("winrate"))
 
 
 def run(made: Path, one: str, other: str, judge: str, *more: str) -> dict:

@@ -47,6 +47,7 @@ _ALL = (
     Command("run", TRAIN, "several of these in turn, from one file", "dschat.pipeline"),
     Command("chat", USE, "talk to a model folder", "inference/chatbot.py"),
     Command("eval", USE, "accuracy and scores of a reward model", f"{STEP2}/rw_eval.py"),
+    Command("compare", USE, "answers of models side by side, on a page", "dschat.compare"),
     Command("winrate", USE, "one model's answers against another's", "dschat.winrate"),
     Command("merge", USE, "an adapter into its base", "dschat.merge"),
     Command("inspect", LOOK, "data as training would see it", "dschat.data", ("inspect",)),

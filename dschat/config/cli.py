@@ -80,9 +80,15 @@ def _given(
     except UserError as error:
         raise UserError(f"config {yaml_path}: {error}") from error
     namespace, extra = parser.parse_known_args(argv, from_file)
-    if extra:
-        raise UserError(unknown("flag", extra[0], [f"--{flag.name}" for flag in flags]))
     given = vars(namespace)
+    name, _ = getattr(cls, "WORDS", (None, None))
+    if name is not None and extra and not any(word.startswith("-") for word in extra):
+        if f"--{name}" in argv:
+            raise UserError(f"--{name} and {extra[0]}: both name {name}; drop one")
+        given[name], extra = extra, []
+    if extra:
+        wrong = next((word for word in extra if word.startswith("-")), extra[0])
+        raise UserError(unknown("flag", wrong, [f"--{flag.name}" for flag in flags]))
     del given["config"]
     return given
 

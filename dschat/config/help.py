@@ -95,8 +95,9 @@ def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
 
 
 def _usage(cls: type[Settings]) -> str:
-    needed = [f"--{flag.name} TEXT" for flag in flags_of(cls) if flag.default is MISSING]
-    first = getattr(cls, "FIRST_WORD", "[--config FILE]")
+    name, first = getattr(cls, "WORDS", (None, getattr(cls, "FIRST_WORD", "[--config FILE]")))
+    flags = [flag for flag in flags_of(cls) if flag.default is MISSING and flag.name != name]
+    needed = [f"--{flag.name} TEXT" for flag in flags]
     words = " ".join(["%(prog)s", *needed, first, "[FLAG ...]"])
     return textwrap.fill(words, 64, subsequent_indent="    ", break_on_hyphens=False)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
+from dschat.config.answering import AnsweringSettings
 from dschat.data.config import SHORTEST, DataConfig, SFTDataConfig
-from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
-from dschat.rlhf.part_config import SamplingConfig
 from dschat.settings import Settings, group, setting
-from dschat.text.formats import PROMPT_FORMATS
 from dschat.train.run_config import StartConfig
 from dschat.utils.ds_utils import DTYPES
 
@@ -89,8 +87,8 @@ class RewardEvaluation(StartConfig):
             raise UserError(f"stdin and {other} contradict: lines are scored one by one; drop one")
 
 
-@dataclass(frozen=True)
-class WinRateSettings(Settings):
+@dataclass(frozen=True, kw_only=True)
+class WinRateSettings(AnsweringSettings):
     """Settings of `python -m dschat.winrate`."""
 
     candidates: tuple[str, ...] = setting(
@@ -100,23 +98,9 @@ class WinRateSettings(Settings):
     )
     prompts: str = setting(MISSING, "file, folder or hub id; of a source, its test rows")
     judge: str = setting(MISSING, "reward model, or a chat model that is asked to choose")
-    max_prompts: int | None = setting(None, "use at most so many prompts", at_least=1)
-    read: ReadOptions = group(ReadOptions)
-    prompt_format: str | None = setting(
-        None,
-        "format of models that carry none (default: chat where there is a template, else dschat)",
-        choices=PROMPT_FORMATS,
-    )
-    sampling: SamplingConfig = group(SamplingConfig)
-    max_prompt_seq_len: int = setting(256, "tokens of a prompt", at_least=1)
-    max_seq_len: int = setting(1024, "tokens that the judge reads at a time", at_least=SHORTEST)
-    greedy: bool = setting(False, "answer by the likeliest token, not by a drawn one")
-    batch_size: int = setting(16, "rows per batch", at_least=1)
     output_dir: str | None = setting(
         None, "folder for winrate.json, with a row for each prompt, and the answers as files"
     )
-    dtype: str = setting("auto", "auto is bf16 where the device has it", choices=("auto", *DTYPES))
-    seed: int = setting(1234, "seed of sampling", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dschat.report.html import BASE, fill, put_in_place
 from dschat.report.panels import PANELS, drawn
 from dschat.report.records import Records, read
-from dschat.utils.printable import printable
 
 PAGE = "report.html"
 PICTURES = "figures"  # folder of the PNG files
@@ -48,9 +47,9 @@ def write_page(folder: str | Path) -> Path:
         curves.append({"title": title, "svg": drawing.svg(figure)})
         pictures["rewards_before_and_after"] = drawing.png(figure)
     for name, data in pictures.items():
-        _place(folder / PICTURES / f"{name}.png", data)
+        put_in_place(folder / PICTURES / f"{name}.png", data)
     text = render(records, str(folder.resolve().name), curves)
-    _place(folder / PAGE, text.encode())
+    put_in_place(folder / PAGE, text.encode())
     return folder / PAGE
 
 
@@ -60,11 +59,8 @@ def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> 
     Args:
         name: of the output folder. curves: `title` and `svg` of each.
     """
-    import jinja2
     from markupsafe import Markup
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     program = records.description.get("program", "")
     steps = [step for points in records.held_out.values() for step, _ in points] or [0]
     iterations = _chosen(sorted(records.answers))
@@ -80,7 +76,7 @@ def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> 
         "answers": list(_side_by_side(records, iterations)),
         "tables": [(title, rows) for title, rows in _tables(records) if rows],
     }
-    return environment.get_template("page.html.j2").render(_escaped(context))
+    return fill(BASE / "page.html.j2", context)
 
 
 def _subtitle(records: Records) -> str:
@@ -143,23 +139,3 @@ def _tables(records: Records) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     settings = records.description.get("settings", {})
     yield "Settings", [(name, str(settings[name])) for name in sorted(settings)]
     yield "Versions", [(n, str(v)) for n, v in records.description.get("versions", {}).items()]
-
-
-def _escaped(value: Any) -> Any:
-    """Make every text of a nested structure printable; pictures stay as they are."""
-    if isinstance(value, dict):
-        return {name: _escaped(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return _escaped(vars(value))
-    if isinstance(value, str) and not hasattr(value, "__html__"):
-        return printable(value)
-    return value
-
-
-def _place(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_bytes(data)
-    os.replace(part, path)

@@ -29,6 +29,7 @@ from dschat.text.encoding import decode
 from dschat.text.formats import CONFIG_KEY, PromptFormat, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.distributed import set_random_seed
+from dschat.utils.printable import printable
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def is_file_of_answers(name: str) -> bool:
     return Path(name).suffix in SUFFIXES
 
 
-def read_answers(name: str, prompts: Sequence[Example], options: ReadOptions) -> list[GivenAnswer]:
+def read_answers(
+    name: str, prompts: Sequence[Example], options: ReadOptions, setting: str = "candidates"
+) -> list[GivenAnswer]:
     """Read answers from a file that has a row for each prompt, in their order.
 
     A row with `"ended": false` holds an answer that a limit cut.
@@ -85,7 +88,7 @@ def read_answers(name: str, prompts: Sequence[Example], options: ReadOptions) ->
     Raises:
         UserError: fewer rows, a row without an answer, or to another prompt.
     """
-    source, _ = Finder("candidates").find(name)
+    source, _ = Finder(setting).find(name)
     cut: set[str] = set()
 
     def read() -> Iterator[tuple[str, Any]]:
@@ -94,10 +97,10 @@ def read_answers(name: str, prompts: Sequence[Example], options: ReadOptions) ->
                 cut.add(place)
             yield place, row
 
-    rows = _examples(replace(source, read=read), name, len(prompts), options, "candidates")
+    rows = _examples(replace(source, read=read), name, len(prompts), options, setting)
     if len(rows) < len(prompts):
         raise UserError(
-            f"candidates {name}: has {len(rows)} rows for {len(prompts)} prompts; give a row for "
+            f"{setting} {name}: has {len(rows)} rows for {len(prompts)} prompts; give a row for "
             "each, in the order of the prompts"
         )
     for row, asked in zip(rows, prompts, strict=True):
@@ -106,6 +109,41 @@ def read_answers(name: str, prompts: Sequence[Example], options: ReadOptions) ->
         if row.chosen is None:
             raise UserError(f"{row.place}: has no answer; add a column response")
     return [GivenAnswer(cast(str, row.chosen), row.place not in cut) for row in rows]
+
+
+class Candidates:
+    """Models and files whose answers are compared, checked before any model is loaded.
+
+    Args:
+        setting: that named them, for messages.
+
+    Raises:
+        UserError: see `read_answers` and `check_candidate`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        setting: str,
+        prompts: Sequence[Example],
+        limits: AnsweringLimits,
+        options: ReadOptions,
+    ):
+        self.names, self.prompts, self.limits = names, prompts, limits
+        self._given: dict[str, list[GivenAnswer]] = {}
+        for name in names:
+            if is_file_of_answers(name):
+                self._given[name] = read_answers(name, prompts, options, setting)
+            else:
+                check_candidate(name, limits)
+
+    def answers(self) -> list[list[GivenAnswer]]:
+        """Collect each one's answers, one to each prompt; models answer in turn."""
+        return [self._given.get(name) or self._sampled(name) for name in self.names]
+
+    def _sampled(self, name: str) -> list[GivenAnswer]:
+        print(printable(f"{name}: answers {len(self.prompts)} prompts"), flush=True)
+        return sample_answers(name, self.prompts, self.limits)
 
 
 def check_candidate(name: str, limits: AnsweringLimits) -> None:

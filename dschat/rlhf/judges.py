@@ -120,14 +120,18 @@ class RewardJudge:
     kind: str = "reward model"
 
     def __call__(self, prompts: Sequence[Example], first: Answers, second: Answers) -> Verdicts:
-        """Score each answer; one that was cut is scored without an end token."""
-        mine, my_tokens = self._scores(prompts, first)
-        theirs, their_tokens = self._scores(prompts, second)
+        """Compare the scores of each prompt's answers."""
+        mine, my_tokens = self.scores(prompts, first)
+        theirs, their_tokens = self.scores(prompts, second)
         return Verdicts(mine - theirs, (my_tokens, their_tokens))
 
-    def _scores(
+    def scores(
         self, prompts: Sequence[Example], answers: Answers
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score each answer, and count its tokens: both (N,) float64.
+
+        One that was cut is scored without an end token.
+        """
         cut: Counter[str] = Counter()
         ended = [answer.ended for answer in answers]
         rows = answer_rows(self.convert, _answered(prompts, answers), ended, cut)

@@ -11,14 +11,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dschat.chat.bot import Chatbot, _Answer, load_chatbot, pick_device, prompt_room
+from dschat.chat.conversation import Turn, fit_conversation, format_conversation, settled_part
 from dschat.config.cli import run_cli
 from dschat.config.programs import ChatSettings
 from dschat.errors import UserError
 from dschat.models.save import save_hf_format
 from dschat.text.formats import set_format
 from dschat.utils.module.lora_config import LoraConfig
-from inference.chatbot import Chatbot, _Answer, load_chatbot, main, pick_device, prompt_room
-from inference.conversation import Turn, fit_conversation, format_conversation, settled_part
+from inference.chatbot import main
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.launch import TIME_LIMIT
 

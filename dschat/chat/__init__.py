@@ -1,0 +1,1 @@
+"""Conversation with a model folder: prompts that fit, answers that stream."""
