@@ -22,8 +22,8 @@ FLOORS = [
     ("rlhf",),
     ("config",),
     ("chat",),
-    ("plan", "quickstart", "merge", "checkpoint", "winrate", "compare"),
-    ("pipeline",),
+    ("plan", "quickstart", "merge", "checkpoint", "winrate"),
+    ("pipeline", "compare"),
     ("command",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -96,7 +96,7 @@ def build(bots: Sequence[Chatbot], names: Sequence[str]) -> Any:
                     label=f"{letter}: {printable(name, keep='')}",
                     render_markdown=False,  # texts of models are shown, never rendered
                     min_width=NARROWEST,
-                    height="55vh",
+                    height="42vh",
                     buttons=[],
                     feedback_options=None,
                 )
@@ -106,9 +106,9 @@ def build(bots: Sequence[Chatbot], names: Sequence[str]) -> Any:
             label="Your message: Enter sends it to every model", lines=1, autofocus=True
         )
         with gradio.Row():
-            send = gradio.Button("Send", variant="primary")
-            stop = gradio.Button("Stop")
-            clear = gradio.Button("New conversation")
+            send = gradio.Button("Send", variant="primary", min_width=90)
+            stop = gradio.Button("Stop", min_width=90)
+            clear = gradio.Button("New conversation", min_width=90)
 
         def answer(text: str, before: list[list[Turn]]) -> Iterator[list[Any]]:
             for now in stream(bots, text.strip(), before):
