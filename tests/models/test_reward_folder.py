@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, assert_equal, plan, save_base, with_adapter
 from tests.helpers.families import FAMILIES, family_config, save_family
+from tests.helpers.scores import noted_scores, scores_alone
 
 TEXTS = ["Say hello. Hello!", "Count. One, two, three", "Hi."]  # of three lengths
 LORA = LoraConfig(lora_dim=4, lora_module_name=("attn",))
@@ -59,22 +59,9 @@ def padding_of(kind: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@torch.no_grad()
 def expected_scores(model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """(B,): each text alone, with its end token, at its last position."""
-    rows = [torch.tensor([[*tokenizer(text)["input_ids"], tiny.EOS]]) for text in TEXTS]
-    return torch.stack([model(row, torch.ones_like(row).bool())[0, -1] for row in rows])
-
-
-def noted_scores(folder: Path, texts: list[str]) -> torch.Tensor:
-    """What the code in the folder's note computes for these texts."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "REWARD_MODEL.md").read_text(), re.S)
-    code = code.replace('folder = "."', f"folder = {str(folder)!r}")
-    ends = re.compile(r"texts = \[.*?\]\n", re.S)
-    assert ends.search(code)
-    names: dict = {"given": texts}
-    exec(ends.sub("texts = [text + tokenizer.eos_token for text in given]\n", code), names)
-    return names["scores"]
+    return scores_alone(model, [[*tokenizer(text)["input_ids"], tiny.EOS] for text in TEXTS])
 
 
 @pytest.mark.parametrize(("name", "kind"), PADDINGS)
