@@ -3,11 +3,14 @@
 One model is fine-tuned with LoRA at every pair (eta_A, eta_B) of a lattice of powers of two, with
 several seeds and one budget of optimizer steps, in one process without the DeepSpeed engine. The
 winners are run again on fresh seeds; all weights are trained too, for the rate that adapters are
-compared with. It prints tables and writes `summary.json` and a heat map for each initialisation.
+compared with. It prints tables and writes `summary.json` and a heat map for each initialisation,
+with `--ratios` the losses along these lambdas alone.
 
     python -m benchmarks.lora_plus_grid --output_dir work
     python -m benchmarks.lora_plus_grid --output_dir work-hh --task hh \
       --model_name_or_path ./model --data_path ./hh_rlhf
+    python -m benchmarks.lora_plus_grid --output_dir work-dpo --task dpo --ratios 1 16 --init A \
+      --model_name_or_path ./sft --data_path ./stories
 
 Every finished run is a line of `OUTPUT_DIR/results.jsonl` and is not repeated, so that a benchmark
 that was stopped goes on, and one with a wider lattice runs only what is new.
@@ -25,6 +28,7 @@ import torch
 from benchmarks.lora_plus import report
 from benchmarks.lora_plus.bench import Bench
 from benchmarks.lora_plus.heat_map import heat_map
+from benchmarks.lora_plus.lines import write_lines
 from benchmarks.lora_plus.settings import GridSettings
 from benchmarks.lora_plus.tables import render
 from benchmarks.lora_plus.training import Run
@@ -94,7 +98,8 @@ def run_fresh(bench: Bench, init: str, grid: report.Grid) -> dict[str, report.Fr
         cell = report.best_cell(grid, ratio)
         if cell is None:
             continue
-        budgets = [s.budget] if name == "1" else [round(x * s.budget) for x in (*SHARES, 1)]
+        shares = (1,) if name == "1" or s.ratios else (*SHARES, 1)
+        budgets = [round(x * s.budget) for x in shares]
         runs = [run for steps in budgets for run in cells_runs(init, [cell], s.fresh_seeds, steps)]
         if name != "1":
             every = max(1, s.budget // 10)
@@ -118,19 +123,29 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # diverging runs are full of them and would crawl
     bench = Bench(settings)
-    first, last = settings.preset.eta_full
-    rates = [2.0**k for k in range(first, last + 1)]
-    full = run_cells(bench, "all weights", "full", zip(rates, rates, strict=True), [1.0])
-    summaries = {}
+    full: report.Grid = {}
+    if settings.ratios is None:
+        first, last = settings.preset.eta_full
+        rates = [2.0**k for k in range(first, last + 1)]
+        full = run_cells(bench, "all weights", "full", zip(rates, rates, strict=True), [1.0])
+    summaries, figures = {}, Path(settings.figures_dir)
+    figures.mkdir(parents=True, exist_ok=True)
     for init in settings.init:
-        grid = run_cells(bench, f"grid, init {init}", init, settings.lattice(init), RATIOS)
-        fresh, alphas = run_fresh(bench, init, grid), run_alphas(bench, init, grid)
+        lines = settings.ratios or RATIOS
+        grid = run_cells(bench, f"grid, init {init}", init, settings.lattice(init), lines)
+        fresh = run_fresh(bench, init, grid)
+        alphas = [] if settings.ratios else run_alphas(bench, init, grid)
         summaries[init] = report.summarise(grid, fresh, alphas, full)
-        title = f"{settings.task}, init {init}: evaluation loss after {settings.budget} steps"
-        figure = Path(settings.figures_dir) / f"lora_plus_{settings.task}_init{init}.svg"
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        figure.write_text(heat_map(grid, title), encoding="utf-8")
-        print(f"written: {figure}", flush=True)
+        target = figures / f"lora_plus_{settings.task}_init{init}"
+        if settings.ratios is None:
+            title = f"{settings.task}, init {init}: evaluation loss after {settings.budget} steps"
+            target.with_suffix(".svg").write_text(heat_map(grid, title), encoding="utf-8")
+        else:
+            seeds = settings.grid_seeds
+            write_lines(
+                target.with_suffix(".csv"), bench.results, init, grid, seeds, settings.budget
+            )
+        print(f"written: {target}", flush=True)
     everything = {"shared": settings.shared(), "full": report.full_rows(full), "init": summaries}
     path = Path(settings.output_dir) / "summary.json"
     path.write_text(json.dumps(everything, indent=1), encoding="utf-8")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.lora_plus.pair_tasks import pair_task
 from benchmarks.lora_plus.report import Results
 from benchmarks.lora_plus.settings import GridSettings
 from benchmarks.lora_plus.tasks import embedded_task, file_task
@@ -45,7 +46,8 @@ class Bench:
                 )
         for record in records:
             curve = tuple((step, loss) for step, loss in record["curve"])
-            self.results[Run(**record["run"])] = Outcome(record["loss"], curve)
+            outcome = Outcome(record["loss"], curve, record.get("accuracy"))
+            self.results[Run(**record["run"])] = outcome
 
     def _load(self) -> Task:
         """The task, made when the first run needs it."""
@@ -54,9 +56,9 @@ class Bench:
             if s.task == "embedded":
                 self._task = embedded_task(work, s.preset.max_seq_len)
             else:
-                self._task = file_task(
-                    s.task, s.model_name_or_path, s.data_path, s.preset.max_seq_len, work
-                )
+                load = file_task if s.task == "hh" else pair_task
+                where = (s.model_name_or_path, s.data_path)
+                self._task = load(s.task, *where, s.preset.max_seq_len, work)
         return self._task
 
     def run(self, title: str, runs: Iterable[Run]) -> None:
@@ -69,7 +71,8 @@ class Bench:
             outcome = train_once(task, run, self.settings.rank, self.settings.preset.batch_size)
             seconds = time.perf_counter() - start
             record = {"run": dataclasses.asdict(run), "loss": outcome.loss}
-            record |= {"curve": outcome.curve, "seconds": round(seconds, 2)}
+            record |= {"curve": outcome.curve, "accuracy": outcome.accuracy}
+            record |= {"seconds": round(seconds, 2)}
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self.results[run] = outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from benchmarks.lora_plus.report import Cell
@@ -41,7 +42,24 @@ PRESETS = {
         eta_B={"A": (-9, -5), "B": (-10, -2)},
         eta_full=(-12, -7),
     ),
+    "reward": Preset(
+        steps=40,
+        batch_size=16,
+        max_seq_len=112,
+        eta_A={"A": (-11, -5), "B": (-11, -5)},
+        eta_B={"A": (-9, -3), "B": (-9, -3)},
+        eta_full=(-12, -7),
+    ),
+    "dpo": Preset(
+        steps=40,
+        batch_size=16,
+        max_seq_len=112,
+        eta_A={"A": (-15, -9), "B": (-15, -9)},
+        eta_B={"A": (-13, -7), "B": (-13, -7)},
+        eta_full=(-15, -9),
+    ),
 }
+OWN_DATA = ("embedded",)  # tasks that bring model and rows
 
 
 @dataclass(frozen=True)
@@ -50,8 +68,8 @@ class GridSettings(Settings):
 
     output_dir: str = setting(dataclasses.MISSING, "results, caches and the summary")
     task: str = setting("embedded", "what is learned", choices=sorted(PRESETS))
-    model_name_or_path: str | None = setting(None, "model folder of --task hh")
-    data_path: str | None = setting(None, "rows of --task hh")
+    model_name_or_path: str | None = setting(None, "model folder, but of --task embedded")
+    data_path: str | None = setting(None, "rows, but of --task embedded")
     figures_dir: str = setting("docs/figures", "where the heat maps are written")
     init: tuple[str, ...] = setting(
         (
@@ -59,6 +77,9 @@ class GridSettings(Settings):
             "B",
         ),
         "the matrices that start random",
+    )
+    ratios: tuple[float, ...] | None = setting(
+        None, "run these lambdas alone, without alpha, all weights and shorter schedules"
     )
     rank: int = setting(8, "rank of the adapters")
     steps: int | None = setting(None, "optimizer steps of a run (default: the task's)")
@@ -89,13 +110,18 @@ class GridSettings(Settings):
             if ends is not None and ends[0] > ends[1]:
                 raise UserError(f"--{name} {ends[0]} {ends[1]}: give the smaller exponent first")
         given = (self.model_name_or_path, self.data_path)
-        if self.task == "hh" and None in given:
-            raise UserError("--task hh needs --model_name_or_path and --data_path: give both")
-        if self.task != "hh" and given != (None, None):
+        if self.task not in OWN_DATA and None in given:
+            raise UserError(
+                f"--task {self.task} needs --model_name_or_path and --data_path: give both"
+            )
+        if self.task in OWN_DATA and given != (None, None):
             raise UserError(
                 f"--task {self.task} brings its own model and data: drop --model_name_or_path and "
-                "--data_path, or choose --task hh"
+                "--data_path, or choose another task"
             )
+        for ratio in self.ratios or ():
+            if ratio <= 0 or not math.log2(ratio).is_integer():
+                raise UserError(f"--ratios {ratio:g}: the lattice has powers of two alone")
 
     @property
     def preset(self) -> Preset:
@@ -116,6 +142,7 @@ class GridSettings(Settings):
             for a in range(first_A, last_A + 1)
             for b in range(first_B, last_B + 1)
             if BAND[0] <= 2.0 ** (b - a) <= BAND[1]
+            if self.ratios is None or 2.0 ** (b - a) in self.ratios
         ]
         if not cells:
             raise UserError(f"the lattice has no cell of lambda {BAND[0]:g} to {BAND[1]:g}")

@@ -69,7 +69,7 @@ def file_task(name: str, model_name: str, data_path: str, max_seq_len: int, work
     """A model folder, to learn the chosen answers of `data_path`; raises UserError on bad input."""
     tokenizer = load_hf_tokenizer(model_name)
     check_context(model_name, max_seq_len, "max_seq_len")
-    rows = _tokenised(data_path, tokenizer, max_seq_len, work)
+    rows = tokenised(data_path, tokenizer, max_seq_len, work)
     model = create_hf_model(model_name, tokenizer, torch.float32)
     return _task(name, model, rows, SFTCollator(tokenizer.pad_token_id))
 
@@ -109,19 +109,24 @@ def _written(
     for name, rows in zip(("train", "test"), splits, strict=True):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    return _tokenised(str(folder), tokenizer, max_seq_len, work)
+    return tokenised(str(folder), tokenizer, max_seq_len, work)
 
 
-def _tokenised(
-    data_path: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, work: Path
+def tokenised(
+    data_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_len: int,
+    work: Path,
+    phase: int = 1,
 ) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and to evaluate on, at most TEST_ROWS; of phase 2 three fifths, and all."""
     config = DataConfig(
         data_path=(data_path,),
-        data_split="1",
+        data_split="1" if phase == 1 else "2,6,2",
         data_output_path=str(work / "tokens"),
-        max_eval_samples=TEST_ROWS,
+        max_eval_samples=TEST_ROWS if phase == 1 else None,
     )
-    data = create_prompt_dataset(config, tokenizer, 1, seed=WORLD_SEED, max_seq_len=max_seq_len)
+    data = create_prompt_dataset(config, tokenizer, phase, seed=WORLD_SEED, max_seq_len=max_seq_len)
     return list(data.train), list(data.eval)
 
 

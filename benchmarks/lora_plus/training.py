@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
-from dschat.data.collators import SFTBatch, SFTCollator
+from dschat.data.collators import Batch, SFTBatch
 from dschat.functional.losses import mean_scale
 from dschat.models.logprobs import target_loss
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
@@ -27,14 +27,31 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Losses:
+    """A batch's summed loss, over how many tokens or pairs, and how many pairs are in order."""
+
+    total: torch.Tensor
+    count: int
+    right: float | None = None
+
+
+def answer_losses(model: nn.Module, batch: SFTBatch) -> Losses:
+    """Loss of the answers' tokens."""
+    # Without a padding mask: padding is on the right, where no real token looks.
+    total = target_loss(model, {"input_ids": batch.input_ids}, batch.loss_mask)
+    return Losses(total, int(batch.loss_mask.sum()))
+
+
+@dataclass(frozen=True)
 class Task:
     """The model that every run starts from (never trained itself) and the rows it is to learn."""
 
     name: str
-    model: PreTrainedModel
+    model: nn.Module
     train: list[Row]
-    evaluation: list[SFTBatch]
-    collator: SFTCollator
+    evaluation: Sequence[Batch]
+    collator: Callable[[list[Row]], Batch]
+    losses: Callable[[nn.Module, Any], Losses] = answer_losses
 
 
 @dataclass(frozen=True)
@@ -61,10 +78,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Evaluation losses in nats per answer token; `loss` is None where training diverged."""
+    """Evaluation losses per answer token or pair; `loss` is None where training diverged."""
 
     loss: float | None
     curve: tuple[tuple[int, float], ...]  # (steps done, evaluation loss), the last one included
+    accuracy: float | None = None  # of pairs, at the end
 
 
 def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -78,16 +96,14 @@ def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Iterator[l
         order = order[batch_size:]
 
 
-def _loss_sum(model: PreTrainedModel, batch: SFTBatch) -> torch.Tensor:
-    # Without a padding mask: padding is on the right, where no real token looks.
-    return target_loss(model, {"input_ids": batch.input_ids}, batch.loss_mask)
-
-
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, batches: list[SFTBatch]) -> float:
-    """Mean loss over all answer tokens, in nats."""
-    total = sum(_loss_sum(model, batch).item() for batch in batches)
-    return total / sum(int(batch.loss_mask.sum()) for batch in batches)
+def evaluate(task: Task, model: nn.Module) -> tuple[float, float | None]:
+    """Mean loss over all answer tokens or pairs, and the share of pairs in the right order."""
+    found = [task.losses(model, batch) for batch in task.evaluation]
+    count = sum(losses.count for losses in found)
+    right = [losses.right for losses in found if losses.right is not None]
+    total = sum(losses.total.item() for losses in found)
+    return total / count, sum(right) / count if right else None
 
 
 def train_once(task: Task, run: Run, rank: int, batch_size: int) -> Outcome:
@@ -104,22 +120,24 @@ def train_once(task: Task, run: Run, rank: int, batch_size: int) -> Outcome:
 
 def fit(
     task: Task,
-    model: PreTrainedModel,
+    model: nn.Module,
     config: OptimizerConfig,
     run: Run,
     batch_size: int,
 ) -> Outcome:
-    """Train in place by the recipes' rules: AdamW, clipping, warm-up and cosine, answer loss."""
+    """Train in place by the recipes' rules: AdamW, clipping, warm-up and cosine."""
     optimizer = build_optimizer(get_optimizer_grouped_parameters(model, config), config)
     warmup = max(1, round(WARMUP * run.steps))
     scheduler = schedule_factory("cosine", warmup, run.steps)(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     curve: list[tuple[int, float]] = []
+    accuracy = None
     model.train()
     rows = batch_order(len(task.train), batch_size, run.steps, run.seed)
     for step, numbers in enumerate(rows, start=1):
         batch = task.collator([task.train[number] for number in numbers])
-        loss = _loss_sum(model, batch) * mean_scale(int(batch.loss_mask.sum()), world_size=1)
+        losses = task.losses(model, batch)
+        loss = losses.total * mean_scale(losses.count, world_size=1)
         if not math.isfinite(loss.item()):
             return Outcome(None, tuple(curve))
         loss.backward()
@@ -128,6 +146,7 @@ def fit(
         scheduler.step()
         optimizer.zero_grad()
         if step == run.steps or (run.eval_every and step % run.eval_every == 0):
-            curve.append((step, evaluate(model, task.evaluation)))
+            loss_now, accuracy = evaluate(task, model)
+            curve.append((step, loss_now))
     final = curve[-1][1]
-    return Outcome(final if math.isfinite(final) else None, tuple(curve))
+    return Outcome(final if math.isfinite(final) else None, tuple(curve), accuracy)

@@ -95,6 +95,19 @@ def test_winners_are_found_inside_the_grid_and_judged_on_fresh_seeds(
     assert "12 of 20 (60 %)" in text
 
 
+def test_given_lambdas_are_run_alone(tmp_path, monkeypatch, trained):
+    """From one cell each, eta_A = 2^-7 at lambda 1 and 2^-9 at 16, to the one on either side."""
+    flags = ("--init", "A", "--ratios", "1", "16")
+    summary = start(tmp_path, monkeypatch, *flags)
+    found = summary["init"]["A"]
+    assert {run.ratio for run in trained} == {1.0, 16.0} and found["alpha"] == []
+    assert {run.steps for run in trained} == {BUDGET} and summary["full"]["rates"] == []
+    lines = (tmp_path / "figures/lora_plus_embedded_initA.csv").read_text().splitlines()
+    assert lines[0] == "ratio,eta_A,loss,lowest,highest,accuracy"
+    assert len(lines) == 7 and lines[2] == "1,0.0078125,2.2000,2.2000,2.2000,"
+    assert not (tmp_path / "figures/lora_plus_embedded_initA.svg").exists()
+
+
 def test_a_stopped_benchmark_goes_on_and_repeats_nothing(tmp_path, monkeypatch, trained):
     first = start(tmp_path, monkeypatch)
     assert len(trained) == len(set(trained))
@@ -131,6 +144,7 @@ def test_a_lattice_that_diverges_everywhere_is_an_error(tmp_path, monkeypatch, t
         ({"eta_B": [-3, -4]}, "--eta_B -3 -4: give the smaller"),
         ({"task": "hh", "data_path": "x"}, "--task hh needs --model_name_or_path"),
         ({"data_path": "x"}, "--task embedded brings its own"),
+        ({"ratios": [3]}, "--ratios 3: the lattice has powers of two"),
     ],
 )
 def test_bad_settings_are_one_line(changes, message):

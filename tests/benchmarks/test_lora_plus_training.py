@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.lora_plus import tasks, training
+from benchmarks.lora_plus.pair_tasks import pair_task
 from benchmarks.lora_plus.training import Run, Task, train_once
 from dschat.data.collators import SFTCollator
-from tests.helpers.tiny import PAD, padded, tiny_llama, token_rows
+from tests.helpers.steps import preference_rows, write_rows
+from tests.helpers.tiny import PAD, padded, save_llama_folder, tiny_llama, token_rows
 
 
 def test_the_cipher_exchanges_every_word_and_turns_the_answer_round():
@@ -46,7 +48,7 @@ def tiny_task() -> Task:
 
 def test_training_starts_from_the_same_model_and_repeats_exactly(tiny_task):
     before = {name: weight.clone() for name, weight in tiny_task.model.state_dict().items()}
-    start_loss = training.evaluate(tiny_task.model, tiny_task.evaluation)
+    start_loss = training.evaluate(tiny_task, tiny_task.model)[0]
     run = Run("A", 2.0**-8, 2.0**-4, seed=1, steps=10, eval_every=4)
     outcome = train_once(tiny_task, run, rank=4, batch_size=8)
     assert [step for step, _ in outcome.curve] == [4, 8, 10]
@@ -74,7 +76,7 @@ def test_doubling_alpha_is_doubling_lambda_where_b_starts_at_zero(tiny_task):
 
 
 def test_a_run_that_leaves_the_numbers_is_diverged(tiny_task):
-    run = Run("A", 1e9, 1e9, seed=1, steps=8)
+    run = Run("A", 1e30, 1e30, seed=1, steps=8)
     assert train_once(tiny_task, run, rank=4, batch_size=8).loss is None
 
 
@@ -87,7 +89,7 @@ def test_evaluation_is_the_mean_over_answer_tokens_and_blind_to_padding(tiny_tas
             logprobs = tiny_task.model(x).logits[0].log_softmax(-1)
         total -= sum(logprobs[t - 1, ids[t]].item() for t in range(start_at, len(ids)))
         count += len(ids) - start_at
-    measured = training.evaluate(tiny_task.model, tiny_task.evaluation)
+    measured = training.evaluate(tiny_task, tiny_task.model)[0]
     assert measured == pytest.approx(total / count, rel=1e-5)
 
 
@@ -126,5 +128,21 @@ def test_a_run_of_all_weights_is_plain_adamw_on_the_mean_answer_loss(tiny_task, 
         torch.cat(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
-    expected = training.evaluate(model, small.evaluation)
+    expected = training.evaluate(small, model)[0]
     assert train_once(small, run, rank=4, batch_size=8).loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo"])
+def test_pairs_are_learnt_from_a_model_that_stays(tmp_path, name):
+    """DPO starts at log 2 with every pair tied: its reference is the model itself."""
+    folder = save_llama_folder(tmp_path / "model", max_position_embeddings=128)
+    rows = write_rows(tmp_path / "rows.jsonl", preference_rows(80, seed=0))
+    task = pair_task(name, str(folder), str(rows), 64, tmp_path)
+    rows = [row["number"] for row in task.train] + task.evaluation[0].numbers.tolist()
+    assert rows == list(range(len(rows))) and len(task.evaluation) == 1
+    before, accuracy = training.evaluate(task, task.model)
+    if name == "dpo":
+        assert (before, accuracy) == (pytest.approx(math.log(2), abs=1e-5), 0.5)
+    outcome = train_once(task, Run("A", 2.0**-8, 2.0**-4, seed=1, steps=12), 4, 8)
+    assert outcome.loss < before - 0.1 and outcome.accuracy > 0.7
+    assert training.evaluate(task, task.model) == (before, accuracy)
