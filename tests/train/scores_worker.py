@@ -38,7 +38,7 @@ def move(module: nn.Module) -> None:
         own = list(layer.adapter.values() if hasattr(layer, "adapter") else layer.parameters())
         with zero.gathered(own, modifier_rank=0), torch.no_grad():
             for parameter in own:
-                parameter.add_(0.2 * torch.randn(parameter.shape))
+                parameter.add_(0.1 * torch.randn(parameter.shape))
 
 
 def run(made: Path, output: Path, cell: str, peers: Distributed) -> dict[str, torch.Tensor]:
