@@ -173,17 +173,23 @@ class PairReport:
         return [head, *tables, *self._length_bias()]
 
     def _length_bias(self) -> Iterable[str]:
-        """Say where the model prefers long answers more often, or more rarely, than people did."""
+        """Say where the model takes long answers, or short ones, more often than people did.
+
+        Beyond both intervals, and more often than not: a model that knows nothing of a set takes
+        half of its longer answers.
+        """
         count, model, people = (
             self.whole.pairs,
             self.whole.length_agreement,
             self.whole.length_only,
         )
-        mine = wilson_interval(model * count, count)
-        theirs = wilson_interval(people * count, count)
-        if mine[0] > theirs[1] or mine[1] < theirs[0]:
+        side, length = (1, "longer") if model > people else (-1, "shorter")
+        mine = min(side * bound for bound in wilson_interval(model * count, count))
+        theirs = max(side * bound for bound in wilson_interval(people * count, count))
+        if mine > max(theirs, side * 0.5):
+            model, people = (x if side > 0 else 1 - x for x in (model, people))
             yield (
-                f"advice: the model prefers the longer answer in {model:.1%} of the pairs, the "
+                f"advice: the model prefers the {length} answer in {model:.1%} of the pairs, the "
                 f"data does in {people:.1%}: its scores follow length beyond what it was shown"
             )
 

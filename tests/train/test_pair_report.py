@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dschat.text.formats import choose_format
 from dschat.train.answer_scores import LineScorer
 from dschat.train.pair_plot import report_files
 from dschat.train.pair_report import PairReport, ScoredPairs
+from tests.helpers.steps import REWARD_EVALUATION, ROOT
 from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
 
 CPU = torch.device("cpu")
@@ -44,6 +46,28 @@ def test_a_model_that_scores_length_shows_itself():
         assert part.accuracy == part.length_only == float(part.name.startswith("+"))
     (advice,) = (line for line in report.lines() if line.startswith("advice"))
     assert "prefers the longer answer in 100.0% of the pairs" in advice
+
+
+def advice_on(longer_wins: float, longer_preferred: float) -> list[str]:
+    """Of 1,000 pairs, the model's preference apart from the data's."""
+    draw = torch.Generator().manual_seed(3)
+    wins, preferred = (
+        torch.rand(1000, generator=draw) < share for share in (longer_wins, longer_preferred)
+    )
+    long, short = torch.full((1000,), 20.0).double(), torch.full((1000,), 10.0).double()
+    chosen, rejected = torch.where(wins, long, short), torch.where(wins, short, long)
+    score = torch.where(preferred == wins, 1.0, -1.0).double()
+    report = PairReport.of(ScoredPairs(score, 0 * score, chosen, rejected))
+    return [line for line in report.lines() if line.startswith("advice")]
+
+
+def test_length_is_followed_only_beyond_chance():
+    """A model that knows nothing of a set is no follower of length, however long its answers."""
+    assert advice_on(0.85, 0.5) == advice_on(0.2, 0.5) == advice_on(0.85, 0.7) == []
+    (line,) = advice_on(0.85, 0.1)
+    assert "prefers the shorter answer in 9" in line and "the data does in 1" in line
+    (line,) = advice_on(0.3, 0.7)
+    assert "prefers the longer answer in 7" in line or "prefers the longer answer in 6" in line
 
 
 def test_a_model_that_follows_its_data_gets_no_advice():
@@ -133,3 +157,18 @@ def test_a_line_that_is_no_row_is_named(line, message):
     with pytest.raises(UserError) as error:
         list(scorer.lines(["so", line]))
     assert str(error.value).startswith(message)
+
+
+def test_other_pairs_and_lines_are_scored_in_the_precision_of_training(tmp_path, capsys):
+    """All of its settings serve a repetition alone."""
+    recorded = runpy.run_path(str(ROOT / REWARD_EVALUATION))["recorded"]
+    settings = {"data_path": ["a.jsonl"], "max_seq_len": 64, "dtype": "fp32"}
+    folder = {"model_name_or_path": str(tmp_path)}
+    assert recorded(folder) == recorded(folder | {"stdin": True}) == {}  # nothing is known of it
+    (tmp_path / "evaluation.json").write_text(json.dumps({"settings": settings}))
+    assert recorded(folder) == settings
+    capsys.readouterr()
+    assert recorded(folder | {"stdin": True}) == {"dtype": "fp32"}
+    assert capsys.readouterr() == ("", 'as in training: dtype "fp32"\n')
+    assert recorded(folder | {"data_path": ("b.jsonl",)}) == {"dtype": "fp32"}
+    assert recorded(folder | {"stdin": True, "dtype": "bf16"}) == {}

@@ -100,7 +100,15 @@ STEPS_2_AND_3 = {
 # Two iterations: generation that gathers every layer from two ranks takes its time.
 SHARDED = ["--dtype", "bf16", "--critic_lora_dim", "4", "--max_train_samples", "8"]
 SHARDED += ["--actor_zero_stage", "3", "--critic_zero_stage", "2"]
-TWO_RANKS = interrupted([*PPO_COMMON, *SHARDED], "ppo", save_steps=1, killed=2)
+TWO_RANKS = {
+    **interrupted([*PPO_COMMON, *SHARDED], "ppo", save_steps=1, killed=2),
+    **interrupted(
+        [*GRPO_KNOBS, "--num_train_epochs", "2", "--actor_zero_stage", "2"],
+        "grpo",
+        save_steps=1,
+        killed=3,
+    ),
+}
 
 
 def run_all(runs: dict[str, Run], folder: Path, ranks: int) -> tuple[Path, dict[str, Outcome]]:
@@ -210,6 +218,19 @@ def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
     assert_same_run(folder / "ppo-complete", folder / "ppo-killed")
     files = {path.name for path in next((folder / "ppo-killed/checkpoints").iterdir()).iterdir()}
     assert {"ema-rank-0000.pt", "ema-rank-0001.pt", "random-rank-0001.pt"} <= files
+
+
+@pytest.mark.slow
+def test_every_knob_of_grpo_on_two_ranks(two_ranks):
+    """Each rank draws spare prompts of its own; both go on where they stood."""
+    folder, outcomes = two_ranks
+    assert codes(outcomes, "grpo") == [0, -9, 0]
+    assert "at step 2\n" in outcomes["grpo resumed"].stdout
+    assert_same_run(folder / "grpo-complete", folder / "grpo-killed")
+    steps = [line for line in figures(folder / "grpo-complete") if line["kind"] == "train"]
+    assert len(steps) == 4 and all(line["actor_updates"] > 0 for line in steps)
+    assert any(line["resampled"] > 0 for line in steps[:2])
+    assert any(line["resampled"] > 0 for line in steps[2:])
 
 
 def test_another_ratio_is_refused(killed_once):

@@ -51,17 +51,19 @@ from dschat.utils.distributed import print_rank_0
 
 
 def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the settings by which the model was evaluated in training, where no data is given.
+    """Give the settings by which the model was evaluated in training; of other data, the precision.
 
     Raises:
         UserError: they name a function, which no file may have run.
     """
-    if "data_path" in given or given.get("stdin") or "model_name_or_path" not in given:
+    if "model_name_or_path" not in given:
         return {}
     report = read_evaluation(given["model_name_or_path"])
     if report is None:
         return {}
     settings = report["settings"]
+    if "data_path" in given or given.get("stdin"):
+        settings = {name: settings[name] for name in ("dtype",) if name in settings}
     if "dataset_function" in settings and "dataset_function" not in given:
         raise UserError(
             f"{EVALUATION_FILE}: its rows were read by dataset_function "
@@ -71,7 +73,8 @@ def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     known = {*EVALUATION_DATA, "data_path", "max_seq_len", "batch_size", "seed", "dtype"}
     taken = {name: value for name, value in settings.items() if name in known and name not in given}
     shown = ", ".join(f"{name} {json.dumps(value)}" for name, value in taken.items())
-    print_rank_0(f"as in training: {shown}")
+    if taken:
+        print(f"as in training: {shown}", file=sys.stderr if given.get("stdin") else sys.stdout)
     return taken
 
 
