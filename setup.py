@@ -41,7 +41,11 @@ setup(
     package_dir=programs(),
     entry_points={"console_scripts": ["dschat = dschat.command.door:main"]},
     package_data={
-        "dschat": ["py.typed", "recipes/**/*.yaml", "report/*.j2", "compare/*.j2", "compare/*.js"]
+        "dschat": [
+            "py.typed",
+            *("recipes/**/*.yaml", "recipes/**/*.json"),
+            *("report/*.j2", "compare/*.j2", "compare/*.js"),
+        ]
     },
     python_requires=">=3.11",
     # Lower bounds are what the tests run on (constraints.txt), but where an older release is

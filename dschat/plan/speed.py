@@ -16,7 +16,7 @@ from dschat.config import DPOSettings, RLHFSettings
 from dschat.plan.memory import AnySettings, training_pass
 from dschat.plan.ppo import cache_bytes
 from dschat.plan.roles import MemoryPlan, Role
-from dschat.plan.states import BYTES
+from dschat.plan.states import BYTES, near_shards
 from dschat.utils.flops import Matrices, causal_pairs, forward_flops, training_flops
 from dschat.utils.gpus import Gpu
 
@@ -49,12 +49,16 @@ class Cluster:
         """Seconds of reading so many bytes of a GPU's memory."""
         return size / (self.gpu.bandwidth * 1e9 * MEMORY)
 
-    def ring_seconds(self, size: float) -> float:
-        """Seconds in which every rank gets, or adds up, its part of `size` bytes of all ranks."""
-        if self.ranks == 1:
-            return 0.0
-        link = self.gpu.link if self.nodes == 1 else min(self.gpu.link, self.network)
-        return size * (self.ranks - 1) / self.ranks / (link * 1e9 * LINK)
+    def ring_seconds(self, size: float, among: int | None = None) -> float:
+        """Seconds in which every rank gets, or adds up, its part of `size` bytes of all ranks.
+
+        Args:
+            among: so many neighbours, in place of all ranks.
+        """
+        among = among or self.ranks
+        is_near = among <= self.ranks // self.nodes
+        link = self.gpu.link if is_near else min(self.gpu.link, self.network)
+        return size * (among - 1) / among / (link * 1e9 * LINK)
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,42 @@ def _training(
     forward, backward = training_flops(matrices, tokens, pairs)
     again = forward if role.shape.model.gradient_checkpointing else 0.0
     flops = passes * (forward + backward + again)
-    size = BYTES[role.engine.dtype]
-    trained = role.counted.trained * size
-    if role.engine.zero_stage == 3:  # gathered forwards and backwards; gradients to their owners
-        everything = (role.counted.base + role.counted.adapters) * size
-        sends = passes * 2 * cluster.ring_seconds(everything) + passes * cluster.ring_seconds(
-            trained
-        )
-    else:  # an all-reduce is two such rounds, as are gradients to their owners and weights back
-        sends = steps * 2 * cluster.ring_seconds(trained)
+    near, far = training_traffic(role, passes, steps, cluster.ranks)
+    among = near_shards(role.engine, cluster.ranks)
+    sends = cluster.ring_seconds(near, among) + cluster.ring_seconds(far)
     return Part(name, flops, cluster.compute_seconds(flops, role.shape.dtype) + sends, sends)
+
+
+def training_traffic(role: Role, passes: int, steps: int, ranks: int) -> tuple[float, float]:
+    """Bytes that training passes and updates send, of which a rank gets (n - 1) / n.
+
+    DeepSpeed 0.19 averages gradients by all-reduces at stages 1 and 2 too, which is twice what
+    sending them to their owners would take; at stage 2 after each pass. (A benchmark counts it.)
+
+    Returns:
+        Those that stay among a machine's shards (`near_shards`), and those that all ranks share.
+    """
+    assert role.engine is not None
+    size, stage = BYTES[role.engine.dtype], role.engine.zero_stage
+    trained = role.counted.trained * size
+    if stage == 3:  # gathered forwards and backwards; gradients to their owners
+        frozen = (role.counted.base + role.counted.adapters) * size - trained
+        if near_shards(role.engine, ranks) == ranks:
+            return 0.0, passes * (2.0 * frozen + 3.0 * trained)
+        # What was updated comes from all ranks once, before its machine has a copy.
+        return passes * (2.0 * frozen + trained), passes * 2.0 * trained
+    if stage == 0:
+        return 0.0, steps * 2.0 * trained
+    reductions = passes if stage == 2 else steps
+    return 0.0, reductions * 2.0 * trained + steps * trained
+
+
+def _gather_seconds(role: Role, cluster: Cluster) -> float:
+    """Seconds in which a forward pass gathers the weights of a model in shards."""
+    if role.engine is None or role.engine.zero_stage != 3:
+        return 0.0
+    size = (role.counted.base + role.counted.adapters) * role.shape.dtype.itemsize
+    return cluster.ring_seconds(size, near_shards(role.engine, cluster.ranks))
 
 
 def _scoring(
@@ -127,9 +157,7 @@ def _scoring(
 ) -> Part:
     """Forward passes alone."""
     flops = passes * forward_flops(matrices, tokens, rows * causal_pairs(tokens / rows), tokens)
-    sharded = role.engine is not None and role.engine.zero_stage == 3
-    size = (role.counted.base + role.counted.adapters) * role.shape.dtype.itemsize
-    sends = passes * cluster.ring_seconds(size) if sharded else 0.0
+    sends = passes * _gather_seconds(role, cluster)
     return Part(name, flops, cluster.compute_seconds(flops, role.shape.dtype) + sends, sends)
 
 
@@ -191,18 +219,16 @@ def _rollout(
     new, prompt = ppo.sampling.max_answer_seq_len, settings.max_prompt_seq_len
     rows = min(ppo.chunk_rows(ppo.answers_per_prompt), answers)
     chunks = -(-answers // rows)
-    size = actor.shape.dtype.itemsize
     weights = actor.counted.weights(str(actor.engine.dtype)) if actor.engine else 0.0
     layers = config.num_hidden_layers
     cache = cache_bytes(config, actor.shape.dtype) * rows * (prompt + new / 2)
     flops = forward_flops(matrices, rows, rows * (prompt + new / 2), rows)
     read = cluster.read_seconds(weights + cache)
     step = max(read, cluster.compute_seconds(flops, actor.shape.dtype), LAUNCH * layers)
-    sends = 0.0
-    if actor.engine is not None and actor.engine.zero_stage == 3:
-        sends = cluster.ring_seconds((actor.counted.base + actor.counted.adapters) * size)
+    gathers = settings.batches_per_iteration if settings.gather_for_rollouts else chunks * new
+    sends = gathers * _gather_seconds(actor, cluster)
     tokens = float(rows * prompt)
     start = forward_flops(matrices, tokens, rows * causal_pairs(prompt), rows)
     first = cluster.compute_seconds(start, actor.shape.dtype)
-    seconds = chunks * (first + new * (step + sends))
-    return Part("rollout", chunks * (start + new * flops), seconds, chunks * new * sends)
+    seconds = chunks * (first + new * step) + sends
+    return Part("rollout", chunks * (start + new * flops), seconds, sends)

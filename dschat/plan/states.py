@@ -15,7 +15,8 @@ a is the bytes that gradients add up in: 4 with bf16 and accumulation, else w. W
 always grows while a backward pass drops activations, so both ends of the pass are planned: the
 first micro-batch of several leaves its gradients to the next. A step copies its part of the
 gradients to fp32. `offload` takes masters and moments off the device, and their gradients; at
-stage 3 the weights as well.
+stage 3 the weights as well. With `zero_hpz_partition_size` the ranks of a machine keep a second
+copy of the weights, in shards among themselves.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ OPTIMIZER, BUCKETS = "optimizer", "buckets"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
+NEAR_SHARDS = "zero_hpz_partition_size"
 # Bytes of a packed weight: 4bit NF4 with doubly quantised scales of blocks of 64 (QLoRA, sec. 3);
 # 8bit a scale of four bytes for a row.
 PACKED = {"4bit": 0.5 + (8 + 32 / 256) / 8 / 64, "8bit": 1.0}
@@ -102,6 +104,12 @@ class States:
     in_step: Bytes = field(default_factory=dict)
 
 
+def near_shards(config: EngineConfig, ranks: int) -> int:
+    """Number of ranks among which ZeRO-3 gathers weights: those of a machine, or all."""
+    near: int = get_train_ds_config(config, ranks)["zero_optimization"].get(NEAR_SHARDS, 1)
+    return min(near, ranks) if near > 1 else ranks
+
+
 def frozen_states(counted: Counted, dtype: str, ranks: int, *, sharded: bool) -> States:
     """Bytes of a model that only scores: its weights, of which ZeRO-3 gathers layers."""
     weights = counted.weights(dtype) / (ranks if sharded else 1)
@@ -162,6 +170,9 @@ def _sharded(
     live = min(everything, zero.get("stage3_max_live_parameters", MAX_LIVE)) if gathers else 0
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     held[BUCKETS] = float((bucket + live) * size)
+    if (near := min(zero.get(NEAR_SHARDS, 1), ranks)) > 1:
+        held[WEIGHTS] += counted.base * size / near
+        held[ADAPTERS] += counted.adapters * size / near
     if "offload_param" in zero:
         held[WEIGHTS] = held[ADAPTERS] = 0.0
     if "offload_optimizer" in zero:

@@ -151,7 +151,7 @@ def told(code: int) -> int:
     To torchrun any other than 0 is a failure, to be reported and, by `--max-restarts`, undone.
     """
     path = os.environ.get(CODE_FILE)
-    if path is None:
+    if path is None or not Path(path).parent.is_dir():  # that of a launcher on another machine
         return code
     Path(path).write_text(str(code))
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else code

@@ -96,7 +96,9 @@ def get_train_ds_config(
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.deepspeed_config is None:
         return ours
-    return _merged(ours, config.deepspeed_config, config)
+    merged = _merged(ours, config.deepspeed_config, config)
+    _check_shards(merged["zero_optimization"], config.deepspeed_config, world_size)
+    return merged
 
 
 @changed('get_eval_ds_config("bf16", offload=False)', dtype=str, offload=bool)
@@ -158,6 +160,27 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
     merged["zero_optimization"]["stage"] = ours["zero_optimization"]["stage"]
     check_known(merged, user, f"deepspeed_config {path}:")
     return merged
+
+
+def _check_shards(zero: dict, path: str, world_size: int) -> None:
+    """Stop at kinds of shards that DeepSpeed does not make of these models.
+
+    Raises:
+        UserError: a machine's shards that do not divide the ranks; frozen weights in 8 bits, which
+            DeepSpeed 0.19 leaves as they are where a model is sharded before its base is frozen.
+    """
+    place = f"deepspeed_config {path}: zero_optimization:"
+    near = zero.get("zero_hpz_partition_size", 1)
+    if near > 1 and world_size % min(near, world_size):
+        raise UserError(
+            f"{place} zero_hpz_partition_size {near} does not divide the {world_size} processes; "
+            "give the number of GPUs of a machine"
+        )
+    if zero.get("zero_quantized_nontrainable_weights"):
+        raise UserError(
+            f"{place} zero_quantized_nontrainable_weights does nothing to models that load in "
+            "shards; use quantize_base at zero_stage 0, 1 or 2, or zero_quantized_weights"
+        )
 
 
 def _user_config(path: str) -> dict:

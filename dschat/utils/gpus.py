@@ -5,6 +5,20 @@ where a sheet prints the sparse figure, its half. bf16 and fp16 accumulate in fp
 TF32. Volta and Turing have no bf16 units. Bandwidths are in GB/s; a link's is that of one
 direction, half of what the sheets print for NVLink, between GPUs of one machine. Memory is what a
 program sees (`torch.cuda.mem_get_info`), less than the round figure in the product's name.
+
+What the documents print, of the products that a plan knows:
+
+| document | bf16, TFLOPS | memory | link, both directions |
+| --- | --- | --- | --- |
+| Blackwell architecture technical brief, HGX B200 | 4,500 sparse | 180 GB, 8 TB/s | 1.8 TB/s |
+| H200 data sheet, SXM | 1,979 sparse | 141 GB, 4.8 TB/s | 900 GB/s |
+| H100 data sheet, SXM | 1,979 sparse | 80 GB, 3.35 TB/s | 900 GB/s |
+| A100 data sheet, SXM | 312 | 80 GB, 2,039 GB/s; 40 GB, 1,555 GB/s | 600 GB/s |
+| RTX A6000 data sheet, GA102 white paper | 154.8 | 48 GB, 768 GB/s | PCIe 4, 64 GB/s |
+| Ada white paper, RTX 4090 | 165.2, sums in fp32 | 24 GB, 1,008 GB/s | PCIe 4, 64 GB/s |
+| L40S data sheet | 362.05 | 48 GB, 864 GB/s | PCIe 4, 64 GB/s |
+
+Two A6000 may have a bridge of 112.5 GB/s, which is not counted on.
 """
 
 from __future__ import annotations

@@ -92,10 +92,32 @@ def init_context(ds_config: dict | None) -> Iterator[None]:
     # transformers keeps only a weak reference: the object must live as long as the block.
     config = hf_deepspeed.HfDeepSpeedConfig(ds_config)
     try:
-        yield
+        with _one_group_of_near_shards():
+            yield
     finally:
         hf_deepspeed.unset_hf_deepspeed_config()
         del config
+
+
+@contextlib.contextmanager
+def _one_group_of_near_shards() -> Iterator[None]:
+    """Let all models of a process have the group of `zero_hpz_partition_size` in common.
+
+    DeepSpeed makes it for the first one, and for a second one stops because it is there.
+    """
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+
+    def once(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            make(size)
+
+    groups._create_zero_param_parallel_group = once
+    try:
+        yield
+    finally:
+        groups._create_zero_param_parallel_group = make
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[int, int]:
@@ -132,9 +154,12 @@ def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Overwrite what this rank owns of the parameter; every rank must do so.
 
     ZeRO-3 keeps small parameters gathered between steps, and those gathered copies would outlive
-    their shards: they are released, to be gathered anew where they are needed.
+    their shards: they are released, to be gathered anew where they are needed. So would a second
+    shard, among the ranks of a machine.
     """
     local_shard(parameter).copy_(value)
+    if is_partitioned(parameter):
+        parameter.ds_secondary_tensor = None
     if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
         parameter.partition()
 

@@ -11,9 +11,9 @@ from dschat.models.config import build_causal_lm
 from dschat.plan.__main__ import main
 from dschat.plan.memory import plan_memory
 from dschat.plan.remedies import changed, largest_micro_batch, remedies
-from dschat.plan.roles import GIB, MemoryPlan, Phase
+from dschat.plan.roles import GENERATION, GIB, MemoryPlan, Phase
 from dschat.plan.shapes import KNOWN, config_of, known_in
-from dschat.plan.speed import Cluster
+from dschat.plan.speed import Cluster, plan_speed
 from dschat.utils.gpus import BY_NAME, gpu_of_device, named_gpu
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
@@ -173,3 +173,43 @@ def test_communication_by_hand():
     apart = Cluster(named_gpu("a100-80"), ranks=8, nodes=2)
     assert apart.ring_seconds(16e9) == pytest.approx(14e9 / 17.5e9)
     assert Cluster(named_gpu("a100-80"), ranks=1).ring_seconds(16e9) == 0
+
+
+@pytest.mark.slow
+def test_shards_near_by_by_hand(tmp_path):
+    """A second copy of the weights in shards of 8; all but what trains is gathered from near by."""
+    file = "dschat/recipes/deepspeed/near_shards_8.json"
+    flags = {"model_name_or_path": "m", "max_seq_len": 16, "zero_stage": 3, "lora_dim": 4}
+    configs = {"model": config_of("opt-125m")}
+    far, near = (
+        (settings := SFTSettings.of(**flags, **more), plan_memory(settings, configs, "bf16", 16))
+        for more in ({}, {"deepspeed_config": file})
+    )
+    assert near[1].held["model"]["weights"] == 3 * far[1].held["model"]["weights"]
+    cluster = Cluster(named_gpu("a100-80"), ranks=16, nodes=2)
+    counted = far[1].roles["model"].counted
+    frozen, trained = 2 * (counted.base + counted.adapters - counted.trained), 2 * counted.trained
+    # GB/s: 300 in a machine, 25 between two, at 70 %.
+    seconds = [plan_speed(*each, configs, cluster)[0].sends for each in (far, near)]
+    slow, fast = 15 / 16 / 17.5e9, 7 / 8 / 210e9
+    assert seconds == pytest.approx(
+        [(2 * frozen + 3 * trained) * slow, (2 * frozen + trained) * fast + 2 * trained * slow]
+    )
+
+
+@pytest.mark.slow
+def test_rollouts_on_gathered_weights_send_once_and_hold_all():
+    flags = {"actor_model_name_or_path": "a", "advantage_estimator": "grpo", "actor_zero_stage": 3}
+    flags |= {"max_prompt_seq_len": 16, "max_answer_seq_len": 16, "answers_per_prompt": 2}
+    flags |= {"reward_function": ("m:f",)}
+    configs, cluster = {"actor": config_of("opt-125m")}, Cluster(named_gpu("a100-80"), ranks=8)
+
+    def generation(**more: bool) -> tuple[float, float]:
+        settings = RLHFSettings.of(**flags, **more)
+        plan = plan_memory(settings, configs, "bf16", 8)
+        (phase,) = (phase for phase in plan.phases if phase.name == GENERATION)
+        return phase.total, plan_speed(settings, plan, configs, cluster)[0].sends
+
+    (layers, per_token), (whole, once) = generation(), generation(gather_for_rollouts=True)
+    assert whole - layers == 2 * 125_239_296
+    assert per_token == pytest.approx(16 * once) and once > 0

@@ -13,7 +13,8 @@ from tests.helpers.tiers import tiers
 
 LAUNCH = TRAINING / "launch.sh"
 SWEEPS = sorted(TRAINING.rglob("*_sweep.sh"))  # they start their neighbour run_single.sh
-SCRIPTS = sorted({*TRAINING.rglob("*.sh")} - {LAUNCH, *SWEEPS})
+CLUSTER = [*TRAINING.glob("cluster/*.sh")]  # they start others: test_cluster.py
+SCRIPTS = sorted({*TRAINING.rglob("*.sh")} - {LAUNCH, *SWEEPS, *CLUSTER})
 RECIPES = TRAINING.parent / "dschat" / "recipes"
 BASH = shutil.which("bash")
 

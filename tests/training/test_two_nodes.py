@@ -32,16 +32,17 @@ ROLES = (
 )
 ROLES += " --per_device_generation_batch_size 2 --per_device_training_batch_size 2"
 ROLES += " --actor_lora_dim 4 --actor_learning_rate 1e-3 --critic_learning_rate 1e-3"
-ROLES += " --max_eval_samples 4 --actor_zero_stage 3 --critic_zero_stage 2"
+ROLES += " --max_eval_samples 4 --actor_zero_stage 3 --critic_zero_stage 3"
+NEAR = '{"zero_optimization": {"zero_hpz_partition_size": 2}}'
 
 
-def steps(to: str) -> dict[str, list[str]]:
+def steps(to: str, ppo: str = "") -> dict[str, list[str]]:
     """Command lines of the three steps into a folder, each from the models of those before."""
     models = f"--actor_model_name_or_path {to}/sft --critic_model_name_or_path {to}/reward"
     flags = {
         "sft": (SFT, f"--model_name_or_path model --lora_dim 4 {ONE}"),
         "reward": (REWARD, f"--model_name_or_path model --zero_stage 2 {ONE}"),
-        "ppo": (PPO, f"{models} {ROLES}"),
+        "ppo": (PPO, f"{models} {ROLES} {ppo}"),
     }
     return {
         name: [main, *shlex.split(f"{words} --output_dir {to}/{name}")]
@@ -68,7 +69,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Node], di
             plan.write_text(json.dumps(list(steps(to).values())[:names]))
             codes = start(nodes, [str(STEPS), str(plan)], folder, to).wait()
             assert codes == [0, 0], (folder / f"{to}.0.log").read_text()[-4000:]
-        there = steps("srun")
+        (folder / "near.json").write_text(NEAR)  # a second copy of the weights, in other shards
+        there = steps("srun", ppo="--deepspeed_config near.json")
         local = [*there["sft"], "--save_steps", "2", "--output_dir", str(nodes[0].local / "out")]
         plan = {
             **requeued("sft", there["sft"], 3, kill=while_saving(6)),

@@ -15,6 +15,7 @@ from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.schedules import schedule_factory
 from tests.helpers import tiny
+from tests.helpers.launch import ROOT
 
 
 def engine_config(**options) -> EngineConfig:
@@ -224,3 +225,30 @@ def test_optimizer_block_with_other_rates_is_refused(tmp_path: Path, block: dict
     config = engine_config(dtype="fp32", deepspeed_config=str(path))
     with pytest.raises(UserError, match=words):
         build_engine(tiny.tiny_llama(), config, model, schedule_factory("cosine", 0, 1), 1, "")
+
+
+RECIPES = sorted((ROOT / "dschat/recipes/deepspeed").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_librarys_own_are_taken_at_zero_3(path: Path):
+    """Each is whole in what DeepSpeed gets, and differs from what it gets without."""
+    plain = engine_config(zero_stage=3)
+    given = engine_config(zero_stage=3, deepspeed_config=str(path))
+    found, before = get_train_ds_config(given, 16), get_train_ds_config(plain, 16)
+    (own,) = json.loads(path.read_text()).values()
+    assert found["zero_optimization"] == before["zero_optimization"] | own != before
+
+
+def test_shards_that_deepspeed_does_not_make(merged, tmp_path: Path):
+    near = {"zero_optimization": {"zero_hpz_partition_size": 3}}
+    assert merged(near, zero_stage=3)  # of two processes, which are less than one machine
+    few_bits = {"zero_optimization": {"zero_quantized_nontrainable_weights": True}}
+    with pytest.raises(UserError, match=r"does nothing to models that load in shards; use quant"):
+        merged(few_bits, zero_stage=3)
+    path = tmp_path / "near.json"
+    path.write_text(json.dumps(near))
+    with pytest.raises(
+        UserError, match="zero_hpz_partition_size 3 does not divide the 4 processes"
+    ):
+        get_train_ds_config(engine_config(zero_stage=3, deepspeed_config=str(path)), 4)
