@@ -112,7 +112,7 @@ def _generation(settings: RLHFSettings, actor: Role) -> tuple[Phase, ...]:
     }
     if settings.rollouts.fuse_lora_for_generation:
         needs[WEIGHTS] = float(sum(adapted_sizes(actor.module)) * actor.shape.dtype.itemsize)
-    if settings.gather_for_rollouts:
+    if settings.rollouts.gather_for_rollouts:
         whole = (actor.counted.base + actor.counted.adapters) * actor.shape.dtype.itemsize
         needs[WEIGHTS] = needs.get(WEIGHTS, 0.0) + whole
     return (Phase(GENERATION, needs),)

@@ -225,7 +225,8 @@ def _rollout(
     flops = forward_flops(matrices, rows, rows * (prompt + new / 2), rows)
     read = cluster.read_seconds(weights + cache)
     step = max(read, cluster.compute_seconds(flops, actor.shape.dtype), LAUNCH * layers)
-    gathers = settings.batches_per_iteration if settings.gather_for_rollouts else chunks * new
+    is_whole = settings.rollouts.gather_for_rollouts
+    gathers = settings.batches_per_iteration if is_whole else chunks * new
     sends = gathers * _gather_seconds(actor, cluster)
     tokens = float(rows * prompt)
     start = forward_flops(matrices, tokens, rows * causal_pairs(prompt), rows)

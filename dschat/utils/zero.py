@@ -17,6 +17,7 @@ class ShardedParameter(nn.Parameter):
 
     ds_shape: torch.Size
     ds_tensor: torch.Tensor
+    ds_secondary_tensor: torch.Tensor | None  # near shards
     ds_status: Enum
     ds_process_group: dist.ProcessGroup
     ds_active_sub_modules: set[int]

@@ -26,6 +26,7 @@ set -e
 hostname "$1"; mount --bind "$2" "$3"; mount --bind "$4" /etc/hosts
 shift 4; exec "$@"
 """
+OWN_DISK = "OWN_DISK"  # variable of each node's processes
 OF_A_SCHEDULER = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_", "MV2_", "TORCHELASTIC_")
 
 
@@ -55,7 +56,11 @@ class Node:
             if name not in known and not name.startswith(OF_A_SCHEDULER)
         }
         own = {
-            **{"HOME": str(self.local), "XDG_CACHE_HOME": str(self.local / "cache")},
+            **{
+                "HOME": str(self.local),
+                OWN_DISK: str(self.local),
+                "XDG_CACHE_HOME": str(self.local / "cache"),
+            },
             **{"TMPDIR": str(self.local / "tmp"), "HF_HOME": str(self.local / "hf")},
             **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
             **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},

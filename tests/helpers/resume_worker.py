@@ -67,7 +67,7 @@ def child(item: dict, folder: Path, rank: int) -> None:
     if item["kill"] and rank == 0:
         arm(*item["kill"], folder / "pids")
     read = count_reads()
-    code = run(item["argv"])
+    code = run([os.path.expandvars(word) for word in item["argv"]])
     (folder / f"read.{rank}").write_text("\n".join(read))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.nodes import Node, by_mpirun, by_srun, by_torchrun, two_nodes
+from tests.helpers.nodes import OWN_DISK, Node, by_mpirun, by_srun, by_torchrun, two_nodes
 from tests.helpers.resume_runs import (
     WORKER,
     Outcome,
@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Node], di
             assert codes == [0, 0], (folder / f"{to}.0.log").read_text()[-4000:]
         (folder / "near.json").write_text(NEAR)  # a second copy of the weights, in other shards
         there = steps("srun", ppo="--deepspeed_config near.json")
-        local = [*there["sft"], "--save_steps", "2", "--output_dir", str(nodes[0].local / "out")]
+        local = [*there["sft"], "--save_steps", "2", "--output_dir", f"${OWN_DISK}/out"]
         plan = {
             **requeued("sft", there["sft"], 3, kill=while_saving(6)),
             **requeued("reward", there["reward"], 100, signal=("SIGUSR1", 1, 3)),
