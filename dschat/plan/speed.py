@@ -17,6 +17,7 @@ from dschat.plan.memory import AnySettings, training_pass
 from dschat.plan.ppo import cache_bytes
 from dschat.plan.roles import MemoryPlan, Role
 from dschat.plan.states import BYTES, near_shards
+from dschat.utils.ds_utils import get_train_ds_config
 from dschat.utils.flops import Matrices, causal_pairs, forward_flops, training_flops
 from dschat.utils.gpus import Gpu
 
@@ -124,7 +125,8 @@ def training_traffic(role: Role, passes: int, steps: int, ranks: int) -> tuple[f
         Those that stay among a machine's shards (`near_shards`), and those that all ranks share.
     """
     assert role.engine is not None
-    size, stage = BYTES[role.engine.dtype], role.engine.zero_stage
+    size = BYTES[role.engine.dtype]
+    stage = get_train_ds_config(role.engine, ranks)["zero_optimization"]["stage"]  # bf16 at 0: 1
     trained = role.counted.trained * size
     if stage == 3:  # gathered forwards and backwards; gradients to their owners
         frozen = (role.counted.base + role.counted.adapters) * size - trained
