@@ -26,7 +26,7 @@ from dschat.utils.distributed import all_reduce_max, barrier, init_distributed
 
 RANKS = 2
 CHECKS: dict[str, Callable[[], object]] = {
-    "is the loss finite": lambda: finite_loss(1, 2.5, 8.0),
+    "is the loss finite": lambda: finite_loss(1, [torch.tensor(2.5)], 8.0),
     "is there a signal": lambda: all_reduce_max([0.0]),
 }
 

@@ -50,7 +50,7 @@ def train(task: Task, clock: Clock) -> None:
             batch = PairCollator(PAD)([row | {"prompt_len": 1} for row in rows])
             count, loss = float(size), pairwise_loss(*pair_scores(engine, batch), batch.real)
         backward(engine, loss * mean_scale(count, 1), last=True)
-        total = finite_loss(number + 1, [loss.detach()], count)
+        total = finite_loss(number + 1, [loss.detach()], count, engine.gradients)
         engine.step()
         clock.first_loss = clock.first_loss or total / count
         clock.step_made()

@@ -7,7 +7,7 @@ from typing import Any
 
 from dschat.rlhf.ppo_history import WATCHED, History
 from dschat.rlhf.ppo_rules import RULES, RunFacts
-from dschat.train.progress import check_finite
+from dschat.train.finite import check_finite
 
 REPEATED_AFTER = 50  # iterations between two warnings of one kind
 

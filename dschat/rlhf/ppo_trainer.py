@@ -49,6 +49,7 @@ from dschat.rlhf.rollout import answer_values, scored
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.train.checkpointer import check_weights
 from dschat.train.engine import Engine, backward
+from dschat.train.finite import finite_sum, gradients_of
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import numbers, read_sums
 from dschat.utils.distributed import all_reduce_sum, on_every_rank
@@ -331,18 +332,20 @@ class DeepSpeedPPOTrainer:
         Raises:
             UserError: on every rank, where the loss, or the norm of the gradients, is not finite.
         """
-        for sums in (found := read_sums(parts)):
+        gradients = gradients_of(engine.gradients)
+        found = read_sums([*parts, *({"gradients": total} for total in gradients.total)])
+        total = sum(found.pop()["gradients"] for _ in gradients.total)
+        for sums in found:
             means.add(sums)
-        (loss,) = all_reduce_sum([sum(sums[f"{role}_loss"] for sums in found)])
-        check_figures({f"{role}_loss": loss}, self.iterations + 1)
+        loss = f"{role}_loss of iteration {self.iterations + 1}"
+        finite_sum(loss, sum(sums[f"{role}_loss"] for sums in found), total, gradients)
         engine.step()
-        if not engine.was_step_applied():
-            return False
-        norm = engine.get_global_grad_norm()
-        if norm is not None:
+        applied, norm = engine.was_step_applied(), engine.get_global_grad_norm()
+        if norm is not None and (applied or not engine.fp16_enabled()):
             check_figures({f"{role}_grad_norm": float(norm)}, self.iterations + 1)
-        means.add_norm(norm)
-        return True
+        if applied:
+            means.add_norm(norm)
+        return applied
 
     def policy_scores(self, e: Experience, with_entropy: bool = False) -> AnswerScores:
         """Log-probabilities of answers under the present policy at the sampling temperature."""

@@ -157,10 +157,32 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"resume {folder}: of format {version}, this code reads format {FORMAT}")
     if record.pop("digest", None) != _digest_of(record):
         raise UserError(f"resume {folder}: {RECORD} is not as it was written; {_REMEDY}")
+    _check_shape(folder, record)
     for name in record["files"]:
         if not (folder / name).is_file():
             raise UserError(f"resume {folder}: {name} is missing; {_REMEDY}")
+    for name in names_in(folder):  # DeepSpeed looks for files by their names
+        if "/" in name and name not in record["files"]:
+            raise UserError(f"resume {folder}: {name} is not of it; remove it")
     return record
+
+
+def _check_shape(folder: Path, record: Mapping[str, Any]) -> None:
+    """Stop at a record that somebody has made by hand."""
+    wanted: dict[str, type] = {name: int for name in ("step", "epoch", "batch", "processes")} | {
+        "kind": str
+    }
+    wanted |= {name: dict for name in ("engines", "settings", "frozen_weights", "files")}
+    for name, kind in wanted.items():
+        value = record.get(name)
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
+            raise UserError(f"resume {folder}: {RECORD} holds {name} {value!r:.40}; {_REMEDY}")
+    rates = [e.get("peak_rates") for e in record["engines"].values() if isinstance(e, dict)]
+    if len([r for r in rates if isinstance(r, dict)]) < len(record["engines"]):
+        raise UserError(f"resume {folder}: {RECORD} holds an engine without its rates; {_REMEDY}")
+    for name in record["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"resume {folder}: {RECORD} names {name}, which is outside; {_REMEDY}")
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:

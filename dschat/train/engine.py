@@ -12,6 +12,7 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.train.advice import lora_advice
+from dschat.train.finite import GradientWatch
 from dschat.train.memory_use import note_engine
 from dschat.train.model_config import ModelConfig
 from dschat.train.optimizer_block import complete_optimizer_block
@@ -53,6 +54,7 @@ class Engine(nn.Module):
     module_state_dict: Callable[..., dict[str, torch.Tensor]]  # what a checkpoint holds of it
     load_checkpoint: Callable[..., tuple[str | None, dict[str, object]]]
     checkpoint_engine: Any  # reads and writes the files of a checkpoint
+    gradients: GradientWatch | None  # None in fp16, where those that overflow are no fault
     _copy_recovery_script: Callable[[str], None]  # puts DeepSpeed's zero_to_fp32.py beside them
 
 
@@ -128,6 +130,7 @@ def build_engine(
             dist_init_required=False,
         )
     check_rates(engine.optimizer, optimizer_config)
+    engine.gradients = None if config.dtype == "fp16" else GradientWatch(engine.module)
     if config.dtype == "fp16":
         limit_skips(engine, config.max_skipped_steps, title)
     role = title.partition(", ")[2]

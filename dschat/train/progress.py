@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,14 +10,14 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from dschat.data.collators import Batch
-from dschat.errors import UserError
 from dschat.train.engine import Engine
+from dschat.train.finite import GradientWatch, check_finite, finite_sum, gradients_of
 from dschat.train.means import Means
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
 from dschat.train.transfer import numbers
-from dschat.utils.distributed import all_reduce_sum, print_rank_0
+from dschat.utils.distributed import print_rank_0
 from dschat.utils.flops import Matrices
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, TrainingWork, print_throughput, throughput
@@ -64,28 +63,25 @@ def batch_counts(
     return counts
 
 
-def finite_loss(step: int, losses: Sequence[torch.Tensor], targets: float) -> float:
+def finite_loss(
+    step: int,
+    losses: Sequence[torch.Tensor],
+    targets: float,
+    watch: GradientWatch | None = None,
+) -> float:
     """Sum the loss of an optimizer step over micro-batches and ranks, before the step is made.
 
     Args:
         step: its number. losses: scalars, of this rank's micro-batches. targets: terms of the loss,
-            on all ranks.
+            on all ranks. watch: the engine's.
 
     Raises:
-        UserError: on every rank, where the loss is not finite.
+        UserError: on every rank, where the loss or a gradient is not finite.
     """
-    (total,) = all_reduce_sum([sum(numbers(losses))])
-    check_finite(total / max(targets, 1.0), f"loss of optimizer step {step}")
-    return total
-
-
-def check_finite(value: float, place: str) -> None:
-    """Stop the run at a value that is not finite: weights saved after it would be useless."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"{place} is {value}: the run stops and its weights are not saved; give a lower "
-            "learning rate, or look for weights or data that are not finite"
-        )
+    gradients = gradients_of(watch)
+    found, own = numbers([*losses, *gradients.total]), len(losses)
+    loss = f"loss of optimizer step {step}"
+    return finite_sum(loss, sum(found[:own]), sum(found[own:]), gradients, max(targets, 1.0))
 
 
 @dataclass
@@ -164,10 +160,11 @@ class TrainingLog:
         """Add one optimizer step: its summed loss, `batch_counts` and more means, over all ranks.
 
         Raises:
-            UserError: its gradients were not finite, and yet they have changed the weights.
+            UserError: the norm of its gradients, taken of all ranks together, was not finite.
         """
         norm = self.engine.get_global_grad_norm()
-        if norm is not None and self.engine.was_step_applied():
+        # With fp16 the search for a loss scale skips such steps; elsewhere nobody would hear of it.
+        if norm is not None and (self.engine.was_step_applied() or not self.engine.fp16_enabled()):
             check_finite(float(norm), f"gradient norm of optimizer step {step}")
         for interval in (self._since_log, self._since_evaluation):
             interval.add(loss_sum, *counts)

@@ -55,6 +55,7 @@ def test_ema_stays_where_a_step_was_skipped(load_roles, monkeypatch):
     before = {name: average.clone() for name, average in roles.ema.shadow.items()}
     # What an fp16 overflow leaves behind.
     monkeypatch.setattr(roles.actor, "was_step_applied", lambda: False)
+    monkeypatch.setattr(roles.actor, "fp16_enabled", lambda: True)
     trainer.train_rlhf([e])
     assert all(torch.equal(roles.ema.shadow[name], before[name]) for name in before)
     monkeypatch.undo()

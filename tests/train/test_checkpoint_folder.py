@@ -18,6 +18,9 @@ from dschat.train.checkpoint_folder import (
     read_record,
 )
 
+RECORD = {"kind": "a test", "epoch": 0, "batch": 4, "processes": 1, "frozen_weights": {}}
+RECORD |= {"engines": {"model": {"peak_rates": {"lora_A": 1e-3}}}, "settings": {"total_steps": 9}}
+
 
 def write_checkpoint(output: Path, step: int) -> Path:
     """Write a finished checkpoint, not yet published."""
@@ -25,7 +28,7 @@ def write_checkpoint(output: Path, step: int) -> Path:
     (part / "model").mkdir(parents=True)
     (part / "model" / "weights.pt").write_bytes(b"12345")
     digests = checkpoint_folder.digests_of(part, checkpoint_folder.names_in(part))
-    checkpoint_folder.write_record(part, {"step": step}, digests)
+    checkpoint_folder.write_record(part, RECORD | {"step": step}, digests)
     return part
 
 
@@ -170,9 +173,33 @@ def edited(text: str, other: str) -> Callable[[Path], None]:
     return edit
 
 
+def with_digest(**changes: object) -> Callable[[Path], None]:
+    """Change the record as somebody would who makes its digest anew; None removes an entry."""
+
+    def change(state: Path) -> None:
+        record = {**json.loads((state / "state.json").read_text()), **changes}
+        record = {
+            n: v for n, v in record.items() if v is not None and n not in ("digest", "format")
+        }
+        checkpoint_folder.write_record(state, record, record.pop("files", {}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
+        *[
+            (with_digest(**{name: value}), f"state.json holds {name} {value!r:.40}; remove")
+            for name, value in [
+                *(("step", "8"), ("epoch", -1), ("batch", None), ("processes", [2])),
+                *(("kind", 3), ("settings", []), ("engines", None), ("frozen_weights", "x")),
+            ]
+        ],
+        (with_digest(engines={"model": 3}), "state.json holds an engine without its rates; remo"),
+        (with_digest(files={"../x": ""}), "state.json names ../x, which is outside; remove"),
+        (with_digest(files={}), "model/weights.pt is not of it; remove it"),
+        (lambda s: (s / "model/layer_00.pt").write_text(""), "model/layer_00.pt is not of it; r"),
         (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no checkpoint"),
         (lambda s: (s / "state.json").write_text("{"), "state.json cannot be read; remove"),
         (lambda s: (s / "state.json").write_text("[]"), "state.json cannot be read; remove"),

@@ -28,6 +28,7 @@ RECORD = {
     "step": 10,
     "epoch": 0,
     "batch": 20,
+    "frozen_weights": {},
 }
 
 

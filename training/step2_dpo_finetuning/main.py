@@ -90,7 +90,7 @@ def main() -> None:
                 losses.append(loss.detach())
                 figures.add(of_batch)
             step += 1
-            loss_sum = finite_loss(step, losses, counts[0])
+            loss_sum = finite_loss(step, losses, counts[0], engine.gradients)
             engine.step()
             log.step(step, loss_sum, counts, figures.over_ranks())
             if settings.print_loss:

@@ -111,7 +111,7 @@ def main() -> None:
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
                 losses.append(loss.detach())
             step += 1
-            loss_sum = finite_loss(step, losses, counts[0])
+            loss_sum = finite_loss(step, losses, counts[0], engine.gradients)
             engine.step()
             log.step(step, loss_sum, counts)
             if settings.eval_interval and step % settings.eval_interval == 0:
