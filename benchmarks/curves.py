@@ -1,10 +1,10 @@
-"""Draw the measured curves of PPO as SVG, from the figures beside them in docs/figures.
+"""Draw measured curves as SVG, from the figures beside them in docs/figures.
 
     pip install matplotlib
     python -m benchmarks.curves
 
-Runs nothing: `benchmarks.stories` and `benchmarks.quickstart_gold` measure. On a white ground, so
-that the figures read on dark pages too.
+Runs nothing: `benchmarks.stories`, `benchmarks.quickstart_gold` and `benchmarks.lora_plus_grid`
+measure. On a white ground, so that the figures read on dark pages too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ COLOURS = {
     "grpo": "#1b9e77",
 }
 BEFORE, AFTER = "#8c8c8c", "#1f77b4"
+RATIOS = {1.0: "#8c8c8c", 16.0: "#d95f02"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "dschat",  # the same file from the same figures
@@ -82,8 +83,22 @@ def draw_gold(axes) -> None:
     axes.legend(loc="lower right")
 
 
+def draw_ratios(axes, name: str, title: str) -> None:
+    """Draw the losses along the lambdas of `benchmarks.lora_plus_grid --ratios`, all seeds."""
+    found = columns_of(f"lora_plus_{name}_initA")
+    for ratio, colour in RATIOS.items():
+        rows = [i for i, other in enumerate(found["ratio"]) if other == ratio]
+        rates = [found["eta_A"][i] * ratio**0.5 for i in rows]
+        loss, low, high = ([found[c][i] for i in rows] for c in ("loss", "lowest", "highest"))
+        axes.plot(rates, loss, marker="o", markersize=4, color=colour, label=f"λ = {ratio:.0f}")
+        axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set(title=title, xlabel="√(η_A η_B)", ylabel="held-out loss of a pair")
+    axes.legend(loc="upper left")
+
+
 def main() -> None:
-    """Write ppo_stories.svg, and both panels side by side as overview.svg."""
+    """Write ppo_stories.svg, overview.svg and lora_plus_pairs.svg."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -98,6 +113,10 @@ def main() -> None:
         draw_rewards(panels[0])
         draw_gold(panels[1])
         figure.savefig(FIGURES / "overview.svg", metadata=metadata)
+        figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+        draw_ratios(panels[0], "reward", "Reward model")
+        draw_ratios(panels[1], "dpo", "DPO")
+        figure.savefig(FIGURES / "lora_plus_pairs.svg", metadata=metadata)
 
 
 if __name__ == "__main__":

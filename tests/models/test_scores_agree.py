@@ -1,4 +1,4 @@
-"""One text, one score: before saving, after loading, merged, in transformers, however padded.
+"""One text, one score: before saving, loaded, merged, by rw_eval, in transformers, however padded.
 
 Each text alone and without padding says what is right. What the test of ranks adds is in
 `tests/train/test_scores_ranks.py`.
@@ -6,6 +6,9 @@ Each text alone and without padding says what is right. What the test of ranks a
 
 from __future__ import annotations
 
+import io
+import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.families import CLASSIFIED, save_family
 from tests.helpers.scores import TEXTS, all_ways, assert_scores, noted_scores, scores_alone
+from tests.helpers.steps import REWARD_EVALUATION, ROOT
 from tests.helpers.tiers import tiers
 
 LORA = LoraConfig(lora_dim=4)
@@ -26,8 +30,8 @@ FAMILIES = [*CLASSIFIED, "granite"]
 
 
 @pytest.mark.parametrize("name", tiers(FAMILIES, {"bloom", "gemma3", "gpt2", "granite"}))
-def test_scores_of_a_family_agree(tmp_path: Path, name: str):
-    """In memory, from the merged folder, the adapter, its merge; and in transformers."""
+def test_scores_of_a_family_agree(tmp_path: Path, name: str, monkeypatch, capsys):
+    """In memory, from the merged folder, the adapter, its merge; by rw_eval; in transformers."""
     tokenizer, out, merged = tiny.byte_tokenizer(), tmp_path / "out", tmp_path / "merged"
     base = save_family(tmp_path / "base", name)
     model = create_critic_model(base, tokenizer, torch.float32, init_head=True)
@@ -43,3 +47,10 @@ def test_scores_of_a_family_agree(tmp_path: Path, name: str):
     for folder in (out, merged, *([out / "adapter"] if name in CLASSIFIED else [])):
         assert_scores(noted_scores(folder, TEXTS), expected)
         assert_scores(torch.cat([noted_scores(folder, [text]) for text in TEXTS]), expected)
+    argv = ["rw_eval.py", "--model_name_or_path", str(out), "--stdin", "--dtype", "fp32"]
+    monkeypatch.setattr("sys.argv", [*argv, "--max_seq_len", "64"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in TEXTS)))
+    capsys.readouterr()
+    runpy.run_path(str(ROOT / REWARD_EVALUATION))["main"]()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert_scores(torch.tensor([line["score"] for line in lines]), expected)
