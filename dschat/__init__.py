@@ -1,3 +1,31 @@
-"""Supervised fine-tuning, reward modelling and PPO with LoRA+, on the DeepSpeed engine."""
+"""Supervised fine-tuning, reward modelling and PPO with LoRA+, on the DeepSpeed engine.
+
+    from dschat import SFT, RewardModel, DPO, PPO
+
+trains from Python (docs/python.md); they are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dschat.api.steps import DPO, PPO, SFT, RewardModel
+    from dschat.errors import UserError
 
 __version__ = "1.0.0.dev0"
+__all__ = ["DPO", "PPO", "SFT", "RewardModel", "UserError", "__version__"]
+
+_HOMES = dict.fromkeys(("DPO", "PPO", "SFT", "RewardModel"), "dschat.api.steps")
+_HOMES["UserError"] = "dschat.errors"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

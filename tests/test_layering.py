@@ -25,6 +25,7 @@ FLOORS = [
     ("plan", "quickstart", "merge", "checkpoint", "winrate"),
     ("pipeline", "compare"),
     ("command",),
+    ("api",),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Re-exports of names that DeepSpeed-Chat's users import: they may look up, nobody looks at them.

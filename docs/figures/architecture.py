@@ -17,6 +17,7 @@ BOX_HEIGHT, ARROW = 52, 22
 INK, QUIET, LINE = "#1f2328", "#57606a", "#8c959f"
 COLOURS = {
     "users": "#f6f8fa",
+    "api": "#f6f8fa",
     "command": "#f6f8fa",
     "pipeline": "#e6eaef",
     "compare": "#e6eaef",
@@ -43,6 +44,7 @@ COLOURS = {
 # From the top down: a room imports from the floors below it, and from nothing else.
 FLOORS = (
     (("users", "training/ · inference/ · e2e_rlhf.py · chat.py", "recipes and programs"),),
+    (("api", "api", "from Python: settings in, a run out; its figures, model, conversation"),),
     (("command", "command", "`dschat`: the registry of commands, completion, doctor"),),
     (
         ("pipeline", "pipeline", "stages from one file, resumed"),

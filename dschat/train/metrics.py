@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
+from dschat.train import observers
 from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.run_page import RunPage
@@ -164,6 +165,7 @@ class MetricLogger:
             self._wandb.log({"step": step, **named})
         if kind == "eval" and self._page is not None:
             self._page.refresh()
+        observers.tell(kind, step, figures)
 
     def warn(self, step: int, text: str) -> None:
         """Write a warning, or advice, as a record of its kind; the page of the run shows it."""

@@ -40,9 +40,9 @@ from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 
-def main() -> None:
-    """Check, load, train, save."""
-    settings = parse(SFTSettings, None, __doc__)
+def main(settings: SFTSettings | None = None) -> None:
+    """Check, load, train, save; settings come from the command line where none are given."""
+    settings = settings or parse(SFTSettings, None, __doc__)
     batch_config = settings.batch
     tell_unused(settings)
 

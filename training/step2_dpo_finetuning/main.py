@@ -44,9 +44,9 @@ from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum, print_rank_0
 
 
-def main() -> None:
-    """Check, load, train, save."""
-    settings = parse(DPOSettings, None, __doc__)
+def main(settings: DPOSettings | None = None) -> None:
+    """Check, load, train, save; settings come from the command line where none are given."""
+    settings = settings or parse(DPOSettings, None, __doc__)
     tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded

@@ -50,9 +50,9 @@ from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum
 
 
-def main() -> None:
-    """Check, load, train, save."""
-    settings = parse(RewardSettings, None, __doc__)
+def main(settings: RewardSettings | None = None) -> None:
+    """Check, load, train, save; settings come from the command line where none are given."""
+    settings = settings or parse(RewardSettings, None, __doc__)
     batch_config = settings.batch
     tell_unused(settings)
 

@@ -35,9 +35,9 @@ from dschat.train.prepare import setup_run
 from dschat.train.steps import accumulation_groups, with_next
 
 
-def main() -> None:
-    """Check, load, train, save."""
-    settings = parse(RLHFSettings, None, __doc__)
+def main(settings: RLHFSettings | None = None) -> None:
+    """Check, load, train, save; settings come from the command line where none are given."""
+    settings = settings or parse(RLHFSettings, None, __doc__)
     config = settings.ppo
     tell_unused(settings)
 
