@@ -7,7 +7,6 @@ trains from Python (docs/python.md); they are imported when they are first used.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,14 +16,17 @@ if TYPE_CHECKING:
 __version__ = "1.0.0.dev0"
 __all__ = ["DPO", "PPO", "SFT", "RewardModel", "UserError", "__version__"]
 
-_HOMES = dict.fromkeys(("DPO", "PPO", "SFT", "RewardModel"), "dschat.api.steps")
-_HOMES["UserError"] = "dschat.errors"
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "UserError":
+        from dschat.errors import UserError
+
+        return UserError
+    if name in __all__:
+        from dschat.api import steps
+
+        return getattr(steps, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
