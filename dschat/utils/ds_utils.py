@@ -137,7 +137,8 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
         UserError: the file is missing or not JSON; it holds a scheduler block (one schedule would
             write one rate into all groups and level B's rate to A's); it contradicts a setting that
             the training loop depends on (batch sizes, accumulation, precision, ZeRO stage); a key
-            or a value that the installed DeepSpeed does not take.
+            or a value that the installed DeepSpeed does not take; or it would have DeepSpeed
+            unpickle files.
     """
     user = _user_config(path)
     merged = copy.deepcopy(ours)
@@ -159,6 +160,11 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
         )
     merged["zero_optimization"]["stage"] = ours["zero_optimization"]["stage"]
     check_known(merged, user, f"deepspeed_config {path}:")
+    if merged.get("checkpoint", {}).get("load_universal"):
+        raise UserError(
+            f"deepspeed_config {path}: checkpoint: load_universal would run code that a file of "
+            "the checkpoint holds; remove it, and convert by python -m dschat.checkpoint convert"
+        )
     return merged
 
 

@@ -148,6 +148,7 @@ def test_the_flags_stage_may_be_repeated(merged):
         ({"gradient_clipping": {"value": 1}}, "gradient_clipping is .*: give a plain value"),
         ({"zero_optimisation": {"stage": 2}}, "unknown key zero_optimisation; did you mean zero_"),
         ({"gradient_cliping": 1.0}, "unknown key gradient_cliping; did you mean gradient_clipping"),
+        ({"checkpoint": {"load_universal": True}}, "load_universal would run code that a file of"),
         ({"qqq": 1}, "unknown key qqq; this DeepSpeed has none like it"),
         (
             {"zero_optimization": {"reduce_bucket_sise": 1000}},
