@@ -1,8 +1,11 @@
-"""Ends of a run that are nobody's bug: memory or a disk that runs out, another rank that ends."""
+"""Ends of a run that are nobody's bug: memory, a disk, an output or another rank that goes."""
 
 from __future__ import annotations
 
 import errno
+import os
+import select
+import sys
 
 from dschat.lazy import torch
 from dschat.train import memory_use
@@ -26,6 +29,11 @@ def line_for(error: BaseException) -> str | None:
         return f"{place}: out of {what}; {less}; docs/troubleshooting.md has more"
     if isinstance(error, LostRankError):
         return f"{place}: {error}"
+    if isinstance(error, BrokenPipeError) and _output_is_closed():
+        return (
+            f"{place}: nobody reads its standard output any more; write it to a file, and start "
+            "again with --resume"
+        )
     found = disk_error(error)
     if found is not None and found.errno in _DISK:
         path = f"{found.filename}: " if found.filename else ""
@@ -39,3 +47,13 @@ def _memory(error: BaseException) -> str | None:
         return "memory on the device"
     is_cpus = "DefaultCPUAllocator" in str(error) and isinstance(error, RuntimeError)
     return "memory" if is_cpus or isinstance(error, MemoryError) else None
+
+
+def _output_is_closed() -> bool:
+    """Tell whether a pipe's reader has gone, as of `| head`; what is left to print goes nowhere."""
+    poll, output = select.poll(), sys.stdout.fileno()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

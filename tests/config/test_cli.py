@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import subprocess
 import sys
 from dataclasses import MISSING, dataclass
 
@@ -315,3 +316,15 @@ def test_values_by_flag_leave_retired_ones_out():
 
 def test_a_flag_without_its_value():
     assert given("--resume").resume == "newest" and given("--resume", "a").resume == "a"
+
+
+def test_output_that_nobody_reads_is_one_line():
+    """As of `dschat inspect ... | head`."""
+    program = "from dschat.config.cli import run_cli; run_cli(lambda: print('x' * 10**6))"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1
+    line = "error: rank 0, before the first step: nobody reads its standard output any more; write"
+    assert said.startswith(line) and said.count("\n") == 1
