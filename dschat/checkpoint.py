@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="a step-... folder")
     parser.add_argument("target", type=Path, nargs="?", help="folder to write (convert)")
     args = parser.parse_args(argv)
+    if args.target is not None and args.command != "convert":
+        raise UserError(f"target {args.target}: {args.command} writes none; drop it")
+    checkpoint_folder.read_record(args.folder)
     if args.command == "inspect":
         print("\n".join(map(printable, describe(args.folder))))
     try:

@@ -11,37 +11,27 @@ computed: activations by running the step's own passes on tensors without data.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from dschat.config.cli import run_cli
-from dschat.config.help import OneLineParser, program
+from dschat.config.help import OneLineParser, add_flag, program
+from dschat.plan.flags import PlanFlags
 from dschat.plan.recipe import settings_of
+from dschat.settings import flags_of
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of the planner itself."""
+def parser() -> OneLineParser:
+    """Build the parser of the planner's own flags."""
     flags = OneLineParser(__doc__, prog=program("dschat.plan"))
-    add = flags.add_argument
-    add("--config", help="recipe: a YAML file of the step's flags")
-    add("--script", help="training script, in place of its recipe")
-    add("--step", choices=("sft", "reward", "dpo", "ppo"), help="(default: by the recipe's name)")
-    add("--gpu", default="a6000", help="by its short name (default: a6000)")
-    add("--gpus", type=int, default=1, help="on each machine (default: 1)")
-    add("--nodes", type=int, default=1, help="machines (default: 1)")
-    add("--memory", type=float, help="GiB of a GPU, in place of the table's")
-    add("--model", help="folder or name of the model, or actor (default: the recipe's)")
-    add("--critic", help="folder or name of critic and reward model")
-    add("--network", type=float, help="GB/s of a GPU to another machine (default: 25)")
-    add("--efficiency", type=float, help="share of the peak in training (default: 0.4)")
-    add("--usd_per_gpu_hour", type=float, help="price, for the cost of a step")
-    add("--json", action="store_true", help="print JSON")
+    for flag in flags_of(PlanFlags):
+        add_flag(flags, flag)
     return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and print the plan."""
-    args, others = parser().parse_known_args(argv)
+    given, others = parser().parse_known_args(argv)
+    args = PlanFlags.of(**vars(given))
     recipe, settings = settings_of(args, others)
     from dschat.plan.command import run  # here: it imports torch, which checks of flags need not
 

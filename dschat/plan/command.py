@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from dschat.config import RLHFSettings
-from dschat.errors import UserError
+from dschat.plan.flags import PlanFlags
 from dschat.plan.memory import AnySettings, plan_memory
 from dschat.plan.remedies import largest_micro_batch, remedies
 from dschat.plan.report import Plan, as_json, text
@@ -21,20 +21,17 @@ from dschat.plan.speed import COMPUTE, NETWORK, Cluster, plan_speed
 from dschat.utils.gpus import Gpu, named_gpu
 
 
-def run(args: argparse.Namespace, recipe: Path, settings: AnySettings) -> None:
+def run(args: PlanFlags, recipe: Path, settings: AnySettings) -> None:
     """Plan and print.
 
     Raises:
-        UserError: an unknown GPU or model, settings that contradict each other.
+        UserError: an unknown GPU or model.
     """
     gpu, ranks = named_gpu(args.gpu), args.gpus * args.nodes
-    for name in ("gpus", "nodes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}: give at least 1")
+    for line in args.unused("ppo" if isinstance(settings, RLHFSettings) else "this step"):
+        print(line, file=sys.stderr)
     configs = configs_of(settings, recipe, args.model, args.critic)
     efficiency = COMPUTE if args.efficiency is None else args.efficiency
-    if not 0 < efficiency <= 1:
-        raise UserError(f"efficiency is {efficiency}: give a number in (0, 1]")
     network = NETWORK if args.network is None else args.network
     cluster = Cluster(gpu, ranks, args.nodes, network, efficiency)
     memory = GIB * (gpu.memory if args.memory is None else args.memory)

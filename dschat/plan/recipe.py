@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
+from dschat.plan.flags import PlanFlags
 
 AnySettings = SFTSettings | RewardSettings | DPOSettings | RLHFSettings
 STEPS: dict[str, type[AnySettings]] = {
@@ -21,7 +21,7 @@ STEPS: dict[str, type[AnySettings]] = {
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def settings_of(args: argparse.Namespace, others: Sequence[str]) -> tuple[Path, AnySettings]:
+def settings_of(args: PlanFlags, others: Sequence[str]) -> tuple[Path, AnySettings]:
     """Read the recipe, with the step's own flags over it.
 
     Raises:
@@ -31,20 +31,19 @@ def settings_of(args: argparse.Namespace, others: Sequence[str]) -> tuple[Path, 
     return recipe, parse(step_of(recipe, args.step), ["--config", str(recipe), *others], None)
 
 
-def recipe_of(args: argparse.Namespace) -> Path:
+def recipe_of(args: PlanFlags) -> Path:
     """Find the recipe: named, or the one that a script names.
 
     Raises:
-        UserError: neither or both, or a script without one.
+        UserError: a script without one.
     """
-    if (args.config is None) == (args.script is None):
-        raise UserError("give --config RECIPE.yaml, or --script SCRIPT.sh")
     if args.config is not None:
         return Path(args.config)
+    assert args.script is not None
     try:
         content = Path(args.script).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"script {args.script}: cannot be read ({error})") from error
+        raise UserError(f"script {args.script}: cannot be read ({brief(error)})") from error
     found = re.search(r"^RECIPE=[\"']?([\w./-]+\.yaml)", content, re.MULTILINE)
     if found is None:
         raise UserError(f"script {args.script}: it names no recipe; give --config RECIPE.yaml")

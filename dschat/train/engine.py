@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.train.advice import lora_advice
 from dschat.train.finite import GradientWatch
 from dschat.train.memory_use import note_engine
@@ -120,7 +120,7 @@ def build_engine(
     if not own_optimizer:
         complete_optimizer_block(ds_config["optimizer"], optimizer_config, config.deepspeed_config)
     # DeepSpeed's bf16 optimizer prints its memory use at every step of its set-up.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), refusals_named(config.deepspeed_config):
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optimizer_config) if own_optimizer else None,
@@ -137,6 +137,22 @@ def build_engine(
     note_engine(role, config.micro_batch_size, model.gradient_checkpointing)
     engine.train()  # models load in eval mode, where dropout and checkpointing are off
     return engine
+
+
+@contextlib.contextmanager
+def refusals_named(deepspeed_config: str | None) -> Iterator[None]:
+    """Turn what DeepSpeed refuses while it makes an engine into one line on the user's JSON.
+
+    Raises:
+        UserError: it refuses something, and there is a JSON.
+    """
+    try:
+        yield
+    except (AssertionError, TypeError, ValueError) as error:
+        if deepspeed_config is None or isinstance(error, UserError):
+            raise
+        reason = brief(error, with_type=True)
+        raise UserError(f"deepspeed_config {deepspeed_config}: DeepSpeed: {reason}") from error
 
 
 def build_frozen(

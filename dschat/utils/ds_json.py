@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ READ_BY_KEY: dict[str, set[str]] = {
     "data_types": set(),
     "optimizer": {"type", "params", "legacy_fusion"},  # asked for in turn, up to the first missing
 }
+DTYPES_OF = {"grad_accum_dtype", "param_dtype"}  # of data_types, read when an engine is made
 NO_SUCH_KEY = "; this DeepSpeed has none like it"
 OF_INITIALIZE = {"data_parallel_size", "sequence_parallel_size"}  # read before the config is
 
@@ -68,7 +70,7 @@ def check_known(config: dict, user: dict, place: str) -> None:
     Raises:
         UserError: a key that is unknown, with the nearest, or a value that DeepSpeed refuses.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
     from pydantic import ValidationError
 
     asked = _Asked(config)
@@ -79,6 +81,14 @@ def check_known(config: dict, user: dict, place: str) -> None:
         raise UserError(f"{place} {_first_problem(error, user)}") from error
     except Exception as error:
         raise UserError(f"{place} DeepSpeed refuses it ({brief(error, with_type=True)})") from error
+    for name in DTYPES_OF & {*config.get("data_types", {})}:
+        value = config["data_types"][name]
+        try:
+            DtypeEnum(value)
+        except ValueError as error:
+            raise UserError(
+                f"{place} data_types: {name} is {value!r}: give fp32, bf16 or fp16"
+            ) from error
     _check_asked(asked, user, place, OF_INITIALIZE | {"train_batch_size"})
     for name, others in READ_BY_KEY.items():
         if isinstance(user.get(name), dict):
@@ -86,10 +96,25 @@ def check_known(config: dict, user: dict, place: str) -> None:
 
 
 def _check_asked(asked: _Asked, user: dict, place: str, others: set[str]) -> None:
+    """Hold keys and values against what DeepSpeed asked for."""
     known = asked.names | others
-    for key in user:
+    for key, value in user.items():
         if key not in known:
             raise UserError(f"{place} {unknown('key', key, sorted(known), NO_SUCH_KEY)}")
+        if value != "auto" and (wanted := _wanted(value, asked.defaults.get(key))):
+            raise UserError(f"{place} {key} is {value!r}: give {wanted}")
+
+
+def _wanted(value: Any, default: Any) -> str | None:
+    """Say what belongs in the place of a value, by DeepSpeed's default; None where it will do."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if is_number and 0 <= value < math.inf else "a number, 0 or more"
+    if isinstance(default, str):
+        return None if isinstance(value, str) else "text"
+    return None
 
 
 def _first_problem(error: Any, user: dict) -> str:
@@ -122,13 +147,14 @@ def _fields() -> set[str]:
 
 
 class _Asked(dict):
-    """A dict, its blocks included, that notes in `names` which keys are asked for."""
+    """A dict, its blocks included, that notes which keys are asked for, and with what default."""
 
     def __init__(self, entries: dict):
         super().__init__(
             {k: _Asked(v) if isinstance(v, dict) else copy.deepcopy(v) for k, v in entries.items()}
         )
         self.names: set[str] = set()
+        self.defaults: dict[str, Any] = {}
 
     def __contains__(self, key: object) -> bool:
         self.names.add(str(key))
@@ -141,6 +167,7 @@ class _Asked(dict):
     def get(self, key: str, default: Any = None) -> Any:
         """Look a key up."""
         self.names.add(key)
+        self.defaults.setdefault(key, default)
         return super().get(key, default)
 
     def keys(self) -> Any:

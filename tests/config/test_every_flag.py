@@ -5,17 +5,20 @@ other case must be refused, and every case in them accepted.
 """
 
 import contextlib
+import importlib
 import math
 from collections.abc import Iterator
 
 import pytest
 
-from dschat import merge
+from dschat.command.registry import COMMANDS
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.help import OneLineParser, add_flag
-from dschat.config.programs import ChatSettings, InspectSettings
+from dschat.config.programs import ChatSettings, InspectSettings, WinRateSettings
 from dschat.errors import UserError
+from dschat.pipeline.recipe import PipelineSettings
+from dschat.plan.flags import PlanFlags
 from dschat.settings import Flag, Settings, flags_of
 from tests.config.test_dschat_flags import script
 
@@ -24,6 +27,9 @@ PROGRAMS: dict[str, type[Settings]] = {
     "step2": RewardSettings,
     "dpo": DPOSettings,
     "step3": RLHFSettings,
+    "run": PipelineSettings,
+    "plan": PlanFlags,
+    "winrate": WinRateSettings,
     "inspect": InspectSettings,
     "chat": ChatSettings,
     "rw_eval": script("training/step2_reward_model_finetuning/rw_eval.py")["RewardEvaluation"],
@@ -39,6 +45,17 @@ NEEDED = {
     "model_name_or_path_baseline": "m",
     "model_name_or_path_finetune": "m",
     "path": "m",
+}
+NEEDED_OF = {
+    "winrate": {"candidates": ("m", "n"), "prompts": "m", "judge": "m"},
+    "plan": {"config": "dschat/recipes/opt/single_gpu/sft_1.3b.yaml"},
+}
+# Commands that take words, or hand their flags on.
+MODULES = {
+    name: f"{COMMANDS[name].program}.__main__"
+    if name in ("report", "run")
+    else COMMANDS[name].program
+    for name in ("merge", "report", "checkpoint", "doctor", "completion", "run")
 }
 # Names without `actor_` and `critic_`.
 ZERO_IS_VALID = {
@@ -75,10 +92,15 @@ ZERO_IS_VALID = {
     "test_stop_step": "no early stop",
     "top_k": "no restriction, in step 3",
     "update_kl_limit": "no limit",
+    "usd_per_gpu_hour": "free",
     "weight_decay": "none",
     "zero_stage": "no shards",
 }
-REFUSED_AT_ZERO = {("step3", "temperature"), ("prompt_eval", "top_k")}
+REFUSED_AT_ZERO = {
+    ("step3", "temperature"),
+    ("winrate", "temperature"),
+    ("prompt_eval", "top_k"),
+}
 NEGATIVE_IS_VALID = {
     "local_rank": "a launcher's, -1 without one",
     "margin": "the rejected answer may lead by so much",
@@ -99,7 +121,8 @@ def flags(program: str) -> list[Flag]:
 def refusal(program: str, flag: Flag, value: object) -> str | None:
     """The message about one value; None where it is accepted. Anything else raised is a failure."""
     names = {f.name for f in flags_of(PROGRAMS[program])}
-    needed = {name: text for name, text in NEEDED.items() if name in names}
+    needed: dict = {name: text for name, text in NEEDED.items() if name in names}
+    needed |= NEEDED_OF.get(program, {})
     given = (value,) if flag.kind.is_tuple and value is not None else value
     try:
         flag.rule.check(flag.name, given, flag.kind)  # the same check, without the others
@@ -274,15 +297,41 @@ def test_what_e2e_rlhf_refuses(argv: list[str], words: str):
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "command, argv, words",
     [
-        ([], "the following arguments are required: adapter, output_dir"),
-        (["a", "b", "--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
-        (["./nowhere", "b"], "./nowhere"),
-        (["a", "b", "c"], "unrecognized arguments: c"),
+        ("merge", "", "the following arguments are required: adapter, output_dir"),
+        ("merge", "a b --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
+        ("merge", "./nowhere b", "./nowhere"),
+        ("merge", "a b c", "unrecognized arguments: c"),
+        ("report", "", "the following arguments are required: output_dir"),
+        ("report", "nowhere", "nowhere: holds no metrics.jsonl; give"),
+        ("report", "nowhere --outputdir x", "unrecognized arguments: --outputdir"),
+        ("checkpoint", "", "the following arguments are required: command, folder"),
+        ("checkpoint", "verfy x", "invalid choice: 'verfy'"),
+        ("checkpoint", "verify nowhere", "nowhere: has no state.json, so it is no checkpoint"),
+        ("checkpoint", "convert nowhere", "nowhere: has no state.json, so it is no checkpoint"),
+        ("checkpoint", "inspect a b", "target b: inspect writes none; drop it"),
+        ("checkpoint", "verify a b", "target b: verify writes none; drop it"),
+        ("checkpoint", "convert a b c", "unrecognized arguments: c"),
+        ("doctor", "--gpu", "unrecognized arguments: --gpu"),
+        ("completion", "", "the following arguments are required: shell"),
+        ("completion", "tcsh", "argument shell: invalid choice: 'tcsh'"),
+        ("run", "", "name a pipeline first"),
+        ("run", "nowhere.yaml", "nowhere.yaml: no such file or pipeline"),
+        ("run", "quickstart --rank 2", "unknown flag --rank; did you mean --ranks?"),
     ],
 )
-def test_what_merge_refuses(argv: list[str], words: str):
+def test_what_programs_without_settings_refuse(
+    command: str, argv: str, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["program", *argv.split()])
+    main = importlib.import_module(MODULES[command]).main
     with pytest.raises(UserError) as error:
-        merge.main(argv)
+        main()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_command_is_in_one_of_the_tables():
+    names = {"sft": "step1", "reward": "step2", "ppo": "step3", "eval": "rw_eval"}
+    tabled = PROGRAMS.keys() | MODULES.keys()
+    assert {names.get(name, name) for name in COMMANDS} <= tabled

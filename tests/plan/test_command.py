@@ -60,6 +60,9 @@ def test_the_text_has_every_role_and_says_what_is_assumed(capsys):
         (["--config", RECIPE, "--model", "opt-351m"], "did you mean opt-350m"),
         (["--config", RECIPE, "--gpus", "0"], "gpus is 0"),
         (["--config", RECIPE, "--efficiency", "40"], "efficiency is 40"),
+        (["--config", RECIPE, "--script", RECIPE], "give --config RECIPE.yaml, or --script"),
+        (["--config", "no.yaml"], "config no.yaml: no such file"),
+        (["--script", "no.sh"], "script no.sh: no such file"),
         (["--config", RECIPE, "--lora_dimm", "4"], "did you mean --lora_dim"),
     ],
 )

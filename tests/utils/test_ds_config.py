@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from dschat.errors import UserError
-from dschat.train.engine import build_engine
+from dschat.train.engine import build_engine, refusals_named
 from dschat.train.model_config import ModelConfig
+from dschat.train.optimizer_block import check_optimizer_block
 from dschat.utils.ds_utils import EngineConfig, get_eval_ds_config, get_train_ds_config
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.optim_config import OptimizerConfig
@@ -169,6 +170,12 @@ def test_the_flags_stage_may_be_repeated(merged):
         ({"optimizer": {"typ": "Adam"}}, "optimizer: unknown key typ; did you mean type"),
         ({"curriculum_learning": {"enabled": True}}, "DeepSpeed refuses it .*curriculum_learning"),
         ('{"fp16": "auto", "fp16": "auto"}', "not JSON .the key 'fp16' stands twice"),
+        ({"gradient_clipping": "x"}, "gradient_clipping is 'x': give a number, 0 or more"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1: give a number, 0 or more"),
+        ('{"gradient_clipping": NaN}', "gradient_clipping is nan: give a number, 0 or more"),
+        ({"gradient_clipping": True}, "gradient_clipping is True: give a number, 0 or more"),
+        ({"memory_breakdown": 2}, "memory_breakdown is 2: give true or false"),
+        ({"data_types": {"grad_accum_dtype": "fp99"}}, "grad_accum_dtype is 'fp99': give fp32"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON .nested too deeply"),
         ("[1]", "holds no JSON object"),
@@ -253,3 +260,35 @@ def test_shards_that_deepspeed_does_not_make(merged, tmp_path: Path):
         UserError, match="zero_hpz_partition_size 3 does not divide the 4 processes"
     ):
         get_train_ds_config(engine_config(zero_stage=3, deepspeed_config=str(path)), 4)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"type": 3}, "names no type"),
+        ({"type": "Addam"}, "type 'Addam' is unknown; take one of adagrad, adam"),
+        ({"type": "Adam", "params": {"betas": [2, 0.9]}}, "Adam refuses them .Invalid beta"),
+        ({"type": "adamw", "params": {"beta": [0.9, 0.9]}}, "unexpected keyword argument 'beta'"),
+        ({"type": "SGD", "params": {"momentum": -1}}, "SGD refuses them .Invalid momentum"),
+        ({"type": "Adam", "params": {"torch_adam": True, "eps": 1e-6}}, None),
+        ({"type": "Lamb", "params": {"max_coeff": 2}}, None),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_refused_before_weights(
+    tmp_path: Path, block: dict, words: str | None
+):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"optimizer": block}))
+    if words is None:
+        check_optimizer_block(str(path), OptimizerConfig())
+        return
+    with pytest.raises(UserError, match=words):
+        check_optimizer_block(str(path), OptimizerConfig())
+
+
+def test_what_deepspeed_refuses_late_is_one_line_too(tmp_path: Path):
+    said = r"^deepspeed_config d: DeepSpeed: ValueError: a$"
+    with pytest.raises(UserError, match=said), refusals_named("d"):
+        raise ValueError("a\nb")
+    with pytest.raises(ValueError, match="a"), refusals_named(None):
+        raise ValueError("a")
