@@ -24,6 +24,7 @@ from typing import Any
 
 from dschat.config.cli import parse, run_cli
 from dschat.config.programs import WinRateSettings
+from dschat.config.unused import tell_unused
 from dschat.functional.length_control import length_controlled
 from dschat.functional.proportions import wilson_interval
 from dschat.models.save import check_output_dir
@@ -44,6 +45,7 @@ from dschat.utils.printable import printable
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare two candidates."""
     settings = parse(WinRateSettings, argv, __doc__)
+    tell_unused(settings)
     limits, judge_limits = settings.limits()
 
     # 1. all that can be wrong

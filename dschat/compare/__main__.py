@@ -28,6 +28,7 @@ from pathlib import Path
 from dschat.compare.page import Column, write_page
 from dschat.config.answering import CompareSettings
 from dschat.config.cli import parse, run_cli
+from dschat.config.unused import tell_unused
 from dschat.errors import UserError
 from dschat.models.reward_model import read_head
 from dschat.rlhf.candidates import Candidates, read_prompts
@@ -39,6 +40,7 @@ from dschat.utils.printable import printable
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page, or serve the one where one types."""
     settings = parse(CompareSettings, argv, __doc__)
+    tell_unused(settings)
     if settings.live:
         from dschat.compare.live import serve
 

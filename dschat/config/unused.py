@@ -20,6 +20,7 @@ SWITCHES = {
     "enable_test_mode": "test_stop_step",
     "eval_iters": "eval_interval",
     "print_answers_interval": "print_answers",
+    "port": "live",
     "save_total_limit": "save_steps",
     "tensorboard_path": "enable_tensorboard",
     "test_stop_step": "enable_test_mode",
@@ -28,6 +29,11 @@ SWITCHES = {
 # A flag, and the one that takes its place.
 DISPLACED = {
     "language": "prompts",
+    "max_prompts": "live",
+    "output": "live",
+    "temperature": "greedy",
+    "top_k": "greedy",
+    "top_p": "greedy",
     "modules_to_save": "train_base_model",
     "train_on": "train_on_prompt",
 }
@@ -72,6 +78,10 @@ def unused_flags(settings: Settings) -> Iterator[str]:
         for name in ("top_p", "seed"):
             if name in changed:
                 yield f"--{name} does nothing: at --temperature 0 nothing is drawn"
+    if "seed" in changed and values.get("greedy"):
+        yield "--seed does nothing: with --greedy nothing is drawn"
+    if "max_seq_len" in changed and values.get("reward_model", "one") is None:
+        yield "--max_seq_len does nothing without --reward_model"
     if isinstance(settings, StepSettings):
         if "per_device_train_batch_size" in changed and settings.batch.own_batching:
             yield (

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.answering import CompareSettings
 from dschat.config.cli import parse
-from dschat.config.programs import ChatSettings, InspectSettings
+from dschat.config.programs import ChatSettings, InspectSettings, WinRateSettings
 from dschat.config.unused import tell_unused, unused_flags
 from dschat.data.batching import RowBatches
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
@@ -36,6 +37,15 @@ def dpo(*argv: str) -> DPOSettings:
 def rlhf(*argv: str) -> RLHFSettings:
     models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
     return parse(RLHFSettings, [*models, *argv], "")
+
+
+def winrate(*argv: str) -> WinRateSettings:
+    given = ["--candidates", "a", "b", "--prompts", "p", "--judge", "j", *argv]
+    return parse(WinRateSettings, given, None)
+
+
+def compare(*argv: str) -> CompareSettings:
+    return parse(CompareSettings, ["a", "b", "--prompts", "p", *argv], None)
 
 
 def inspect(*argv: str) -> InspectSettings:
@@ -595,6 +605,14 @@ def test_step_3_says_what_does_nothing(argv, said):
         (chat, "--top_p 0.5 --temperature 0", "--top_p does nothing: at --temperature 0 nothing "),
         (rw_eval, "--max_train_samples 5", "--max_train_samples does nothing: the rows that are "),
         (rw_eval, "--max_eval_samples 5", ""),
+        (compare, "", ""),
+        (compare, "--port 80", "--port does nothing without --live"),
+        (compare, "--max_seq_len 99", "--max_seq_len does nothing without --reward_model"),
+        (compare, "--max_seq_len 99 --reward_model r", ""),
+        (compare, "--greedy --top_p 0.5", "--top_p does nothing: --greedy takes its place"),
+        (compare, "--greedy --seed 3", "--seed does nothing: with --greedy nothing is drawn"),
+        (winrate, "--seed 3 --temperature 0.5 --max_seq_len 99", ""),
+        (winrate, "--greedy --temperature 2", "--temperature does nothing: --greedy takes its"),
         (inspect, "", ""),
         (inspect, "--eot_token x", "--eot_token does nothing without --add_eot_token"),
         (inspect, "--phase 1 --max_prompt_seq_len 9", "--max_prompt_seq_len does nothing in phase"),

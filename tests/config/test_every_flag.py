@@ -13,6 +13,7 @@ import pytest
 
 from dschat.command.registry import COMMANDS
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
+from dschat.config.answering import CompareSettings
 from dschat.config.cli import parse
 from dschat.config.help import OneLineParser, add_flag
 from dschat.config.programs import ChatSettings, InspectSettings, WinRateSettings
@@ -30,6 +31,7 @@ PROGRAMS: dict[str, type[Settings]] = {
     "run": PipelineSettings,
     "plan": PlanFlags,
     "winrate": WinRateSettings,
+    "compare": CompareSettings,
     "inspect": InspectSettings,
     "chat": ChatSettings,
     "rw_eval": script("training/step2_reward_model_finetuning/rw_eval.py")["RewardEvaluation"],
@@ -48,6 +50,7 @@ NEEDED = {
 }
 NEEDED_OF = {
     "winrate": {"candidates": ("m", "n"), "prompts": "m", "judge": "m"},
+    "compare": {"models": ("m", "n"), "prompts": "m"},
     "plan": {"config": "dschat/recipes/opt/single_gpu/sft_1.3b.yaml"},
 }
 # Commands that take words, or hand their flags on.
@@ -99,6 +102,7 @@ ZERO_IS_VALID = {
 REFUSED_AT_ZERO = {
     ("step3", "temperature"),
     ("winrate", "temperature"),
+    ("compare", "temperature"),
     ("prompt_eval", "top_k"),
 }
 NEGATIVE_IS_VALID = {
