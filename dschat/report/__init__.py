@@ -4,6 +4,7 @@
 2. panels.py: which figures stand together in a curve
 3. drawing.py: curves and distributions by matplotlib
 4. page.py: the HTML file by Jinja2, and the PNG files beside it
+5. card.py: README.md of each of its models
 
 `python -m dschat.report OUTPUT` makes the page again.
 """

@@ -1,4 +1,4 @@
-"""The page of a run while it goes on: OUTPUT/report.html, from what stands in OUTPUT."""
+"""The page of a run while it goes on, OUTPUT/report.html, and its models' cards at the end."""
 
 from __future__ import annotations
 
@@ -43,10 +43,17 @@ class RunPage:
             self._make()
 
     def finish(self) -> None:
-        """Make the page of the whole run, and say where it is."""
+        """Make the page of the whole run and its models' cards, and say where the page is."""
+        from dschat.report.card import write_cards
+
         page = self._make()
-        if page is not None:
-            print_rank_0(f"curves, warnings and answers: {page}")
+        if page is None:
+            return
+        print_rank_0(f"curves, warnings and answers: {page}")
+        try:
+            write_cards(self.folder)
+        except Exception as error:
+            print_rank_0(f"no model card: {type(error).__name__}: {error}")
 
     def _make(self) -> Path | None:
         """Make the page; what hinders it is said, and the run goes on without."""
