@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from benchmarks.peers.task import PAD, RANK, RATE, Clock, Task, serve
-from dschat.data.collators import PairCollator, SFTCollator
+from benchmarks.peers.task import PAD, RANK, RATE, Task, Turns
+from dschat.data.collators import PairCollator, PreferenceCollator, SFTCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_model import RewardModel
-from dschat.train.engine import backward, build_engine
+from dschat.train.engine import Engine, backward, build_engine
 from dschat.train.evaluation import answer_loss, pair_scores
 from dschat.train.model_config import ModelConfig
+from dschat.train.preference_config import PreferenceConfig
+from dschat.train.preferences import Objective
 from dschat.train.progress import finite_loss
+from dschat.train.reference import AdaptersOff
 from dschat.utils.distributed import init_distributed
 from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
@@ -25,11 +30,17 @@ def trained(row: dict) -> dict:
     return {"input_ids": row["input_ids"], "length": length, "trained": [row["start"], length]}
 
 
-def train(task: Task, clock: Clock) -> None:
-    """Build the engine, and make the steps."""
-    is_sft = task.kind == "sft"
+def preferred(row: dict) -> dict:
+    """Row of DPO, numbered as no set numbers it."""
+    prompt = row["prompt_ids"]
+    sides = {side: prompt + row[side] for side in ("chosen_ids", "rejected_ids")}
+    return sides | {"prompt_len": len(prompt), "number": -1}
+
+
+def engine_of(task: Task) -> Engine:
+    """Build the engine around the task's model."""
     module = task.language_model()
-    if not is_sft:
+    if task.kind == "reward":
         module = RewardModel(module.model)
         with torch.no_grad():
             module.v_head.weight.copy_(task.head())
@@ -37,27 +48,41 @@ def train(task: Task, clock: Clock) -> None:
     model = ModelConfig(
         optimizer=OptimizerConfig(learning_rate=RATE), lora=LoraConfig(lora_dim=RANK)
     )
-    schedule = schedule_factory("constant", 0, task.steps + 1)
-    engine = build_engine(module, config, model, schedule, 1, task.kind)
-    given = task.answers() if is_sft else task.pairs()
-    size = task.batch if is_sft else task.batch // 2
-    for number in range(task.steps + 1):
-        rows = given[number * size : (number + 1) * size]
-        if is_sft:
-            batch = SFTCollator(PAD)([trained(row) for row in rows])
-            count, loss = float(batch.loss_mask.sum()), answer_loss(engine, batch)
+    schedule = schedule_factory("constant", 0, task.all_steps)
+    return build_engine(module, config, model, schedule, 1, task.kind)
+
+
+def losses(task: Task, engine: Engine) -> Iterator[tuple[torch.Tensor, float]]:
+    """Sum of the loss over each batch, and what it is a mean over."""
+    rows = {"sft": task.answers, "reward": task.pairs, "dpo": task.preferences}[task.kind]()
+    size = task.batch if task.kind == "sft" else task.batch // 2
+    settings = PreferenceConfig()
+    objective = Objective(settings.loss, settings.coefficients, AdaptersOff())
+    for start in range(0, len(rows), size):
+        given = rows[start : start + size]
+        if task.kind == "sft":
+            answers = SFTCollator(PAD)([trained(row) for row in given])
+            yield answer_loss(engine, answers), float(answers.loss_mask.sum())
+        elif task.kind == "reward":
+            pairs = PairCollator(PAD)([row | {"prompt_len": 1} for row in given])
+            yield pairwise_loss(*pair_scores(engine, pairs), pairs.real), float(size)
         else:
-            batch = PairCollator(PAD)([row | {"prompt_len": 1} for row in rows])
-            count, loss = float(size), pairwise_loss(*pair_scores(engine, batch), batch.real)
+            preferences = PreferenceCollator(PAD)([preferred(row) for row in given])
+            yield objective(engine, preferences)[0], float(size)
+
+
+def train(task: Task) -> None:
+    """Build the engine, and make the steps."""
+    engine, turns = engine_of(task), Turns(task.steps)
+    for number, (loss, count) in enumerate(losses(task, engine), 1):
         backward(engine, loss * mean_scale(count, 1), last=True)
-        total = finite_loss(number + 1, [loss.detach()], count, engine.gradients)
+        total = finite_loss(number, [loss.detach()], count, engine.gradients)
         engine.step()
-        clock.first_loss = clock.first_loss or total / count
-        clock.step_made()
-    engine.destroy()
+        turns.first_loss = turns.first_loss or total / count
+        turns.step_made()
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     init_distributed()
-    task = Task.given()
-    serve(task.steps, lambda clock: train(task, clock))
+    train(Task.given())

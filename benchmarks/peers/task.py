@@ -6,14 +6,16 @@ Imports torch and transformers alone, which every peer's environment has.
 from __future__ import annotations
 
 import json
+import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,23 +25,34 @@ from transformers import (
 
 PAD, END = 0, 2
 RATE, RANK = 1e-4, 16
+ANSWERS, ANSWER, KL = 4, 48, 0.05  # of a prompt, tokens of each, weight of the distance
 RESULT = "RESULT "  # in front of the lines that the driver reads
 
 
 @dataclass(frozen=True)
 class Task:
-    """One cell: sft or reward, at a vocabulary.
+    """One cell: sft, reward, dpo, grpo, rloo or ppo, at a vocabulary.
 
     Attributes:
-        steps: optimizer steps that are timed, after one that is not.
-        batch: sequences a step; pairs count as two.
+        steps: optimizer steps of a turn. turns: turns, before which a step is made untimed.
+        batch: sequences a step; pairs count as two, answers to one prompt as `ANSWERS`.
+        length: longest sequence, of a prompt alone where answers are sampled.
+        width, layers: of the model's trunk.
     """
 
     kind: str
     vocabulary: int
     steps: int
+    turns: int
     batch: int
     length: int
+    width: int = 256
+    layers: int = 6
+
+    @property
+    def all_steps(self) -> int:
+        """Steps that a peer makes from its start."""
+        return self.steps * self.turns + 1
 
     @classmethod
     def given(cls) -> Task:
@@ -47,14 +60,14 @@ class Task:
         return cls(**json.loads(sys.argv[1]))
 
     def config(self) -> LlamaConfig:
-        """4.7 million weights beside embedding and head."""
+        """By default 4.7 million weights beside embedding and head."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=6,
+            hidden_size=self.width,
+            intermediate_size=self.width * 43 // 16,
+            num_hidden_layers=self.layers,
             num_attention_heads=8,
-            max_position_embeddings=self.length,
+            max_position_embeddings=self.length + ANSWER,
             pad_token_id=PAD,
             eos_token_id=END,
         )
@@ -66,7 +79,7 @@ class Task:
 
     def head(self) -> torch.Tensor:
         """(1, H) weight of a reward model's head, the same in every process."""
-        return 0.02 * torch.randn(1, 256, generator=torch.Generator().manual_seed(1))
+        return 0.02 * torch.randn(1, self.width, generator=torch.Generator().manual_seed(1))
 
     def classifier(self) -> LlamaForSequenceClassification:
         """Make the reward model in transformers' form."""
@@ -87,50 +100,71 @@ class Task:
 
     def answers(self) -> list[dict]:
         """Rows of SFT: ids, and where the answer, their last third, begins."""
-        count = (self.steps + 1) * self.batch
-        drawn = (next(rows) for rows in [self.sequences()] for _ in range(count))
+        drawn = islice(self.sequences(), self.all_steps * self.batch)
         return [{"input_ids": ids, "start": len(ids) * 2 // 3} for ids in drawn]
 
     def pairs(self) -> list[dict]:
-        """Pairs of a reward model."""
-        rows, count = self.sequences(), (self.steps + 1) * self.batch // 2
+        """Pairs of a reward model, whose sides have nothing in common."""
+        rows, count = self.sequences(), self.all_steps * self.batch // 2
         return [{"chosen_ids": next(rows), "rejected_ids": next(rows)} for _ in range(count)]
 
+    def preferences(self) -> list[dict]:
+        """Pairs of DPO: two answers, each a third of a sequence, to a prompt of two thirds."""
+        cut = 2 * self.length // 5
+        sides = ("chosen_ids", "rejected_ids")
+        return [
+            {"prompt_ids": pair["chosen_ids"][:cut]} | {side: pair[side][cut:] for side in sides}
+            for pair in self.pairs()
+        ]
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Make one that knows the special tokens; no text is read."""
+    def prompts(self, count: int) -> list[str]:
+        """Texts of 60 to 100 % of the length, in words that are one token each."""
+        draw = random.Random(3)
+        sizes = [draw.randint(self.length * 3 // 5, self.length) for _ in range(count)]
+        return [" ".join(f"w{draw.randrange(4, self.vocabulary)}" for _ in range(n)) for n in sizes]
+
+
+def variety(prompt: str, answer: str) -> float:
+    """Reward an answer by the share of its words that differ."""
+    words = answer.split()
+    return len(set(words)) / max(len(words), 1)
+
+
+def tokenizer(vocabulary: int = 4) -> PreTrainedTokenizerFast:
+    """Make one of the special tokens and of the words w4, w5, ..."""
     words = {"<pad>": PAD, "<s>": 1, "</s>": END, "<unk>": 3}
+    words |= {f"w{number}": number for number in range(4, vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
-class Clock:
-    """CPU and wall seconds of the steps after the first."""
+@dataclass
+class Turns:
+    """Measures the steps of a peer in turns, each of which a line on stdin begins.
 
-    def __init__(self, steps: int):
-        self.steps, self.made, self.first_loss = steps, 0, 0.0
+    Attributes:
+        first_loss: of the untimed step, where its loss can be compared.
+    """
+
+    steps: int
+    first_loss: float | None = None
+    made: int = field(default=0, init=False)
 
     def step_made(self) -> None:
-        """Note the end of an optimizer step."""
-        if self.made == 0:
-            self.cpu, self.wall = time.process_time(), time.perf_counter()
-        elif self.made == self.steps:
-            self.cpu = time.process_time() - self.cpu
-            self.wall = time.perf_counter() - self.wall
+        """Note the end of an optimizer step; between turns, wait."""
         self.made += 1
-
-
-def serve(steps: int, train: Callable[[Clock], None]) -> None:
-    """Train once for each line on stdin, and write its figures on a line."""
-    torch.set_num_threads(1)
-    for _ in sys.stdin:
-        clock = Clock(steps)
-        train(clock)
-        figures = {
-            "cpu": clock.cpu,
-            "wall": clock.wall,
-            "loss": clock.first_loss,
-            "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
-        print(f"{RESULT}{json.dumps(figures)}", flush=True)
+        if (self.made - 1) % self.steps:
+            return
+        if self.made > 1:
+            figures = {
+                "cpu": time.process_time() - self._cpu,
+                "wall": time.perf_counter() - self._wall,
+                "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "loss": self.first_loss,
+            }
+            print(f"\n{RESULT}{json.dumps(figures)}", flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit(0)
+        self._cpu, self._wall = time.process_time(), time.perf_counter()

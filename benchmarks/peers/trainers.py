@@ -14,18 +14,31 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import SequentialSampler
 
-from benchmarks.peers.task import PAD, RANK, RATE, Clock, Task, serve, tokenizer
+from benchmarks.peers.task import (
+    ANSWER,
+    ANSWERS,
+    KL,
+    PAD,
+    RANK,
+    RATE,
+    Task,
+    Turns,
+    tokenizer,
+    variety,
+)
 
 
 class Ticks(transformers.TrainerCallback):
-    """Tells the clock of each optimizer step."""
+    """Tells the turns of each optimizer step, once its loss is logged."""
 
-    def __init__(self, clock: Clock):
-        self.clock = clock
+    def __init__(self, turns: Turns):
+        self.turns = turns
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_log(self, *args: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         """See Trainer."""
-        self.clock.step_made()
+        if "loss" in logs:
+            self.turns.first_loss = self.turns.first_loss or float(logs["loss"])
+            self.turns.step_made()
 
 
 class InOrder:
@@ -71,27 +84,21 @@ def pairs_collated(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def lora(task: Task) -> LoraConfig:
     """Adapters on every linear layer but the head, which trains in a reward model."""
-    if task.kind == "sft":
-        return LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-    layers = r".*\.(q|k|v|o|gate|up|down)_proj"
-    return LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        target_modules=layers,
-        task_type="SEQ_CLS",
-        modules_to_save=["score"],
-    )
+    if task.kind == "reward":
+        layers = r".*\.(q|k|v|o|gate|up|down)_proj"
+        extra: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    else:
+        layers, extra = "all-linear", {"task_type": "CAUSAL_LM"}
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, **extra)
 
 
 def options(task: Task, folder: str) -> dict[str, Any]:
     """Arguments that all trainers share."""
-    rows = task.batch if task.kind == "sft" else task.batch // 2
+    rows = task.batch // 2 if task.kind in ("reward", "dpo") else task.batch
     return {
         "output_dir": folder,
         "per_device_train_batch_size": rows,
-        "max_steps": task.steps + 1,
+        "max_steps": task.all_steps,
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
@@ -122,7 +129,11 @@ def of_trl(task: Task, folder: str) -> transformers.Trainer:
     """Make TRL's trainer."""
     import trl
 
+    if task.kind in ("grpo", "rloo"):
+        return sampling(task, folder)
     shared = options(task, folder) | {"max_length": task.length, "remove_unused_columns": True}
+    module: Any = task.classifier() if task.kind == "reward" else task.language_model()
+    more: dict[str, Any] = {}
     if task.kind == "sft":
         rows = [
             {
@@ -132,12 +143,12 @@ def of_trl(task: Task, folder: str) -> transformers.Trainer:
             for row in task.answers()
         ]
         kind, config = trl.SFTTrainer, trl.SFTConfig(**shared, completion_only_loss=True)
-        module: Any = task.language_model()
+    elif task.kind == "reward":
+        rows, kind, config = task.pairs(), trl.RewardTrainer, trl.RewardConfig(**shared)
     else:
-        rows, module = task.pairs(), task.classifier()
-        kind, config = trl.RewardTrainer, trl.RewardConfig(**shared)
-    in_order = type("InOrder", (InOrder, kind), {})
-    return in_order(
+        rows, kind, config = task.preferences(), trl.DPOTrainer, trl.DPOConfig(**shared)
+        more = {"_prepare_dataset": lambda self, dataset, *args: dataset}  # it is tokenised
+    return type("InOrder", (InOrder, kind), more)(
         model=module,
         args=config,
         train_dataset=Dataset.from_list(rows),
@@ -146,16 +157,47 @@ def of_trl(task: Task, folder: str) -> transformers.Trainer:
     )
 
 
-def train(task: Task, make: Any, clock: Clock) -> None:
+def rewards(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Give the rewards that the recipe has from `variety`."""
+    return [variety(*pair) for pair in zip(prompts, completions, strict=True)]
+
+
+def sampling(task: Task, folder: str) -> transformers.Trainer:
+    """Make TRL's trainer of GRPO or RLOO; answers have one length."""
+    import trl
+
+    kind, settings = {
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig),
+    }[task.kind]
+    config = settings(
+        **options(task, folder),
+        num_generations=ANSWERS,
+        max_completion_length=ANSWER,
+        generation_kwargs={"min_new_tokens": ANSWER},
+        top_k=0,
+        beta=KL,
+    )
+    texts = task.prompts(task.all_steps * task.batch // ANSWERS)
+    return kind(
+        model=task.language_model(),
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
+        processing_class=tokenizer(task.vocabulary),
+        peft_config=lora(task),
+    )
+
+
+def train(task: Task, make: Any) -> None:
     """Make the trainer, and have it make the steps."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(task, folder)
-        trainer.add_callback(Ticks(clock))
+        trainer.add_callback(Ticks(Turns(task.steps)))
         trainer.train()
-    clock.first_loss = next(float(e["loss"]) for e in trainer.state.log_history if "loss" in e)
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    task, make = Task.given(), {"plain": plain, "trl": of_trl}[sys.argv[2]]
-    serve(task.steps, lambda clock: train(task, make, clock))
+    torch.set_num_threads(1)
+    train(Task.given(), {"plain": plain, "trl": of_trl}[sys.argv[2]])

@@ -58,6 +58,7 @@ def svg(figure: Figure) -> str:
     # The salt makes names of parts the same each time; metadata would hold the date.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dschat"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # the layout stays as it was found here
     return re.sub(r"^.*?(?=<svg )", "", file.getvalue(), flags=re.DOTALL)
 
 

@@ -14,6 +14,7 @@ from dschat.settings import Settings, flag_values
 from dschat.utils.distributed import print_rank_0
 
 SHARE = 100  # of the run's time, one part at most goes into its page
+FIRST = 60.0  # seconds before there is one: a run that has ended by then makes it once
 VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "tokenizers")
 PROGRAMS = {  # by the settings' class
     "SFTSettings": "sft",
@@ -32,7 +33,7 @@ class RunPage:
 
     def __init__(self, output_dir: str | Path, settings: Settings | None):
         self.folder = Path(output_dir)
-        self._next = 0.0  # earliest time of the next one
+        self._next = time.monotonic() + FIRST  # earliest time of the next one
         if settings is not None:
             text = json.dumps(description(settings), indent=2, default=str, ensure_ascii=False)
             (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")

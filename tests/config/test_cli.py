@@ -1,5 +1,6 @@
 """Command line and YAML to settings, on a small class of settings of its own."""
 
+import gc
 import itertools
 import math
 import subprocess
@@ -8,7 +9,7 @@ from dataclasses import MISSING, dataclass
 
 import pytest
 
-from dschat.config.cli import parse, run_cli
+from dschat.config.cli import check_flags, parse, run_cli
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, group, setting
 from dschat.train.metrics import LogConfig, MetricLogger, progress_bar
@@ -328,3 +329,21 @@ def test_output_that_nobody_reads_is_one_line():
     assert process.wait() == 1
     line = "error: rank 0, before the first step: nobody reads its standard output any more; write"
     assert said.startswith(line) and said.count("\n") == 1
+
+
+def test_garbage_is_looked_for_again_once_the_program_runs():
+    seen: list[bool] = []
+    try:
+        check_flags(Example, "A test.", ["--name", "x"])
+        seen.append(gc.isenabled())
+        run_cli(lambda: seen.append(gc.isenabled()))
+        assert seen == [False, True] and gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_garbage_is_looked_for_where_the_flags_are_wrong():
+    with pytest.raises(SystemExit):
+        check_flags(Example, "A test.", ["--nam", "x"])
+    assert gc.isenabled()

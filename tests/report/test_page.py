@@ -14,6 +14,7 @@ from dschat.report.drawing import distributions, png, svg
 from dschat.report.page import write_page
 from dschat.report.panels import PANELS, drawn
 from dschat.report.records import read
+from dschat.train import run_page
 from dschat.train.metrics import LogConfig, MetricLogger
 from dschat.train.run_page import RunPage
 
@@ -136,7 +137,8 @@ def test_equal_rewards_and_names_with_a_dollar_can_be_drawn(tmp_path: Path):
     assert png(curve(panel, read(tmp_path)))[:4] == b"\x89PNG"
 
 
-def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path, capsys):
+def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(run_page, "FIRST", 0.0)
     settings = SFTSettings.of(model_name_or_path="some model", data_path=["rows"])
     log = MetricLogger(LogConfig(), tmp_path, 0, settings=settings)
     log.log(0, {"loss": 2.0}, kind="eval")
@@ -151,6 +153,14 @@ def test_a_run_makes_its_page_at_evaluations_and_at_its_end(tmp_path: Path, caps
     text = page.read_text()
     assert "a rate is high" in text and "some model" in text and "Step 1" in text
     assert read(tmp_path).description["settings"]["data_path"] == ["rows"]
+
+
+def test_a_short_run_makes_its_page_once(tmp_path: Path):
+    log = MetricLogger(LogConfig(), tmp_path, 0)
+    log.log(0, {"loss": 2.0}, kind="eval")
+    assert not (tmp_path / "report.html").exists()
+    log.close()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_without_a_page(tmp_path: Path):
