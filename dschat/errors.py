@@ -12,7 +12,7 @@ class UserError(ValueError):
     """
 
 
-def brief(error: Exception, with_type: bool = False) -> str:
+def brief(error: BaseException, with_type: bool = False) -> str:
     """Reduce an error to the first line of its message, or to its type where it has none.
 
     A line that ends in a colon takes the next one along.

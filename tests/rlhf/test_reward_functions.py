@@ -73,11 +73,12 @@ def test_a_batch_is_what_its_real_rows_say():
         ([1.0, "b"], "returned 'b' for the prompt 'q' and the answer 'no!!': return a list of 2"),
         ([float("nan"), 1.0], "returned nan for the prompt 'q: b' and the answer 'yes'"),
         (KeyError("x"), "fails (KeyError: 'x') for 2 answers, the first for the prompt 'q: b'"),
+        (SystemExit(0), "fails (SystemExit: 0) for 2 answers, the first for the prompt 'q: b'"),
     ],
 )
 def test_what_is_no_list_of_scores_is_one_line(returned, words):
     def function(prompts, answers):
-        if isinstance(returned, Exception):
+        if isinstance(returned, BaseException):
             raise returned
         return returned
 
