@@ -22,7 +22,7 @@ FLOORS = [
     ("rlhf",),
     ("config",),
     ("chat",),
-    ("plan", "quickstart", "merge", "checkpoint", "winrate"),
+    ("plan", "quickstart", "merge", "checkpoint", "winrate", "push"),
     ("pipeline", "compare"),
     ("command",),
     ("api",),

@@ -50,6 +50,7 @@ _ALL = (
     Command("compare", USE, "answers of models side by side, on a page", "dschat.compare"),
     Command("winrate", USE, "one model's answers against another's", "dschat.winrate"),
     Command("merge", USE, "an adapter into its base", "dschat.merge"),
+    Command("push", USE, "a finished model to the Hub", "dschat.push"),
     Command("inspect", LOOK, "data as training would see it", "dschat.data", ("inspect",)),
     Command("report", LOOK, "the page of a run, made again", "dschat.report"),
     Command("plan", LOOK, "memory and time of a step before it runs", "dschat.plan"),

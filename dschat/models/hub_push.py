@@ -1,0 +1,106 @@
+"""Put the model of a finished folder on the Hub: its files alone, never what lies beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dschat.errors import UserError, brief
+from dschat.models.placing import MODEL_FILES, PART
+from dschat.models.reward_statistics import EVALUATION_FILE
+from dschat.models.save_plan import READY
+from dschat.utils.module.adapter_config import CONFIG_FILE
+
+PAGES = ("README.md", "training_curve.png")  # the model card and its picture
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+# What lies in folders, and the evaluation of a reward model, whose settings name local paths.
+OTHERS = ["*/*", f"{Path(EVALUATION_FILE).stem}.*"]
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def check_repository(name: str, setting: str) -> None:
+    """Stop at a name that no repository on the Hub can have.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if _REPOSITORY.fullmatch(name) is None or ".." in name or "--" in name:
+        raise UserError(f"{setting} is {name}: give OWNER/NAME, as in me/my-model")
+
+
+def check_token() -> None:
+    """Stop where this machine has no key to the Hub.
+
+    Raises:
+        UserError: with the command that asks for one.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("the Hub asks who you are; run: hf auth login, or set HF_TOKEN")
+
+
+def check_finished(folder: str | Path) -> Path:
+    """Stop at a folder without a finished model, or one that others could not load.
+
+    Raises:
+        UserError: with what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; give that of a trained model")
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        inner = folder / "actor"
+        hint = f"give {inner}" if inner.is_dir() else "give one that a run has finished"
+        raise UserError(f"{folder}: holds no finished model; {hint}")
+    if (folder / PART).exists() or (folder / READY).exists():
+        raise UserError(f"{folder}: a model is being written there; wait for the end of its run")
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        raise UserError(f"{folder}: holds no weights; give one that a run has finished")
+    if is_adapter:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        base = str(config.get("base_model_name_or_path"))
+        if Path(base).expanduser().exists():
+            raise UserError(
+                f"{folder}: its base is {base}, which is on this machine alone; push the merged "
+                f"model: dschat merge {folder} MERGED"
+            )
+    return folder
+
+
+def push(folder: str | Path, repository: str, public: bool = False) -> str:
+    """Upload a finished model's files in one commit; the repository is made where there is none.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: the folder is not finished, the repository is public and should not be, or the
+            Hub refuses.
+    """
+    folder = check_finished(folder)
+    from huggingface_hub import HfApi
+
+    api: Any = HfApi()
+    try:
+        url = api.create_repo(repository, private=not public, exist_ok=True)
+        is_public = not api.repo_info(repository).private
+        if is_public == public:
+            files = [*MODEL_FILES, *PAGES]
+            message = "Model trained with dschat"
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                allow_patterns=files,
+                ignore_patterns=OTHERS,
+                commit_message=message,
+            )
+    except Exception as error:  # of the network, or the Hub's answer
+        raise UserError(f"{repository}: {brief(error, with_type=True)}") from error
+    if is_public != public:
+        now, remedy = ("public", "add --public") if is_public else ("private", "drop --public")
+        raise UserError(f"{repository}: is {now} on the Hub; {remedy}, or change it there")
+    return str(url)
