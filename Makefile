@@ -3,12 +3,13 @@
 # make test-slow    lint, and the tests that `make test` leaves out
 # make test-all     lint, and both
 # make test-gpu     tests/gpu, on the first GPU
+# make gpu-day      speed and memory of every program on the first GPU: build/gpu_day
 # make faults       kill, fill up, damage and stop hundreds of runs: an hour, it may be interrupted
 # make lint         check format, style and types
 # make format       rewrite the sources in the house format
 # make clean        remove builds and caches; the environment stays, `rm -r .venv` removes it
 #
-# No test needs a network, and only those of `make test-gpu` a GPU.
+# No test needs a network, and only `make test-gpu` and `make gpu-day` a GPU.
 # Another interpreter: make PYTHON=python3.12. Options for every pip install: PIP_OPTIONS="...".
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
 # Processes for the tests, a file by one of them; each takes about 1 GB.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-slow test-all test-gpu faults lint format clean
+.PHONY: quickstart test test-slow test-all test-gpu gpu-day faults lint format clean
 .DEFAULT_GOAL := quickstart
 
 # torch first and pinned, so that nothing after it asks for another build. DeepSpeed comes as
@@ -46,6 +47,10 @@ test-all: lint
 # DeepSpeed has one device a process: these tests run by themselves.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest --gpu tests/gpu
+
+# Random weights of up to 8 billion parameters: 40 GB of disk.
+gpu-day: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_day
 
 # Goes on where it was interrupted; build/faults holds the results, and what failed.
 faults: $(STAMP)

@@ -1,0 +1,1 @@
+"""What a machine with a GPU makes of this project: `python -m benchmarks.gpu_day`."""
