@@ -14,8 +14,9 @@ import datasets
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dschat.data.batches import SFTBatch
 from dschat.data.batching import BatchSampler, RowBatches, build_loader
-from dschat.data.collators import PackedCollator, SFTBatch, SFTCollator
+from dschat.data.collators import PackedCollator, SFTCollator
 from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.train.evaluation import answer_loss
 

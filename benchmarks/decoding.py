@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.functional.returns import answer_mask_from
 from dschat.rlhf.answering import generate_sorted
 from dschat.rlhf.generation import SamplingConfig

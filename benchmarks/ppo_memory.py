@@ -30,7 +30,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ppo_states import Options, table
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format

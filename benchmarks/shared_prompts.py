@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from dschat.data.collators import PairCollator
-from dschat.data.reward_batches import shared_prompt_batch
+from dschat.data.shared_prompts import shared_prompt_batch
 from dschat.functional.losses import pairwise_loss
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.text.tokenizer import load_hf_tokenizer

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dschat.data.collators import PairBatch, PairCollator, SFTCollator
+from dschat.data.batches import PairBatch
+from dschat.data.collators import PairCollator, SFTCollator
 from dschat.functional.losses import pairwise_loss
 from dschat.models import right_padding
 from dschat.models.reward_model import RewardModel

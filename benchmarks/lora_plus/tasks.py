@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.lora_plus.training import Row, Run, Task, fit
-from dschat.data.collators import SFTBatch, SFTCollator
+from dschat.data.batches import SFTBatch
+from dschat.data.collators import SFTCollator
 from dschat.data.config import DataConfig
 from dschat.data.datasets import create_prompt_dataset
 from dschat.models.causal_lm import check_context, create_hf_model

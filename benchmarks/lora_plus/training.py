@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dschat.data.collators import Batch, SFTBatch
+from dschat.data.batches import Batch, SFTBatch
 from dschat.functional.losses import mean_scale
 from dschat.models.logprobs import target_loss
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters

@@ -36,10 +36,11 @@ class Epoch:
         """Count global batches."""
         return -(-(len(self.starts) - 1) // self.size)
 
-    def batch(self, number: int) -> list[list[int]]:
-        """Give the items of one global batch; rank r of n takes items r, r + n, ..."""
-        bounds = self.starts[number * self.size : (number + 1) * self.size + 1].tolist()
-        return [self.rows[start:stop].tolist() for start, stop in pairwise(bounds)]
+    def batches(self, skip: int = 0) -> Iterator[list[list[int]]]:
+        """Yield the items of each global batch; rank r of n takes items r, r + n, ..."""
+        for first in range(skip * self.size, len(self.starts) - 1, self.size):
+            bounds = self.starts[first : first + self.size + 1].tolist()
+            yield [self.rows[start:stop].tolist() for start, stop in pairwise(bounds)]
 
 
 class BatchSampler(Protocol):
@@ -96,6 +97,7 @@ class SortedBatches(RowBatches):
         return Epoch(rows, np.arange(len(rows) + 1), self.size * world_size)
 
 
+@dataclass
 class Loader:
     """Batches of one rank: the same number on every rank, each row of the set once an epoch.
 
@@ -103,34 +105,29 @@ class Loader:
     rows by the last global batch gets a single filler row, for which it is False.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        collator: Callable[[Sequence[Any]], Any],
-        sampler: BatchSampler,
-        *,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
-        self._dataset, self._collator, self._sampler = dataset, collator, sampler
-        self._lengths = np.asarray(dataset.with_format("numpy")["length"][:])
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._epoch = self._skip = 0
-        self._last_draw: tuple[int, Epoch] | None = None
+    dataset: datasets.Dataset
+    lengths: np.ndarray  # (N,) tokens of its rows
+    collator: Callable[[Sequence[Any]], Any]
+    sampler: BatchSampler
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int = 0
+    skip: int = 0
+    _last_draw: tuple[int, Epoch] | None = None
 
     @property
     def rows(self) -> int:
         """Count the rows of the set."""
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __len__(self) -> int:
         """Count the batches of the present epoch, the same on every rank."""
-        return self.batches_in(self._epoch)
+        return self.batches_in(self.epoch)
 
     def batches_in(self, epoch: int) -> int:
         """Count the batches of an epoch; packed or by tokens, epochs differ a little."""
-        count = self._sampler.count(len(self._lengths), self._world_size)
+        count = self.sampler.count(len(self.lengths), self.world_size)
         return len(self._draw(epoch)) if count is None else count
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -138,31 +135,29 @@ class Loader:
 
         Its first `skip` batches, which a resumed run has had, are left out and never read.
         """
-        self._epoch, self._skip = epoch, skip
+        self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = self._draw(self._epoch)
-        for number in range(self._skip, len(epoch)):
-            items = epoch.batch(number)
-            mine = items[self._rank :: self._world_size]
+        for items in self._draw(self.epoch).batches(self.skip):
+            mine = items[self.rank :: self.world_size]
             is_real = bool(mine)
             if not is_real:
                 mine = [items[0][:1]]
             numbers = list(chain.from_iterable(mine))
-            columns = self._dataset[numbers]  # read in one go
+            columns = self.dataset[numbers]  # read in one go
             rows: Iterator[Any] = (
                 {**dict(zip(columns, values, strict=True)), "real": is_real, "number": number}
                 for number, *values in zip(numbers, *columns.values(), strict=True)
             )
-            if self._sampler.packs:
-                yield self._collator([[next(rows) for _ in pack] for pack in mine])
+            if self.sampler.packs:
+                yield self.collator([[next(rows) for _ in pack] for pack in mine])
             else:
-                yield self._collator(list(rows))
+                yield self.collator(list(rows))
 
     def _draw(self, number: int) -> Epoch:
         if self._last_draw is None or self._last_draw[0] != number:
-            rng = np.random.default_rng([self._seed, number])
-            epoch = self._sampler.epoch(self._lengths, self._world_size, rng)
+            rng = np.random.default_rng([self.seed, number])
+            epoch = self.sampler.epoch(self.lengths, self.world_size, rng)
             self._last_draw = number, epoch
         return self._last_draw[1]
 
@@ -199,4 +194,5 @@ def build_loader(
         if not isinstance(sampler, RowBatches):
             raise ValueError("rows that come by length are batched by rows")
         sampler = SortedBatches(sampler.size)
-    return Loader(dataset, collator, sampler, rank=rank, world_size=world_size, seed=seed)
+    lengths = np.asarray(dataset.with_format("numpy")["length"][:])
+    return Loader(dataset, lengths, collator, sampler, rank, world_size, seed)

@@ -3,108 +3,26 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
 
-from dschat.data.columns import OwnColumns, picked
-from dschat.lazy import torch
+from dschat.data.batches import (
+    MismatchedBatch,
+    PackedBatch,
+    PairBatch,
+    PreferenceBatch,
+    PromptBatch,
+    RewardBatch,
+    Row,
+    SFTBatch,
+    SharedPromptBatch,
+)
+from dschat.data.shared_prompts import is_less_work, shared_prompt_batch
+from dschat.lazy import np, torch
 
-Row = dict[str, Any]
-BatchT = TypeVar("BatchT", bound="Batch")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Fields of every batch; a row whose `real` is False is filler and must count nowhere."""
-
-    input_ids: torch.Tensor  # int64
-    attention_mask: torch.Tensor  # bool, shaped like input_ids; True = not padding
-    real: torch.Tensor  # (B,) bool
-
-    @property
-    def sequences(self) -> int:
-        """Count the real sequences."""
-        return int(self.real.sum()) * (len(self.input_ids) // len(self.real))
-
-    def to(self: BatchT, device: torch.device | str) -> BatchT:
-        """The same batch with every tensor on `device`; onto a GPU while the host goes on."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        movable: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Batch) else moved(value, device)
-            for name, value in values.items()
-            if isinstance(value, torch.Tensor | Batch)
-        }
-        return replace(self, **movable)
-
-
-def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Move a tensor; by pinned memory from host to GPU, which needs no wait."""
-    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-@dataclass(frozen=True)
-class SFTBatch(Batch):
-    """Prompts with their answers, right-padded, all (B, T)."""
-
-    loss_mask: torch.Tensor  # (B, T) bool; [b, t] True = token t is a target to be predicted
-
-
-@dataclass(frozen=True)
-class PackedBatch(SFTBatch):
-    """Several sequences in each row, one after another; each attends to itself alone."""
-
-    position_ids: torch.Tensor  # (B, T) int64; 0 where a sequence begins, and on padding
-
-    @property
-    def sequences(self) -> int:
-        """Count the real sequences."""
-        begins = self.attention_mask & (self.position_ids == 0)
-        return int(begins[self.real].sum())
-
-
-@dataclass(frozen=True)
-class PairBatch(Batch):
-    """Preference pairs, right-padded: rows 0..B-1 chosen, rows B..2B-1 rejected, all (2B, T)."""
-
-    answer_mask: torch.Tensor  # (2B, T) bool; True = token of the answer, its end token included
-
-
-@dataclass(frozen=True)
-class RewardBatch(PairBatch):
-    """Preference pairs with the margins that a reward model's loss asks for."""
-
-    margin: torch.Tensor  # (B,) float32
-
-
-@dataclass(frozen=True)
-class PreferenceBatch(PairBatch):
-    """Preference pairs whose places in their sets are known."""
-
-    numbers: torch.Tensor  # (B,) int64; -1 in a stream
-
-
-@dataclass(frozen=True)
-class MismatchedBatch(PreferenceBatch):
-    """The same, and each pair's prompt with an answer to another prompt."""
-
-    mismatched: SFTBatch  # B rows
-
-
-@dataclass(frozen=True)
-class PromptBatch(Batch):
-    """Prompts to generate from, left-padded, all (B, P)."""
-
-    columns: OwnColumns | None = None  # (B,) rows' own columns by name; None: none are kept
-
-    def rows(self, index: torch.Tensor) -> PromptBatch:
-        """Pick the rows of `index`, in its order, also several times."""
-        at = index.to(self.real.device)
-        tensors = (self.input_ids[at], self.attention_mask[at], self.real[at])
-        return PromptBatch(*tensors, picked(self.columns, index))
+_ENDLESS_STREAM = 4  # of the seed, apart from those of splits and streams
 
 
 @dataclass(frozen=True)
@@ -116,8 +34,8 @@ class SFTCollator:
 
     def __call__(self, rows: Sequence[Row]) -> SFTBatch:
         """Pad to the longest row; raises KeyError on rows of another phase."""
-        input_ids, attention_mask = _pad([row["input_ids"] for row in rows], self.pad_token_id)
-        real = real_rows(rows)
+        sequences = [row["input_ids"] for row in rows]
+        input_ids, attention_mask, real = _padded(rows, sequences, self.pad_token_id)
         spans = [[0, row["length"]] if self.train_on_prompt else row["trained"] for row in rows]
         loss_mask = _within(spans, attention_mask) & real[:, None]
         # The first token of a sequence has nothing before it to be predicted from.
@@ -136,7 +54,7 @@ class PackedCollator:
         """Join each pack and pad to the longest; raises KeyError on rows of another phase."""
         parts = [SFTCollator(self.pad_token_id, self.train_on_prompt)(pack) for pack in packs]
         joined = [list(chain.from_iterable(row["input_ids"] for row in pack)) for pack in packs]
-        input_ids, attention_mask = _pad(joined, self.pad_token_id)
+        input_ids, attention_mask, _ = _padded((), joined, self.pad_token_id)
         loss_mask = torch.zeros_like(attention_mask)
         position_ids = torch.zeros_like(input_ids)
         for row, part in enumerate(parts):
@@ -157,12 +75,46 @@ class PairCollator:
     def __call__(self, rows: Sequence[Row]) -> PairBatch:
         """Pad and stack chosen over rejected; raises KeyError on rows of another phase."""
         sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-        input_ids, attention_mask = _pad(sequences, self.pad_token_id)
-        real = real_rows(rows)
+        input_ids, attention_mask, real = _padded(rows, sequences, self.pad_token_id)
         starts = torch.tensor(2 * [row["prompt_len"] for row in rows])
         is_answer = torch.arange(attention_mask.shape[1]) >= starts[:, None]
         answer_mask = attention_mask & is_answer & real.repeat(2)[:, None]
         return PairBatch(input_ids, attention_mask, real, answer_mask)
+
+
+@dataclass(frozen=True)
+class RewardCollator:
+    """Phase-2 rows → RewardBatch, or SharedPromptBatch.
+
+    Attributes:
+        margin: of rows that have none of their own.
+        endless_share: share of answers that lose their end token. Which ones, the seed and the
+            answer decide, so that a row is the same in every epoch, batch and resumed run.
+        share_prompts: a batch has one row a pair where that is less work.
+    """
+
+    pad_token_id: int
+    margin: float = 0.0
+    endless_share: float = 0.0
+    seed: int = 0
+    share_prompts: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> RewardBatch | SharedPromptBatch:
+        """Pad and stack; raises KeyError on rows of another phase."""
+        margins = [row.get("margin") for row in rows]
+        if self.endless_share:
+            rows = [without_end(row, self._is_endless) for row in rows]
+        margin = torch.tensor([self.margin if value is None else value for value in margins])
+        margin = margin.float()
+        if self.share_prompts and is_less_work(rows):
+            real = torch.tensor([row.get("real", True) for row in rows])
+            return shared_prompt_batch(rows, real, margin, self.pad_token_id)
+        return RewardBatch(**vars(PairCollator(self.pad_token_id)(rows)), margin=margin)
+
+    def _is_endless(self, ids: Sequence[int]) -> bool:
+        content = zlib.crc32(np.asarray(ids, dtype=np.int32).tobytes())
+        draw = np.random.default_rng([self.seed, _ENDLESS_STREAM, content]).random()
+        return bool(draw < self.endless_share)
 
 
 def without_end(row: Row, chosen: Callable[[Sequence[int]], bool] = lambda ids: True) -> Row:
@@ -213,13 +165,19 @@ class PromptCollator:
         own = None
         if any("columns" in row for row in rows):
             own = tuple(json.loads(row["columns"]) for row in rows)
-        return PromptBatch(*_pad(prompts, self.pad_token_id, left=True), real_rows(rows), own)
+        return PromptBatch(*_padded(rows, prompts, self.pad_token_id, left=True), own)
 
 
-def _pad(
-    sequences: Sequence[Sequence[int]], pad_token_id: int, left: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (int64) and mask (bool), both (N, longest); the mask comes from lengths alone."""
+def _padded(
+    rows: Sequence[Row],
+    sequences: Sequence[Sequence[int]],
+    pad_token_id: int,
+    left: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make the fields of every batch: ids and mask, both (N, longest), and (B,) rows that are real.
+
+    The mask comes from the lengths of the N sequences, which are of B rows, alone.
+    """
     lengths = torch.tensor([len(ids) for ids in sequences])
     width = int(lengths.max())
     input_ids = torch.full((len(sequences), width), pad_token_id)  # (N, T)
@@ -228,7 +186,7 @@ def _pad(
         input_ids[row, start : start + len(ids)] = torch.tensor(ids)
     columns = torch.arange(width)
     mask = columns >= width - lengths[:, None] if left else columns < lengths[:, None]
-    return input_ids, mask
+    return input_ids, mask, torch.tensor([row.get("real", True) for row in rows])
 
 
 def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> torch.Tensor:
@@ -238,8 +196,3 @@ def _within(spans: Sequence[Sequence[int]], attention_mask: torch.Tensor) -> tor
         for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
             inside[row, start:stop] = True
     return attention_mask & inside
-
-
-def real_rows(rows: Sequence[Row]) -> torch.Tensor:
-    """(B,) bool: True for rows that are no filler."""
-    return torch.tensor([row.get("real", True) for row in rows])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dschat.errors import UserError
-from dschat.text.conversations import Example, Skip, kind_of
+from dschat.text.conversations import Skip, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -132,19 +132,6 @@ class KeptColumns:
                 "takes, or drop the column"
             )
         return value
-
-
-def with_pair_columns(example: Example, row: Row) -> Example:
-    """Add to a pair what its row may say of it: columns margin, a number, and subset, a name.
-
-    Raises:
-        UserError: a margin that is no finite number.
-    """
-    if example.rejected is None:
-        return example
-    margin = None if row.get("margin") is None else pick_number(row, "margin")
-    subset = None if row.get("subset") is None else str(row["subset"])
-    return replace(example, margin=margin, subset=subset)
 
 
 def picked(columns: OwnColumns | None, index: torch.Tensor) -> OwnColumns | None:

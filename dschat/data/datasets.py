@@ -3,9 +3,9 @@
 import json
 import math
 import os
-from collections import Counter
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -17,21 +17,19 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import open_folder, written_once
-from dschat.data.cache_room import check_room
 from dschat.data.config import SHORTEST, DataConfig
-from dschat.data.proportions import PHASES, parse_proportions
+from dschat.data.proportions import PHASES
 from dschat.data.readers import format_by_name
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.data.sources import digest
 from dschat.data.store import SPLIT_STREAM, Source, load_source
 from dschat.data.stream import RowStream, stream_sources
-from dschat.data.tokenise import NEEDED, Converter, tokenise
+from dschat.data.tokenise import NEEDED, Converter, tokenise, tokenised_bytes
 from dschat.errors import UserError
 from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format
-from dschat.utils.disk import Reserve
-from dschat.utils.predecessor import changed
+from dschat.utils.disk import Reserve, in_words
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
 RECIPE_VERSION = 6
@@ -53,10 +51,6 @@ class PromptData:
     key: str  # digest of the rows' content, tokenizer and recipe
 
 
-@changed(
-    "create_prompt_dataset(DataConfig(...), tokenizer, phase, seed=1234, max_seq_len=512)",
-    config=DataConfig,
-)
 def create_prompt_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,7 +90,9 @@ def create_prompt_dataset(
     max_len = max_prompt_len if phase == 3 and max_prompt_len is not None else max_seq_len
     kept, own = config.keep_special_tokens, bool(config.read.kept)
     convert = Converter(tokenizer, form, phase, max_len, config.train_on, kept, own)
-    sources = [(name, config.data_split or default_split(name)) for name in config.data_path]
+    by_name = [NAMED_SPLIT if format_by_name(name) else ALL_ROWS for name in config.data_path]
+    splits = [config.data_split or usual for usual in by_name]
+    sources = list(zip(config.data_path, splits, strict=True))
     if phase == 1:
         sources += [(name, ALL_ROWS) for name in config.sft_only_data_path]
     if config.streaming:
@@ -111,32 +107,12 @@ def create_prompt_dataset(
     numbers = [seed, [max_seq_len, max_prompt_len]]
     prepare = partial(_prepare, config, sources, convert, numbers, later)
     folder = Path(prepare() if once is None else once(prepare))
+    train = _open(folder, "train", phase, config.max_train_samples, seed)
+    evaluation = _open(folder, "eval", phase, config.max_eval_samples, seed)
     counts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    parts = []
-    for split, most in (("train", config.max_train_samples), ("eval", config.max_eval_samples)):
-        files = sorted(folder.glob(f"{split}-*.arrow"))
-        rows = datasets.concatenate_datasets([_with_source(file, phase) for file in files])
-        if most is not None and most < len(rows):  # each source keeps its share
-            rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:most]))
-        parts.append(rows)
-    train, evaluation = parts
     by_source = tuple(SourceReport(**of_source) for of_source in counts)
     report = DataReport(phase, by_source, len(train), len(evaluation))
     return PromptData(train, evaluation, report, key=folder.name)
-
-
-def _with_source(file: Path, phase: int) -> datasets.Dataset:
-    """Open a file of a set; rows of pairs get the number of their source as a column."""
-    rows = datasets.Dataset.from_file(str(file))
-    if phase != 2:
-        return rows
-    number = int(file.stem.split("-")[1].split("_")[0])
-    return rows.add_column("source", np.full(len(rows), number, dtype=np.int32))
-
-
-def default_split(name: str) -> str:
-    """Give the proportions of a source where `data_split` says nothing."""
-    return NAMED_SPLIT if format_by_name(name) else ALL_ROWS
 
 
 def _check_lengths(phase: int, seed: int, max_seq_len: int, max_prompt_len: int | None) -> None:
@@ -170,6 +146,51 @@ def _prepare(
     return str(written_once(root, "sets", key, write))
 
 
+def _open(folder: Path, split: str, phase: int, most: int | None, seed: int) -> datasets.Dataset:
+    """Open the rows of a set, `most` of them; those of pairs get their source's number."""
+    files = sorted(folder.glob(f"{split}-*.arrow"))
+    parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    if phase == 2:
+        numbers = [int(file.stem.split("-")[1].split("_")[0]) for file in files]
+        parts = [
+            rows.add_column("source", np.full(len(rows), number, dtype=np.int32))
+            for number, rows in zip(numbers, parts, strict=True)
+        ]
+    rows = datasets.concatenate_datasets(parts)
+    if most is not None and most < len(rows):  # each source keeps its share
+        rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:most]))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one source and split that a phase gets; they are tokenised into `file`.
+
+    The report counts the others, and what becomes of these once they are tokenised.
+    """
+
+    rows: datasets.Dataset
+    report: SourceReport
+    file: str
+
+
+def _parts(sources: list[tuple[Source, str]], seed: int, phase: int) -> Iterator[_Part]:
+    """Divide the rows of sources, each with its proportions, among the phases."""
+    for number, (source, text) in enumerate(sources):
+        _require_columns(source, phase)
+        proportions = [float(share) for share in text.split(",")]
+        chosen = phase_split(len(source.train), seed, proportions, phase)
+        rows = source.train.select(np.sort(chosen))  # read from front to back
+        skipped = source.skipped.get("train", {})
+        left = {"held out": source.held_out, "for other steps": len(source.train) - len(rows)}
+        report = SourceReport(source.name, "train", len(rows), 0, skipped=skipped, left=left)
+        yield _Part(rows, report, f"train-{number:03d}.arrow")
+        skipped = source.skipped.get("test", {})
+        left = {"for training": len(source.train) if source.held_out else 0}
+        report = SourceReport(source.name, "eval", len(source.test), 0, skipped=skipped, left=left)
+        yield _Part(source.test, report, f"eval-{number:03d}.arrow")
+
+
 def _require_columns(source: Source, phase: int) -> None:
     for rows in (source.train, source.test):
         for column in NEEDED[phase]:
@@ -183,33 +204,6 @@ def _require_columns(source: Source, phase: int) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one source and split that a phase gets; `left` counts those that others get."""
-
-    source: Source
-    split: str
-    number: int
-    rows: datasets.Dataset
-    left: dict[str, int]
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Rows of the source that are of no use to any phase, by reason."""
-        return self.source.skipped.get("train" if self.split == "train" else "test", {})
-
-
-def _parts(sources: list[tuple[Source, str]], seed: int, phase: int) -> Iterator[_Part]:
-    for number, (source, text) in enumerate(sources):
-        chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
-        rows = source.train.select(np.sort(chosen))  # read from front to back
-        left = {"held out": source.held_out, "for other steps": len(source.train) - len(rows)}
-        yield _Part(source, "train", number, rows, left)
-    for number, (source, _) in enumerate(sources):
-        left = {"for training": len(source.train) if source.held_out else 0}
-        yield _Part(source, "eval", number, source.test, left)
-
-
 def _write(
     config: DataConfig,
     convert: Converter,
@@ -218,16 +212,18 @@ def _write(
     later: Reserve | None,
     folder: Path,
 ) -> None:
-    """Tokenise into `folder`: train-*.arrow, eval-*.arrow and report.json."""
+    """Tokenise into `folder`: train-*.arrow, eval-*.arrow, a file each part, and report.json."""
     phase = convert.phase
-    for source, _ in sources:
-        _require_columns(source, phase)
     parts = list(_parts(sources, seed, phase))
-    check_room((part.rows for part in parts), convert, folder.parents[1], later)
+    _check_room([part.rows for part in parts], convert, folder.parents[1], later)
     reports: list[SourceReport] = []
     for split in ("train", "eval"):  # no row to evaluate is tokenised where none would train
-        for part in (part for part in parts if part.split == split):
-            reports.append(_tokenised(part, config, convert, folder))
+        for part in (part for part in parts if part.report.split == split):
+            used, counts = 0, dict[str, Any]()
+            if len(part.rows):
+                workers = choose_workers(config.preprocessing_num_workers, len(part.rows))
+                used, counts = tokenise(part.rows, convert, folder / part.file, workers)
+            reports.append(replace(part.report, used=used, **counts))
         if not any(report.used for report in reports if report.split == split):
             raise UserError(nothing_left(reports, split, sources[0][1], phase))
     (folder / "report.json").write_text(
@@ -235,15 +231,27 @@ def _write(
     )
 
 
-def _tokenised(part: _Part, config: DataConfig, convert: Converter, folder: Path) -> SourceReport:
-    """Tokenise one part into a file of its own; none where it has no rows."""
-    used, counts = 0, Counter[str]()
-    if len(part.rows):
-        file = folder / f"{part.split}-{part.number:03d}.arrow"
-        workers = choose_workers(config.preprocessing_num_workers, len(part.rows))
-        used, counts = tokenise(part.rows, convert, file, workers)
-    about: dict[str, Any] = {"skipped": part.skipped, "left": part.left, **counts}
-    return SourceReport(part.source.name, part.split, len(part.rows), used, **about)
+def _check_room(
+    parts: Sequence[datasets.Dataset], convert: Converter, folder: Path, later: Reserve | None
+) -> None:
+    """Stop where the disk of the cache is too small for rows that will be tokenised there.
+
+    Args:
+        later: what the run writes after them.
+
+    Raises:
+        UserError: with the bytes needed and those free.
+    """
+    needed = sum(tokenised_bytes(rows, convert) for rows in parts)
+    beside = later.on_disk_of(folder) if later is not None else 0
+    free = shutil.disk_usage(folder).free
+    if needed + beside > free:
+        models = f", the models of the run {in_words(beside)}" if beside else ""
+        raise UserError(
+            f"data_output_path {folder}: the tokenised rows of phase {convert.phase} take about "
+            f"{in_words(needed)}{models}, and {in_words(free)} are free on that disk; free some, "
+            "or give a data_output_path on another disk"
+        )
 
 
 def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:

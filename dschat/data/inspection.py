@@ -70,8 +70,7 @@ def real_share(lengths: np.ndarray, sampler: BatchSampler, seed: int = 0) -> flo
     longest = lengths.max(axis=0)
     epoch = sampler.epoch(longest, 1, np.random.default_rng([seed, 0]))
     slots = 0
-    for number in range(len(epoch)):
-        items = epoch.batch(number)
+    for items in epoch.batches():
         if isinstance(sampler, PackedBatches):
             widths = [int(longest[item].sum()) for item in items]
         else:

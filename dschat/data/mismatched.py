@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import datasets
 
-from dschat.data.collators import Row
+from dschat.data.batches import Row
 from dschat.data.tokenise import truncate
 
 

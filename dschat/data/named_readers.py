@@ -1,15 +1,32 @@
-"""Readers of named sets that have columns of their own: DeepSpeed-Chat's, UltraFeedback."""
+"""Readers of other columns than a prompt with its answers: Alpaca's, DeepSpeed-Chat's sets."""
 
 import re
 from collections.abc import Mapping
 
 from dschat.data.columns import Row, pick, pick_number, pick_text
 from dschat.errors import UserError
-from dschat.text.conversations import ASSISTANT, Example, Skip, Turn, merge, question
+from dschat.text.conversations import ASSISTANT, Example, Skip, Turn, kind_of, merge, question
 
 SCORE_KEYS = ("fine-grained_score", "overall_score", "score")
 _CITATION = re.compile(r" ?\[\d+(?:, ?\d+)*\]")
 _VICUNA_SPEAKER = re.compile(r"(?:\A|\s|</s>)(USER|ASSISTANT):")
+
+
+def read_alpaca(row: Row) -> Example:
+    """Columns instruction, output and maybe input, which follows the instruction."""
+    question_text = pick_text(row, "instruction")
+    more = row.get("input")
+    if more is not None and not isinstance(more, str):
+        raise UserError(f"column 'input' is {kind_of(more)}, needs text; fix the row")
+    prompt = f"{question_text}\n\n{more}" if more else question_text
+    return Example(question(prompt), pick_text(row, "output"))
+
+
+def read_question(row: Row) -> Example:
+    """Columns question and answer, as GSM8K's; an answer may be a number, which is its text."""
+    answer = row["answer"]
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    return Example(question(pick_text(row, "question")), str(answer) if is_number else answer)
 
 
 def read_synthetic_instruct(row: Row) -> Example:

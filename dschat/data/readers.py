@@ -1,15 +1,13 @@
-"""Readers of rows: those known by their columns, the tables of all, and the choice for a source."""
+"""Readers of rows by their columns, and the formats of all: which columns have which reader."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from os.path import commonprefix
 from pathlib import PurePath
 from typing import Any
 
 from dschat.data import named_readers as named
-from dschat.data.columns import Row, pick, pick_text, with_pair_columns
-from dschat.data.user_reader import ReadOptions, user_reader
+from dschat.data.columns import Row, pick_number
 from dschat.errors import UserError
 from dschat.text.conversations import (
     ASSISTANT,
@@ -18,10 +16,8 @@ from dschat.text.conversations import (
     Skip,
     Turn,
     as_turns,
-    has_markers,
     kind_of,
     parse_messages,
-    question,
     read_messages,
     split_answer,
 )
@@ -38,10 +34,6 @@ def read_standard(row: Row) -> Example:
 
     A pair may have a margin, a number, and a subset, the name of its part of the set.
     """
-    return with_pair_columns(_standard(row), row)
-
-
-def _standard(row: Row) -> Example:
     if "prompt" not in row:
         columns = ", ".join(map(str, row)) or "none"
         raise UserError(
@@ -55,15 +47,30 @@ def _standard(row: Row) -> Example:
         turns = read_messages(prompt, "prompt")
         if turns[-1].role != "user":
             raise UserError("column 'prompt' does not end with the user's turn; fix the row")
-        return Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
-    if isinstance(chosen, list | tuple):
-        if parse_messages(chosen, "chosen")[0].role != "assistant":
-            if rejected is not None:
-                return _message_pair(chosen, rejected)
-            return split_answer(read_messages(chosen, "chosen"))
+        example = Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
+    elif not isinstance(chosen, list | tuple):
+        example = Example(prompt, chosen, rejected)
+    elif parse_messages(chosen, "chosen")[0].role == "assistant":
         turns = as_turns(prompt) if isinstance(prompt, str) else ()
-        return Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
-    return Example(prompt, chosen, rejected)
+        example = Example(turns, _side(chosen, "chosen", turns), _side(rejected, "rejected", turns))
+    elif rejected is not None:
+        example = _message_pair(chosen, rejected)
+    else:
+        example = split_answer(read_messages(chosen, "chosen"))
+    return with_pair_columns(example, row)
+
+
+def with_pair_columns(example: Example, row: Row) -> Example:
+    """Add to a pair what its row may say of it: columns margin, a number, and subset, a name.
+
+    Raises:
+        UserError: a margin that is no finite number.
+    """
+    if example.rejected is None:
+        return example
+    margin = None if row.get("margin") is None else pick_number(row, "margin")
+    subset = None if row.get("subset") is None else str(row["subset"])
+    return replace(example, margin=margin, subset=subset)
 
 
 def _refuse_tie(row: Row) -> None:
@@ -145,23 +152,6 @@ def read_sharegpt(row: Row) -> Example:
     return split_answer(read_messages(turns, "conversations", *keys))
 
 
-def read_alpaca(row: Row) -> Example:
-    """Columns instruction, output and maybe input, which follows the instruction."""
-    question_text = pick_text(row, "instruction")
-    more = row.get("input")
-    if more is not None and not isinstance(more, str):
-        raise UserError(f"column 'input' is {kind_of(more)}, needs text; fix the row")
-    prompt = f"{question_text}\n\n{more}" if more else question_text
-    return Example(question(prompt), pick_text(row, "output"))
-
-
-def read_question(row: Row) -> Example:
-    """Columns question and answer, as GSM8K's; an answer may be a number, which is its text."""
-    answer = row["answer"]
-    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
-    return Example(question(pick_text(row, "question")), str(answer) if is_number else answer)
-
-
 @dataclass(frozen=True)
 class RowFormat:
     """Rows that have at least these columns, and their reader.
@@ -178,13 +168,13 @@ def _format(columns: str, read: Reader, **more: Any) -> RowFormat:
     return RowFormat(frozenset(columns.split()), read, **more)
 
 
-_STANDARD = _format("prompt", read_standard)
+STANDARD = _format("prompt", read_standard)
 _MKQA = "queries answers"
 _MIRACL = _format("query positive_passages negative_passages", named.read_miracl)
 
 NAMED = {
-    "Dahoas/rm-static": _STANDARD,
-    "Dahoas/full-hh-rlhf": _STANDARD,
+    "Dahoas/rm-static": STANDARD,
+    "Dahoas/full-hh-rlhf": STANDARD,
     "Dahoas/synthetic-instruct-gptj-pairwise": _format(
         "prompt chosen rejected", named.read_synthetic_instruct
     ),
@@ -204,11 +194,11 @@ NAMED = {
     "Cohere/miracl-ja-queries-22-12": _MIRACL,
     "lmqg/qg_jaquad": _format("question sentence paragraph", named.read_jaquad),
     "lmqg/qag_jaquad": _format("questions paragraph", named.read_jaquad_paragraph),
-    LOCAL_JSON: _STANDARD,
+    LOCAL_JSON: STANDARD,
 }
 # Known by columns. Of several that fit, one with more of the columns counts; else it is unclear.
 FORMATS = (
-    _STANDARD,
+    STANDARD,
     *(
         _format(f"prompt {more}", read_standard)
         for more in ("chosen", "response", "completion", "chosen rejected", "rejected")
@@ -218,7 +208,7 @@ FORMATS = (
     _format("messages", read_chat),
     _format("prompt messages", read_chat),  # UltraChat: its prompt is the first message
     _format("conversations", read_sharegpt),
-    _format("instruction output", read_alpaca),
+    _format("instruction output", named.read_alpaca),
     _format("instruction completions", named.read_completions),
     _format("prompt completions", named.read_completions),
     *(
@@ -237,7 +227,7 @@ FORMATS = (
     _format(_MKQA, named.refuse_mkqa),
 )
 # Columns of so common names that every other format goes before.
-_QUESTION = _format("question answer", read_question)
+_QUESTION = _format("question answer", named.read_question)
 
 
 def format_by_name(name: str) -> RowFormat | None:
@@ -270,29 +260,3 @@ def format_by_columns(row: Row) -> RowFormat | None:
     if not fitting and _QUESTION.columns <= row.keys():
         return _QUESTION
     return fitting[0] if fitting else None
-
-
-def choose_reader(options: ReadOptions, name: str, first: Row) -> Reader:
-    """Choose the reader of the source `name`, of which `first` is a row.
-
-    Raises:
-        UserError: the columns can be read in several ways.
-    """
-    if options.dataset_function:
-        return user_reader(options.dataset_function)
-    if options.dataset_columns:
-        return partial(_read_mapped, options.dataset_columns)
-    row_format = format_by_name(name)
-    if row_format is None or not row_format.columns <= first.keys():
-        row_format = format_by_columns(first) or _STANDARD
-    return row_format.read
-
-
-def _read_mapped(columns: tuple[str, ...], row: Row) -> Example:
-    """Read a row by the user's own columns, each as in `prompt=question.text`."""
-    paths = (text.partition("=") for text in columns)
-    example = read_standard({target: pick(row, path) for target, _, path in paths})
-    if isinstance(example.prompt, str) and not has_markers(example.prompt):
-        # Only a column that is called prompt is trusted to be in the format already.
-        return replace(example, prompt=question(example.prompt))
-    return example

@@ -1,25 +1,27 @@
-"""Sources, found by name: files, folders and Hub sets; their rows, and the examples of these."""
+"""Sources, found by name: files, folders and Hub sets; their rows, each with its place."""
 
 import hashlib
 import json
 import os
-from collections import Counter
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dschat.data import hub
-from dschat.data.files import BROKEN, digest_files, read_rows, short_name
 from dschat.data.names import SUFFIXES, is_spelt_as_path
-from dschat.data.readers import LOCAL_JSON, Reader, choose_reader
-from dschat.data.user_reader import ReadOptions
-from dschat.errors import UserError, brief
-from dschat.text.conversations import Example, Skip, kind_of
+from dschat.data.readers import LOCAL_JSON
+from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
 
+# Raised by Arrow's readers for damaged files; a text that is not UTF-8 is a ValueError.
+BROKEN = (pa.ArrowException, OSError, ValueError)
+TEXT_COLUMN = "text"  # of the one row that a .txt file is
 # The first name that is present counts; the later ones are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
 TEST_NAMES = ("test", "eval", "validation", "val", "dev", "test_prefs", "test_sft")
@@ -64,8 +66,8 @@ class Finder:
         path = Path(name).expanduser()
         if name == LOCAL_JSON:
             return self._local_json()
-        is_path = is_spelt_as_path(name, self.suffixes)
-        if not path.exists() and not is_path and not (os.sep in name and path.parent.is_dir()):
+        is_path = path.exists() or is_spelt_as_path(name, self.suffixes)
+        if not is_path and not (os.sep in name and path.parent.is_dir()):
             loaded = hub.fetch(name, self.setting, self.config, self.streaming)
             return self._splits(name, loaded)
         if self.config is not None:
@@ -86,8 +88,9 @@ class Finder:
                     f"{self.setting} {path}: files of kind {path.suffix!r} are not read; "
                     f"give one of {', '.join(self.suffixes)}"
                 )
-        label = ", ".join(map(short_name, paths))
-        return Rows(label, partial(digest_files, paths), partial(read_rows, paths))
+        # With its folder, a name is clear: many sources have a train.jsonl.
+        named = {str(Path(*path.parts[-2:])): path for path in paths}
+        return Rows(", ".join(named), partial(digest_files, paths), partial(read_rows, named))
 
     def _local_json(self) -> Parts:
         """Find data/train.json and data/eval.json, as DeepSpeed-Chat does."""
@@ -165,48 +168,87 @@ def digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def read_examples(
-    rows: Rows, name: str, options: ReadOptions, skipped: Counter[str]
-) -> Iterator[Example]:
-    """Yield the checked examples of the source `name`; rows without use are counted in `skipped`.
-
-    Raises:
-        UserError: a malformed row, named by file and line.
-    """
-    read: Reader | None = None
-    for place, row in rows.read():
-        if not isinstance(row, Mapping):
-            raise UserError(f"{place}: is {kind_of(row)}, needs an object with the key 'prompt'")
+def digest_files(paths: Sequence[Path]) -> str:
+    """SHA-256 (hex) over the bytes of files, so that an edited file is another source."""
+    total = hashlib.sha256()
+    for path in paths:
         try:
-            read = read or choose_reader(options, name, row)
-            example = replace(read(row), place=place)
-            if options.kept:
-                example = replace(example, columns=options.kept.of(row))
-            _check_text(example)
-        except Skip as reason:
-            skipped[str(reason)] += 1
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    total.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); check it") from error
+        total.update(b"\0")
+    return total.hexdigest()
+
+
+def read_rows(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Read the rows of files, each with its place, which begins with the file's name."""
+    for name, path in files.items():
+        if path.suffix == ".parquet":
+            yield from _read_parquet(name, path)
+        elif path.suffix == ".txt":
+            yield name, {TEXT_COLUMN: _decoded(path.read_bytes(), name, 1)}
         else:
-            yield example
+            with path.open("rb") as file:
+                start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
+                file.seek(0)
+                if path.suffix == ".json" and start.startswith(b"["):
+                    for number, row in enumerate(_parse(file.read(), name, 1), 1):
+                        yield f"{name} row {number}", row
+                    continue
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{name} line {number}", _parse(line, name, number)
 
 
-def _check_text(example: Example) -> None:
-    """Stop at what is not text, naming the column."""
-    prompt = example.prompt
-    columns = {"chosen": [example.chosen], "rejected": [example.rejected]}
-    columns["prompt"] = [turn.text for turn in prompt] if isinstance(prompt, tuple) else [prompt]
-    for column in ("prompt", "chosen", "rejected"):
-        for value in columns[column]:
-            if value is None and column != "prompt":
-                continue
-            if not isinstance(value, str):
-                raise UserError(
-                    f"column {column!r} is {kind_of(value)}, needs text; fix or drop the row"
-                )
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"column {column!r} holds half a surrogate pair; fix or drop the row"
-                ) from error
+def _parse(text: bytes, name: str, first_line: int) -> Any:
+    decoded = _decoded(text, name, first_line).rstrip()
+    line = first_line
+    try:
+        return json.loads(decoded, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        problem, remedy = f"{error} in one object", "drop one of them"
+        if decoded.lstrip().startswith("["):
+            line += _line_of_fault(decoded)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        problem = f"not JSON ({error.msg}, column {error.colno})"
+        remedy = "give one object a line, or in .json a list of objects"
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of too many digits
+        problem, remedy = f"cannot be read ({brief(error)})", "fix or drop the row"
+    raise UserError(f"{name} line {line}: {problem}; {remedy}")
+
+
+def _line_of_fault(rows: str) -> int:
+    """Count the lines before the first row of a list that holds a key twice."""
+    decoder, at = json.JSONDecoder(object_pairs_hook=unique_keys), 0
+    between = re.compile(r"[\s,\[]*")
+    while (match := between.match(rows, at)) is not None:
+        try:
+            _, at = decoder.raw_decode(rows, match.end())
+        except RepeatedKeyError:
+            return rows.count("\n", 0, match.end())
+    return 0
+
+
+def _decoded(text: bytes, name: str, first_line: int) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = first_line + text[: error.start].count(b"\n")
+        raise UserError(f"{name} line {line}: not UTF-8 text; save the file as UTF-8") from error
+
+
+def _read_parquet(name: str, path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{name} row {number}", row
+    except BROKEN as error:
+        place = f" after row {number}" if number else ""
+        raise UserError(
+            f"{name}: not a readable parquet file{place} ({brief(error)}); write it again"
+        ) from error

@@ -5,8 +5,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from dschat.data.cache import open_folder, written_once
-from dschat.data.readers import format_by_name
-from dschat.data.sources import Finder, Rows, digest, read_examples
-from dschat.data.user_reader import READER, ReadOptions
+from dschat.data.readers import STANDARD, Reader, Row, format_by_columns, format_by_name
+from dschat.data.sources import Finder, Rows, digest
+from dschat.data.user_reader import READER, ReadOptions, read_mapped, user_reader
 from dschat.errors import UserError
-from dschat.text.conversations import Example, Turn
+from dschat.text.conversations import Example, Skip, Turn, kind_of
 from dschat.utils.user_functions import source_digest
 
 # Part of every stored file's key: raise it when the same bytes are to be read differently.
@@ -47,6 +48,7 @@ SCHEMA = pa.schema(
 SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
 
 _ROWS, _SKIPPED = "rows.arrow", "skipped.json"
+_NONE_KEPT = "[[], [], false]"  # the key of `KeptColumns()`
 
 
 @dataclass(frozen=True)
@@ -82,63 +84,112 @@ def load_source(
     """
     options = options or ReadOptions()
     folder = open_folder(None if cache_dir is None else str(cache_dir))
+    row_format = format_by_name(name)
+    # What the examples of a source depend on, beside its bytes.
+    way = [*options.dataset_columns, options.dataset_function or ""]
+    way.append(row_format.read.__qualname__ if row_format else "")
+    way.append(options.kept.key() if options.kept is not None else _NONE_KEPT)
+    if options.dataset_function:
+        way.append(source_digest(options.dataset_function, READER))
+    read_as = digest(*way), str(READER_VERSION)
     parts, counts, contents = [], {}, []
     for split, rows in zip(("train", "test"), Finder().find(name), strict=True):
         if rows is not None:
             contents.append(rows.digest())
-            part, counts[split] = _store(rows, contents[-1], name, options, folder)
-            parts.append(part)
+            key = digest(contents[-1], rows.label, *read_as)
+            write = partial(_write, rows, name, options)
+            stored = written_once(folder, "sources", key, write)
+            counts[split] = json.loads((stored / _SKIPPED).read_text(encoding="utf-8"))
+            parts.append(datasets.Dataset.from_file(str(stored / _ROWS)))
     if len(parts) == 1:
-        (rows,) = parts
-        if len(rows) < 2:
+        (part,) = parts
+        if len(part) < 2:
             raise UserError(f"{name} has 1 row and no test set beside it: give at least 2 rows")
-        parts = [rows.select(part) for part in holdout_split(len(rows), seed)]
+        parts = [part.select(numbers) for numbers in holdout_split(len(part), seed)]
         contents.append(f"holdout {seed}")
     held_out = len(parts[1]) if "test" not in counts else 0
-    fingerprint = digest(*contents, _way_to_read(name, options), str(READER_VERSION))
     train, test = parts
-    return Source(name, train, test, fingerprint, counts, held_out)
+    return Source(name, train, test, digest(*contents, *read_as), counts, held_out)
 
 
-def _way_to_read(name: str, options: ReadOptions) -> str:
-    """Digest what the examples of a source depend on, beside its bytes."""
-    row_format = format_by_name(name)
-    reader = row_format.read.__qualname__ if row_format else ""
-    parts = [*options.dataset_columns, options.dataset_function or "", reader, options.kept.key()]
-    if options.dataset_function:
-        parts.append(source_digest(options.dataset_function, READER))
-    return digest(*parts)
+def _write(rows: Rows, name: str, options: ReadOptions, folder: Path) -> None:
+    """Write checked rows into `folder`, and the counts of skipped ones by reason."""
+    skipped: Counter[str] = Counter()
+    examples, count = read_examples(rows, name, options, skipped), 0
+    path = str(folder / _ROWS)
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        while batch := list(islice(examples, 1000)):
+            writer.write_batch(pa.RecordBatch.from_pydict(columns_of(batch), schema=SCHEMA))
+            count += len(batch)
+    if not count and skipped:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
+        raise UserError(f"{rows.label}: none of its rows is of use ({reasons}); give other data")
+    if not count:
+        raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
+    (folder / _SKIPPED).write_text(json.dumps(skipped), encoding="utf-8")
 
 
-def _store(
-    rows: Rows, content: str, name: str, options: ReadOptions, folder: Path
-) -> tuple[datasets.Dataset, dict[str, int]]:
-    """Keep checked rows as memory-mapped Arrow, written once per content and options.
+def read_examples(
+    rows: Rows, name: str, options: ReadOptions, skipped: Counter[str]
+) -> Iterator[Example]:
+    """Yield the checked examples of the source `name`; rows without use are counted in `skipped`.
 
-    Returns:
-        The rows, and the counts of skipped ones by reason.
+    Raises:
+        UserError: a malformed row, named by file and line.
     """
-    key = digest(content, rows.label, _way_to_read(name, options), str(READER_VERSION))
+    read: Reader | None = None
+    for place, row in rows.read():
+        if not isinstance(row, Mapping):
+            raise UserError(f"{place}: is {kind_of(row)}, needs an object with the key 'prompt'")
+        try:
+            read = read or choose_reader(options, name, row)
+            example = replace(read(row), place=place)
+            if options.kept:
+                example = replace(example, columns=options.kept.of(row))
+            _check_text(example)
+        except Skip as reason:
+            skipped[str(reason)] += 1
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        else:
+            yield example
 
-    def write(part: Path) -> None:
-        skipped: Counter[str] = Counter()
-        examples, count = read_examples(rows, name, options, skipped), 0
-        with pa.OSFile(str(part / _ROWS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            while batch := list(islice(examples, 1000)):
-                writer.write_batch(pa.RecordBatch.from_pydict(columns_of(batch), schema=SCHEMA))
-                count += len(batch)
-        if not count and skipped:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
-            raise UserError(
-                f"{rows.label}: none of its rows is of use ({reasons}); give other data"
-            )
-        if not count:
-            raise UserError(f"{rows.label}: holds no rows; give a file with at least one")
-        (part / _SKIPPED).write_text(json.dumps(skipped), encoding="utf-8")
 
-    target = written_once(folder, "sources", key, write)
-    skipped = json.loads((target / _SKIPPED).read_text(encoding="utf-8"))
-    return datasets.Dataset.from_file(str(target / _ROWS)), skipped
+def choose_reader(options: ReadOptions, name: str, first: Row) -> Reader:
+    """Choose the reader of the source `name`, of which `first` is a row.
+
+    Raises:
+        UserError: the columns can be read in several ways.
+    """
+    if options.dataset_function:
+        return user_reader(options.dataset_function)
+    if options.dataset_columns:
+        return partial(read_mapped, options.dataset_columns)
+    row_format = format_by_name(name)
+    if row_format is None or not row_format.columns <= first.keys():
+        row_format = format_by_columns(first) or STANDARD
+    return row_format.read
+
+
+def _check_text(example: Example) -> None:
+    """Stop at what is not text, naming the column."""
+    prompt = example.prompt
+    columns = {"chosen": [example.chosen], "rejected": [example.rejected]}
+    columns["prompt"] = [turn.text for turn in prompt] if isinstance(prompt, tuple) else [prompt]
+    for column in ("prompt", "chosen", "rejected"):
+        for value in columns[column]:
+            if value is None and column != "prompt":
+                continue
+            if not isinstance(value, str):
+                raise UserError(
+                    f"column {column!r} is {kind_of(value)}, needs text; fix or drop the row"
+                )
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"column {column!r} holds half a surrogate pair; fix or drop the row"
+                ) from error
 
 
 def holdout_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

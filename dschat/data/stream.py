@@ -16,7 +16,8 @@ import numpy as np
 
 from dschat.data.proportions import parse_proportions
 from dschat.data.report import SourceReport
-from dschat.data.sources import Finder, read_examples
+from dschat.data.sources import Finder
+from dschat.data.store import read_examples
 from dschat.data.tokenise import NEEDED, Converter
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError

@@ -18,9 +18,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import open_folder, written_once
-from dschat.data.files import TEXT_COLUMN
 from dschat.data.report import named_note
-from dschat.data.sources import SUFFIXES, Finder, Rows, digest
+from dschat.data.sources import SUFFIXES, TEXT_COLUMN, Finder, Rows, digest
 from dschat.errors import UserError
 from dschat.text.conversations import kind_of
 from dschat.text.encoding import encode, tokenizer_fingerprint

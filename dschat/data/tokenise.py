@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.store import examples_of
@@ -22,6 +23,7 @@ from dschat.text.formats import PromptFormat
 from dschat.text.ordinary import ordinary_examples
 
 Columns = dict[str, list[Any]]
+SAMPLE = 200  # rows of a source and split, from which the size of all is estimated
 T = TypeVar("T")
 
 _IDS, _COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int32")
@@ -221,6 +223,16 @@ def _at(example: Example, function: Callable[..., T], *args: Any) -> T:
         return function(*args)
     except UserError as error:
         raise UserError(f"{example.place}: {error}") from error
+
+
+def tokenised_bytes(rows: datasets.Dataset, convert: Converter) -> int:
+    """Estimate the bytes of rows once they are tokenised, from some that lie at even distances."""
+    if not len(rows):
+        return 0
+    places = np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)
+    columns = convert(examples_of(rows[places]), Counter())
+    table = datasets.Dataset.from_dict(columns, convert.features).data
+    return round(table.nbytes / len(places) * len(rows))
 
 
 def tokenise(

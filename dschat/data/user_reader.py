@@ -4,10 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dschat.data.columns import KeptColumns, with_pair_columns
+from dschat.data.columns import KeptColumns, Row, pick
+from dschat.data.readers import read_standard, with_pair_columns
 from dschat.errors import UserError, brief
 from dschat.settings import Settings, setting
-from dschat.text.conversations import Example, Skip, Turn, check_order, read_messages
+from dschat.text.conversations import (
+    Example,
+    Skip,
+    Turn,
+    check_order,
+    has_markers,
+    question,
+    read_messages,
+)
 from dschat.utils.user_functions import load_function
 
 TARGETS = ("prompt", "chosen", "rejected", "margin", "subset")
@@ -31,7 +40,7 @@ class ReadOptions(Settings):
     dataset_function: str | None = setting(
         None, "module:name of your function from a row to prompt, chosen, rejected"
     )
-    kept: KeptColumns = KeptColumns()
+    kept: KeptColumns | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +56,16 @@ class ReadOptions(Settings):
                 )
         if self.dataset_columns and "prompt" not in targets:
             raise UserError("dataset_columns names no prompt: add prompt=COLUMN")
+
+
+def read_mapped(columns: tuple[str, ...], row: Row) -> Example:
+    """Read a row by the user's own columns, each as in `prompt=question.text`."""
+    paths = (text.partition("=") for text in columns)
+    example = read_standard({target: pick(row, path) for target, _, path in paths})
+    if isinstance(example.prompt, str) and not has_markers(example.prompt):
+        # Only a column that is called prompt is trusted to be in the format already.
+        return replace(example, prompt=question(example.prompt))
+    return example
 
 
 def user_reader(name: str) -> Callable[[Mapping[str, Any]], Example]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dschat.data.collators import PromptBatch, PromptCollator
+from dschat.data.batches import PromptBatch
+from dschat.data.collators import PromptCollator
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import RewardModel, create_critic_model, scores_at_end

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dschat.data.batches import PromptBatch
 from dschat.data.batching import Loader
-from dschat.data.collators import PromptBatch, PromptCollator
+from dschat.data.collators import PromptCollator
 from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
 from dschat.rlhf.experience import Experience, filled, stacked

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.rlhf.generation import Sampled, SamplingConfig
 from dschat.rlhf.rollout_engine import RolloutEngine
 from dschat.utils.zero import gathered_whole

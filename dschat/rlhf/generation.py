@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import position_ids_from, takes_argument, unwrap
 from dschat.rlhf.part_config import SamplingConfig

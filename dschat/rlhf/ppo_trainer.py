@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.functional.losses import mean_scale
 from dschat.functional.returns import kl_k3

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.answering import Generated
 from dschat.rlhf.experience import Experience, filled

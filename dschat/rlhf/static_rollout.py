@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import forward_inputs
 from dschat.rlhf.drawing import Drawing

@@ -24,30 +24,31 @@ def encode(
     Names of special tokens are the tokens, save those that `ordinary.as_ordinary` has marked.
     """
     cache = word_cache(tokenizer)
-    marked = [at for at, text in enumerate(texts) if MARK in text]
-    rest = [at for at, text in enumerate(texts) if MARK not in text]
-    by_words = [at for at in rest if cache is not None and cache.fits(texts[at])]
-    whole = sorted(set(rest).difference(by_words))
-    ids: list[list[int]] = [[] for _ in texts]
-
-    def put(places: list[int], rows: list[list[int]]) -> None:
-        for at, row in zip(places, rows, strict=True):
-            ids[at] = row
-
+    marked, by_words, others = [], [], []  # places in `texts`
+    for at, text in enumerate(texts):
+        if MARK in text:
+            marked.append(at)
+        elif cache is not None and cache.fits(text):
+            by_words.append(at)
+        else:
+            others.append(at)
+    ids: dict[int, list[int]] = {}
     if cache is not None:
-        put(by_words, cache.encode([texts[at] for at in by_words], special))
-    if whole:
+        words = cache.encode([texts[at] for at in by_words], special)
+        ids.update(zip(by_words, words, strict=True))
+    if others:
         encoded = tokenizer(
-            [texts[at] for at in whole],
+            [texts[at] for at in others],
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # longer than model_max_length is normal: rows are truncated later
         )
-        put(whole, encoded["input_ids"])
+        ids.update(zip(others, encoded["input_ids"], strict=True))
     if marked:
-        put(marked, encode_marked(tokenizer, [texts[at] for at in marked], special))
-    return ids
+        named = encode_marked(tokenizer, [texts[at] for at in marked], special)
+        ids.update(zip(marked, named, strict=True))
+    return [ids[at] for at in range(len(texts))]
 
 
 def decode(

@@ -14,7 +14,7 @@ from torch import nn
 
 from dschat.data.answers import answer_rows
 from dschat.data.collators import SFTCollator
-from dschat.data.readers import choose_reader
+from dschat.data.store import choose_reader
 from dschat.data.tokenise import Converter
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError, parse_json

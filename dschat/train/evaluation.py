@@ -13,9 +13,15 @@ import datasets
 import torch
 from torch import nn
 
-from dschat.data.collators import Batch, PackedBatch, PairBatch, PreferenceBatch, SFTBatch
+from dschat.data.batches import (
+    Batch,
+    PackedBatch,
+    PairBatch,
+    PreferenceBatch,
+    SFTBatch,
+    SharedPromptBatch,
+)
 from dschat.data.report import DataReport
-from dschat.data.reward_batches import SharedPromptBatch
 from dschat.models.causal_lm import eval_mode
 from dschat.models.logprobs import target_loss
 from dschat.models.packing import packed_inputs

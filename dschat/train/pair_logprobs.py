@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dschat.data.collators import MismatchedBatch, PairBatch, PreferenceBatch
+from dschat.data.batches import MismatchedBatch, PairBatch, PreferenceBatch
 from dschat.models.logprobs import target_logprobs
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dschat.data.collators import PreferenceBatch
+from dschat.data.batches import PreferenceBatch
 from dschat.functional.preferences import PairLogprobs, PreferenceLoss
 from dschat.models.causal_lm import eval_mode
 from dschat.train.means import Means

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from dschat.data.collators import Batch
+from dschat.data.batches import Batch
 from dschat.train.engine import Engine
 from dschat.train.finite import GradientWatch, check_finite, finite_sum, gradients_of
 from dschat.train.means import Means

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dschat.data.batches import PreferenceBatch
 from dschat.data.batching import Loader
 from dschat.data.cache import damage_of, written_once
-from dschat.data.collators import PreferenceBatch
 from dschat.data.sources import digest
 from dschat.errors import UserError
 from dschat.models.causal_lm import eval_mode, unwrap

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from dschat.data.collators import BatchT
+from dschat.data.batches import BatchT
 
 
 def ahead(

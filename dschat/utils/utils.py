@@ -25,6 +25,6 @@ __getattr__ = _moved(
         "log_init": "dschat.utils.distributed.print_rank_0",
         "moving_average": "dschat.rlhf.ema.EMA",
         "save_zero_three_model": "dschat.utils.utils.save_hf_format, of every ZeRO stage",
-        "to_device": "the method .to(device) of a batch (dschat.data.collators.Batch)",
+        "to_device": "the method .to(device) of a batch (dschat.data.batches.Batch)",
     },
 )

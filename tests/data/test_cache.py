@@ -41,7 +41,7 @@ def _run(source: str, folder: Path, workers: int, limit: int | None) -> None:
         return convert(*args, **options)
 
     tokenise.Converter._sft_rows = announced
-    dschat.data.datasets.check_room = lambda *args: None  # which tokenises some rows first
+    dschat.data.datasets._check_room = lambda *args: None  # which tokenises some rows first
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     spec = Spec(

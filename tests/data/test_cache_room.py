@@ -6,9 +6,9 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from dschat.data.cache_room import tokenised_bytes
 from dschat.data.datasets import Converter
 from dschat.data.store import load_source
+from dschat.data.tokenise import tokenised_bytes
 from dschat.errors import UserError
 from dschat.text.formats import choose_format
 from dschat.utils.disk import Reserve

@@ -3,11 +3,7 @@ import pytest
 import torch
 
 from dschat.data.batching import build_loader
-from dschat.data.collators import (
-    PairCollator,
-    PromptCollator,
-    SFTCollator,
-)
+from dschat.data.collators import PairCollator, PromptCollator, SFTCollator
 from dschat.models.causal_lm import position_ids_from
 
 PAD = EOS = 2

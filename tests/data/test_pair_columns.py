@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from dschat.data.columns import with_pair_columns
-from dschat.data.readers import format_by_columns
+from dschat.data.readers import format_by_columns, with_pair_columns
 from dschat.data.user_reader import ReadOptions, user_reader
 from dschat.errors import UserError
 from dschat.text.conversations import Example

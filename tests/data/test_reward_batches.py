@@ -2,8 +2,9 @@
 
 import torch
 
-from dschat.data.collators import without_end
-from dschat.data.reward_batches import RewardCollator, SharedPromptBatch, is_less_work
+from dschat.data.batches import SharedPromptBatch
+from dschat.data.collators import RewardCollator, without_end
+from dschat.data.shared_prompts import is_less_work
 
 PAD = EOS = 2
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomModel, MistralConfig
 
-from dschat.data.reward_batches import RewardCollator, SharedPromptBatch
+from dschat.data.batches import SharedPromptBatch
+from dschat.data.collators import RewardCollator
 from dschat.errors import UserError
 from dschat.functional.losses import pairwise_loss
 from dschat.models import shared_prompt

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.part_config import EMAConfig
 from dschat.rlhf.policy_config import PolicyConfig

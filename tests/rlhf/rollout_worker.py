@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.models import head_blocks
 from dschat.models.causal_lm import create_hf_model
 from dschat.utils.distributed import Distributed, init_distributed

@@ -7,8 +7,9 @@ import datasets
 import pytest
 import torch
 
+from dschat.data.batches import PromptBatch
 from dschat.data.batching import build_loader
-from dschat.data.collators import PromptBatch, PromptCollator
+from dschat.data.collators import PromptCollator
 from dschat.rlhf.dynamic_sampling import SparePrompts, resampled
 from dschat.rlhf.experience import Experience, stacked
 from dschat.rlhf.ppo_config import PPOConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.answering import generate_sorted

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.generation import Sampled
 from dschat.rlhf.part_config import SamplingConfig

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.rlhf import static_cache, static_rollout
 from dschat.rlhf.answering import repeated
 from dschat.rlhf.drawing import Drawing

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.models.reward_model import RewardModel
 from dschat.models.save import save_hf_format
 from dschat.rlhf.experience import Experience

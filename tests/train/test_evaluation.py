@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dschat.data.collators import PreferenceBatch, SFTBatch
+from dschat.data.batches import PreferenceBatch, SFTBatch
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context
 from dschat.train.evaluation import evaluate_answers, evaluate_pairs, score_pairs

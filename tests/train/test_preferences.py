@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dschat.data.batching import Loader, RowBatches
-from dschat.data.collators import PreferenceBatch, PreferenceCollator
+from dschat.data.batches import PreferenceBatch
+from dschat.data.batching import Loader, build_loader
+from dschat.data.collators import PreferenceCollator
 from dschat.data.mismatched import Mismatched
 from dschat.functional.preferences import PREFERENCE_LOSSES
 from dschat.train.means import Means
@@ -46,7 +47,9 @@ ROWS = pairs(7)
 def loader(size: int, kl: bool = False, rows: datasets.Dataset = ROWS, first: int = 0) -> Loader:
     mismatched = Mismatched(rows, LONGEST, tiny.BOS) if kl else None
     collator = PreferenceCollator(tiny.PAD, first, mismatched)
-    return Loader(rows, collator, RowBatches(size), rank=0, world_size=1, seed=0)
+    loader = build_loader(rows, collator, size, rank=0, world_size=1, seed=0, shuffle=True)
+    assert isinstance(loader, Loader)
+    return loader
 
 
 def objective(name: str, reference: Reference) -> Objective:

@@ -25,8 +25,7 @@ from functools import partial
 from dschat.config import RewardSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
-from dschat.data.collators import PreferenceCollator
-from dschat.data.reward_batches import RewardCollator
+from dschat.data.collators import PreferenceCollator, RewardCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model

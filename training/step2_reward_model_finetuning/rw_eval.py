@@ -31,8 +31,9 @@ from dschat.config.cli import parse, run_cli
 from dschat.config.programs import RewardEvaluation
 from dschat.config.steps import EVALUATION_DATA
 from dschat.config.unused import tell_unused
+from dschat.data.batches import Row
 from dschat.data.batching import build_loader
-from dschat.data.collators import PairCollator, PreferenceCollator, Row, without_end
+from dschat.data.collators import PairCollator, PreferenceCollator, without_end
 from dschat.data.datasets import PromptData, create_prompt_dataset
 from dschat.data.stream import RowStream
 from dschat.data.tokenise import Converter

@@ -1,9 +1,15 @@
 """Re-exports of the names that DeepSpeed-Chat users import from here; nothing else."""
 
-from dschat.data.datasets import create_prompt_dataset
+from dschat.data.config import DataConfig as _DataConfig
+from dschat.data.datasets import create_prompt_dataset as _create_prompt_dataset
+from dschat.utils.predecessor import changed as _changed
 from dschat.utils.predecessor import moved as _moved
 
 __all__ = ["create_prompt_dataset"]
+create_prompt_dataset = _changed(
+    "create_prompt_dataset(DataConfig(...), tokenizer, phase, seed=1234, max_seq_len=512)",
+    config=_DataConfig,
+)(_create_prompt_dataset)
 __getattr__ = _moved(
     __name__,
     {
