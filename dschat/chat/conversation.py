@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dschat.data.tokenise import truncate_left
 from dschat.text.conversations import Turn as Said
+from dschat.text.encoding import truncate_left
 from dschat.text.formats import DschatFormat, PromptFormat
 
 

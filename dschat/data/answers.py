@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dschat.data.tokenise import Converter, truncate
+from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.text.conversations import Example
+from dschat.text.encoding import truncate
 from dschat.text.ordinary import ordinary_examples
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import torch
+
 from dschat.data.columns import OwnColumns, picked
-from dschat.lazy import torch
 
 Row = dict[str, Any]
 BatchT = TypeVar("BatchT", bound="Batch")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from dschat.lazy import np
+import numpy as np
 
 if TYPE_CHECKING:
     import datasets

@@ -101,7 +101,9 @@ def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None])
     try:
         mode = stat.S_IMODE(root.stat().st_mode)
         for folder in (root / _LOCKS, root / kind):
-            _make(folder, mode)
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                folder.chmod(mode)  # whatever the umask
         with _locked(root, kind, key):
             if target.exists():
                 damage = damage_of(target)
@@ -174,14 +176,6 @@ def _digests(files: dict[str, Path]) -> dict[str, str]:
     """SHA-256 (hex) of each file, of several at a time."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing holds no lock
         return dict(zip(files, pool.map(sha256, files.values()), strict=True))
-
-
-def _make(folder: Path, mode: int) -> None:
-    try:
-        folder.mkdir()
-        folder.chmod(mode)  # whatever the umask
-    except FileExistsError:
-        pass
 
 
 def _locked(root: Path, kind: str, key: str, wait: bool = True) -> AcquireReturnProxy:

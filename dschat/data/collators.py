@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
+import torch
+
 from dschat.data.batches import (
     MismatchedBatch,
     PackedBatch,
@@ -20,7 +23,6 @@ from dschat.data.batches import (
     SharedPromptBatch,
 )
 from dschat.data.shared_prompts import is_less_work, shared_prompt_batch
-from dschat.lazy import np, torch
 
 _ENDLESS_STREAM = 4  # of the seed, apart from those of splits and streams
 

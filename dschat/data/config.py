@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dschat.data.batching import BatchSampler, RowBatches
 from dschat.data.proportions import parse_proportions
-from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
 from dschat.text.formats import PROMPT_FORMATS
+
+if TYPE_CHECKING:
+    from dschat.data.batching import BatchSampler
 
 # Which answers of a conversation are targets.
 TRAIN_ON = ("all_turns", "last_turn")
@@ -109,6 +111,9 @@ class BatchConfig(Settings):
         Raises:
             UserError: too few tokens for the longest row, or two ways at once.
         """
+        from dschat.data.batching import RowBatches
+        from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
+
         limit, longest = self.max_tokens_per_batch, sequences * self.max_seq_len
         if limit is not None and limit < longest:
             of_what = "a pair" if sequences == 2 else "a row"

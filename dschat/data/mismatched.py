@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import datasets
 
 from dschat.data.batches import Row
-from dschat.data.tokenise import truncate
+from dschat.text.encoding import truncate
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from dschat.data.batches import Row, SharedPromptBatch
-from dschat.lazy import torch
 
 
 def is_less_work(rows: Sequence[Row]) -> bool:

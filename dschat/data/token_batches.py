@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from dschat.data.batching import BATCHES_PER_CHUNK, Epoch
-from dschat.lazy import np
 
 # Rows that are packed together: enough to fill all but the last packs of a chunk.
 _ROWS_PER_CHUNK = 8192

@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,13 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from dschat.data.store import examples_of
 from dschat.errors import UserError
 from dschat.text.conversations import Example
-from dschat.text.encoding import encode, encode_answers, encode_turns
+from dschat.text.encoding import (
+    encode,
+    encode_answers,
+    encode_turns,
+    truncate,
+    truncate_left,
+)
 from dschat.text.formats import PromptFormat
 from dschat.text.ordinary import ordinary_examples
 
 Columns = dict[str, list[Any]]
 SAMPLE = 200  # rows of a source and split, from which the size of all is estimated
-T = TypeVar("T")
 
 _IDS, _COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 # `length` is that of the longest sequence of a row: loaders group by it without reading tokens.
@@ -46,44 +51,6 @@ FEATURES = {
 OWN_COLUMNS = "columns"
 # Columns of an example that a phase cannot do without.
 NEEDED = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
-
-
-@dataclass(frozen=True)
-class Truncated:
-    """One prompt and its answers, short enough to be joined; `answers_cut` were shortened."""
-
-    prompt: list[int]
-    answers: list[list[int]]
-    prompt_cut: bool
-    answers_cut: int
-
-
-def truncate(
-    prompt: list[int], answers: Sequence[list[int]], max_len: int, bos_id: int | None
-) -> Truncated:
-    """Shorten one prompt and its answers so that the prompt and any one answer fit in `max_len`.
-
-    An answer may take what the prompt leaves, or half of `max_len` if that is more; a longer one
-    loses its right end and still ends in its own last token. The prompt then gives way from the
-    left, by the longest answer and alike for all of them, keeping a leading `bos_id`.
-    """
-    budget = max(max_len - len(prompt), max_len // 2)
-    kept = [
-        answer if len(answer) <= budget else [*answer[: budget - 1], answer[-1]]
-        for answer in answers
-    ]
-    head = truncate_left(prompt, max_len - max(map(len, kept)), bos_id)
-    shortened = sum(len(answer) > budget for answer in answers)
-    return Truncated(head, kept, len(head) < len(prompt), shortened)
-
-
-def truncate_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]:
-    """Keep the last `max_len` ids, or a leading `bos_id` and the last `max_len - 1`."""
-    if len(ids) <= max_len:
-        return ids
-    if bos_id is not None and ids[0] == bos_id and max_len > 0:
-        return [bos_id, *ids[len(ids) - (max_len - 1) :]]
-    return ids[len(ids) - max_len :]
 
 
 @dataclass(frozen=True)
@@ -131,15 +98,16 @@ class Converter:
     def _sft_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
         turns, says_nothing = [], []
         for e in examples:
-            opened = _at(e, self.form.prompt, e.prompt)
-            answer = _at(e, self.form.answer, e.prompt, opened, e.chosen)
             # White space is an answer where texts are taken as they stand, and there alone.
             says_nothing.append(self.form.name != "raw" and not (e.chosen or "").strip())
             trains_last = self.train_on == "last_turn"
-            if trains_last or (self.train_on is None and not e.train_all_turns):
-                pieces = [opened]
-            else:
-                pieces = _at(e, self.form.earlier, e.prompt)
+            trains_last |= self.train_on is None and not e.train_all_turns
+            try:
+                opened = self.form.prompt(e.prompt)
+                answer = self.form.answer(e.prompt, opened, e.chosen or "")
+                pieces = [opened] if trains_last else self.form.earlier(e.prompt)
+            except UserError as error:
+                raise UserError(f"{e.place}: {error}") from error
             turns.append(list(zip(pieces[::2], [*pieces[1::2], answer], strict=True)))
         columns: Columns = {name: [] for name in FEATURES[1]}
         bos_id = self.tokenizer.bos_token_id
@@ -166,16 +134,21 @@ class Converter:
         self, examples: Sequence[Example], sides: Sequence[str]
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
         """Encode prompts, and the answers of each side after them, none of them truncated."""
-        special, tokenizer = self.form.adds_special, self.tokenizer
-        opened = [_at(e, self.form.prompt, e.prompt) for e in examples]
-        ids, answers = encode(tokenizer, opened, special), []
-        for side in sides:
-            texts = [
-                _at(e, self.form.answer, e.prompt, text, getattr(e, side))
-                for e, text in zip(examples, opened, strict=True)
-            ]
-            answers.append(encode_answers(tokenizer, opened, ids, texts, special))
-        return ids, answers
+        opened: list[str] = []
+        texts: dict[str, list[str]] = {side: [] for side in sides}
+        for e in examples:
+            try:
+                opened.append(self.form.prompt(e.prompt))
+                for side in sides:
+                    answer = self.form.answer(e.prompt, opened[-1], getattr(e, side))
+                    texts[side].append(answer)
+            except UserError as error:
+                raise UserError(f"{e.place}: {error}") from error
+        tokenizer, special = self.tokenizer, self.form.adds_special
+        ids = encode(tokenizer, opened, special)
+        return ids, [
+            encode_answers(tokenizer, opened, ids, answers, special) for answers in texts.values()
+        ]
 
     def _pair_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
         ids, sides = self.encoded(examples, ("chosen", "rejected"))
@@ -201,8 +174,7 @@ class Converter:
     def _prompt_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
         columns: Columns = {name: [] for name in self.features}
         bos_id = self.tokenizer.bos_token_id
-        texts = [_at(e, self.form.prompt, e.prompt) for e in examples]
-        encoded = encode(self.tokenizer, texts, self.form.adds_special)
+        encoded, _ = self.encoded(examples, ())
         for e, ids in zip(examples, encoded, strict=True):
             if not ids:
                 raise UserError(
@@ -215,14 +187,6 @@ class Converter:
         if OWN_COLUMNS in columns:
             columns[OWN_COLUMNS] = [e.columns for e in examples]
         return columns
-
-
-def _at(example: Example, function: Callable[..., T], *args: Any) -> T:
-    """Call a function of a format; its errors name the row."""
-    try:
-        return function(*args)
-    except UserError as error:
-        raise UserError(f"{example.place}: {error}") from error
 
 
 def tokenised_bytes(rows: datasets.Dataset, convert: Converter) -> int:

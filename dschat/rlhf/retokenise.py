@@ -13,11 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.tokenise import truncate
 from dschat.errors import UserError
 from dschat.text.chat_template import render
 from dschat.text.conversations import Turn
-from dschat.text.encoding import decode, encode, encode_answers, tokenizer_fingerprint
+from dschat.text.encoding import decode, encode, encode_answers, tokenizer_fingerprint, truncate
 from dschat.text.formats import PromptFormat, choose_format
 from dschat.text.ordinary import SpecialNames, as_ordinary, special_ids
 

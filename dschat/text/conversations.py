@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from dschat.errors import UserError
@@ -17,7 +16,7 @@ SPEAKERS = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
 }
 
-_MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,7 @@ def question(text: Any) -> tuple[Turn, ...]:
 
 def has_markers(text: str) -> bool:
     """Tell whether a text is a transcript with `Human:` in it."""
-    return any(match[1] == "Human" for match in _MARKER.finditer(text))
-
-
-def is_transcript(text: str) -> bool:
-    """Tell whether a text has a marker, of either side, that the dschat format knows."""
-    return _MARKER.search(text) is not None
-
-
-def opened_transcript(text: str) -> str:
-    """Give a transcript with an open answer at its end, which one that ends in a question lacks."""
-    *_, last = _MARKER.finditer(text)
-    return text + ASSISTANT if last[1] == "Human" else text
+    return any(match[1] == "Human" for match in MARKER.finditer(text))
 
 
 def parse_transcript(text: str) -> tuple[Turn, ...]:
@@ -100,23 +88,12 @@ def parse_transcript(text: str) -> tuple[Turn, ...]:
 
     Text before the first marker is a system turn. An open `Assistant:` at the end is no turn.
     """
-    marks = list(_MARKER.finditer(text))
+    marks = list(MARKER.finditer(text))
     pieces = [("system", text[: marks[0].start()] if marks else text)]
     for mark, after in zip(marks, [*marks[1:], None], strict=True):
         role = "user" if mark[1] == "Human" else "assistant"
         pieces.append((role, text[mark.end() : after.start() if after else len(text)]))
     return merge(Turn(role, piece.strip()) for role, piece in pieces)
-
-
-def answers_within(text: str) -> list[str]:
-    """Divide a transcript into context, answer, context, …, ending in a context."""
-    marks = list(_MARKER.finditer(text))
-    pieces, at = [], 0
-    for mark, after in pairwise(marks):
-        if mark[1] == "Assistant" and text[mark.end() : after.start()].strip():
-            pieces += [text[at : mark.end()], text[mark.end() : after.start()]]
-            at = after.start()
-    return [*pieces, text[at:]]
 
 
 def merge(turns: Iterable[Turn]) -> tuple[Turn, ...]:

@@ -1,7 +1,9 @@
-"""Texts to token ids, with prompt and answer split exactly; fingerprint what decides ids."""
+"""Texts to token ids, prompt and answer split exactly; truncation; fingerprints of tokenizers."""
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -173,6 +175,44 @@ def _encode_apart(
         right = (ids for ids in options if tokenizer.decode(head + ids) == expected)
         chosen.append(next(right, options[0]))
     return chosen
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """One prompt and its answers, short enough to be joined; `answers_cut` were shortened."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    prompt_cut: bool
+    answers_cut: int
+
+
+def truncate(
+    prompt: list[int], answers: Sequence[list[int]], max_len: int, bos_id: int | None
+) -> Truncated:
+    """Shorten one prompt and its answers so that the prompt and any one answer fit in `max_len`.
+
+    An answer may take what the prompt leaves, or half of `max_len` if that is more; a longer one
+    loses its right end and still ends in its own last token. The prompt then gives way from the
+    left, by the longest answer and alike for all of them, keeping a leading `bos_id`.
+    """
+    budget = max(max_len - len(prompt), max_len // 2)
+    kept = [
+        answer if len(answer) <= budget else [*answer[: budget - 1], answer[-1]]
+        for answer in answers
+    ]
+    head = truncate_left(prompt, max_len - max(map(len, kept)), bos_id)
+    shortened = sum(len(answer) > budget for answer in answers)
+    return Truncated(head, kept, len(head) < len(prompt), shortened)
+
+
+def truncate_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]:
+    """Keep the last `max_len` ids, or a leading `bos_id` and the last `max_len - 1`."""
+    if len(ids) <= max_len:
+        return ids
+    if bos_id is not None and ids[0] == bos_id and max_len > 0:
+        return [bos_id, *ids[len(ids) - (max_len - 1) :]]
+    return ids[len(ids) - max_len :]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

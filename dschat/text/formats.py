@@ -7,19 +7,12 @@ the tokenizer's `eos_token` in every format and is in none of these texts.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dschat.errors import UserError
 from dschat.text.chat_template import ChatFormat, template_end
-from dschat.text.conversations import (
-    ASSISTANT,
-    HUMAN,
-    Prompt,
-    answers_within,
-    as_turns,
-    is_transcript,
-    opened_transcript,
-)
+from dschat.text.conversations import ASSISTANT, HUMAN, MARKER, Prompt, as_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +35,7 @@ class DschatFormat:
 
     def asks(self, text: str) -> bool:
         """Tell whether a prompt that is text is taken as one question."""
-        return not is_transcript(text)
+        return MARKER.search(text) is None
 
     def prompt(self, prompt: Prompt) -> str:
         """Write the text up to an open answer; UserError where nothing is asked."""
@@ -52,7 +45,7 @@ class DschatFormat:
         """Divide the prompt's text into context, answer, context, …, ending in a context."""
         if isinstance(prompt, str):
             if not self.asks(prompt):
-                return answers_within(opened_transcript(prompt))
+                return _transcript_pieces(prompt)
             prompt = as_turns(prompt)
         if not prompt:
             raise UserError("the prompt is empty; fix or drop the row, or use --prompt_format raw")
@@ -73,6 +66,20 @@ class DschatFormat:
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
         """Write the text of an answer to `prompt`, whose own text is `opened`."""
         return text if isinstance(prompt, str) and not self.asks(prompt) else _spaced(text)
+
+
+def _transcript_pieces(text: str) -> list[str]:
+    """Divide a transcript, with an open answer at its end, into context, answer, context, …"""
+    marks = list(MARKER.finditer(text))
+    if marks[-1][1] == "Human":
+        text += ASSISTANT
+        marks = list(MARKER.finditer(text))
+    pieces, at = [], 0
+    for mark, after in pairwise(marks):
+        if mark[1] == "Assistant" and text[mark.end() : after.start()].strip():
+            pieces += [text[at : mark.end()], text[mark.end() : after.start()]]
+            at = after.start()
+    return [*pieces, text[at:]]
 
 
 def _spaced(text: str) -> str:

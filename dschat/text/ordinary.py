@@ -23,10 +23,14 @@ MARK = "\udfff"
 
 
 class SpecialNames:
-    """Names of a tokenizer's special tokens, to be found and marked in texts."""
+    """Names of a tokenizer's special tokens, to be found and marked in texts.
+
+    `tokens` maps them to what the tokenizer knows of them.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokens = special_tokens(tokenizer)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        self.tokens = {token.content: token for token in added if token.special and token.content}
         names = sorted(self.tokens, key=len, reverse=True)
         self.pattern = re.compile(
             f"(?:{'|'.join(map(re.escape, names))})(?!{MARK})" if names else "(?!)"
@@ -43,12 +47,6 @@ class SpecialNames:
         while self.within(text):  # what is left of one name may be part of another
             text = self.pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
         return text
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, AddedToken]:
-    """Map the names of special tokens to what the tokenizer knows of them."""
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    return {token.content: token for token in added if token.special and token.content}
 
 
 def as_ordinary(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -100,7 +98,7 @@ def _without_ends(text: str, eos: str) -> str:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Collect the ids of all special tokens."""
-    of_backend = map(tokenizer.backend_tokenizer.token_to_id, special_tokens(tokenizer))
+    of_backend = map(tokenizer.backend_tokenizer.token_to_id, SpecialNames(tokenizer).tokens)
     return {token for token in of_backend if token is not None} | set(tokenizer.all_special_ids)
 
 
@@ -122,7 +120,7 @@ _READERS: WeakKeyDictionary[PreTrainedTokenizerBase, _Reader] = WeakKeyDictionar
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
-    tokens = special_tokens(tokenizer)
+    tokens = SpecialNames(tokenizer).tokens
     if tokenizer not in _READERS or _READERS[tokenizer].names.keys() != tokens.keys():
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.encode_special_tokens = True  # as text; the new names are no special tokens

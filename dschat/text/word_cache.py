@@ -86,9 +86,6 @@ class WordCache:
         self._special = re.compile("|".join([*added, "▁"])).search
         self._first_chars = {token[0] for token in tokenizer.get_added_vocab()} | {"▁"}
         self._sentinel = len(self.backend.encode(_SENTINEL, add_special_tokens=False).ids)
-        self._forget()
-
-    def _forget(self) -> None:
         # A word follows a space, which is part of it. At the beginning of a text there is no
         # cut, and some tokenizers put a space of their own there: (word, special) is one there.
         self._numbers: dict[str | tuple[str, bool], int] = {}
@@ -108,7 +105,8 @@ class WordCache:
         if not texts:
             return []
         if len(self._numbers) > _MAX_WORDS:
-            self._forget()
+            self._numbers.clear()
+            del self._ids[:], self._bounds[1:]
         words = cut_words(texts if special is not None else [text[1:] for text in texts])
         after = np.ones(len(words.of_text), bool)  # words that follow a space
         after[words.first] = special is None
@@ -194,8 +192,10 @@ def cuts_before_spaces(backend: dict) -> bool:
         return False
     if model.get("continuing_subword_prefix"):
         return False
-    normalizers = _listed(backend["normalizer"], "normalizers")
-    parts = _listed(backend["pre_tokenizer"], "pretokenizers")
+    normalizer, split = backend["normalizer"] or {}, backend["pre_tokenizer"] or {}
+    # The parts of a sequence, a lone part, or none.
+    normalizers = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    parts = split.get("pretokenizers", [split] if split else [])
     names = [part["type"] for part in parts]
     if names[-1:] == ["ByteLevel"]:
         if not all(n["type"] == "NFC" for n in normalizers):
@@ -221,10 +221,3 @@ def cuts_before_spaces(backend: dict) -> bool:
         return False
     # Without a split the merges decide: no token has ▁ after anything else.
     return by_space and not any(re.search("[^▁]▁", token) for token in model["vocab"])
-
-
-def _listed(part: dict | None, key: str) -> list[dict]:
-    """List the parts of a sequence, a lone part, or none."""
-    if part is None:
-        return []
-    return part[key] if part["type"] == "Sequence" else [part]

@@ -4,9 +4,10 @@ import pytest
 
 from dschat.data import datasets as data_utils
 from dschat.data.report import PHASE_NAMES
-from dschat.data.tokenise import Converter, Truncated, truncate, truncate_left
+from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.text.conversations import Example
+from dschat.text.encoding import Truncated, truncate, truncate_left
 from dschat.text.formats import choose_format, set_format
 from tests.data.spec import Spec
 
