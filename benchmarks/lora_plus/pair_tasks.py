@@ -9,7 +9,8 @@ from torch import nn
 
 from benchmarks.lora_plus.tasks import EVAL_BATCH, WORLD_SEED, tokenised
 from benchmarks.lora_plus.training import Losses, Row, Task
-from dschat.data.collators import PreferenceBatch, PreferenceCollator
+from dschat.data.batches import PreferenceBatch
+from dschat.data.collators import PreferenceCollator
 from dschat.functional.losses import pairwise_loss
 from dschat.functional.preferences import PREFERENCE_LOSSES
 from dschat.models.causal_lm import check_context, create_hf_model

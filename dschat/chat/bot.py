@@ -17,12 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from dschat.chat.conversation import Turn, fit_conversation, settled_part
 from dschat.config.programs import ChatSettings
-from dschat.data.tokenise import truncate_left
 from dschat.errors import UserError
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import check_kind, load_config
 from dschat.rlhf.generation import StopStrings
-from dschat.text.encoding import decode, encode
+from dschat.text.encoding import decode, encode, truncate_left
 from dschat.text.formats import set_format
 from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer

@@ -42,7 +42,7 @@ class SFTSettings(StepSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sampler()
+        self.batch.check_sampler(packing=self.packing)
         batching = "packing" if self.packing else self.batch.own_batching
         check_streaming(self.data, self.run, self.max_steps, batching)
 
@@ -97,7 +97,7 @@ class RewardSettings(StepSettings):
         super().__post_init__()
         if self.train_head_only and self.model.lora.lora_dim:
             raise UserError("train_head_only and lora_dim contradict: adapters change the trunk")
-        self.sampler()
+        self.batch.check_sampler(sequences=2)
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
 
     def check_model(self) -> None:
@@ -159,7 +159,7 @@ class DPOSettings(StepSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sampler()
+        self.batch.check_sampler(sequences=2)
         model = replace(self.model, train_base=self.run.train_base_model)
         self.preference.choose_reference(model)
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)

@@ -105,15 +105,12 @@ class BatchConfig(Settings):
         """The setting that asks for batches other than by rows."""
         return None if self.max_tokens_per_batch is None else "max_tokens_per_batch"
 
-    def sampler(self, sequences: int = 1, packing: bool = False) -> BatchSampler:
-        """Choose how training rows become batches; `sequences` is how many a row becomes.
+    def check_sampler(self, sequences: int = 1, packing: bool = False) -> None:
+        """Check what `sampler` is asked for.
 
         Raises:
             UserError: too few tokens for the longest row, or two ways at once.
         """
-        from dschat.data.batching import RowBatches
-        from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
-
         limit, longest = self.max_tokens_per_batch, sequences * self.max_seq_len
         if limit is not None and limit < longest:
             of_what = "a pair" if sequences == 2 else "a row"
@@ -126,8 +123,19 @@ class BatchConfig(Settings):
                 "packing and max_tokens_per_batch: packed rows are all of max_seq_len already; "
                 "drop one, per_device_train_batch_size counts packed rows"
             )
+
+    def sampler(self, sequences: int = 1, packing: bool = False) -> BatchSampler:
+        """Choose how training rows become batches; `sequences` is how many a row becomes.
+
+        Raises:
+            UserError: as `check_sampler`.
+        """
+        from dschat.data.batching import RowBatches
+        from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
+
+        self.check_sampler(sequences, packing)
         if packing:
             return PackedBatches(self.per_device_train_batch_size, self.max_seq_len)
-        if limit is not None:
-            return TokenBudgetBatches(limit, sequences)
+        if self.max_tokens_per_batch is not None:
+            return TokenBudgetBatches(self.max_tokens_per_batch, sequences)
         return RowBatches(self.per_device_train_batch_size)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.rlhf.answering import Begun, Generated
 from dschat.utils.distributed import Distributed, all_reduce_max, print_rank_0
 

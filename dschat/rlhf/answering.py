@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.rlhf.generation import Sampled
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.ppo_config import PPOConfig

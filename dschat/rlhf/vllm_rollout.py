@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.generation import Sampled, SamplingConfig
 from dschat.rlhf.vllm_adapters import AdapterSender

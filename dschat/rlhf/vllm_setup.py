@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.models.causal_lm import eval_mode
 from dschat.models.config import load_config

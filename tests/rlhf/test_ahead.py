@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dschat.data.collators import PromptBatch
+from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.ahead import RolloutsAhead
 from dschat.rlhf.answering import begin
