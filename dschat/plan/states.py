@@ -119,7 +119,7 @@ def frozen_states(counted: Counted, dtype: str, ranks: int, *, sharded: bool) ->
 
 def engine_states(counted: Counted, config: EngineConfig, ranks: int) -> States:
     """Bytes of a model that trains; the user's DeepSpeed JSON is read, where there is one."""
-    ds: dict[str, Any] = get_train_ds_config(config, ranks)
+    ds: dict[str, Any] = get_train_ds_config(config, ranks, counted.trained)
     zero = ds["zero_optimization"]
     stage, offloads = zero["stage"], "offload_optimizer" in zero
     size, trained = BYTES[config.dtype], counted.trained

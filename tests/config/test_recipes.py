@@ -85,9 +85,9 @@ def test_a_recipe_stands_alone_and_says_what_it_needs(name: str):
     assert {"model", "hardware", "needs", "rates"} <= said.keys()
     hardware = name.split("/")[1]
     assert re.fullmatch(HARDWARE[hardware], said["hardware"]), said["hardware"]
-    needs, parts = said["needs"].removeprefix("about ").split(" GB: ", 1)
-    numbers = [float(part) for part in re.findall(r" (\d+)(?=,|$)", parts.split(";")[0])]
-    assert abs(sum(numbers) - float(needs)) <= 1.5, said["needs"]  # of rounding
+    needs, parts = re.fullmatch(r"(\d+\.\d) GiB in [^:]+: ([^;]+)(?:;.+)?", said["needs"]).groups()
+    numbers = [float(part.rpartition(" ")[2]) for part in parts.split(", ")]
+    assert abs(sum(numbers) - float(needs)) <= 0.05 * (len(numbers) + 2), said["needs"]  # rounding
     assert float(needs) <= 0.9 * float(said["hardware"].split()[-2])
 
 
@@ -130,8 +130,7 @@ def test_the_page_on_hardware_has_what_each_recipe_needs():
     }
     heads = {name: head(name) for name in RECIPES if not name.startswith(OWN_MODEL)}
     assert told == {
-        name: (said["hardware"], re.match(r"about (\d+) GB: ", said["needs"])[1])
-        for name, said in heads.items()
+        name: (said["hardware"], said["needs"].split(" GiB")[0]) for name, said in heads.items()
     }
 
 
