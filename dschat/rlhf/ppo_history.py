@@ -25,9 +25,13 @@ NO_SPREAD = 1e-6  # relative
 NEGATIVE_KL = 0.01  # nats a token
 FAR, FAR_ANSWER = 0.5, 5.0  # nats a token from the reference; a few words may cost more, not many
 JUMP = 2.0  # nats a token, in one iteration
+NEAR, PACE = 0.25, 0.08  # nats a token; by how much they grow in an iteration on the way to `FAR`
 MOVED = 0.5  # of the first iteration's spread of rewards
 CERTAIN = 4.0  # standard errors
 FEW_ENDS, LONGER = 0.5, 1.2  # times the first share and length
+ANOTHER_LENGTH, LENGTH_SPREAD = 0.25, 0.5  # of the first length; an answer's standard deviation
+LIKELY = 3.0  # standard errors of what also goes one way in each of `LONG` iterations
+FEWER_ENDS = 0.1  # of the answers
 STILL, STILL_AFTER = 1e-4, 20  # nats a token after so many iterations; KL grows with their square
 
 
@@ -82,6 +86,18 @@ class History:
         spread = self.first.get("reward_std", 0.0)
         return (self.mean("reward", LONG) - self.first["reward"]) / spread if spread else math.nan
 
+    def grows(self, name: str, by: float = 0.0, sign: int = 1) -> bool:
+        """Tell whether a figure has grown, or with sign -1 fallen, by more in each of the last."""
+        values = self.last(name, LONG + 1)
+        steps = [sign * (later - before) for before, later in itertools.pairwise(values)]
+        return bool(steps) and min(steps) > by
+
+    def gains(self, spreads: float) -> bool:
+        """Tell whether the reward is above its start by so many spreads, on average or by now."""
+        spread, latest = self.first.get("reward_std", 0.0), self.mean("reward", 1)
+        rise = (latest - self.first["reward"]) / spread if spread else math.nan
+        return self.reward_rise > spreads or rise > spreads
+
     @property
     def fell(self) -> bool:
         """Tell whether the reward is below its start, by more than chance does."""
@@ -90,23 +106,30 @@ class History:
 
     @property
     def is_far(self) -> bool:
-        """Tell whether the policy is far from the reference."""
-        nats, tokens = self.last("kl_per_token", SHORT), self.last("answer_length", SHORT)
-        pairs = list(zip(nats, tokens, strict=False))
-        return bool(pairs) and all(n > FAR and n * t > FAR_ANSWER for n, t in pairs)
+        """Tell whether the policy is far from the reference, twice or after steady steps."""
+        far = [self._is_beyond(FAR, figures) for figures in self.recent[-SHORT:]]
+        return far[-1:] == [True] and (far == SHORT * [True] or self.grows("kl_per_token", PACE))
+
+    @staticmethod
+    def _is_beyond(nats: float, figures: dict[str, float]) -> bool:
+        kl, tokens = figures.get("kl_per_token", 0.0), figures.get("answer_length", 0.0)
+        return kl > nats and kl * tokens > FAR_ANSWER
 
     @property
     def ran_away(self) -> bool:
-        """Tell whether the policy got far at once, or without a gain."""
+        """Tell whether the policy got far at once, or without a gain, or is on its way there."""
         nats = [figures.get("kl_per_token", 0.0) for figures in self.recent]
-        jump = max((later - before for before, later in itertools.pairwise(nats)), default=0.0)
-        return self.is_far and (jump > JUMP or not self.reward_rise > MOVED)
+        steps = [later - before for before, later in itertools.pairwise(nats)]
+        if self.is_far and (max(steps, default=0.0) > JUMP or not self.gains(MOVED)):
+            return True
+        leaves = self._is_beyond(NEAR, self.recent[-1]) and self.grows("kl_per_token", PACE)
+        return leaves and not self.gains(MOVED / 2)
 
     @property
     def is_gamed(self) -> bool:
         """Tell whether the reward rose while the policy left the reference."""
         unlikely = self.mean("ref_nats_per_token", LONG) - self.first.get("ref_nats_per_token", 0.0)
-        return self.reward_rise > MOVED and (self.is_far or unlikely > FAR)
+        return self.gains(MOVED) and (self.is_far or unlikely > FAR)
 
     @property
     def has_negative_kl(self) -> bool:
@@ -130,13 +153,37 @@ class History:
         few = self.first.get("ended", 0.0) > 1 - FEW_ENDS and self.change("ended") < FEW_ENDS
         return few and self.change("answer_length") > LONGER
 
+    def is_on_the_way(self, sign: int) -> bool:
+        """Tell whether answers now shrink (-1) or grow (1) steadily, by more than chance does."""
+        first = self.first.get("answer_length", 0.0)
+        chance = LIKELY * LENGTH_SPREAD * math.sqrt(2 / self.first.get("answers", ANSWERS))
+        lengths = self.last("answer_length", LONG + 1) or [0.0]
+        moved = sign * (lengths[-1] - lengths[0])
+        least = max(ANOTHER_LENGTH, chance) * max(first, lengths[0])
+        return self.grows("answer_length", sign=sign) and moved > least
+
+    @property
+    def shrinks(self) -> bool:
+        """Tell whether answers get ever shorter, and not because more of them end."""
+        first = self.first.get("ended", 0.0)
+        more = self.mean("ended", 1) > first + FEWER_ENDS * (1 - first)
+        return self.is_on_the_way(-1) and not more
+
+    @property
+    def runs_on(self) -> bool:
+        """Tell whether answers get ever longer, and fewer of them end."""
+        first, count = self.first.get("ended", 0.0), self.first.get("answers", ANSWERS)
+        chance = 2 * math.sqrt(2 * first * (1 - first) / count)
+        fewer = first - self.mean("ended", 1)
+        return self.is_on_the_way(1) and fewer > max(FEWER_ENDS, chance)
+
     @property
     def stands_still(self) -> bool:
-        """Tell whether the actor trains without effect."""
+        """Tell whether the actor trains without effect; of KL's estimators k3 has no noise then."""
         trained = max(self.seen.get("entropy", 0) - 1 - self.slow_start, 0.0)
         limit = STILL * min(trained / STILL_AFTER, 1.0) ** 2
-        is_near = trained >= STILL_AFTER / 2 and abs(self.mean("kl_per_token", LONG)) < limit
-        return is_near and not abs(self.reward_rise) > MOVED
+        nats = self.mean("kl_k3" if "kl_k3" in self.first else "kl_per_token")
+        return trained >= LONG and abs(nats) < limit and not abs(self.reward_rise) > MOVED
 
     def words(self) -> dict[str, float]:
         """Figures of a message: NAME, the mean of the last iterations, and first_NAME."""

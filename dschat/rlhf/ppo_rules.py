@@ -158,7 +158,7 @@ RULES = (
     ),
     Rule(
         "answers shrank",
-        lambda h: h.change("answer_length") < SHRUNK,
+        lambda h: h.change("answer_length") < SHRUNK or h.shrinks,
         "answers shrank from {first_answer_length:.0f} to {answer_length:.2g} tokens while the "
         "reward went from {first_reward:.3g} to {reward:.3g}",
         "see whether {facts.rewards} pays for short answers, or {facts.closer}",
@@ -166,7 +166,7 @@ RULES = (
     ),
     Rule(
         "answers grew",
-        lambda h: h.change("answer_length") > GROWN or h.loses_ends,
+        lambda h: h.change("answer_length") > GROWN or h.loses_ends or h.runs_on,
         "answers grew from {first_answer_length:.0f} to {answer_length:.0f} tokens, {ended:.0%} "
         "end instead of {first_ended:.0%}, while the reward went from {first_reward:.3g} to "
         "{reward:.3g}",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from benchmarks.ppo_monitor import BEGINNING, NOT_FINITE, TROUBLES, history, said
+from benchmarks.ppo_monitor import BEGINNING, NOT_FINITE, TROUBLES, Trouble, history, said
 from dschat.errors import UserError
 from dschat.rlhf.ppo_health import REPEATED_AFTER, HealthMonitor
 from dschat.rlhf.ppo_history import LONG, REMEMBERED, SHORT, WATCHED, History
@@ -32,15 +32,11 @@ HEALTHY = {
     "unscored": 0.0,
     "masked": 0.0,
 }
-# Iterations from the beginning of a trouble to its warning: plain ones take two or three. A gradual
-# one has to become visible first, beyond its threshold and beyond chance.
+# Iterations from the beginning of a trouble to its warning: at most three of most. A fall of the
+# reward has to come out of chance first; lengths may do so a little later than on average.
 SOON = {
-    "drifts away": 7,  # 0.5 nats a token at the 5th
     "reward falls": 10,  # half a spread at the 5th, four standard errors at the 6th
-    "nothing learnt": 11,
-    "answers shrink": 9,  # a third of the length at the 7th
-    "answers grow": 10,  # ends halved at the 7th
-    "gamed": 5,  # 0.5 nats a token at the 3rd
+    "answers shrink": 6,
     "blind critic": REMEMBERED,
 }
 RULE = {rule.name: rule for rule in RULES}
@@ -58,6 +54,48 @@ def test_each_trouble_is_named_first_and_soon_and_nothing_beside_it(name):
         assert rule == trouble.rule
         assert at - BEGINNING < (1 if rule == NOT_FINITE else SOON.get(name, LONG))
         assert {rule for _, rule in found} == {trouble.rule}
+
+
+# Other paces and numbers of answers; the most iterations that all of 20 histories take.
+PACES = {
+    "drifts 0.15": ("ran away", lambda t: {"kl_per_token": 0.15 * t, "reward": 0.0}, 128, 3),
+    "drifts 0.3": ("ran away", lambda t: {"kl_per_token": 0.3 * t, "reward": -0.1 * t}, 32, 3),
+    "shrinks by 15": ("answers shrank", lambda t: {"answer_length": max(100 - 15 * t, 1)}, 64, 3),
+    "grows by 25": (
+        "answers grew",
+        lambda t: {"answer_length": 100 + 25 * min(t, 6), "ended": max(0.9 - 0.1 * t, 0.2)},
+        64,
+        3,
+    ),
+    "gamed 0.4": ("gamed reward", lambda t: {"kl_per_token": 0.4 * t, "reward": 0.6 * t}, 64, 3),
+    "still": ("standstill", lambda t: {"kl_k3": 1e-7, "kl_per_token": 0.0, "reward": 0.0}, 32, 3),
+    "falls by 0.5": ("reward fell", lambda t: {"reward": -0.5 * t}, 64, 3),
+    "falls by 0.2, many answers": ("reward fell", lambda t: {"reward": -0.2 * t}, 1024, 4),
+}
+# What good runs do.
+GOOD = {
+    "fast": lambda t: {"kl_per_token": 0.4 * (1 - 0.7**t), "reward": 3 * (1 - 0.7**t)},
+    "flat": lambda t: {"reward": 0.0},
+    "shorter": lambda t: {"answer_length": 70 + 30 * 0.85**t},
+    "longer": lambda t: {"answer_length": 150 - 50 * 0.8**t, "ended": 0.8 + 0.1 * 0.8**t},
+    "learns to end": lambda t: {"answer_length": 50 + 50 * 0.7**t, "ended": 1 - 0.5 * 0.7**t},
+}
+
+
+@pytest.mark.parametrize("name", PACES)
+def test_other_paces_are_seen_as_soon(name):
+    rule, change, answers, most = PACES[name]
+    for seed in range(20):
+        found = said(history(Trouble(rule, change), random.Random(seed), answers))
+        assert found[0][1] == rule and found[0][0] - BEGINNING < most
+
+
+@pytest.mark.parametrize("answers", [16, 64, 256])
+@pytest.mark.parametrize("name", GOOD)
+def test_what_good_runs_do_is_not_warned_of(name, answers):
+    good = Trouble(None, GOOD[name], from_the_start=True)
+    for seed in range(10):
+        assert said(history(good, random.Random(seed), answers)) == []
 
 
 def test_every_rule_has_a_history():
@@ -126,11 +164,11 @@ def test_a_standstill_begins_when_the_rate_has_risen():
     def figures(kl: float) -> list[dict[str, float]]:
         return 30 * [HEALTHY | {"kl_per_token": kl, "kl_k3": kl}]
 
-    assert said(figures(1e-6)) == [(11, "standstill")]
+    assert said(figures(1e-6)) == [(4, "standstill")]
     assert said(figures(1e-3)) == []
     monitor = HealthMonitor(slow_start=15)
     at = [i for i, each in enumerate(figures(1e-6), 1) if monitor.observe(i, each)]
-    assert at == [26]
+    assert at == [19]
 
 
 def test_figures_that_are_not_there_are_not_judged():
