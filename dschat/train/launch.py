@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,9 @@ def run(
     with tempfile.TemporaryDirectory() as folder, _guarded() as guard, _passing_on() as signals:
         code_file = Path(folder, "code")
         env = {**(os.environ if environ is None else environ), CODE_FILE: str(code_file)}
+        if sys.stdout.isatty():  # the command sees a pipe, and fits its bars to the window by these
+            columns, rows = shutil.get_terminal_size()
+            env |= {"COLUMNS": str(columns), "LINES": str(rows)}
         try:
             process = subprocess.Popen(
                 command,

@@ -22,6 +22,7 @@ from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.run_page import RunPage
 from dschat.utils.distributed import print_rank_0
+from dschat.utils.plain_bar import EVERY, PlainBar
 
 
 def format_value(value: float) -> str:
@@ -218,16 +219,17 @@ class StepBar(tqdm):
 def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
     """Make a bar of `total` steps, silent on ranks other than 0.
 
-    It takes figures by `set_postfix_str(...)`. Into a file it writes at most every ten seconds,
-    since each refresh is a line there.
+    It takes figures by `set_postfix_str(...)`. In a file it is a line now and then.
     """
+    is_seen = sys.stderr.isatty()
     return StepBar(
         total=total,
         desc=desc,
         disable=metrics.rank != 0,
         dynamic_ncols=True,
         initial=metrics.first_step,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        file=sys.stderr if is_seen else PlainBar(sys.stderr),
+        mininterval=0.1 if is_seen else EVERY,
     )
 
 

@@ -79,8 +79,14 @@ def _show_warning(*args: Any, **options: Any) -> str:
     return printable(_format_warning(*args, **options))
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out that DeepSpeed finds no GPU on a machine that has none."""
+    return "Setting accelerator to CPU" not in str(record.msg) or bool(shutil.which("nvidia-smi"))
+
+
 def guard_terminal() -> None:
     """Make printable what other libraries print by themselves: logs, warnings, tracebacks."""
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _show_warning
     sys.excepthook = _show_error

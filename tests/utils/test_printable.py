@@ -1,6 +1,10 @@
 """Lines of figures in a window."""
 
-from dschat.utils.printable import fitted
+import logging
+import sys
+import warnings
+
+from dschat.utils.printable import fitted, guard_terminal
 
 EVALUATION = "eval step 0/6 | loss 0.6931 | accuracy 0.5 | margin 0 | logprob_chosen -4.264"
 
@@ -23,3 +27,25 @@ def test_what_fits_and_what_is_no_line_of_figures_stays():
     assert fitted("one_name_that_is_wider_than_all | b 1", 10) == (
         "one_name_that_is_wider_than_all |\n  b 1"
     )
+
+
+def test_a_machine_without_a_gpu_is_no_news(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back what the guard replaces
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    guard_terminal()
+    logging.setLogRecordFactory(factory)
+    line = "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable"
+    logger, heard = logging.getLogger("DeepSpeed"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        monkeypatch.setattr("shutil.which", lambda name: None)
+        logger.warning(line)
+        logger.warning("something else")
+        monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+        logger.warning(line)  # there is a GPU, and torch does not see it
+    finally:
+        logger.removeHandler(handler)
+    assert heard == ["something else", line]
