@@ -2,9 +2,10 @@
 
     python benchmarks/rank_checks.py
 
-Each step sums the loss over the ranks before it is made, lest a loss that is not finite changes
-weights (`progress.finite_loss`), and asks whether a signal has reached any rank (what
-`Checkpointer.save_if_due` does). Both are all-reduces of one number, and cost time, not bandwidth.
+Each step sums the loss and the gradients' sums over the ranks before it is made, lest one that is
+not finite changes weights (`progress.finite_loss`), and asks whether a signal has reached any rank
+(what `Checkpointer.save_if_due` does). They are all-reduces of two numbers and of one, and cost
+time, not bandwidth.
 Printed are microseconds a call, as rank 0 sees them: the median, and the 10th percentile, which is
 what they take while nothing else runs.
 """
