@@ -68,9 +68,7 @@ class RewardEvaluation(StartConfig):
         False, "score answers without their end token, as those that a length limit cuts"
     )
     show: int = setting(3, "pairs whose scores are printed", at_least=0)
-    output_dir: str | None = setting(
-        None, "folder for evaluation.json and, with matplotlib, its plot"
-    )
+    output_dir: str | None = setting(None, "folder for evaluation.json and its plot")
     stdin: bool = setting(
         False,
         "score lines of standard input, one JSON line each: an object with prompt and response, or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,33 +10,24 @@ from typing import Any
 from dschat.functional.proportions import wilson_interval
 from dschat.models.reward_statistics import EVALUATION_FILE
 from dschat.train.pair_report import PairReport
-from dschat.utils.distributed import print_rank_0
 
 PLOT_FILE = str(Path(EVALUATION_FILE).with_suffix(".png"))
 
 
 def report_files(report: PairReport, settings: Mapping[str, Any], rank: int) -> dict[str, bytes]:
-    """Make the files of a report by name: JSON, and a plot where matplotlib is installed.
+    """Make the files of a report by name: JSON, and a plot.
 
     Args:
         settings: flags that repeat the evaluation. rank: other ranks than 0 have no files.
     """
     if rank != 0:
         return {}
-    files = {EVALUATION_FILE: report.text(settings).encode()}
-    if importlib.util.find_spec("matplotlib") is None:
-        print_rank_0(f"no {PLOT_FILE}: it needs matplotlib (pip install matplotlib)", rank)
-    else:
-        files[PLOT_FILE] = reliability_png(report)
-    return files
+    text = report.text(settings).encode()
+    return {EVALUATION_FILE: text, PLOT_FILE: reliability_png(report)}
 
 
 def reliability_png(report: PairReport) -> bytes:
-    """Draw accuracy over confidence by bin, with Wilson's intervals, and the bins' sizes below.
-
-    Returns:
-        A PNG; needs matplotlib.
-    """
+    """Draw accuracy over confidence by bin, with Wilson's intervals, and the bins' sizes below."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     bins, figure = report.reliability, Figure(figsize=(4.5, 5), layout="constrained")

@@ -1,6 +1,5 @@
 """A report on pairs: its parts, a model that scores length, its files and single lines."""
 
-import importlib.util
 import json
 import runpy
 
@@ -101,19 +100,13 @@ def test_scores_that_are_not_finite_are_refused():
         PairReport.of(pairs([1.0, float("nan")], [1, 1], [1, 1]))
 
 
-def test_the_files_of_a_report(monkeypatch, capsys):
+def test_the_files_of_a_report():
     report = PairReport.of(pairs([1.0, -2.0], [3, 4], [4, 3]))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     files = report_files(report, {"data_path": ["a.jsonl"]}, rank=0)
-    assert list(files) == ["evaluation.json"] and report_files(report, {}, rank=1) == {}
-    assert "pip install matplotlib" in capsys.readouterr().out
+    assert [*files] == ["evaluation.json", "evaluation.png"]
+    assert report_files(report, {}, rank=1) == {}
     read = json.loads(files["evaluation.json"])
     assert read["figures"]["accuracy"] == 0.5 and read["settings"] == {"data_path": ["a.jsonl"]}
-
-
-def test_the_plot_of_a_report():
-    pytest.importorskip("matplotlib", exc_type=ImportError)
-    files = report_files(PairReport.of(pairs([1.0, -2.0], [3, 4], [4, 3])), {}, rank=0)
     assert files["evaluation.png"].startswith(b"\x89PNG")
 
 
