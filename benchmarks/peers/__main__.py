@@ -3,6 +3,7 @@
     python -m benchmarks.peers
     python -m benchmarks.peers --tasks sft dpo --vocabularies 4096 --rounds 7
     python -m benchmarks.peers --tasks ppo --batch 32 --length 64 --steps 1
+    python -m benchmarks.peers --tasks reward dpo --model ./smollm2 --data ./hh_rlhf/train.jsonl
 
 One model, one order of rows, batches of the same rows, fp32, one thread, LoRA of rank 16 on every
 linear layer. A cell is a task at a vocabulary: its peers live side by side in processes of their
@@ -139,13 +140,13 @@ def table(task: Task, folder: Path) -> list[str]:
         losses = {peer: figures[0]["loss"] for peer, figures in found.items()}
         if max(losses.values()) - min(losses.values()) > 2e-3:
             raise SystemExit(f"{task.kind}: the peers do not begin with one loss: {losses}")
-    lines = []
+    lines, name = [], Path(task.model).name or task.vocabulary
     for peer, figures in found.items():
         cpu, wall, rss = (statistics.median(f[n] for f in figures) for n in ("cpu", "wall", "rss"))
         ratios = [f["cpu"] / o["cpu"] for f, o in zip(figures, found[OURS], strict=True)]
         times = f"{min(ratios):.2f} / **{statistics.median(ratios):.2f}** / {max(ratios):.2f}"
         lines.append(
-            f"| {task.kind} | {task.vocabulary} | {peer} | {cpu:.2f} | {wall:.2f} | {rss:.0f} | "
+            f"| {task.kind} | {name} | {peer} | {cpu:.2f} | {wall:.2f} | {rss:.0f} | "
             f"{'' if peer == OURS else times} |"
         )
     return lines
@@ -162,16 +163,25 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--width", type=int, default=256, help="of the model, in eights")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--model", default="", help="folder of a Llama; with --data")
+    parser.add_argument("--data", default="", help="file of prompt, chosen, rejected")
     parser.add_argument(
         "--environments", type=Path, default=Path.home() / ".cache" / "dschat-peers"
     )
     args = parser.parse_args()
+    if bool(args.model) != bool(args.data):
+        parser.error("--model and --data go together")
+    if args.model:
+        args.model, args.data = (str(Path(path).resolve()) for path in (args.model, args.data))
+        args.vocabularies = [0]  # the model's own
+        if not {*args.tasks} <= {"sft", "reward", "dpo"}:
+            parser.error("--model is for --tasks sft, reward and dpo")
     print("| task | vocabulary | | CPU s | wall s | peak RSS, MiB | ours is times faster |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for kind in args.tasks:
         for vocabulary in args.vocabularies:
             size = args.steps, args.rounds, args.batch, args.length, args.width, args.layers
-            task = Task(kind, vocabulary, *size)
+            task = Task(kind, vocabulary, *size, model=args.model, data=args.data)
             print("\n".join(table(task, args.environments.resolve())), flush=True)
 
 

@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import cycle, islice
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -26,6 +28,7 @@ from transformers import (
 PAD, END = 0, 2
 RATE, RANK = 1e-4, 16
 ANSWERS, ANSWER, KL = 4, 48, 0.05  # of a prompt, tokens of each, weight of the distance
+SIDES = ("chosen", "rejected")  # columns of a file of preferences
 RESULT = "RESULT "  # in front of the lines that the driver reads
 
 
@@ -38,6 +41,7 @@ class Task:
         batch: sequences a step; pairs count as two, answers to one prompt as `ANSWERS`.
         length: longest sequence, of a prompt alone where answers are sampled.
         width, layers: of the model's trunk.
+        model, data: folder of a Llama, and a file of preferences, in place of random ones.
     """
 
     kind: str
@@ -48,6 +52,8 @@ class Task:
     length: int
     width: int = 256
     layers: int = 6
+    model: str = ""
+    data: str = ""
 
     @property
     def all_steps(self) -> int:
@@ -61,6 +67,12 @@ class Task:
 
     def config(self) -> LlamaConfig:
         """By default 4.7 million weights beside embedding and head."""
+        if self.model:
+            config = LlamaConfig.from_pretrained(
+                self.model, dtype=torch.float32, trust_remote_code=False
+            )
+            config.pad_token_id = PAD
+            return config
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -74,12 +86,18 @@ class Task:
 
     def language_model(self) -> LlamaForCausalLM:
         """Make the model; the same weights in every process."""
+        if self.model:
+            return LlamaForCausalLM.from_pretrained(
+                self.model, dtype=torch.float32, trust_remote_code=False
+            )
         torch.manual_seed(0)
         return LlamaForCausalLM(self.config())
 
     def head(self) -> torch.Tensor:
         """(1, H) weight of a reward model's head, the same in every process."""
-        return 0.02 * torch.randn(1, self.width, generator=torch.Generator().manual_seed(1))
+        return 0.02 * torch.randn(
+            1, self.config().hidden_size, generator=torch.Generator().manual_seed(1)
+        )
 
     def classifier(self) -> LlamaForSequenceClassification:
         """Make the reward model in transformers' form."""
@@ -98,22 +116,49 @@ class Task:
             size = int(torch.randint(self.length * 3 // 5, self.length, (1,), generator=draw))
             yield [*torch.randint(3, self.vocabulary, (size - 1,), generator=draw).tolist(), END]
 
+    def read(self, count: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Ids of prompt, chosen and rejected answer of so many rows; prompts lose their beginning.
+
+        Answers longer than half of the length are left out.
+        """
+        encode = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        lines = cycle(Path(self.data).read_text(encoding="utf-8").splitlines())
+        while count:
+            row, most = json.loads(next(lines)), self.length // 2
+            prompt, *sides = (encode(row[name]).input_ids for name in ("prompt", *SIDES))
+            chosen, rejected = ([*ids, END] for ids in sides)
+            if max(len(chosen), len(rejected)) <= most:
+                yield prompt[-most:], chosen, rejected
+                count -= 1
+
     def answers(self) -> list[dict]:
-        """Rows of SFT: ids, and where the answer, their last third, begins."""
+        """Rows of SFT: ids, and where the answer begins, drawn ones' last third."""
+        if self.data:
+            found = self.read(self.all_steps * self.batch)
+            return [{"input_ids": p + chosen, "start": len(p)} for p, chosen, _ in found]
         drawn = islice(self.sequences(), self.all_steps * self.batch)
         return [{"input_ids": ids, "start": len(ids) * 2 // 3} for ids in drawn]
 
     def pairs(self) -> list[dict]:
-        """Pairs of a reward model, whose sides have nothing in common."""
+        """Pairs of a reward model; drawn sides have nothing in common."""
         rows, count = self.sequences(), self.all_steps * self.batch // 2
+        if self.data:
+            return [
+                {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+                for prompt, chosen, rejected in self.read(count)
+            ]
         return [{"chosen_ids": next(rows), "rejected_ids": next(rows)} for _ in range(count)]
 
     def preferences(self) -> list[dict]:
-        """Pairs of DPO: two answers, each a third of a sequence, to a prompt of two thirds."""
+        """Pairs of DPO; drawn ones have prompts of two fifths of the length."""
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        if self.data:
+            found = self.read(self.all_steps * self.batch // 2)
+            return [dict(zip(names, row, strict=True)) for row in found]
         cut = 2 * self.length // 5
-        sides = ("chosen_ids", "rejected_ids")
         return [
-            {"prompt_ids": pair["chosen_ids"][:cut]} | {side: pair[side][cut:] for side in sides}
+            {"prompt_ids": pair["chosen_ids"][:cut]}
+            | {side: pair[side][cut:] for side in names[1:]}
             for pair in self.pairs()
         ]
 
