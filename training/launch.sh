@@ -51,7 +51,7 @@ choose_launcher() {
     read -ra COMMAND <<< "$LAUNCHER"
     return
   fi
-  COMMAND=(deepspeed)
+  COMMAND=(deepspeed --log_level warning)
   case "$RECIPE" in
     */single_gpu/*) COMMAND+=(--num_gpus 1) ;;
     */multi_node/*)

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -209,6 +210,8 @@ def tokenise(
     """
     counts = arrow_file.with_suffix(".counts")
     counts.mkdir()
+    if datasets.are_progress_bars_disabled():  # where there is no terminal: a line instead
+        print(f"tokenising {len(rows):,} rows", file=sys.stderr, flush=True)
     try:
         tokens = rows.map(
             partial(_counted, folder=counts, convert=convert),

@@ -94,7 +94,7 @@ def create_hf_model(
             raise UserError(
                 f"adapter {adapter.name}: is a reward model's ({REWARD}); give a language model"
             )
-    with zero.init_context(ds_config), quiet_loading():
+    with zero.init_context(ds_config), quiet_transformers():
         model, info = load_weights(AutoModelForCausalLM, source.base, config=config, dtype=dtype)
         if {DISK_HEAD, HEAD} & {*info["unexpected_keys"]}:
             raise UserError(
@@ -274,7 +274,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' load report and bars: `check_loading` reports what matters."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

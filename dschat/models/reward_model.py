@@ -28,7 +28,7 @@ from dschat.models.causal_lm import (
     check_loading,
     forward_inputs,
     load_weights,
-    quiet_loading,
+    quiet_transformers,
 )
 from dschat.models.config import load_config
 from dschat.models.reward_statistics import RewardStatistics
@@ -161,7 +161,7 @@ def create_critic_model(
     del bin_state
     if head is None and not init_head:
         raise UserError(_no_head(model_name_or_path))
-    with zero.init_context(ds_config), quiet_loading():
+    with zero.init_context(ds_config), quiet_transformers():
         base, info = load_weights(
             trunk_class(config), source.base, state_dict=old_state, config=config, dtype=dtype
         )

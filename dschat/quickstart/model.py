@@ -7,6 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dschat.models.causal_lm import quiet_transformers
 from dschat.quickstart import world
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -115,5 +116,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 def write_model(folder: Path, seed: int) -> None:
     """Write a model folder that `transformers` loads offline: weights, config, tokenizer."""
     tokenizer = build_tokenizer(corpus())
-    build_model(tokenizer, seed).save_pretrained(folder)
+    with quiet_transformers():
+        build_model(tokenizer, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

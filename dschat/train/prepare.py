@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -140,6 +141,8 @@ def setup_run(
         UserError: a dtype that the device lacks, no tokenizer, a prompt format that the model
             cannot have.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they redraw a line, which a file would keep
     dtype, end = resolve_dtype(config.dtype), config.answer_end
     check_kind(model_name_or_path)
     tokenizer = load_hf_tokenizer(

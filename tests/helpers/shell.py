@@ -113,5 +113,8 @@ def started(process: subprocess.CompletedProcess) -> Started:
     """Take apart what the fake launcher printed."""
     assert process.returncode == 0, process.stderr
     launcher, *words = process.stdout.splitlines()
+    if launcher == "deepspeed":  # which tells of its own doings otherwise
+        assert words[:2] == ["--log_level", "warning"]
+        words = words[2:]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return Started(launcher, words[:at], Path(words[at]), words[at + 1 :])
