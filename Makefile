@@ -5,6 +5,7 @@
 # make test-gpu     tests/gpu, on the first GPU
 # make gpu-day      speed and memory of every program on the first GPU: build/gpu_day
 # make faults       kill, fill up, damage and stop hundreds of runs: an hour, it may be interrupted
+# make docs         the documentation as a site: build/site; stops at a broken link
 # make lint         check format, style and types
 # make format       rewrite the sources in the house format
 # make clean        remove builds and caches; the environment stays, `rm -r .venv` removes it
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
 # Processes for the tests, a file by one of them; each takes about 1 GB.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-slow test-all test-gpu gpu-day faults lint format clean
+.PHONY: quickstart test test-slow test-all test-gpu gpu-day faults docs lint format clean
 .DEFAULT_GOAL := quickstart
 
 # torch first and pinned, so that nothing after it asks for another build. DeepSpeed comes as
@@ -55,6 +56,14 @@ gpu-day: $(STAMP)
 # Goes on where it was interrupted; build/faults holds the results, and what failed.
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults --jobs 2 --write build/faults/counts.json
+
+# To read it: python -m http.server -d build/site
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(PIP_INSTALL) -e '.[docs]'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

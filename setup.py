@@ -97,6 +97,7 @@ setup(
             "peft>=0.19",
             "bitsandbytes>=0.49",
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "live": ["gradio>=6,<7"],
         "quantize": ["bitsandbytes>=0.49"],
         "wandb": ["wandb>=0.18"],

@@ -80,7 +80,7 @@ class Rule:
                 empty = "holds an empty text" if kind.is_tuple else "is empty"
                 raise UserError(f"{name} {empty}: give a value, or leave it out")
             if not self._holds(item, kind.element):
-                raise UserError(f"{name} is {item}: give {self._wanted(kind.element)}")
+                raise UserError(f"{name} is {item}: give {self.wanted(kind.element)}")
             largest = math.inf if self._is_bounded else LARGEST.get(kind.element, math.inf)
             if kind.element in LARGEST and abs(item) > largest:
                 raise UserError(f"{name} is {item}: give at most {largest} in size")
@@ -103,8 +103,8 @@ class Rule:
     def _is_bounded(self) -> bool:
         return self.at_most is not None or self.below is not None
 
-    def _wanted(self, kind: type) -> str:
-        """The values allowed, in words."""
+    def wanted(self, kind: type) -> str:
+        """The values of a type that are allowed, in words."""
         if kind not in (int, float):
             return "True or False" if kind is bool else "text"
         a_number = "a whole number" if kind is int else "a number"

@@ -38,9 +38,14 @@ class Help(argparse.HelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, raised as UserError."""
+    """An ArgumentParser whose errors are one line, raised as UserError.
+
+    Attributes:
+        flags: those of its flags that are settings, by name.
+    """
 
     def __init__(self, description: str | None = None, **options: Any):
+        self.flags: dict[str, Flag] = {}
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=Help, **options
         )
@@ -65,12 +70,15 @@ def flag_parser(cls: type[Settings], description: str | None) -> OneLineParser:
         place = None if flag.rule.retired else flag.path[:-1]
         if place not in groups:
             groups[place] = parser.add_argument_group(*_title(cls, place))
-        add_flag(groups[place], flag)
+        add_flag(parser, flag, groups[place])
     return parser
 
 
-def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
+def add_flag(
+    parser: OneLineParser, flag: Flag, group: argparse._ArgumentGroup | None = None
+) -> None:
     """Declare a flag; its default stays out of the namespace, so that only given values are in."""
+    parser.flags[flag.name] = flag
     options: dict[str, Any]
     listed = ""
     if flag.kind.element is bool:
@@ -89,7 +97,7 @@ def add_flag(parser: argparse._ActionsContainer, flag: Flag) -> None:
     if flag.default not in (None, False, (), MISSING) and "default" not in text:
         shown = " ".join(map(str, flag.default)) if flag.kind.is_tuple else flag.default
         text += f" (default: {shown})"
-    parser.add_argument(
+    (group or parser).add_argument(
         f"--{flag.name}", dest=flag.name, default=argparse.SUPPRESS, help=text, **options
     )
 

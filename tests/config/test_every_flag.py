@@ -58,7 +58,7 @@ MODULES = {
     name: f"{COMMANDS[name].program}.__main__"
     if name in ("report", "run")
     else COMMANDS[name].program
-    for name in ("merge", "report", "checkpoint", "doctor", "completion", "run")
+    for name in ("merge", "push", "report", "checkpoint", "doctor", "completion", "run")
 }
 # Names without `actor_` and `critic_`.
 ZERO_IS_VALID = {
