@@ -307,6 +307,8 @@ def test_what_e2e_rlhf_refuses(argv: list[str], words: str):
         ("merge", "a b --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
         ("merge", "./nowhere b", "./nowhere"),
         ("merge", "a b c", "unrecognized arguments: c"),
+        ("push", "", "the following arguments are required: folder, repository"),
+        ("push", "a b c", "unrecognized arguments: c"),
         ("report", "", "the following arguments are required: output_dir"),
         ("report", "nowhere", "nowhere: holds no metrics.jsonl; give"),
         ("report", "nowhere --outputdir x", "unrecognized arguments: --outputdir"),
