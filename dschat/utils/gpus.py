@@ -18,7 +18,8 @@ What the documents print, of the products that a plan knows:
 | Ada white paper, RTX 4090 | 165.2, sums in fp32 | 24 GB, 1,008 GB/s | PCIe 4, 64 GB/s |
 | L40S data sheet | 362.05 | 48 GB, 864 GB/s | PCIe 4, 64 GB/s |
 
-Two A6000 may have a bridge of 112.5 GB/s, which is not counted on.
+They were compared with copies of these documents and with listings of the products, all but the
+peak of the 4090. Two A6000 may have a bridge of 112.5 GB/s, which is not counted on.
 """
 
 from __future__ import annotations
