@@ -17,7 +17,7 @@ SIZE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_two_ranks_take_less_than_a_copy_each(tmp_path: Path):
+def test_two_ranks_do_not_take_a_copy_each(tmp_path: Path):
     """Below ZeRO-3 weights are pages of the file, which ranks share; at ZeRO-3 a rank's shard."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_attention_heads=8, **SIZE, **SPECIAL))
@@ -33,4 +33,5 @@ def test_two_ranks_take_less_than_a_copy_each(tmp_path: Path):
     found = json.loads(line.removeprefix("FOUND "))
     assert whole > 190
     assert max(found["0"]) < 0.3 * whole, found  # measured: 25 of 198 MiB
-    assert max(found["3"]) < 0.9 * whole, found  # 142, of which 99 are the shard
+    # A copy beside the shard is 1.5 of the whole; measured: 0.64 to 0.72, once 1.01 on a busy machine.
+    assert max(found["3"]) < 1.25 * whole, found
