@@ -33,5 +33,5 @@ def test_two_ranks_do_not_take_a_copy_each(tmp_path: Path):
     found = json.loads(line.removeprefix("FOUND "))
     assert whole > 190
     assert max(found["0"]) < 0.3 * whole, found  # measured: 25 of 198 MiB
-    # A copy beside the shard is 1.5 of the whole; measured: 0.64 to 0.72, once 1.01 on a busy machine.
+    # A copy beside the shard is 1.5 of the whole; measured: 0.64 to 0.72, on a busy machine 1.01.
     assert max(found["3"]) < 1.25 * whole, found
