@@ -181,8 +181,8 @@ def print_throughput(work: TrainingWork, seconds: float, gpus: Gpus, rank: int =
     speed = throughput(work, seconds, gpus)
     return _print(
         f"Latency {seconds:.3f} s | {speed.tokens_per_s:,.0f} tokens/s | "
-        f"{speed.samples_per_s:.2f} samples/s | {speed.tflops_per_gpu:.3f} Megatron TFLOPs/GPU | "
-        f"{_mfu_text(speed.mfu, work, gpus)}",
+        f"{speed.samples_per_s:.2f} samples/s | {speed.tflops_per_gpu:.3f} Megatron TFLOPs/GPU"
+        + _mfu_text(" | ", speed.mfu),
         rank,
     )
 
@@ -201,13 +201,12 @@ def print_throughput_step3(
     weights = speed.weights_gb_per_s
     return _print(
         f"End-to-end {times.end_to_end:.3f} s, {rollout.samples / times.end_to_end:.2f} samples/s, "
-        f"{speed.tflops_per_gpu:.3f} Megatron TFLOPs/GPU, "
-        f"{_mfu_text(speed.mfu, actor, gpus)} | "
+        f"{speed.tflops_per_gpu:.3f} Megatron TFLOPs/GPU{_mfu_text(', ', speed.mfu)} | "
         f"Generation {times.generation:.3f} s, {rollout.new_tokens:,} tokens, "
         f"{rollout.new_tokens / times.generation:,.0f} tokens/s, "
         f"{1e3 * times.generation / rollout.steps:.2f} ms/step, "
-        f"{speed.generation_tflops_per_gpu:.3f} Megatron TFLOPs/GPU, "
-        f"weights read at {'n/a' if weights is None else f'{weights:.1f}'} GB/s | "
+        f"{speed.generation_tflops_per_gpu:.3f} Megatron TFLOPs/GPU"
+        f"{'' if weights is None else f', weights read at {weights:.1f} GB/s'} | "
         f"Training {times.training:.3f} s, "
         f"{speed.training_tflops_per_gpu:.3f} Megatron TFLOPs/GPU",
         rank,
@@ -237,10 +236,6 @@ def _exact_step3(works: Sequence[TrainingWork], rollout: RolloutWork) -> float |
     return total + sum(work.exact_flops or 0.0 for work in works)
 
 
-def _mfu_text(mfu: float | None, work: TrainingWork, gpus: Gpus) -> str:
-    if mfu is not None:
-        return f"MFU {100 * mfu:.1f} % (exact count)"
-    if work.matrices is None:
-        return f"MFU n/a (no exact count for {work.config.model_type})"
-    dtype = str(gpus.dtype).removeprefix("torch.")
-    return f"MFU n/a (no {dtype} peak for {gpus.name or 'CPU'})"
+def _mfu_text(before: str, mfu: float | None) -> str:
+    """Put the share of the peak behind `before`; nothing where it is not known."""
+    return "" if mfu is None else f"{before}MFU {100 * mfu:.1f} % (exact count)"
