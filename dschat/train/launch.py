@@ -26,6 +26,7 @@ import psutil
 
 from dschat.errors import UserError
 from dschat.train.signals import CODE_FILE
+from dschat.utils.printable import WINDOW
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Takes a group, then waits for a word; where its other end is gone without one, the group goes too.
@@ -47,8 +48,7 @@ def run(
         code_file = Path(folder, "code")
         env = {**(os.environ if environ is None else environ), CODE_FILE: str(code_file)}
         if sys.stdout.isatty():  # the command sees a pipe, and fits its bars to the window by these
-            columns, rows = shutil.get_terminal_size()
-            env |= {"COLUMNS": str(columns), "LINES": str(rows)}
+            env[WINDOW] = str(shutil.get_terminal_size().columns)
         try:
             process = subprocess.Popen(
                 command,

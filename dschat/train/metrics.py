@@ -23,6 +23,7 @@ from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.run_page import RunPage
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.plain_bar import EVERY, PlainBar
+from dschat.utils.printable import window
 
 
 def format_value(value: float) -> str:
@@ -221,12 +222,13 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
 
     It takes figures by `set_postfix_str(...)`. In a file it is a line now and then.
     """
-    is_seen = sys.stderr.isatty()
+    is_seen, columns = sys.stderr.isatty(), window()
     return StepBar(
         total=total,
         desc=desc,
         disable=metrics.rank != 0,
-        dynamic_ncols=True,
+        dynamic_ncols=is_seen,
+        ncols=None if columns is None else columns - 1,
         initial=metrics.first_step,
         file=sys.stderr if is_seen else PlainBar(sys.stderr),
         mininterval=0.1 if is_seen else EVERY,

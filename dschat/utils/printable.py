@@ -26,9 +26,16 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return _STEERING.sub(lambda m: m[0] if m[0] in keep else _escaped(m[0]), text)
 
 
+# Columns of the window in which a launcher shows what this process prints.
+WINDOW = "DSCHAT_WINDOW"
+
+
 def window() -> int | None:
-    """Columns of the terminal that standard output is; None where it is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    """Columns of the terminal that standard output is, or ends in; None where there is none."""
+    if sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    told = os.environ.get(WINDOW, "")
+    return int(told) if told.isdecimal() and int(told) else None
 
 
 def fitted(text: str, columns: int | None) -> str:

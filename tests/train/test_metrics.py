@@ -10,6 +10,7 @@ import pytest
 
 from dschat.errors import UserError
 from dschat.train.metrics import LogConfig, MetricLogger, console_line, format_value, progress_bar
+from dschat.utils.printable import WINDOW
 
 
 def logger_in(folder, rank: int = 0, **settings: object) -> closing[MetricLogger]:
@@ -137,3 +138,19 @@ def test_the_bar_of_rank_0_alone_is_shown(tmp_path, capsys):
         shown = capsys.readouterr().err
         assert ("train:  50%" in shown) == (rank == 0)
         assert bool(shown) == (rank == 0)
+
+
+def test_a_bar_that_ends_in_a_window_fits_it(tmp_path, capsys, monkeypatch):
+    """Behind a launcher a process writes into a pipe, whose other end is the terminal."""
+    widths = []
+    for columns in ("60", ""):
+        monkeypatch.setenv(WINDOW, columns)
+        with logger_in(tmp_path) as logger:
+            bar = progress_bar(2, "train", logger)
+            bar.update()
+            bar.set_postfix_str(
+                "loss 0.3147, lr/decay 7.7e-09, lr/no_decay 7.7e-09, tokens/s 16,094"
+            )
+            bar.close()
+        widths.append(max(len(line) for line in capsys.readouterr().err.splitlines()))
+    assert widths[0] == 59 and widths[1] > 80
