@@ -40,7 +40,21 @@ def _deepspeeds_classes() -> list[type | Callable[..., Any] | tuple[Any, str]]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    return [*classes, (_stage, "builtins.getattr"), (_stage, "__builtin__.getattr")]
+
+
+def _stage(kind: Any, name: Any) -> Any:
+    """Stand in for `getattr`, by which Python 3.11.0 to 3.11.3 pickle a member of an enumeration.
+
+    Raises:
+        UnpicklingError: it is asked for anything but a ZeRO stage.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError("getattr of something else than ZeRO stages")
+    return ZeroStageEnum[name]
 
 
 def make_loading_safe(engine: Engine) -> None:

@@ -71,6 +71,28 @@ def test_deepspeeds_own_records_pass(tmp_path: Path):
     assert loaded["param_slice_mappings"]["w"] == fragment_address(3, 1)
 
 
+class ByAttribute:
+    """Pickled, the attribute of an object: the way of enumerations in Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, owner: object, name: str):
+        self.found = owner, name
+
+    def __reduce__(self):
+        return getattr, self.found
+
+
+def test_a_stage_by_getattr_is_read_and_nothing_else(tmp_path: Path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"zero_stage": ByAttribute(ZeroStageEnum, "gradients")}, tmp_path / "s.pt")
+    assert load_file(str(tmp_path / "s.pt"))["zero_stage"] is ZeroStageEnum.gradients
+    for owner, name in ((LossScaler, "backward"), (ZeroStageEnum, "__class__")):
+        torch.save({"zero_stage": ByAttribute(owner, name)}, tmp_path / "s.pt")
+        with pytest.raises(UserError, match="refused"):
+            load_file(str(tmp_path / "s.pt"))
+
+
 @pytest.mark.parametrize("size", [0, 10, 300])
 def test_a_damaged_file_is_one_line_with_its_name(tmp_path: Path, size: int):
     path = tmp_path / "ema.pt"
