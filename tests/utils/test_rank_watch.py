@@ -11,11 +11,11 @@ import pytest
 
 from tests.helpers.steps import free_port, launch
 
-WAITED = "waited 5 s for rank"
+WAITED = "waited 15 s for rank"
 HERE = "in an all-reduce of step 4"
 SILENT = "(no sign of life); the run ends"
 STILL = "(still in the work after a barrier of step 4); the run ends"
-STUCK = "was stuck for 5 s in the work of rank 0 of step 4; the run ends"
+STUCK = "was stuck for 15 s in the work of rank 0 of step 4; the run ends"
 # case → exit code of each rank (None: stopped), and the only line that any of them prints
 ENDS = {
     "fine": ([0, 0], None),
@@ -33,9 +33,9 @@ ENDS = {
     ),
     "stuck in work of rank 0": ([1, 1], f"rank 0 {STUCK}"),
     "stuck in other work of rank 0": ([1, 1], f"rank 0 {STUCK}"),
-    "stuck on a file": ([1, 1], "rank * 5 s * of step 4 *; the run ends"),  # either may say it
-    "never comes": ([1], "rank 0 of 2 waited 5 s at 127.0.0.1:* for the others to start *"),
-    "first never comes": ([1], "rank 1 of 2 waited 5 s at 127.0.0.1:* for the others to start *"),
+    "stuck on a file": ([1, 1], "rank * 15 s * of step 4 *; the run ends"),  # either may say it
+    "never comes": ([1], "rank 0 of 2 waited 15 s at 127.0.0.1:* for the others to start *"),
+    "first never comes": ([1], "rank 1 of 2 waited 15 s at 127.0.0.1:* for the others to start *"),
 }
 
 
