@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     candidates = Candidates(settings.models, "models", prompts, limits, settings.read)
 
     # 2. answers and rewards
-    columns = []
-    for name, answers in zip(settings.models, candidates.answers(), strict=True):
-        columns.append(Column(name, answers))
+    named = zip(settings.models, candidates.answers(), strict=True)
+    columns = [Column(name, answers) for name, answers in named]
     if settings.reward_model is not None:
         judge = load_judge(settings.reward_model, judge_limits)
         assert isinstance(judge, RewardJudge)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dschat.chat.bot import Chatbot, load_chatbot
 from dschat.chat.conversation import Turn
+from dschat.compare.page import LETTERS
 from dschat.config.answering import CompareSettings
 from dschat.config.programs import ChatSettings
 from dschat.errors import UserError
@@ -21,7 +22,6 @@ from dschat.utils.printable import printable
 HOST = "127.0.0.1"  # nobody else's machine reaches the page
 NARROWEST = 300  # pixels of a column; on a telephone they stand one below the other
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-LETTERS = "ABC"
 
 Message = dict[str, str]  # `role` and `content`, as Gradio takes them
 Turns = Sequence[Sequence[Turn]]  # of each model

@@ -198,14 +198,18 @@ def test_step_3_with_a_moving_average(steps_2_and_3):
     assert last["ptx_loss"] > 0
 
 
-@pytest.mark.slow
-def test_step_3_with_every_knob_of_grpo(steps_2_and_3):
-    """Spare prompts are drawn before and after the kill; cut and unscored answers are left out."""
-    folder, outcomes = steps_2_and_3
+def iterations_of_grpo(folder, outcomes) -> list[dict]:
+    """The figures of a run's iterations, which are also those of its killed and resumed twin."""
     assert codes(outcomes, "grpo") == [0, -9, 0]
     assert "at step 2\n" in outcomes["grpo resumed"].stdout
     assert_same_run(folder / "grpo-complete", folder / "grpo-killed")
-    steps = [line for line in figures(folder / "grpo-complete") if line["kind"] == "train"]
+    return [line for line in figures(folder / "grpo-complete") if line["kind"] == "train"]
+
+
+@pytest.mark.slow
+def test_step_3_with_every_knob_of_grpo(steps_2_and_3):
+    """Spare prompts are drawn before and after the kill; cut and unscored answers are left out."""
+    steps = iterations_of_grpo(*steps_2_and_3)
     assert min(steps[0]["resampled"], steps[2]["resampled"]) > 0  # one before the kill, one after
     assert all(0 < line["masked"] < 1 and line["actor_updates"] > 0 for line in steps[:3])
     assert all({"rewards/odd", "answer_clip_fraction_high"} <= line.keys() for line in steps)
@@ -223,11 +227,7 @@ def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
 @pytest.mark.slow
 def test_every_knob_of_grpo_on_two_ranks(two_ranks):
     """Each rank draws spare prompts of its own; both go on where they stood."""
-    folder, outcomes = two_ranks
-    assert codes(outcomes, "grpo") == [0, -9, 0]
-    assert "at step 2\n" in outcomes["grpo resumed"].stdout
-    assert_same_run(folder / "grpo-complete", folder / "grpo-killed")
-    steps = [line for line in figures(folder / "grpo-complete") if line["kind"] == "train"]
+    steps = iterations_of_grpo(*two_ranks)
     assert len(steps) == 4 and all(line["actor_updates"] > 0 for line in steps)
     assert any(line["resampled"] > 0 for line in steps[:2])
     assert any(line["resampled"] > 0 for line in steps[2:])
