@@ -81,7 +81,9 @@ def test_nothing_goes_to_a_repository_that_more_people_read_than_asked(folder, h
 
 def adapter_on(folder: Path, base: str) -> None:
     (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / "adapter_model.safetensors").touch()
+    config = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def test_an_adapter_goes_where_its_base_is_on_the_hub(folder, hub):
@@ -91,6 +93,9 @@ def test_an_adapter_goes_where_its_base_is_on_the_hub(folder, hub):
     (folder / "config.json").touch()
     adapter_on(folder, str(folder))
     with pytest.raises(UserError, match="on this machine alone; push the merged model"):
+        program.main([str(folder), "me/adapter"])
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
         program.main([str(folder), "me/adapter"])
 
 

@@ -25,8 +25,7 @@ from dschat.text.encoding import decode, encode, truncate_left
 from dschat.text.formats import set_format
 from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import load_hf_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dschat.train.engine import torch_dtype
 
 
 class _Answer(BaseStreamer):
@@ -169,7 +168,7 @@ def load_chatbot(settings: ChatSettings) -> Chatbot:
     device = pick_device(settings.device)
     check_kind(settings.path)
     tokenizer = load_hf_tokenizer(settings.path)
-    dtype = DTYPES.get(settings.dtype, torch.float32)
+    dtype = torch.float32 if settings.dtype == "auto" else torch_dtype(settings.dtype)
     saved = load_config(settings.path).dtype
     if settings.dtype == "auto" and device.type != "cpu" and isinstance(saved, torch.dtype):
         dtype = saved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from dschat.errors import UserError, brief
 from dschat.models.placing import MODEL_FILES, PART
 from dschat.models.reward_statistics import EVALUATION_FILE
 from dschat.models.save_plan import READY
-from dschat.utils.module.adapter_config import CONFIG_FILE
+from dschat.utils.module.adapter_config import CONFIG_FILE, read_config
 
 PAGES = ("README.md", "training_curve.png")  # the model card and its picture
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
@@ -61,8 +60,7 @@ def check_finished(folder: str | Path) -> Path:
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise UserError(f"{folder}: holds no weights; give one that a run has finished")
     if is_adapter:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        base = str(config.get("base_model_name_or_path"))
+        base = read_config(folder, str(folder)).base
         if Path(base).expanduser().exists():
             raise UserError(
                 f"{folder}: its base is {base}, which is on this machine alone; push the merged "
