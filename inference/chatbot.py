@@ -1,8 +1,11 @@
-"""Talk to a trained model folder in the terminal, in the prompt format of the training data.
+"""Talk to a trained model folder, in the prompt format of its training data, or to a server.
 
-    python chat.py --path output/actor --temperature 0.7 --max_new_tokens 256
+    dschat chat output/step3-models/actor --max_new_tokens 256
+    dschat chat http://localhost:8000/v1 --system "Answer in one sentence."
 
-`clear` forgets the conversation, `quit` or the end of input leaves, Ctrl-C ends an answer.
+`clear` forgets the conversation, `quit` or the end of input leaves, Ctrl-C ends an answer. A
+server has OpenAI's interface, as those of vLLM, llama.cpp and `transformers serve`; its key, where
+it asks for one, is the environment variable OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -20,15 +23,20 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from collections.abc import Sequence
 
-from dschat.chat.bot import Chatbot, load_chatbot
+from dschat.chat.conversation import Talker
 from dschat.config.cli import parse, run_cli
 from dschat.config.programs import ChatSettings
 from dschat.config.unused import tell_unused
+from dschat.errors import UserError
 from dschat.utils.printable import printable
 
 
-def converse(chatbot: Chatbot) -> None:
-    """Read questions and print answers until `quit` or the end of input."""
+def converse(chatbot: Talker) -> None:
+    """Read questions and print answers until `quit` or the end of input.
+
+    Raises:
+        UserError: of an answer, where nobody types; a person is told, and may go on.
+    """
 
     def show(piece: str) -> None:
         print(printable(piece), end="", flush=True)
@@ -45,8 +53,14 @@ def converse(chatbot: Chatbot) -> None:
             chatbot.clear()
             print("(forgotten)")
         elif text:
-            show(f"Assistant:{chatbot.form.opening}" if chatbot.has_turns else "")
-            chatbot.ask(text, show)
+            show(chatbot.opening)
+            try:
+                chatbot.ask(text, show)
+            except UserError as error:
+                if not sys.stdin.isatty():
+                    print(flush=True)
+                    raise
+                print(f"\nerror: {printable(str(error), keep='')}", end="")
             print()
 
 
@@ -54,10 +68,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Chat on the terminal."""
     settings = parse(ChatSettings, argv, __doc__)
     tell_unused(settings)
-    chatbot = load_chatbot(settings)
-    path = printable(settings.path)
-    print(f"{path} on {chatbot.model.device}: 'clear' forgets, 'quit' leaves.")
+    chatbot, place = load(settings)
+    print(f"{printable(place, keep='')}: 'clear' forgets, 'quit' leaves.")
     converse(chatbot)
+
+
+def load(settings: ChatSettings) -> tuple[Talker, str]:
+    """Load the folder's model, or find the server's; say which answers, and where."""
+    if settings.is_server:
+        from dschat.chat.remote import RemoteChatbot
+
+        remote = RemoteChatbot(settings)
+        for line in remote.remarks:
+            print(line)
+        return remote, f"{remote.model} at {remote.server.url}"
+    from dschat.chat.bot import load_chatbot
+
+    local = load_chatbot(settings)
+    return local, f"{settings.path} on {local.model.device}"
 
 
 if __name__ == "__main__":

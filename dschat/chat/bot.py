@@ -83,6 +83,19 @@ class Chatbot:
         self.turns: list[Turn] = []
         self.max_prompt_len = prompt_room(model.config, settings.max_new_tokens)
 
+        self.system = settings.system
+        if self.system is not None and not settings.raw:
+            if not self.has_turns:
+                raise UserError(
+                    f"system: {settings.path} learned from texts without turns; drop it"
+                )
+            self.system = as_ordinary(tokenizer, self.system)
+
+    @property
+    def opening(self) -> str:
+        """What stands on a screen before an answer."""
+        return f"Assistant:{self.form.opening}" if self.has_turns else ""
+
     def clear(self) -> None:
         """Forget the conversation."""
         self.turns = []
@@ -100,7 +113,7 @@ class Chatbot:
             room = len(ids) if self.max_prompt_len is None else self.max_prompt_len
             return self._generate(truncate_left(ids, room, bos_id), None, show)
         ids = fit_conversation(
-            self.turns, text, self._encode, self.max_prompt_len, bos_id, self.form
+            self.turns, text, self._encode, self.max_prompt_len, bos_id, self.form, self.system
         )
         answer = self._generate(ids, self.form.stop, show)
         self.turns.append(Turn(text, as_ordinary(self.tokenizer, answer.rstrip())))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dschat.text.conversations import Turn as Said
 from dschat.text.encoding import truncate_left
@@ -16,14 +17,34 @@ class Turn:
     answer: str
 
 
+class Talker(Protocol):
+    """Whoever answers: a model in this process, or a server."""
+
+    @property
+    def opening(self) -> str:
+        """What stands on a screen before an answer."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+
+    def ask(self, text: str, show: Callable[[str], None]) -> str:
+        """Return the answer, handing its pieces to `show` as they come."""
+        ...
+
+
 def format_conversation(
-    turns: Sequence[Turn], question: str, form: PromptFormat | None = None
+    turns: Sequence[Turn],
+    question: str,
+    form: PromptFormat | None = None,
+    system: str | None = None,
 ) -> str:
     """Return the prompt of the training data: turns, the question, and an open answer.
 
-    `form` is the model's prompt format; by default dschat.
+    `form` is the model's prompt format; by default dschat. `system` comes before the turns.
     """
-    said = [
+    said = [] if system is None else [Said("system", system)]
+    said += [
         Said(role, text)
         for turn in turns
         for role, text in (("user", turn.question), ("assistant", turn.answer))
@@ -38,14 +59,15 @@ def fit_conversation(
     max_len: int | None,
     bos_id: int | None,
     form: PromptFormat | None = None,
+    system: str | None = None,
 ) -> list[int]:
     """Return the prompt's token ids in at most `max_len` (None: any number).
 
-    The oldest turns are dropped first; a question too long by itself loses its left end and keeps
-    a leading `bos_id`.
+    The oldest turns are dropped first, `system` never; a question too long by itself loses its left
+    end and keeps a leading `bos_id`.
     """
     for first in range(len(turns) + 1):
-        ids = encode_text(format_conversation(turns[first:], question, form))
+        ids = encode_text(format_conversation(turns[first:], question, form, system))
         if max_len is None or len(ids) <= max_len:
             return ids
     assert max_len is not None  # the loop has returned else

@@ -45,7 +45,7 @@ _ALL = (
     Command("dpo", TRAIN, "step 2 and 3 in one: preferences alone", f"{DPO}/main.py"),
     Command("ppo", TRAIN, "step 3: PPO, RLOO or GRPO", f"{STEP3}/main.py"),
     Command("run", TRAIN, "several of these in turn, from one file", "dschat.pipeline"),
-    Command("chat", USE, "talk to a model folder", "inference/chatbot.py"),
+    Command("chat", USE, "talk to a model folder, or to a server", "inference/chatbot.py"),
     Command("eval", USE, "accuracy and scores of a reward model", f"{STEP2}/rw_eval.py"),
     Command("compare", USE, "answers of models side by side, on a page", "dschat.compare"),
     Command("winrate", USE, "one model's answers against another's", "dschat.winrate"),

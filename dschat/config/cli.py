@@ -16,7 +16,7 @@ from dschat.config.help import flag_parser
 from dschat.config.paths import check_paths
 from dschat.config.yaml_file import as_words, read_yaml
 from dschat.errors import UserError
-from dschat.settings import Settings, flags_of, unknown
+from dschat.settings import Settings, flags_of, type_of, unknown
 from dschat.train import run_lock, signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import launched_rank, print_rank_0
@@ -88,7 +88,10 @@ def _given(
     if name is not None and extra and not any(word.startswith("-") for word in extra):
         if f"--{name}" in argv:
             raise UserError(f"--{name} and {extra[0]}: both name {name}; drop one")
-        given[name], extra = extra, []
+        if type_of(cls, name).is_tuple:
+            given[name], extra = extra, []
+        else:
+            given[name], *extra = extra
     if extra:
         wrong = next((word for word in extra if word.startswith("-")), extra[0])
         raise UserError(unknown("flag", wrong, [f"--{flag.name}" for flag in flags]))

@@ -10,7 +10,10 @@ from dschat.data.config import SHORTEST, DataConfig, SFTDataConfig
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
 from dschat.train.run_config import StartConfig
+from dschat.utils.addresses import check_address, is_address
 from dschat.utils.ds_utils import DTYPES
+
+KEY = "OPENAI_API_KEY"  # environment variable of the key of a server that chats
 
 # Prompts of `prompt_eval.py`.
 QUESTIONS = {
@@ -55,10 +58,6 @@ class PromptEvaluation(Settings):
 class RewardEvaluation(StartConfig):
     """Settings of `rw_eval.py`."""
 
-    NO_USE: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("data_split", "max_train_samples"), "the rows that are held out are scored, all of them"
-    )
-
     model_name_or_path: str = setting(MISSING, "model folder or hub id")
     batch_size: int = setting(16, "rows per batch", at_least=1)
     max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
@@ -83,6 +82,12 @@ class RewardEvaluation(StartConfig):
         if self.stdin and (self.all_rows or self.output_dir is not None):
             other = "all_rows" if self.all_rows else "output_dir"
             raise UserError(f"stdin and {other} contradict: lines are scored one by one; drop one")
+
+    @property
+    def no_use(self) -> dict[str, str]:
+        """Flags without effect, each with the reason."""
+        reason = "the rows that are held out are scored, all of them"
+        return dict.fromkeys(("data_split", "max_train_samples"), reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +115,16 @@ class WinRateSettings(AnsweringSettings):
 class ChatSettings(Settings):
     """Settings of the chatbot."""
 
-    path: str = setting(MISSING, "folder of a trained model, or of an adapter")
+    WORDS: ClassVar[tuple[str, str]] = "path", "FOLDER|URL"
+
+    path: str = setting(
+        MISSING,
+        "folder of a trained model or of an adapter, hub id, or URL of an OpenAI-compatible server",
+    )
+    model: str | None = setting(
+        None, "which of the server's models answers (default: the only one that it has)"
+    )
+    system: str | None = setting(None, "system prompt, at the beginning of every conversation")
     max_new_tokens: int = setting(128, "longest answer", at_least=1)
     temperature: float = setting(
         0.7, "of sampling; 0 takes the likeliest token each time", at_least=0
@@ -124,6 +138,27 @@ class ChatSettings(Settings):
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     raw: bool = setting(False, "send each text as it is, without turns or memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_server:
+            check_address("path", self.path, "http://localhost:8000/v1", KEY)
+
+    @property
+    def is_server(self) -> bool:
+        """Tell whether a server answers, not a folder's model."""
+        return is_address(str(self.path))
+
+    @property
+    def no_use(self) -> dict[str, str]:
+        """Flags without effect, each with the reason."""
+        if self.is_server:
+            reasons = dict.fromkeys(("dtype", "device"), "the server decides")
+        else:
+            reasons = {"model": "it is of a server, and path is a folder"}
+        if self.raw:
+            reasons["system"] = "with --raw there are no turns"
+        return reasons
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def unused_flags(settings: Settings) -> Iterator[str]:
         if phase is not None and phase not in OF_PHASES.get(name, (phase,)):
             of = " and ".join(map(str, OF_PHASES[name]))
             yield f"--{name} does nothing in phase {phase}; it is of phase {of}"
-    for name, reason in getattr(settings, "NO_USE", {}).items():
+    for name, reason in getattr(settings, "no_use", {}).items():
         if name in changed:
             yield f"--{name} does nothing: {reason}"
     if values.get("temperature") == 0:

@@ -164,7 +164,7 @@ def _loading(model: Model) -> str:
     kind = "AutoPeftModelForCausalLM" if model.is_adapter else "AutoModelForCausalLM"
     package = "peft" if model.is_adapter else "transformers"
     return (
-        "# in a terminal: dschat chat --path FOLDER\n"
+        "# in a terminal: dschat chat FOLDER\n"
         f"from {package} import {kind}\n"
         "from transformers import AutoTokenizer\n\n"
         f'model = {kind}.from_pretrained("FOLDER")\n'

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from dschat.errors import UserError
+from dschat.rlhf.vllm_server import KEY
 from dschat.settings import Settings, given_flags, setting
+from dschat.utils.addresses import check_address
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class VLLMConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for url in self.vllm_url:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise UserError(f"vllm_url {url}: give an address such as http://node7:8000")
+            check_address("vllm_url", url, "http://node7:8000", KEY)
 
     def check(self, engine: str) -> None:
         """Stop at servers that the rollout engine does not ask, or at an engine without one.

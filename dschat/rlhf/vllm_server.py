@@ -88,7 +88,7 @@ class VLLMServer:
         place = path.partition("?")[0]
         if status == http.client.NOT_FOUND and place in HINTS and "error" not in text:
             return self._problem(f"has no {place}; {HINTS[place]}")
-        return self._problem(f"{place} was refused ({status}): {_message_of(text)}")
+        return self._problem(f"{place} was refused ({status}): {message_of(text)}")
 
     def _problem(self, words: str) -> UserError:
         return UserError(f"vllm_url {self.url}: {words}")
@@ -169,7 +169,7 @@ class VLLMServer:
         return found
 
 
-def _message_of(text: str) -> str:
+def message_of(text: str) -> str:
     """Find a server's own words in its answer, on one line."""
     try:
         found = json.loads(text)

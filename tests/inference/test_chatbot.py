@@ -163,6 +163,19 @@ def test_a_model_that_plays_both_roles_is_stopped(tokenizer):
     assert scripted.chatbot.turns == [Turn("A", " ok")]
 
 
+def test_a_system_prompt_begins_every_conversation(tokenizer):
+    scripted = Scripted(tokenizer, " 123</s>", context=80, max_new_tokens=10, system="Be </s>")
+    for question in "ABC":
+        scripted.ask(question)
+    assert scripted.prompts[0] == format_conversation([], "A", system="Be </s>")
+    assert scripted.prompts[0].startswith("Be </s>\n\nHuman: A")
+    assert scripted.prompts[2] == format_conversation([Turn("B", " 123")], "C", system="Be </s>")
+    raw = byte_tokenizer()
+    set_format(raw, "raw")
+    with pytest.raises(UserError, match="system: x learned from texts without turns; drop it"):
+        Scripted(raw, "", system="Be brief")
+
+
 def test_the_oldest_turns_leave_a_full_context(tokenizer):
     scripted = Scripted(tokenizer, " 12345</s>", context=80, max_new_tokens=10)
     for question in "ABCD":
@@ -243,9 +256,10 @@ def test_terminal_session(tokenizer, tmp_path, monkeypatch, capsys):
     tiny_llama(256).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\nclear\n"))  # then the input ends
-    main(["--path", str(tmp_path), "--max_new_tokens", "5", "--device", "cpu"])
+    main([str(tmp_path), "--max_new_tokens", "5", "--device", "cpu", "--model", "x"])
     out = capsys.readouterr().out
     assert f"{tmp_path} on cpu: " in out
+    assert "--model does nothing: it is of a server, and path is a folder" in out
     assert out.count("You: Assistant:") == 1  # the empty line is not asked
     assert out.count("You: ") == 4  # the empty line asks again
     assert "(forgotten)" in out

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from dschat.chat.bot import Chatbot
 from dschat.config.programs import ChatSettings
-from inference.chatbot import Chatbot
 from tests.helpers.steps import (
     PPO,
     PROMPT_EVALUATION,

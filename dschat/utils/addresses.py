@@ -1,0 +1,45 @@
+"""Addresses of servers: what is one, and which may be told a key."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from dschat.errors import UserError
+
+SCHEMES = ("http", "https")
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+
+
+def is_address(name: str) -> bool:
+    """Tell an address from a path or a hub id."""
+    return name.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def check_address(setting_name: str, url: str, example: str, key: str) -> None:
+    """Stop at what is no address of a server.
+
+    Args:
+        example: of a right one. key: the environment variable that holds the server's key.
+
+    Raises:
+        UserError: naming the setting; of an address that holds a password, nothing else.
+    """
+    wrong = f"{setting_name} {url}: give an address such as {example}"
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        raise UserError(f"{setting_name}: give an address such as {example}") from None
+    if parts.username is not None or parts.password is not None:
+        raise UserError(
+            f"{setting_name}: the address holds a name or a password, which others can read; put "
+            f"the server's key into the environment variable {key}"
+        )
+    if not is_whole or parts.query or parts.fragment:
+        raise UserError(wrong)
+
+
+def may_hear_a_key(url: str) -> bool:
+    """Tell whether a key sent there is read by nobody on the way: encrypted, or on this machine."""
+    parts = urlsplit(url)
+    return parts.scheme == "https" or parts.hostname in THIS_MACHINE
