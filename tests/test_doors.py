@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dschat.chat.bot import Chatbot
 from dschat.config.cli import run_cli
 from dschat.data.__main__ import main as inspect_data
 from dschat.errors import UserError
@@ -23,7 +24,6 @@ from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.printable import guard_terminal, printable
-from inference.chatbot import Chatbot
 from inference.chatbot import main as chat
 from tests.helpers.doors import REFUSED, mark, plant_inert, planted
 from tests.helpers.steps import (
