@@ -2,11 +2,11 @@
 
 import pytest
 
+from dschat.chat.bot import Chatbot
 from dschat.config.programs import ChatSettings
 from dschat.errors import UserError
 from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
-from inference.chatbot import Chatbot
 from tests.data.spec import Spec
 from tests.helpers.tiers import tiers
 from tests.helpers.tiny import tiny_llama
