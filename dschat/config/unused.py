@@ -54,7 +54,7 @@ OF_LATER_STEPS = {
 
 
 def tell_unused(settings: Settings) -> None:
-    """Print a line, on rank 0, for each flag that was given and does nothing."""
+    """Print a line, on rank 0, for each flag or key of a file that was given and does nothing."""
     for line in unused_flags(settings):
         print_rank_0(line, launched_rank())
 
@@ -156,6 +156,7 @@ def _of_training(
         if run.lora_save == "merged":
             yield "--lora_save merged does nothing: without LoRA there is nothing to merge"
     given = {flag.name for flag in given_flags(settings)}
+    yield from run.engine.user_config_effects()
     if (run.num_warmup_steps or 0) > run.warm_up and "num_warmup_steps" in given:
         yield "--num_warmup_steps does nothing: --lr_scheduler_type constant never changes the rate"
 

@@ -14,7 +14,10 @@ from dschat.settings import unknown
 # whoever they configure.
 READ_BY_KEY: dict[str, set[str]] = {
     "activation_checkpointing": set(),
+    "aio": {"thread_count"},
+    "checkpoint": set(),
     "data_types": set(),
+    "flops_profiler": set(),
     "optimizer": {"type", "params", "legacy_fusion"},  # asked for in turn, up to the first missing
 }
 DTYPES_OF = {"grad_accum_dtype", "param_dtype"}  # of data_types, read when an engine is made
@@ -90,6 +93,7 @@ def check_known(config: dict, user: dict, place: str) -> None:
                 f"{place} data_types: {name} is {value!r}: give fp32, bf16 or fp16"
             ) from error
     _check_asked(asked, user, place, OF_INITIALIZE | {"train_batch_size"})
+    _check_kinds(user, place)
     for name, others in READ_BY_KEY.items():
         if isinstance(user.get(name), dict):
             _check_asked(asked[name], user[name], f"{place} {name}:", others)
@@ -105,13 +109,27 @@ def _check_asked(asked: _Asked, user: dict, place: str, others: set[str]) -> Non
             raise UserError(f"{place} {key} is {value!r}: give {wanted}")
 
 
+def _check_kinds(user: dict, place: str) -> None:
+    """Hold blocks that models of DeepSpeed's read against the defaults of their fields.
+
+    These models take true for 1, and 1 for true.
+    """
+    defaults = _fields()
+    for key, value in user.items():
+        if isinstance(value, dict):
+            _check_kinds(value, f"{place} {key}:")
+        elif value not in ("auto", None) and (wanted := _wanted(value, defaults.get(key))):
+            raise UserError(f"{place} {key} is {value!r}: give {wanted}")
+
+
 def _wanted(value: Any, default: Any) -> str | None:
     """Say what belongs in the place of a value, by DeepSpeed's default; None where it will do."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, int | float):
+        least = min(default, 0)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if is_number and 0 <= value < math.inf else "a number, 0 or more"
+        return None if is_number and least <= value < math.inf else f"a number, {least} or more"
     if isinstance(default, str):
         return None if isinstance(value, str) else "text"
     return None
@@ -124,7 +142,7 @@ def _first_problem(error: Any, user: dict) -> str:
     block = next((name for name, value in user.items() if _leads_to(value, path, key)), error.title)
     place = ": ".join([block, *path])
     if problem["type"] == "extra_forbidden":
-        return f"{place}: {unknown('key', key, sorted(_fields()), NO_SUCH_KEY)}"
+        return f"{place}: {unknown('key', key, sorted(_fields().keys() - {key}), NO_SUCH_KEY)}"
     return f"{place}: {key} is {problem['input']!r}: {problem['msg']}"
 
 
@@ -136,14 +154,15 @@ def _leads_to(value: Any, path: list[str], key: str) -> bool:
     return True
 
 
-def _fields() -> set[str]:
-    """List the keys of all blocks that DeepSpeed has models of."""
+def _fields() -> dict[str, Any]:
+    """Map the keys of all blocks that DeepSpeed has models of to their defaults."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     models = [DeepSpeedConfigModel]
     for model in models:  # it grows
         models += model.__subclasses__()
-    return {field.alias or n for model in models for n, field in model.model_fields.items()}
+    fields = [item for model in models for item in model.model_fields.items()]
+    return {field.alias or name: field.default for name, field in fields}
 
 
 class _Asked(dict):

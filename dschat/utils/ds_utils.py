@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any
 
 from dschat.errors import UserError
 from dschat.settings import Settings, setting
+from dschat.utils.ds_effects import check_effects, check_numbers, contradicted, effects
 from dschat.utils.ds_json import check_known, merge_into, read_user_config
 from dschat.utils.predecessor import changed, moved
 
 DTYPES = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
+CLIPPING = 1.0
 BUCKET = 500_000_000  # elements that DeepSpeed's buffer of gradients holds, whatever trains
 
 
@@ -27,14 +30,30 @@ class EngineSettings(Settings):
         at_least=1,
         may_change=True,
     )
-    gradient_clipping: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+    gradient_clipping: float = setting(
+        CLIPPING, "largest gradient norm; 0: no clipping", at_least=0
+    )
     offload: bool = setting(False, "keep optimizer states on the CPU (parameters too at ZeRO-3)")
     deepspeed_config: str | None = setting(None, "DeepSpeed JSON merged over ours", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.deepspeed_config is not None:
-            _user_config(self.deepspeed_config)
+            self._check_user_config(_user_config(self.deepspeed_config))
+
+    def _check_user_config(self, user: dict) -> None:
+        place = f"deepspeed_config {self.deepspeed_config}:"
+        check_numbers(user, place)
+        check_effects(user, place)
+        for key, other in contradicted(user, self.gradient_clipping, CLIPPING, self.offload):
+            raise UserError(f'{place} {key} contradicts {other}; make them equal or write "auto"')
+
+    def user_config_effects(self) -> Iterator[str]:
+        """Yield a line for each key of the JSON that wins over a setting, or does nothing."""
+        if self.deepspeed_config is not None:
+            user = _user_config(self.deepspeed_config)
+            for line in effects(user, self.gradient_clipping, self.offload):
+                yield f"deepspeed_config {self.deepspeed_config}: {line}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from deepspeed.compile.config import CompileConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from dschat.config import RewardSettings, RLHFSettings
+from dschat.config.unused import unused_flags
 from dschat.errors import UserError
 from dschat.train.engine import build_engine, refusals_named
 from dschat.train.model_config import ModelConfig
@@ -175,6 +181,42 @@ def test_the_flags_stage_may_be_repeated(merged):
         ('{"gradient_clipping": NaN}', "gradient_clipping is nan: give a number, 0 or more"),
         ({"gradient_clipping": True}, "gradient_clipping is True: give a number, 0 or more"),
         ({"memory_breakdown": 2}, "memory_breakdown is 2: give true or false"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0: give a number above 0"),
+        ({"steps_per_print": -3}, "steps_per_print is -3: give a number above 0"),
+        (
+            {"activation_checkpointing": {"number_checkpoints": -1}},
+            "activation_checkpointing: number_checkpoints is -1: give a number, 0 or more",
+        ),
+        (
+            {"zero_optimization": {"stage3_module_granularity_threshold": -1}},
+            "stage3_module_granularity_threshold is -1: give a number, 0 or more",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu", "buffer_count": 0}}},
+            "zero_optimization: offload_param: buffer_count is 0: give a number above 0",
+        ),
+        (
+            {"zero_optimization": {"sub_group_size": True}},
+            "zero_optimization: sub_group_size is True: give a number, 0 or more",
+        ),
+        ({"zero_optimization": {"overlap_comm": "x"}}, "overlap_comm is 'x'"),
+        (
+            {"zero_optimization": {"enabled": True}},
+            r"unknown key enabled(?!; did you mean enabled)",
+        ),
+        ({"bf16": {"check_grad_overflow": 0}}, "check_grad_overflow is 0: give true or false"),
+        ({"flops_profiler": {"top_modules": 0}}, "top_modules is 0: give a number above 0"),
+        ({"flops_profiler": {"profile_step": "x"}}, "profile_step is 'x': give a number"),
+        ({"flops_profiler": {"profile_stp": 2}}, "unknown key profile_stp; did you mean profile_"),
+        ({"aio": {"queue_depth": -8}}, "aio: queue_depth is -8: give a number above 0"),
+        ({"aio": {"queue_dept": 8}}, "unknown key queue_dept; did you mean queue_depth"),
+        ({"checkpoint": {"tag_validaton": "Warn"}}, "unknown key tag_validaton; did you mean tag_"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op sum would make updates depend"),
+        ({"managed_gradient_accumulation": False}, "false would step once a micro-batch"),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: enabled True: generation is the p"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "precision than updates; giv"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: autotp_size 2: adapters and"),
+        ({"gradient_clipping": 1e300}, "gradient_clipping is 1e.300: give at most 2.63 - 1"),
         ({"data_types": {"grad_accum_dtype": "fp99"}}, "grad_accum_dtype is 'fp99': give fp32"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON .nested too deeply"),
@@ -209,6 +251,103 @@ def test_what_deepspeed_takes_passes(merged):
     }
     config = merged(blocks)
     assert blocks.keys() <= config.keys()
+
+
+@pytest.mark.parametrize(
+    ("user", "options", "words"),
+    [
+        ({"gradient_clipping": 0.3}, {}, "gradient_clipping 0.3 in place of the setting's 1.0"),
+        ({"gradient_clipping": 0.3}, {"gradient_clipping": 0.3}, None),
+        ({"gradient_clipping": 0}, {"gradient_clipping": 0.0}, None),
+        ({"gradient_clipping": "auto"}, {"gradient_clipping": 0.3}, None),
+        ({"gradient_clipping": 1}, {}, None),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}},
+            {},
+            "zero_optimization: offload_optimizer to the nvme, without --offload",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"offload": True}, None),
+        ({"zero_optimization": {"cpu_offload": True}}, {}, "cpu_offload to the cpu, without"),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            {},
+            "activation_checkpointing does nothing: layers are checkpointed by gradient_checkp",
+        ),
+        ({"dataloader_drop_last": True}, {}, "dataloader_drop_last does nothing: batches come"),
+        ({"vocabulary_size": 32000}, {}, "vocabulary_size does nothing"),
+    ],
+)
+def test_what_wins_over_a_setting_or_does_nothing_is_said(
+    tmp_path: Path, user: dict, options: dict, words: str | None
+):
+    """By each program; what contradicts a setting that was given is refused."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(user))
+    engine = engine_config(zero_stage=2, deepspeed_config=str(path), **options)
+    lines = list(engine.user_config_effects())
+    assert [line.startswith(f"deepspeed_config {path}: ") for line in lines] == [True] * len(lines)
+    assert (lines == []) if words is None else (len(lines) == 1 and words in lines[0])
+    flags = {"deepspeed_config": str(path), **options}
+    step2 = RewardSettings.of(model_name_or_path="m", zero_stage=2, **flags)
+    step3 = RLHFSettings.of(
+        **dict.fromkeys(("actor_model_name_or_path", "critic_model_name_or_path"), "m"),
+        **dict.fromkeys(("actor_zero_stage", "critic_zero_stage"), 2),
+        **flags,
+    )
+    for settings in (step2, step3):
+        assert [line for line in unused_flags(settings) if "deepspeed_config" in line] == lines
+
+
+@pytest.mark.parametrize(
+    ("user", "options", "words"),
+    [
+        (
+            {"gradient_clipping": 0.3},
+            {"gradient_clipping": 0.5},
+            r"ds.json: gradient_clipping 0.3 contradicts gradient_clipping 0.5; make them equal",
+        ),
+        ({"gradient_clipping": 0}, {"gradient_clipping": 2.0}, "gradient_clipping 0 contradicts"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
+            {"offload": True},
+            "offload_optimizer none contradicts offload, which is to the CPU",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/n"}}},
+            {"offload": True},
+            "offload_param nvme contradicts offload",
+        ),
+    ],
+)
+def test_what_contradicts_a_given_setting_is_refused_at_once(
+    tmp_path: Path, user: dict, options: dict, words: str
+):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(user))
+    with pytest.raises(UserError, match=words):
+        RewardSettings.of(
+            model_name_or_path="m", zero_stage=3, deepspeed_config=str(path), **options
+        )
+
+
+def test_every_number_of_deepspeeds_own_blocks_has_bounds(merged):
+    """No key of any block that DeepSpeed reads takes what is negative, huge or of another kind."""
+    taken = {
+        "zero_optimization": ({}, DeepSpeedZeroConfig),
+        "fp16": ({"dtype": "fp16"}, DeepSpeedFP16Config),
+        "bf16": ({}, DeepSpeedBF16Config),
+        "compile": ({}, CompileConfig),
+    }
+    for block, (options, model) in taken.items():
+        for name, field in model.model_fields.items():
+            key, is_switch = field.alias or name, isinstance(field.default, bool)
+            is_number = isinstance(field.default, int | float) and not is_switch
+            wrong = (-1, math.nan, 1e300, True) if is_number else (0, 2) if is_switch else ()
+            for value in wrong if key not in ("stage", "enabled", "loss_scale") else ():
+                with pytest.raises(
+                    UserError, match=rf"{block}: {key} is|deprecated parameter '{key}'"
+                ):
+                    merged(json.dumps({block: {key: value}}), **options)
 
 
 def test_unreadable_file_is_refused(tmp_path: Path):
