@@ -24,11 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--public", action="store_true", help="let everybody read it")
     words = parser.parse_args(argv)
 
-    from dschat.models.hub_push import check_finished, check_repository, check_token, push
+    from dschat.models.hub_push import check_access, check_finished, push
+    from dschat.utils.addresses import check_repository
 
     check_repository(words.repository, "repository")
     check_finished(words.folder)
-    check_token()
+    check_access()
     print(printable(push(words.folder, words.repository, words.public)))
 
 

@@ -1,55 +1,22 @@
 """What goes to the Hub, and what does not; the Hub itself is a stub."""
 
-import fnmatch
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from dschat import push as program
 from dschat.errors import UserError
-from dschat.models.hub_push import check_repository  # now: what it imports needs the real HfApi
+from dschat.utils.addresses import check_repository
+from tests.helpers.hub import Hub, offer
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md", "training_curve.png")
 OTHERS = ("metrics.jsonl", "report.html", "run.json", "training.log", "evaluation.json")
 
 
-class Hub:
-    """Repositories by name, each with its files; `private` as they were made."""
-
-    def __init__(self):
-        self.private: dict[str, bool] = {}
-        self.files: dict[str, set[str]] = {}
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        assert exist_ok
-        if repo_id.startswith("others/"):
-            raise PermissionError("403 Forbidden: you are not others\nRequest ID: 1")
-        self.private.setdefault(repo_id, private)
-        return f"https://hub/{repo_id}"
-
-    def repo_info(self, repo_id):
-        return SimpleNamespace(private=self.private[repo_id])
-
-    def upload_folder(
-        self, *, repo_id, folder_path, allow_patterns, ignore_patterns, commit_message
-    ):
-        names = {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")}
-        self.files[repo_id] = {
-            name
-            for name in names
-            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
-            and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns)
-        }
-
-
 @pytest.fixture
 def hub(monkeypatch) -> Hub:
-    made = Hub()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: made)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_key")
-    return made
+    return offer(Hub(), monkeypatch)
 
 
 @pytest.fixture
@@ -130,6 +97,10 @@ def test_names_keys_and_refusals_are_one_line(folder, hub, monkeypatch):
     assert str(error.value) == "others/model: PermissionError: 403 Forbidden: you are not others"
     with pytest.raises(UserError, match="no/such: is no folder"):
         program.main(["no/such", "me/model"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set: nothing goes to the Hub"):
+        program.main([str(folder), "me/model"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match="run: hf auth login, or set HF_TOKEN"):
         program.main([str(folder), "me/model"])

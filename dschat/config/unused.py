@@ -21,6 +21,7 @@ SWITCHES = {
     "eval_iters": "eval_interval",
     "print_answers_interval": "print_answers",
     "port": "live",
+    "push_public": "push_to_hub",
     "save_total_limit": "save_steps",
     "tensorboard_path": "enable_tensorboard",
     "test_stop_step": "enable_test_mode",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,18 @@ PAGES = ("README.md", "training_curve.png")  # the model card and its picture
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 # What lies in folders, and the evaluation of a reward model, whose settings name local paths.
 OTHERS = ["*/*", f"{Path(EVALUATION_FILE).stem}.*"]
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def check_repository(name: str, setting: str) -> None:
-    """Stop at a name that no repository on the Hub can have.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if _REPOSITORY.fullmatch(name) is None or ".." in name or "--" in name:
-        raise UserError(f"{setting} is {name}: give OWNER/NAME, as in me/my-model")
-
-
-def check_token() -> None:
-    """Stop where this machine has no key to the Hub.
+def check_access() -> None:
+    """Stop where this machine has no key to the Hub, or is told to leave it alone.
 
     Raises:
-        UserError: with the command that asks for one.
+        UserError: with the command that asks for a key.
     """
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set: nothing goes to the Hub; unset it")
     if get_token() is None:
         raise UserError("the Hub asks who you are; run: hf auth login, or set HF_TOKEN")
 
@@ -60,17 +50,31 @@ def check_finished(folder: str | Path) -> Path:
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise UserError(f"{folder}: holds no weights; give one that a run has finished")
     if is_adapter:
-        base = read_config(folder, str(folder)).base
-        if Path(base).expanduser().exists():
-            raise UserError(
-                f"{folder}: its base is {base}, which is on this machine alone; push the merged "
-                f"model: dschat merge {folder} MERGED"
-            )
+        check_base(
+            read_config(folder, str(folder)).base,
+            f"{folder}: its base",
+            f"push the merged model: dschat merge {folder} MERGED",
+        )
     return folder
 
 
-def push(folder: str | Path, repository: str, public: bool = False) -> str:
+def check_base(base: str, place: str, remedy: str) -> None:
+    """Stop at an adapter whose base nobody else has.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if Path(base).expanduser().exists():
+        raise UserError(f"{place} is {base}, which is on this machine alone; {remedy}")
+
+
+def push(
+    folder: str | Path, repository: str, public: bool = False, setting_name: str = "public"
+) -> str:
     """Upload a finished model's files in one commit; the repository is made where there is none.
+
+    Args:
+        setting_name: the flag that `public` comes from.
 
     Returns:
         Its address.
@@ -99,6 +103,8 @@ def push(folder: str | Path, repository: str, public: bool = False) -> str:
     except Exception as error:  # of the network, or the Hub's answer
         raise UserError(f"{repository}: {brief(error, with_type=True)}") from error
     if is_public != public:
-        now, remedy = ("public", "add --public") if is_public else ("private", "drop --public")
-        raise UserError(f"{repository}: is {now} on the Hub; {remedy}, or change it there")
+        now, remedy = ("public", "add") if is_public else ("private", "drop")
+        raise UserError(
+            f"{repository}: is {now} on the Hub; {remedy} --{setting_name}, or change it there"
+        )
     return str(url)

@@ -16,6 +16,7 @@ from dschat.settings import Settings, group, setting
 from dschat.train import checkpoint_folder, run_lock
 from dschat.train.checkpoint_config import CheckpointConfig
 from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of
+from dschat.train.hub import HubConfig
 from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.optimizer_block import check_optimizer_block
@@ -92,6 +93,7 @@ class RunConfig(StartConfig):
     engine: EngineSettings = group(EngineSettings)
     log: LogConfig = group(LogConfig)
     checkpoint: CheckpointConfig = group(CheckpointConfig)
+    hub: HubConfig = group(HubConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,13 +131,16 @@ class RunConfig(StartConfig):
         """Plan the folder of one model: output_dir, or each of these folders inside it."""
         from dschat.models.save_plan import plan_saving
 
-        return plan_saving(
+        plan = plan_saving(
             self.lora_save,
             model_name,
             config.lora,
             train_base=config.train_base,
             output_dirs=self._folders(inside),
         )
+        if "critic" not in inside:
+            self.hub.check_plan(plan, model_name)
+        return plan
 
     def _folders(self, inside: Sequence[str]) -> list[Path]:
         return [Path(self.output_dir, name) for name in inside or ("",)]
@@ -164,6 +169,7 @@ class RunConfig(StartConfig):
         check_output_dir(self.output_dir)
         run_lock.hold(self.output_dir)
         self.log.check_writable()
+        self.hub.check()
         left = [line for folder in self._folders(inside) for line in placing.repair(folder)]
         for line in (*left, *checkpoint_folder.repair(self.output_dir)):
             print_rank_0(line)

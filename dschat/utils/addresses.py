@@ -1,12 +1,14 @@
-"""Addresses of servers: what is one, and which may be told a key."""
+"""Addresses of servers, and names on the Hub: what is one, and who may be told a key."""
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 from dschat.errors import UserError
 
 SCHEMES = ("http", "https")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -43,3 +45,13 @@ def may_hear_a_key(url: str) -> bool:
     """Tell whether a key sent there is read by nobody on the way: encrypted, or on this machine."""
     parts = urlsplit(url)
     return parts.scheme == "https" or parts.hostname in THIS_MACHINE
+
+
+def check_repository(name: str, setting_name: str) -> None:
+    """Stop at a name that no repository on the Hub can have.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if _REPOSITORY.fullmatch(name) is None or ".." in name or "--" in name:
+        raise UserError(f"{setting_name} is {name}: give OWNER/NAME, as in me/my-model")

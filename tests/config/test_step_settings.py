@@ -24,7 +24,7 @@ COMMON = {
     *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project", "no_report"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers", "max_skipped_steps"),
-    *("rank_timeout", "ignore_plan"),
+    *("rank_timeout", "ignore_plan", "push_to_hub", "push_public"),
     *("deepspeed_config", "dtype"),  # compared by what they come to
 }
 ROLES = {

@@ -129,6 +129,7 @@ def main(settings: RewardSettings | None = None) -> None:
         engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save, statistics, files
     )
     log.close()
+    settings.run.hub.push(settings.run.output_dir, ctx.rank)
 
 
 if __name__ == "__main__":

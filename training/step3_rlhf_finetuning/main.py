@@ -100,8 +100,10 @@ def main(settings: RLHFSettings | None = None) -> None:
             break
 
     # 4. model folders that transformers loads
-    run.save(Path(settings.run.output_dir))
+    output = Path(settings.run.output_dir)
+    run.save(output)
     log.close()
+    settings.run.hub.push(output / "actor", ctx.rank)
 
 
 if __name__ == "__main__":
