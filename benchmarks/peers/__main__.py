@@ -45,12 +45,12 @@ PEERS = {
 PACKAGES = {PLAIN: ("peft", "accelerate"), TRL: ("trl", "peft", "accelerate")}
 
 
-def program(peer: str, kind: str) -> tuple[str, ...]:
-    """Name the module that trains a kind of task, and its words."""
+def program(peer: str, task: Task) -> tuple[str, ...]:
+    """Name the module that trains a task, and its words."""
     if peer in PACKAGES:
         return "benchmarks.peers.trainers", "plain" if peer == PLAIN else "trl"
-    samples = kind in ("grpo", "rloo", "ppo")
-    return ("benchmarks.peers.recipe" if samples else "benchmarks.peers.ours",)
+    as_run = task.output or task.kind in ("grpo", "rloo", "ppo")
+    return ("benchmarks.peers.recipe" if as_run else "benchmarks.peers.ours",)
 
 
 def tree_of(peer: str, folder: Path) -> Path:
@@ -87,7 +87,7 @@ class Worker:
     """A peer's process, which goes on with its task whenever it is told to."""
 
     def __init__(self, peer: str, task: Task, folder: Path):
-        module, *words = program(peer, task.kind)
+        module, *words = program(peer, task)
         command = [interpreter(peer, folder), "-m", module, json.dumps(asdict(task)), *words]
         trees = dict.fromkeys(map(str, (tree_of(peer, folder), ROOT)))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -117,6 +117,16 @@ class Worker:
             if line.startswith(RESULT):
                 return json.loads(line.removeprefix(RESULT))
         raise RuntimeError(f"{self.process.args}: ended with {self.process.wait()}, see {self.log}")
+
+    def finish(self) -> None:
+        """Have it do what follows its last turn.
+
+        Raises:
+            RuntimeError: it fails.
+        """
+        self.process.communicate("\n")
+        if self.process.returncode:
+            raise RuntimeError(f"{self.process.args}: ended badly, see {self.log}")
 
     def close(self) -> None:
         """End it."""

@@ -1,4 +1,4 @@
-"""The recipe of step 3 as it is run, in turns: of this commit, or of the one on PYTHONPATH.
+"""The recipe of a step as it is run, in turns: of this commit, or of the one on PYTHONPATH.
 
 Its `main.py` runs in this process, and the engine's `step` tells of the optimizer steps. It knows
 flags alone that every commit since 1ef78d1 has.
@@ -18,6 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.peers.task import ANSWER, ANSWERS, KL, RANK, RATE, Task, Turns, tokenizer
+
+RECIPES = dict.fromkeys(("grpo", "rloo", "ppo"), "step3_rlhf_finetuning")
+RECIPES |= {"reward": "step2_reward_model_finetuning", "dpo": "step2_dpo_finetuning"}
 
 
 def write(folder: Path, task: Task) -> dict[str, Any]:
@@ -74,6 +77,24 @@ def flags(task: Task, written: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_pairs(task: Task) -> dict[str, Any]:
+    """Flags of the recipe of a reward model or of DPO, besides those that the task holds."""
+    return {
+        "model_name_or_path": task.model,
+        "max_seq_len": task.length,
+        "per_device_train_batch_size": task.batch // 2,
+        "max_steps": task.all_steps,
+        "lora_dim": RANK,
+        "lr_scheduler_type": task.schedule,
+        "num_warmup_steps": task.warm_up,
+        "lora_save": "merged",
+        "log_every": 1,
+        "dtype": "fp32",
+        "output_dir": task.output,
+        **task.flags,
+    }
+
+
 def train(task: Task) -> None:
     """Run the recipe, and wait between turns."""
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -91,9 +112,12 @@ def train(task: Task) -> None:
     DeepSpeedEngine.step = told
     found = importlib.util.find_spec("dschat")
     assert found is not None and found.origin is not None
-    program = Path(found.origin).parents[1] / "training" / "step3_rlhf_finetuning" / "main.py"
+    program = Path(found.origin).parents[1] / "training" / RECIPES[task.kind] / "main.py"
     with tempfile.TemporaryDirectory() as folder:
-        given = flags(task, write(Path(folder), task)) | {"output_dir": Path(folder, "out")}
+        if task.output:
+            given = of_pairs(task)
+        else:
+            given = flags(task, write(Path(folder), task)) | {"output_dir": Path(folder, "out")}
         words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         sys.argv = [str(program), *words]
         runpy.run_path(str(program), run_name="__main__")

@@ -42,6 +42,9 @@ class Task:
         length: longest sequence, of a prompt alone where answers are sampled.
         width, layers: of the model's trunk.
         model, data: folder of a Llama, and a file of preferences, in place of random ones.
+        output: folder that the trained model is written to, adapters merged, after a whole run
+            (`benchmarks.peers.hh`) on data that holds ids of tokens.
+        rate, schedule, warm_up: of the learning rate. flags: of this project's recipe alone.
     """
 
     kind: str
@@ -54,6 +57,11 @@ class Task:
     layers: int = 6
     model: str = ""
     data: str = ""
+    output: str = ""
+    rate: float = RATE
+    schedule: str = "constant"
+    warm_up: int = 0
+    flags: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_steps(self) -> int:
@@ -121,8 +129,12 @@ class Task:
 
         Answers longer than half of the length are left out.
         """
-        encode = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         lines = cycle(Path(self.data).read_text(encoding="utf-8").splitlines())
+        if self.output:
+            for row in map(json.loads, islice(lines, count)):
+                yield tuple(row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            return
+        encode = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         while count:
             row, most = json.loads(next(lines)), self.length // 2
             prompt, *sides = (encode(row[name]).input_ids for name in ("prompt", *SIDES))

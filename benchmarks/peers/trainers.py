@@ -20,7 +20,6 @@ from benchmarks.peers.task import (
     KL,
     PAD,
     RANK,
-    RATE,
     Task,
     Turns,
     tokenizer,
@@ -99,8 +98,9 @@ def options(task: Task, folder: str) -> dict[str, Any]:
         "output_dir": folder,
         "per_device_train_batch_size": rows,
         "max_steps": task.all_steps,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
+        "learning_rate": task.rate,
+        "lr_scheduler_type": task.schedule,
+        "warmup_steps": task.warm_up,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "logging_steps": 1,
@@ -195,6 +195,8 @@ def train(task: Task, make: Any) -> None:
         trainer = make(task, folder)
         trainer.add_callback(Ticks(Turns(task.steps)))
         trainer.train()
+        if task.output:
+            trainer.model.merge_and_unload().save_pretrained(task.output)
 
 
 if __name__ == "__main__":
