@@ -80,6 +80,22 @@ TROUBLES = {
     "another engine": Trouble("foreign answers", lambda t: {"decode_gap": 0.4}),
     "long updates": Trouble("long updates", lambda t: {"clip_fraction": 0.5}),
     "collapse": Trouble("entropy collapse", lambda t: {"entropy": 0.05, "reward_std": 0.0}),
+    "collapse after a gain": Trouble(
+        "entropy collapse",
+        lambda t: {
+            "entropy": 1.4 * max(1 - 0.05 * t, 0.03),
+            "reward": min(0.1 * t, 1.2) - 0.3 * max(t - 16, 0) if t < 21 else 0.0,
+        },
+    ),
+    "learns what is right": Trouble(
+        None,
+        lambda t: {
+            "entropy": 1.4 * max(0.9**t, 0.03),
+            "reward": 1.25 * (1 - 0.85**t),
+            "reward_std": max(1 - 0.05 * t, 0.4),
+            "frac_reward_zero_std": min(0.1 + 0.02 * t, 0.8),
+        },
+    ),
     "no ends": Trouble("no ends", lambda t: {"ended": 0.0}),
     "blind critic": Trouble("blind critic", lambda t: {"explained_variance": -0.3}),
     "nan": Trouble(NOT_FINITE, lambda t: {"reward": float("nan"), "kl_per_token": float("nan")}),

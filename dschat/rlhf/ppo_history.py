@@ -32,6 +32,7 @@ FEW_ENDS, LONGER = 0.5, 1.2  # times the first share and length
 ANOTHER_LENGTH, LENGTH_SPREAD = 0.25, 0.5  # of the first length; an answer's standard deviation
 LIKELY = 3.0  # standard errors of what also goes one way in each of `LONG` iterations
 FEWER_ENDS = 0.1  # of the answers
+COLLAPSED = 0.1  # times the first entropy
 STILL, STILL_AFTER = 1e-4, 20  # nats a token after so many iterations; KL grows with their square
 
 
@@ -44,12 +45,14 @@ class History:
 
     Attributes:
         slow_start: iterations before the actor trains at its full rate.
+        best: largest mean of the reward over `LONG` iterations; absent before there is one.
     """
 
     slow_start: float = 0.0
     first: dict[str, float] = field(default_factory=dict)
     recent: list[dict[str, float]] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
 
     def add(self, figures: dict[str, float]) -> None:
         """Take in an iteration."""
@@ -57,6 +60,8 @@ class History:
             self.first.setdefault(name, value)
             self.seen[name] = self.seen.get(name, 0) + 1
         self.recent = [*self.recent, figures][-REMEMBERED:]
+        if not math.isnan(reward := self.mean("reward", LONG)):
+            self.best["reward"] = max(self.best.get("reward", reward), reward)
 
     def last(self, name: str, count: int) -> list[float]:
         """Figure in the last `count` iterations; empty where one of them lacks it."""
@@ -99,10 +104,28 @@ class History:
         return self.reward_rise > spreads or rise > spreads
 
     @property
+    def chance(self) -> float:
+        """Difference of two means of the reward that chance makes no larger, in spreads."""
+        return CERTAIN * math.sqrt((1 + 1 / LONG) / self.first.get("answers", ANSWERS))
+
+    @property
     def fell(self) -> bool:
         """Tell whether the reward is below its start, by more than chance does."""
-        error = math.sqrt((1 + 1 / LONG) / self.first.get("answers", ANSWERS))
-        return self.reward_rise < -max(MOVED, CERTAIN * error)
+        return self.reward_rise < -max(MOVED, self.chance)
+
+    @property
+    def is_at_its_best(self) -> bool:
+        """Tell whether the reward has risen, and is not below what it has been."""
+        spread = self.first.get("reward_std", 0.0)
+        if not spread or not self.gains(MOVED):
+            return False
+        loss = (self.best.get("reward", math.inf) - self.mean("reward", LONG)) / spread
+        return loss < max(MOVED / 2, self.chance)
+
+    @property
+    def collapses(self) -> bool:
+        """Tell whether the policy says one and the same, and not because it is what is right."""
+        return self.change("entropy") < COLLAPSED and not self.is_at_its_best
 
     @property
     def is_far(self) -> bool:

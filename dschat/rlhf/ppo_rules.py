@@ -14,7 +14,6 @@ MANY_CLIPPED = 0.1  # of the reward model's scores
 MANY_RATIOS = 0.3  # of the tokens
 SHRUNK, GROWN = 1 / 3, 2.0  # times the first length
 SOME_ENDS, NO_ENDS = 0.1, 0.01  # of the answers
-COLLAPSED = 0.1  # times the first entropy
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,9 @@ RULES = (
     ),
     Rule(
         "entropy collapse",
-        lambda h: h.change("entropy") < COLLAPSED,
-        "entropy fell from {first_entropy:.3g} to {entropy:.3g} nats a token: the policy says one "
-        "and the same",
+        lambda h: h.collapses,
+        "entropy fell from {first_entropy:.3g} to {entropy:.3g} nats a token while the reward went "
+        "from {first_reward:.3g} to {reward:.3g}: the policy says one and the same",
         "{facts.closer} or {facts.slower}",
         explains=("equal rewards", "equal within prompts", "no ends", "blind critic"),
     ),
