@@ -26,6 +26,10 @@ from dschat.train.prepare import plan_model, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
 
+# Optimizer steps that a critic takes to fit its values at the scripts' rates, and how much faster a
+# short run lets it learn at most: as fast as step 2 taught the same trunk (docs/ppo/update.md).
+STEPS_OF_A_CRITIC, MOST_HASTE = 360, 10
+
 OneModelSettings = SFTSettings | RewardSettings | DPOSettings
 OF_ONE_MODEL: dict[str, type[OneModelSettings]] = {
     "sft": SFTSettings,
@@ -138,6 +142,7 @@ def _look_at_ppo(
         settings.actor, actor, BUILDS["sft"], "actor_", widths, power=0.5
     )
     settings = replace(settings, actor=adapted)
+    given = settings.critic
     if critic is not None:
         adapted, more = _fitting_model(settings.critic, critic, BUILDS["reward"], "critic_", widths)
         settings, flags = replace(settings, critic=adapted), flags | more
@@ -155,7 +160,15 @@ def _look_at_ppo(
     batch_size = settings.ppo.per_device_generation_batch_size
     batches = ctx.loader(data.train, list, batch_size, shuffle=True).batches_in(0)
     length = settings.length(settings.iterations(batches), batches)
+    if critic is not None and "critic_" in widths:
+        factor = _factor(critic, widths["critic_"]) * _haste(_fitted(length, fixed).steps)
+        flags |= {f"critic_{name}": rate for name, rate in _scaled_rates(given, factor).items()}
     return _ahead(actor, data, length, plan.written, flags, fixed)
+
+
+def _haste(steps: int) -> float:
+    """Factor on the critic's rate: it has so few optimizer steps to fit its values in."""
+    return min(max(STEPS_OF_A_CRITIC / steps, 1.0), MOST_HASTE)
 
 
 def _fitting_model(
@@ -167,8 +180,7 @@ def _fitting_model(
     power: float = 1.0,
 ) -> tuple[ModelConfig, dict[str, int | float]]:
     """Fit adapters and rates to the model: its layers may be smaller, or larger, than foreseen."""
-    width = getattr(load_config(name).get_text_config(), "hidden_size", None)  # one family has none
-    factor = (widths[prefix] / width) ** power if prefix in widths and width else 1.0
+    factor = _factor(name, widths[prefix]) ** power if prefix in widths else 1.0
     flags = {f"{prefix}{key}": rate for key, rate in _scaled_rates(model, factor).items()}
     if model.lora.lora_dim:
         shapes = adapted_shapes(on_meta(name, build), model.lora)
@@ -176,6 +188,12 @@ def _fitting_model(
             model = replace(model, lora=replace(model.lora, lora_dim=fitting))
             flags[f"{prefix}lora_dim"] = fitting
     return model, flags
+
+
+def _factor(name: str, meant_for: int) -> float:
+    """Width that rates are meant for over the model's; 1 for a family without one."""
+    width = getattr(load_config(name).get_text_config(), "hidden_size", None)
+    return meant_for / width if width else 1.0
 
 
 def _scaled_rates(model: ModelConfig, factor: float) -> dict[str, float]:
@@ -194,6 +212,14 @@ def _scaled_rates(model: ModelConfig, factor: float) -> dict[str, float]:
     return {name: float(f"{factor * rate:.2g}") for name, rate in scaled.items()}
 
 
+def _fitted(length: RunLength, fixed: Sequence[str]) -> RunLength:
+    """Length with enough steps and no long warm-up, but for what is the user's choice."""
+    fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps()
+    if "num_train_epochs" not in fixed:
+        fitting = fitting.with_more_epochs()
+    return fitting if "num_warmup_steps" in fixed else fitting.with_shorter_warm_up()
+
+
 def _ahead(
     model: str,
     data: PromptData,
@@ -202,11 +228,7 @@ def _ahead(
     flags: dict[str, int | float],
     fixed: Sequence[str],
 ) -> StepAhead:
-    fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps()
-    if "num_train_epochs" not in fixed:
-        fitting = fitting.with_more_epochs()
-    if "num_warmup_steps" not in fixed:
-        fitting = fitting.with_shorter_warm_up()
+    fitting = _fitted(length, fixed)
     if fitting.accumulation != length.accumulation:
         flags = flags | {"gradient_accumulation_steps": fitting.accumulation}
     if fitting.epochs != length.epochs:

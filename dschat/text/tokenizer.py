@@ -12,6 +12,7 @@ from dschat.utils.module.model_source import OWN_CODE, is_local, resolve_model, 
 from dschat.utils.predecessor import changed
 
 _WITH_NEW_END: WeakSet[PreTrainedTokenizerBase] = WeakSet()
+PROBE = "Two  Áé words: 12345, NEW\n\tlines; it's \u4e2d\u6587 - don't x.y(z)."
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -111,7 +112,8 @@ def check_same_tokenizer(
     """Stop when a second model reads other token ids or another prompt format than the first.
 
     Raises:
-        UserError: the model's own tokenizer differs in vocabulary, special tokens or format.
+        UserError: the model's own tokenizer differs in vocabulary, special tokens or format, or
+            cuts text up otherwise.
     """
     shared = choose_format(tokenizer).name
     other = load_hf_tokenizer(
@@ -132,7 +134,8 @@ def check_same_tokenizer(
             "train both with one template, or with --prompt_format dschat"
         )
     same_ends = other.eos_token_id == tokenizer.eos_token_id
-    if other.get_vocab() != tokenizer.get_vocab() or not same_ends:
+    same_pieces = other(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
+    if other.get_vocab() != tokenizer.get_vocab() or not same_ends or not same_pieces:
         raise UserError(
             f"{model_name_or_path}: its tokenizer is not that of {tokenizer.name_or_path}; "
             "train actor and reward model from models with one tokenizer"

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
@@ -5,7 +7,7 @@ from transformers import AutoTokenizer
 from dschat.errors import UserError
 from dschat.text import tokenizer as module
 from dschat.text.encoding import encode, encode_answers, tokenizer_fingerprint
-from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
 
 PROMPTS = ["hi", "hi ", "hi:", "hi\n", "hi.\n\n", "", "  hi", "is it so?  "]
 ANSWERS = ["we", " we", "we and lo", " and", "\nlo", "\n\n we", " ", "a", ":", "hi.", " a\n"]
@@ -138,6 +140,18 @@ def test_unknown_hub_name_is_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"some/model.*\(cannot connect\)") as caught:
         load_hf_tokenizer("some/model")
     assert "\n" not in str(caught.value)
+
+
+def test_another_cut_of_the_same_vocabulary_is_another_tokenizer(byte_tokenizer, tmp_path):
+    byte_tokenizer.save_pretrained(tmp_path / "same")
+    check_same_tokenizer(byte_tokenizer, str(tmp_path / "same"))
+    content = json.loads((tmp_path / "same/tokenizer.json").read_text())
+    byte_tokenizer.save_pretrained(tmp_path / "lower")
+    (tmp_path / "lower/tokenizer.json").write_text(
+        json.dumps(content | {"normalizer": {"type": "Lowercase"}})
+    )
+    with pytest.raises(UserError, match="its tokenizer is not that of"):
+        check_same_tokenizer(byte_tokenizer, str(tmp_path / "lower"))
 
 
 def test_fingerprint_sees_the_vocabulary_not_the_last_call(byte_tokenizer):

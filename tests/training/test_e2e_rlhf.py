@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from dschat.config import preflight
 from dschat.config.cli import parse
 from dschat.errors import UserError
 from dschat.pipeline.recipe import KINDS, find, read
@@ -290,7 +291,8 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
     """8 micro-batches of 16 rows; keys and values of rank 16, where the scripts have 128."""
     more = ["--gradient_accumulation_steps", "1", "--num_train_epochs", "3"]
-    # 7.2e-6 * 2048 / 32 of A (step 3: by the root); of all weights 5e-5 and 5e-6, times 1024 / 32
+    # 7.2e-6 * 2048 / 32 of A (step 3: by the root); of all weights 5e-5, times 1024 / 32, and the
+    # critic's 5e-6 as much, times 10 for 24 steps
     rates = {
         1: ["--learning_rate", "0.00046"],
         2: ["--learning_rate", "0.0016"],
@@ -299,7 +301,7 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
     assert ahead(e2e, inputs) == {
         1: [*rates[1], "--lora_dim", "16", *more],
         2: [*rates[2], *more],
-        3: [*rates[3], "--actor_lora_dim", "16", "--critic_learning_rate", "0.00016", *more],
+        3: [*rates[3], "--actor_lora_dim", "16", "--critic_learning_rate", "0.0016", *more],
     }
     lines = capsys.readouterr().out.splitlines()
     model = inputs / "model"
@@ -308,6 +310,12 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
     ]
     assert sum("no script of its own on single_gpu: run_" in line for line in lines) == 3
     assert lines[-1].startswith("model folders: ") and "free in" in lines[-1]
+
+
+def test_a_critic_of_few_steps_learns_faster():
+    """At most at step 2's rate, ten times the scripts'; from 360 steps on at theirs."""
+    found = {steps: preflight._haste(steps) for steps in (1, 36, 120, 360, 5000)}
+    assert found == {1: 10.0, 36: 10.0, 120: 3.0, 360: 1.0, 5000: 1.0}
 
 
 def test_what_the_user_gives_wins(e2e: ModuleType, inputs: Path):
