@@ -101,5 +101,6 @@ setup(
         "live": ["gradio>=6,<7"],
         "quantize": ["bitsandbytes>=0.49"],
         "wandb": ["wandb>=0.18"],
+        "trackio": ["trackio>=0.5"],
     },
 )

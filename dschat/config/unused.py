@@ -23,7 +23,6 @@ SWITCHES = {
     "port": "live",
     "push_public": "push_to_hub",
     "save_total_limit": "save_steps",
-    "tensorboard_path": "enable_tensorboard",
     "test_stop_step": "enable_test_mode",
     "unsup_coef": "unsupervised_dataset_name",
 }
@@ -79,6 +78,10 @@ def unused_flags(settings: Settings) -> Iterator[str]:
         for name in ("top_p", "seed"):
             if name in changed:
                 yield f"--{name} does nothing: at --temperature 0 nothing is drawn"
+    if "tensorboard_path" in changed and not (
+        values["enable_tensorboard"] or "tensorboard" in values["report_to"]
+    ):
+        yield "--tensorboard_path does nothing without --enable_tensorboard"
     if "seed" in changed and values.get("greedy"):
         yield "--seed does nothing: with --greedy nothing is drawn"
     if "max_seq_len" in changed and values.get("reward_model", "one") is None:

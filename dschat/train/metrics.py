@@ -1,9 +1,7 @@
-"""Figures of a run: console line, progress bar, JSON lines, TensorBoard and W&B."""
+"""Figures of a run: console line, progress bar, JSON lines; others keep them by `trackers`."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -15,12 +13,12 @@ from typing import IO, Any, ClassVar
 
 from tqdm import tqdm
 
-from dschat.errors import UserError
-from dschat.settings import Settings, setting
-from dschat.train import observers
+from dschat.settings import Settings
+from dschat.train import observers, trackers
 from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.run_page import RunPage
+from dschat.train.trackers import LogConfig
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.plain_bar import EVERY, PlainBar
 from dschat.utils.printable import window
@@ -45,42 +43,6 @@ def console_line(step: int, total: int | None, values: Mapping[str, float]) -> s
 
 
 @dataclass(frozen=True)
-class LogConfig(Settings):
-    """Destinations of figures beside OUTPUT_DIR/metrics.jsonl, and their interval."""
-
-    log_every: int = setting(10, "optimizer steps between metrics", at_least=1, may_change=True)
-    enable_tensorboard: bool = setting(False, "write TensorBoard events", may_change=True)
-    tensorboard_path: str = setting(
-        "tensorboard", "folder of the TensorBoard events", may_change=True
-    )
-    wandb_project: str | None = setting(
-        None, "log to this Weights & Biases project", may_change=True
-    )
-    no_report: bool = setting(
-        False, "do not make OUTPUT_DIR/report.html, the page of the run", may_change=True
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.enable_tensorboard:
-            require_package("tensorboard", "enable_tensorboard")
-        if self.wandb_project is not None:
-            require_package("wandb", "wandb_project")
-
-    def check_writable(self) -> None:
-        """Stop where the events of TensorBoard could not be written."""
-        if not self.enable_tensorboard:
-            return
-        place = f"tensorboard_path {self.tensorboard_path}"
-        try:
-            Path(self.tensorboard_path).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{place}: {error.strerror}; give a writable folder") from error
-        if not os.access(self.tensorboard_path, os.W_OK):
-            raise UserError(f"{place}: nothing can be written there; give a writable folder")
-
-
-@dataclass(frozen=True)
 class Continued:
     """The run that a resumed one continues: its metrics as of a step; None: nothing was saved."""
 
@@ -89,7 +51,7 @@ class Continued:
 
 
 class MetricLogger:
-    """Writes figures to `<output_dir>/metrics.jsonl` and, on request, to TensorBoard and W&B.
+    """Writes figures to `<output_dir>/metrics.jsonl` and to the trackers that are asked for.
 
     One file a run: an earlier run's file is kept under a number. A resumed run continues its own:
     lines written after the step that it resumes at are removed. Rank 0 alone writes; without an
@@ -108,8 +70,7 @@ class MetricLogger:
         self.rank = rank
         self._page: RunPage | None = None
         self._file: IO[str] | None = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers: dict[str, trackers.Tracker] = {}
         if output_dir is None or rank != 0:
             return
         self._path = Path(output_dir) / "metrics.jsonl"
@@ -124,13 +85,8 @@ class MetricLogger:
             self._file = self._path.open("a", encoding="utf-8")
             if not config.no_report:
                 self._page = RunPage(output_dir, settings)
-        if config.enable_tensorboard:
-            module = importlib.import_module("torch.utils.tensorboard")
-            hidden = {} if continued is None else {"purge_step": continued.step + 1}
-            self._tensorboard = module.SummaryWriter(log_dir=config.tensorboard_path, **hidden)
-        if config.wandb_project is not None:
-            module = importlib.import_module("wandb")
-            self._wandb = module.init(project=config.wandb_project, dir=str(output_dir))
+        resumed_at = None if continued is None else continued.step
+        self._trackers = trackers.start(config, str(output_dir), resumed_at)
 
     @property
     def first_step(self) -> int:
@@ -158,13 +114,7 @@ class MetricLogger:
             raise ValueError(f"metric {min(clash)!r} has the name of a field of the record")
         record |= {name: x if math.isfinite(x) else str(x) for name, x in figures.items()}
         self._write(record)
-        if self._tensorboard is not None:
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        if self._wandb is not None:
-            # The step is a figure of its own: W&B's must rise, but train and eval share one.
-            named = {f"{kind}/{name}": value for name, value in figures.items()}
-            self._wandb.log({"step": step, **named})
+        trackers.tell(self._trackers, step, {f"{kind}/{n}": v for n, v in figures.items()})
         if kind == "eval" and self._page is not None:
             self._page.refresh()
         observers.tell(kind, step, figures)
@@ -195,11 +145,8 @@ class MetricLogger:
             self._file.close()
             if self._page is not None:
                 self._page.finish()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._tensorboard = self._wandb = None
+        trackers.finish(self._trackers)
+        self._file = None
 
 
 class StepBar(tqdm):
@@ -233,12 +180,3 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
         file=sys.stderr if is_seen else PlainBar(sys.stderr),
         mininterval=0.1 if is_seen else EVERY,
     )
-
-
-def require_package(package: str, setting_name: str) -> None:
-    """Raise UserError, with the command that installs it, when a setting's package is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{setting_name}: the package {package} is not installed; run `pip install {package}`, "
-            "or drop the setting"
-        )

@@ -17,11 +17,11 @@ from dschat.train import checkpoint_folder, run_lock
 from dschat.train.checkpoint_config import CheckpointConfig
 from dschat.train.checkpoint_folder import checkpoints_in, continues, folder_of
 from dschat.train.hub import HubConfig
-from dschat.train.metrics import LogConfig, require_package
 from dschat.train.model_config import ModelConfig
 from dschat.train.optimizer_block import check_optimizer_block
 from dschat.train.run_length import RunLength
 from dschat.train.steps import StepPlan
+from dschat.train.trackers import LogConfig, require_package
 from dschat.utils.distributed import RANK_TIMEOUT, from_main, print_rank_0
 from dschat.utils.ds_utils import DTYPES, EngineConfig, EngineSettings
 from dschat.utils.schedules import SCHEDULES, Schedule, schedule_factory

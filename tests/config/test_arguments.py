@@ -567,6 +567,7 @@ def test_step_3_says_what_does_nothing(argv, said):
         (sft, "--eot_token x", "--eot_token does nothing without --add_eot_token"),
         (sft, "--eot_token x --add_eot_token", ""),
         (sft, "--tensorboard_path x", "--tensorboard_path does nothing without --enable_tens"),
+        (sft, "--tensorboard_path x --report_to tensorboard", ""),
         (sft, "--save_total_limit 2", "--save_total_limit does nothing without --save_steps"),
         (reward, "--eval_iters 2", "--eval_iters does nothing without --eval_interval"),
         (reward, "--eval_iters 2 --eval_interval 5", ""),

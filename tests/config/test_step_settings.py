@@ -22,6 +22,7 @@ COMMON = {
         "resume_with_new_rates",
     ),
     *("log_every", "enable_tensorboard", "tensorboard_path", "wandb_project", "no_report"),
+    *("report_to", "trackio_project"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers", "max_skipped_steps"),
     *("rank_timeout", "ignore_plan", "push_to_hub", "push_public"),

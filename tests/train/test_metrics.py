@@ -10,6 +10,7 @@ import pytest
 
 from dschat.errors import UserError
 from dschat.train.metrics import LogConfig, MetricLogger, console_line, format_value, progress_bar
+from dschat.train.trackers import TRACKERS
 from dschat.utils.printable import WINDOW
 
 
@@ -86,7 +87,12 @@ def test_a_figure_named_step_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "package, setting",
-    [("tensorboard", {"enable_tensorboard": True}), ("wandb", {"wandb_project": "x"})],
+    [
+        ("tensorboard", {"enable_tensorboard": True}),
+        ("wandb", {"wandb_project": "x"}),
+        ("trackio", {"trackio_project": "x"}),
+        *((name, {"report_to": [name]}) for name in TRACKERS),
+    ],
 )
 def test_missing_package_is_named(monkeypatch, package, setting):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -100,32 +106,80 @@ def fake_module(monkeypatch, name: str, **members) -> None:
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_tensorboard_and_wandb_get_the_same_figures(tmp_path, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    """What fakes of the three packages were called with; all of them are there."""
+    heard: list = []
 
     def writer(log_dir):
-        seen.append(("dir", log_dir))
-        add = lambda *scalar: seen.append(scalar)  # noqa: E731
-        return SimpleNamespace(add_scalar=add, close=lambda: seen.append("closed"))
+        heard.append(("tensorboard", log_dir))
+        add = lambda *scalar: heard.append(scalar)  # noqa: E731
+        return SimpleNamespace(add_scalar=add, close=lambda: heard.append("closed"))
 
     def init(**kwargs):
-        seen.append((kwargs["project"], kwargs["dir"]))
-        return SimpleNamespace(log=seen.append, finish=lambda: seen.append("finished"))
+        heard.append(("wandb", kwargs))
+        return SimpleNamespace(log=heard.append, finish=lambda: heard.append("finished"))
+
+    def begin(project):
+        print("* Trackio greets you")
+        heard.append(("trackio", project))
+        log = lambda figures, step: heard.append((step, figures))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: heard.append("kept"))
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=writer)
     fake_module(monkeypatch, "wandb", init=init)
-    writers = {"enable_tensorboard": True, "tensorboard_path": "tb", "wandb_project": "p"}
-    with logger_in(tmp_path, **writers) as logger:
-        logger.log(3, {"loss": 0.5}, kind="eval")
+    fake_module(monkeypatch, "trackio", init=begin)
+    return heard
+
+
+def test_tensorboard_wandb_and_trackio_get_the_same_figures(tmp_path, seen, capsys):
+    with logger_in(tmp_path, report_to=list(TRACKERS), tensorboard_path="tb") as logger:
+        logger.log(3, {"loss": 0.5, "kl": 0.1}, kind="eval")
     assert seen == [
-        ("dir", "tb"),
-        ("p", str(tmp_path)),
-        ("eval/loss", 0.5, 3),
-        {"step": 3, "eval/loss": 0.5},
-        "closed",
-        "finished",
+        ("tensorboard", "tb"),
+        ("wandb", {"project": None, "dir": str(tmp_path)}),
+        ("trackio", "dschat"),
+        *(("eval/kl", 0.1, 3), ("eval/loss", 0.5, 3)),
+        {"step": 3, "eval/kl": 0.1, "eval/loss": 0.5},
+        (3, {"eval/kl": 0.1, "eval/loss": 0.5}),
+        *("kept", "finished", "closed"),
     ]
+    out = capsys.readouterr().out
+    assert "Trackio greets" not in out and "trackio show --project dschat" in out
+
+
+def test_a_project_or_the_older_flag_asks_for_them_too(tmp_path, seen):
+    flags = {"enable_tensorboard": True, "wandb_project": "p", "trackio_project": "q"}
+    with logger_in(tmp_path, report_to=["wandb"], **flags):
+        pass
+    assert {name: value for name, value in seen[:3]} == {
+        "tensorboard": "tensorboard",
+        "wandb": {"project": "p", "dir": str(tmp_path)},
+        "trackio": "q",
+    }
+    with logger_in(tmp_path / "other", rank=1, report_to=["trackio"]):
+        pass
+    assert len(seen) == 6  # three were begun and ended
+
+
+def test_a_service_that_fails_ends_no_run(tmp_path, seen, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise ConnectionError("no\x1b network\nat all")
+
+    with logger_in(tmp_path, report_to=["wandb", "trackio"]) as logger:
+        monkeypatch.setattr(logger._trackers["wandb"]._run, "log", fails)
+        monkeypatch.setattr(logger._trackers["trackio"]._run, "finish", fails)
+        for step in (1, 2):
+            logger.log(step, {"loss": 0.5})
+    assert [figures for figures in seen if figures == (2, {"train/loss": 0.5})]
+    why, lines = "(ConnectionError: no\\x1b network)", capsys.readouterr().out.splitlines()
+    assert lines[1] == f"wandb: gets no more figures {why}; metrics.jsonl has them all"
+    assert lines[-1] == f"trackio: did not finish {why}" and len(lines) == 4
+    assert [record["step"] for record in read(tmp_path)] == [1, 2]
+    monkeypatch.setattr("wandb.init", fails)
+    with pytest.raises(UserError, match="report_to: wandb takes no run"):
+        MetricLogger(LogConfig(report_to=("wandb",)), tmp_path, 0)
 
 
 def test_the_bar_of_rank_0_alone_is_shown(tmp_path, capsys):
