@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
+from dschat.lazy import torch
 
 Z95 = 1.959963984540054  # standard normal, two-sided 95 %
 BINS = 10

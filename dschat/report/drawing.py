@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dschat.functional.proportions import ReliabilityBin, wilson_interval
 from dschat.report.panels import Panel
 from dschat.report.records import Points, Records
 from dschat.utils.printable import printable
@@ -47,6 +48,37 @@ def distributions(before: Sequence[float], after: Sequence[float]) -> Figure:
         axes.hist(values, bins, alpha=0.6, label=label)
     axes.set(xlabel="reward", ylabel="answers")
     axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def reliability(bins: Sequence[ReliabilityBin], figures: Mapping[str, float]) -> Figure:
+    """Draw how often a reward model is right, by how sure it is, and the bins' sizes below.
+
+    Args:
+        bins: with Wilson's intervals. figures: accuracy, `ece` and number of pairs.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(SIZE[0], 1.5 * SIZE[1]), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    confidence, accuracy = [b.confidence for b in bins], [b.accuracy for b in bins]
+    bounds = [wilson_interval(b.accuracy * b.count, b.count) for b in bins]
+    errors = [
+        [max(b.accuracy - low, 0.0) for b, (low, _) in zip(bins, bounds, strict=True)],
+        [max(high - b.accuracy, 0.0) for b, (_, high) in zip(bins, bounds, strict=True)],
+    ]
+    upper.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", label="calibrated")
+    upper.errorbar(confidence, accuracy, errors, marker="o", capsize=2, label="model")
+    upper.set(xlim=(0.5, 1), ylim=(0, 1), ylabel="accuracy")
+    upper.legend(loc="lower right", fontsize="small", frameon=False)
+    accuracy_and_ece = f"accuracy {figures['accuracy']:.3f}, ECE {figures['ece']:.3f}"
+    upper.set_title(f"{figures['pairs']:.0f} pairs, {accuracy_and_ece}", fontsize="medium")
+    widths = [b.high - b.low for b in bins]
+    lower.bar([b.low for b in bins], [b.count for b in bins], widths, align="edge", edgecolor="w")
+    lower.set(xlabel="confidence, sigmoid(|margin|)", ylabel="pairs")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

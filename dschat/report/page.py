@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dschat.functional.proportions import ReliabilityBin
 from dschat.report.html import BASE, fill, put_in_place
 from dschat.report.panels import PANELS, drawn
 from dschat.report.records import Records, read
@@ -13,6 +14,7 @@ from dschat.report.records import Records, read
 PAGE = "report.html"
 PICTURES = "figures"  # folder of the PNG files
 MOST_PROMPTS, MOST_ITERATIONS = 8, 5  # of the table of answers
+PHASES = "Time and memory by phase"
 HIDDEN = {"answers", "decode_gap", "decode_gap_max"}  # among what it came to
 PROGRAMS = {
     "sft": "Step 1, supervised fine-tuning",
@@ -46,6 +48,13 @@ def write_page(folder: str | Path) -> Path:
         title = "Rewards of held-out answers, before and after"
         curves.append({"title": title, "svg": drawing.svg(figure)})
         pictures["rewards_before_and_after"] = drawing.png(figure)
+    if bins := records.evaluation.get("reliability"):
+        figure = drawing.reliability(
+            [ReliabilityBin(**part) for part in bins], records.evaluation["figures"]
+        )
+        title = "Calibration of the reward model"
+        curves.append({"title": title, "svg": drawing.svg(figure)})
+        pictures["calibration"] = drawing.png(figure)
     for name, data in pictures.items():
         put_in_place(folder / PICTURES / f"{name}.png", data)
     text = render(records, str(folder.resolve().name), curves)
@@ -74,6 +83,7 @@ def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> 
         "curves": [{"title": c["title"], "svg": Markup(c["svg"])} for c in curves],
         "iterations": iterations,
         "answers": list(_side_by_side(records, iterations)),
+        "opened": PHASES,
         "tables": [(title, rows) for title, rows in _tables(records) if rows],
     }
     return fill(BASE / "page.html.j2", context)
@@ -133,9 +143,20 @@ def _answer(answer: Mapping[str, Any]) -> dict[str, str]:
     return {"text": answer["answer"], "figures": figures}
 
 
-def _tables(records: Records) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _tables(records: Records) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     figures = records.evaluation.get("figures", {})
     yield "Closing evaluation", [(name, f"{value}") for name, value in figures.items()]
+    yield PHASES, list(_phases(records))
     settings = records.description.get("settings", {})
     yield "Settings", [(name, str(settings[name])) for name in sorted(settings)]
     yield "Versions", [(n, str(v)) for n, v in records.description.get("versions", {}).items()]
+
+
+def _phases(records: Records) -> Iterator[tuple[str, ...]]:
+    """Rows of the run's parts: seconds, their share, what raised the peak of memory to how much."""
+    parts = records.description.get("phases", {})
+    total = sum(part["seconds"] for part in parts.values())
+    for name, part in parts.items():
+        peak = f"peak memory {part['peak_gib']:.2f} GiB" if part["peak_gib"] else ""
+        share = part["seconds"] / max(total, 0.1)
+        yield name, f"{part['seconds']:,.1f} s", f"{share:.0%}", peak

@@ -44,7 +44,7 @@ def _below(name: str, prefix: str) -> bool:
 PANELS = (
     Panel("Loss", ("loss",)),
     Panel("Perplexity", ("perplexity",)),
-    Panel("Accuracy", ("accuracy",)),
+    Panel("Accuracy", ("accuracy", "confidence")),
     Panel("Margin", ("margin",)),
     Panel("Log-probabilities", ("chosen_logprobs", "rejected_logprobs")),
     Panel("Reward", ("reward", "rewards/")),

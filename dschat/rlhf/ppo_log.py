@@ -12,6 +12,7 @@ from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.ppo_rules import NO_ENDS
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.train import phases
 from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
@@ -92,6 +93,7 @@ class PPOLog:
     def rolled_out(self) -> None:
         """Note the end of rollouts and scoring."""
         self._rolled_out = time.perf_counter()
+        phases.mark(phases.ROLLOUTS)
 
     def iteration(
         self,
@@ -107,6 +109,7 @@ class PPOLog:
             experiences: all that was sampled. trained: what was learnt from, where that is less.
         """
         now = time.perf_counter()
+        phases.mark(phases.TRAINING)
         generation = sum(e.generation_seconds for e in experiences)
         times = Step3Times(generation, now - self._rolled_out, now - self._start)
         tokens, answer_tokens, rows = token_counts(experiences)
@@ -168,6 +171,7 @@ class PPOLog:
         self, iteration: int, statistics: dict[str, float], rollouts: Sequence[Experience] = ()
     ) -> None:
         """Show an evaluation on held-out prompts, and keep some of its answers on this rank."""
+        phases.mark(phases.EVALUATION)
         self._print("eval " + console_line(iteration, self.iterations, statistics))
         if self._held_out is not None and rollouts:
             tokenizer, names = self.roles.tokenizer, self.functions

@@ -20,7 +20,7 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.settings import flag_values
-from dschat.train import checkpoint_folder, signals
+from dschat.train import checkpoint_folder, phases, signals
 from dschat.train.checkpoint_config import CheckpointConfig
 from dschat.train.checkpoint_write import METRICS, Contents, Stateful, write_checkpoint
 from dschat.train.checksums import frozen_checksum
@@ -225,6 +225,7 @@ class Checkpointer:
         if (interval and step % interval == 0) or (signum and counted):
             batch = self.plan.steps.batches_of(step, epoch)
             self.save(Position(step, epoch, batch))
+            phases.mark(phases.CHECKPOINTS)
         if signum:
             barrier()  # a launcher ends all ranks when the first one ends
             folder = str(checkpoint_folder.path_of(self.output_dir, step))

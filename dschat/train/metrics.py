@@ -14,7 +14,7 @@ from typing import IO, Any, ClassVar
 from tqdm import tqdm
 
 from dschat.settings import Settings
-from dschat.train import observers, trackers
+from dschat.train import observers, phases, trackers
 from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.run_page import RunPage
@@ -85,6 +85,7 @@ class MetricLogger:
             self._file = self._path.open("a", encoding="utf-8")
             if not config.no_report:
                 self._page = RunPage(output_dir, settings)
+        phases.mark(phases.START)
         resumed_at = None if continued is None else continued.step
         self._trackers = trackers.start(config, str(output_dir), resumed_at)
 
@@ -143,6 +144,7 @@ class MetricLogger:
         """Finish every writer, and make the page of the run; a second call does nothing."""
         if self._file is not None:
             self._file.close()
+            phases.mark(phases.SAVING)
             if self._page is not None:
                 self._page.finish()
         trackers.finish(self._trackers)

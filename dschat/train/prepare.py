@@ -29,6 +29,7 @@ from dschat.models.reward_model import head_width
 from dschat.models.save_plan import SavePlan
 from dschat.text.formats import CONFIG_KEY, describe_format, set_format
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train import phases
 from dschat.train.checkpointer import Checkpointer, Position, Stateful
 from dschat.train.disk import Written, reserve
 from dschat.train.engine import Engine, build_engine, resolve_dtype, torch_dtype
@@ -141,6 +142,7 @@ def setup_run(
         UserError: a dtype that the device lacks, no tokenizer, a prompt format that the model
             cannot have.
     """
+    phases.begin()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # they redraw a line, which a file would keep
     dtype, end = resolve_dtype(config.dtype), config.answer_end

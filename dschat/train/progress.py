@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 
 from dschat.data.batches import Batch
+from dschat.train import phases
 from dschat.train.engine import Engine
 from dschat.train.finite import GradientWatch, check_finite, finite_sum, gradients_of
 from dschat.train.means import Means
@@ -171,6 +172,7 @@ class TrainingLog:
         if more is not None:
             self._since_log.more.add(more)
         self.bar.update(1)
+        phases.mark(phases.TRAINING)
         # The schedule has moved on by now: the rates of this step were read before it.
         rates, self._rates = self._rates, group_rates(self.engine.optimizer)
         if not self.metrics.is_due(step, self.total_steps):
@@ -215,6 +217,7 @@ class TrainingLog:
             UserError: its loss is not finite.
         """
         self.bar.clear()
+        phases.mark(phases.EVALUATION)
         since = self._since_evaluation
         if since.steps:
             training = since.seconds - seconds

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dschat.report.html import put_in_place
 from dschat.report.records import DESCRIPTION
 from dschat.settings import Settings, flag_values
+from dschat.train import phases
 from dschat.utils.distributed import print_rank_0
 
 SHARE = 100  # of the run's time, one part at most goes into its page
@@ -34,9 +36,15 @@ class RunPage:
     def __init__(self, output_dir: str | Path, settings: Settings | None):
         self.folder = Path(output_dir)
         self._next = time.monotonic() + FIRST  # earliest time of the next one
-        if settings is not None:
-            text = json.dumps(description(settings), indent=2, default=str, ensure_ascii=False)
-            (self.folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        self._described = None if settings is None else description(settings)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Write what the run is, and where its time has gone so far."""
+        if self._described is not None:
+            said = self._described | {"phases": phases.table()}
+            text = json.dumps(said, indent=2, default=str, ensure_ascii=False)
+            put_in_place(self.folder / DESCRIPTION, f"{text}\n".encode())
 
     def refresh(self) -> None:
         """Make the page, unless that would take more than its share of the time."""
@@ -62,6 +70,7 @@ class RunPage:
 
         start, page = time.monotonic(), None
         try:
+            self._describe()
             page = write_page(self.folder)
         except Exception as error:  # a picture is worth no run
             print_rank_0(f"no report.html: {type(error).__name__}: {error}")

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from dschat.config import SFTSettings
 from dschat.errors import UserError
@@ -16,6 +17,7 @@ from dschat.report.panels import PANELS, drawn
 from dschat.report.records import read
 from dschat.train import run_page
 from dschat.train.metrics import LogConfig, MetricLogger
+from dschat.train.pair_report import PairReport, ScoredPairs
 from dschat.train.run_page import RunPage
 
 EVIL = "<script>alert(1)</script>\x1b[2J\u202e"
@@ -106,6 +108,21 @@ def test_what_the_page_says(folder: Path):
         "rewards_before_and_after.png",
     ]
     assert all((folder / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+
+def test_the_calibration_of_a_reward_model(folder: Path):
+    scores = torch.tensor([[2.0, 1.0], [1.0, -1.0], [0.5, 1.0]], dtype=torch.float64)
+    lengths = torch.ones(3, dtype=torch.float64)
+    report = PairReport.of(ScoredPairs(scores[:, 0], scores[:, 1], lengths, lengths))
+    (folder / "evaluation.json").write_text(report.text({}))
+    text = write_page(folder).read_text(encoding="utf-8")
+    shown = " ".join(" ".join(Reader(text).text).split())
+    # Two of three pairs are right, one of each bin's confidence: 0.731, 0.881, 0.622.
+    assert "Calibration of the reward model" in shown and "3 pairs, accuracy 0.667, ECE" in shown
+    assert (folder / "figures" / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+    (folder / "evaluation.json").write_text('{"reliability": [{"low": 1}], "figures": {}}')
+    with pytest.raises(UserError, match="what the run wrote is damaged"):
+        program.main([str(folder)])
 
 
 def test_the_same_run_makes_the_same_page(folder: Path):
