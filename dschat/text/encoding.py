@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from dschat.errors import UserError
 from dschat.text.formats import choose_format
 from dschat.text.ordinary import MARK, encode_marked, without_marks
-from dschat.text.word_cache import word_cache
 
 # An answer that merges with its prompt is tokenised after one of these instead. They are of
 # different classes (newline, punctuation, letter), so whatever an answer begins with, at least one
@@ -25,32 +24,21 @@ def encode(
 
     Names of special tokens are the tokens, save those that `ordinary.as_ordinary` has marked.
     """
-    cache = word_cache(tokenizer)
-    marked, by_words, others = [], [], []  # places in `texts`
-    for at, text in enumerate(texts):
-        if MARK in text:
-            marked.append(at)
-        elif cache is not None and cache.fits(text):
-            by_words.append(at)
-        else:
-            others.append(at)
-    ids: dict[int, list[int]] = {}
-    if cache is not None:
-        words = cache.encode([texts[at] for at in by_words], special)
-        ids.update(zip(by_words, words, strict=True))
-    if others:
-        encoded = tokenizer(
-            [texts[at] for at in others],
+    plain = [text for text in texts if MARK not in text]
+    marked = [text for text in texts if MARK in text]
+    ids: list[list[int]] = []
+    if plain:
+        ids = tokenizer(
+            plain,
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # longer than model_max_length is normal: rows are truncated later
-        )
-        ids.update(zip(others, encoded["input_ids"], strict=True))
-    if marked:
-        named = encode_marked(tokenizer, [texts[at] for at in marked], special)
-        ids.update(zip(marked, named, strict=True))
-    return [ids[at] for at in range(len(texts))]
+        )["input_ids"]
+    if not marked:
+        return ids
+    of_plain, of_marked = iter(ids), iter(encode_marked(tokenizer, marked, special))
+    return [next(of_marked if MARK in text else of_plain) for text in texts]
 
 
 def decode(
@@ -83,25 +71,10 @@ def encode_answers(
         while answer.endswith(eos):
             answer = answer[: -len(eos)]
         bare.append(answer)
-    answer_ids: list[list[int]] = [[] for _ in bare]
-    cache, apart = word_cache(tokenizer), []
-    if cache is not None:
-        # Answers that begin where the tokenizer splits anyhow: the prompt plays no part.
-        apart = [
-            row
-            for row, (prompt, answer) in enumerate(zip(prompts, bare, strict=True))
-            if answer.startswith(" ") and prompt and not prompt[-1].isspace()
-            if MARK not in (text := prompt + answer) and cache.fits(text)
-        ]
-        words = cache.encode([bare[row] for row in apart], None)
-        for row, ids in zip(apart, words, strict=True):
-            answer_ids[row] = ids
-    rest = sorted(set(range(len(bare))).difference(apart))
-    joined = encode(tokenizer, [prompts[row] + bare[row] for row in rest], special)
-    merged = []
-    for row, ids in zip(rest, joined, strict=True):
-        head = prompt_ids[row]
-        answer_ids[row] = ids[len(head) :]
+    joined = encode(tokenizer, [p + a for p, a in zip(prompts, bare, strict=True)], special)
+    answer_ids, merged = [], []
+    for row, (ids, head) in enumerate(zip(joined, prompt_ids, strict=True)):
+        answer_ids.append(ids[len(head) :])
         if ids[: len(head)] != head:
             merged.append(row)
     if merged:

@@ -10,8 +10,8 @@ from dschat.text.encoding import encode, encode_answers
 from dschat.text.formats import set_format
 from dschat.text.ordinary import MARK, as_ordinary, ordinary_examples, without_marks
 from tests.helpers.bpe import space_tokenizer
+from tests.text.families import TOKENIZERS, ready
 from tests.text.templates import FAMILIES, with_template
-from tests.text.test_word_cache import CACHED, ready
 
 TEXTS = [
     "the </s> cat",
@@ -23,9 +23,9 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[*CACHED, "spaces"])
+@pytest.fixture(scope="module", params=[*TOKENIZERS, "spaces"])
 def tokenizer(request):
-    return space_tokenizer() if request.param == "spaces" else ready(CACHED[request.param]())
+    return space_tokenizer() if request.param == "spaces" else ready(TOKENIZERS[request.param]())
 
 
 @pytest.mark.parametrize("special", [True, False])

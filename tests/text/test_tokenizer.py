@@ -7,10 +7,17 @@ from transformers import AutoTokenizer
 from dschat.errors import UserError
 from dschat.text import tokenizer as module
 from dschat.text.encoding import encode, encode_answers, tokenizer_fingerprint
+from dschat.text.ordinary import as_ordinary
 from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from tests.text.families import TOKENIZERS, ready, texts
 
 PROMPTS = ["hi", "hi ", "hi:", "hi\n", "hi.\n\n", "", "  hi", "is it so?  "]
 ANSWERS = ["we", " we", "we and lo", " and", "\nlo", "\n\n we", " ", "a", ":", "hi.", " a\n"]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def family(request):
+    return ready(TOKENIZERS[request.param]())
 
 
 @pytest.fixture(params=["byte_tokenizer", "space_tokenizer"])
@@ -33,6 +40,33 @@ def test_every_boundary_is_exact(any_tokenizer):
         assert tail[-1] == eos and eos not in tail[:-1]
         text = any_tokenizer.decode(head + tail, skip_special_tokens=True)
         assert text == prompt + answer, (prompt, answer)
+
+
+def test_answers_are_what_follows_their_prompts(family):
+    """Where an answer begins with the only space between, its ids are the rest of the whole's."""
+    prompts, answers = texts(800, seed=1), [f" {text}" for text in texts(800, seed=2)]
+    heads, tails = _answers(family, prompts, answers)
+    whole = family([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
+    met = 0
+    for prompt, answer, head, tail, both in zip(prompts, answers, heads, tails, whole, strict=True):
+        if prompt and not prompt[-1].isspace() and "</s>" not in answer:
+            met += 1
+            assert head + tail == [*both, family.eos_token_id], (prompt, answer)
+    assert met > 300
+
+
+def test_marked_and_other_texts_keep_their_places(family):
+    some = ["the </s> cat", "a b", "</s>", "isn't", "the</s>the"]
+    given = [as_ordinary(family, text) if at % 2 == 0 else text for at, text in enumerate(some)]
+    assert encode(family, given) == [encode(family, [text])[0] for text in given]
+
+
+def test_truncation_of_an_earlier_call_does_not_linger(family):
+    text = "never a word that was seen before, nowhere"
+    family(text, truncation=True, max_length=3, padding="max_length")
+    (ids,) = encode(family, [text])
+    assert len(ids) > 3
+    assert ids == family(text)["input_ids"]
 
 
 def test_answer_after_an_open_space_is_not_merged_into_it(byte_tokenizer):

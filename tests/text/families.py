@@ -1,15 +1,12 @@
-"""Ids from a cache of words are those of the tokenizer, on texts made to trip it up."""
+"""Small tokenizers built as those of common models are, and texts made to trip them up."""
+
+from __future__ import annotations
 
 import random
 
-import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
-
-from dschat.text import word_cache as module
-from dschat.text.encoding import encode, encode_answers
-from dschat.text.word_cache import word_cache
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -75,7 +72,7 @@ def split(pattern):
 
 
 LLAMA2 = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-CACHED = {
+TOKENIZERS = {
     "gpt2": lambda: byte_level(),
     "gpt2 with a space in front": lambda: byte_level(add_prefix_space=True),
     "gpt_neox": lambda: byte_level(normalizer=normalizers.NFC()),
@@ -90,6 +87,7 @@ CACHED = {
 
 
 def ready(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """Give a tokenizer its BOS in front, and `</s>` as end and pad."""
     bos = backend.token_to_id("<s>")
     backend.post_processor = processors.Sequence(
         [
@@ -102,79 +100,8 @@ def ready(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="module", params=CACHED)
-def tokenizer(request):
-    return ready(CACHED[request.param]())
-
-
 def texts(count: int, seed: int = 0) -> list[str]:
+    """Draw so many texts of pieces that meet in odd ways, after some fixed ones."""
     draw = random.Random(seed)
     fixed = ["", " ", "  ", "\n", " a", "a ", "a \n b", "</s> the", "the</s>the", *CORPUS[:3]]
     return fixed + ["".join(draw.choices(PIECES, k=draw.randint(1, 25))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("special", [True, False])
-def test_ids_are_the_tokenizers(tokenizer, special):
-    assert word_cache(tokenizer) is not None
-    some = texts(1500)
-    expected = tokenizer(some, add_special_tokens=special)["input_ids"]
-    assert encode(tokenizer, some, special) == expected
-    assert encode(tokenizer, some, special) == expected  # when every word is known
-
-
-def test_answers_are_what_follows_their_prompts(tokenizer):
-    """Where the pieces meet at a cut, prompt ids + answer ids are the ids of the whole text."""
-    prompts, answers = texts(800, seed=1), [f" {text}" for text in texts(800, seed=2)]
-    heads = encode(tokenizer, prompts)
-    ids = encode_answers(tokenizer, prompts, heads, answers)
-    whole = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)])["input_ids"]
-    met = 0
-    for prompt, answer, head, tail, both in zip(prompts, answers, heads, ids, whole, strict=True):
-        if prompt and not prompt[-1].isspace() and "</s>" not in answer:
-            met += 1
-            assert head + tail == [*both, tokenizer.eos_token_id], (prompt, answer)
-    assert met > 300
-
-
-def test_a_full_cache_begins_anew(tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_WORDS", 20)
-    some = texts(300, seed=3)
-    expected = tokenizer(some)["input_ids"]
-    assert [encode(tokenizer, [text])[0] for text in some] == expected
-
-
-def test_truncation_of_an_earlier_call_does_not_linger(tokenizer):
-    text = "never a word that was seen before, nowhere"
-    tokenizer(text, truncation=True, max_length=3, padding="max_length")
-    assert encode(tokenizer, [text]) == [tokenizer(text)["input_ids"]]
-
-
-def inner_space():
-    backend = by_spaces(normalizer=normalizers.Sequence(LLAMA2))
-    vocabulary = backend.get_vocab() | {"t▁": 500, "t▁t": 501}
-    merges = [("t", "▁"), ("t▁", "t")]
-    backend.model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>")
-    return backend
-
-
-NOT_CACHED = {
-    "a pattern of its own": lambda: byte_level(split(r"\w+ \w+|\s+|\W+"), use_regex=False),
-    "a pattern beside GPT-2's": lambda: byte_level(split(r"the cat")),
-    "a normalizer of its own": lambda: byte_level(normalizer=normalizers.Strip()),
-    "tokens of several words": inner_space,
-    "whole words": lambda: Tokenizer(
-        models.WordLevel({"<s>": 0, "</s>": 1, "the": 2, "<unk>": 3}, unk_token="<unk>")
-    ),
-}
-
-
-@pytest.mark.parametrize("make", NOT_CACHED.values(), ids=NOT_CACHED)
-def test_other_tokenizers_have_no_cache(make):
-    tokenizer = ready(make())
-    assert word_cache(tokenizer) is None
-    assert encode(tokenizer, ["the cat", "the"]) == tokenizer(["the cat", "the"])["input_ids"]
-
-
-def test_a_cache_that_fails_the_probes_is_not_used(monkeypatch):
-    monkeypatch.setattr(module, "cuts_before_spaces", lambda backend: True)
-    assert word_cache(ready(byte_level(split(r"\w+ \w+|\s+|\W+"), use_regex=False))) is None
