@@ -19,7 +19,7 @@ from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
 from dschat.errors import UserError
 from dschat.train import checkpoint_folder
-from dschat.utils.disk import in_words
+from dschat.utils.files import in_words
 from dschat.utils.printable import printable
 
 

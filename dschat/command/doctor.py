@@ -20,7 +20,7 @@ from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
 from dschat.data.cache import own_folder
 from dschat.lazy import torch
-from dschat.utils.disk import free_bytes, in_words
+from dschat.utils.files import free_bytes, in_words
 from dschat.utils.printable import printable
 
 LITTLE_ROOM = 10 * 10**9  # bytes: a model of a billion weights with one checkpoint and its data

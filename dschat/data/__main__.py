@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dschat.config.cli import parse, run_cli
 from dschat.config.programs import InspectSettings
 from dschat.config.unused import tell_unused
-from dschat.data.config import BatchConfig
+from dschat.data.batch_config import BatchConfig
 from dschat.data.report import PHASE_NAMES
 from dschat.errors import UserError
 from dschat.text.formats import set_format

@@ -140,40 +140,34 @@ def damage_of(folder: Path) -> str | None:
         return f"{RECORD} is missing or damaged"
     if key != folder.name:
         return f"{RECORD} is of another set"
-    present = _files(folder)
-    if differing := sorted(present.keys() ^ digests.keys()):
-        return f"{differing[0]} is {'not of it' if differing[0] in present else 'missing'}"
     try:
-        found = _digests(present)
+        found = _digests(folder)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
+    if differing := sorted(found.keys() ^ digests.keys()):
+        return f"{differing[0]} is {'not of it' if differing[0] in found else 'missing'}"
     damaged = [name for name in digests if found[name] != digests[name]]
     return f"{damaged[0]} is damaged" if damaged else None
 
 
 def _publish(part: Path, target: Path, mode: int) -> None:
     """Record the digests and give the set its name, all of it on the disk before."""
-    files = _files(part)
-    record = {"key": target.name, "files": _digests(files)}
+    digests = _digests(part)
+    record = {"key": target.name, "files": digests}
     (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in (*files.values(), part / RECORD):
-        path.chmod(mode & 0o666)
-        sync(path)
+    for name in (*digests, RECORD):
+        (part / name).chmod(mode & 0o666)
+        sync(part / name)
     part.chmod(mode)
     sync(part)
     part.rename(target)
     sync(target.parent)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Files of a set by name, but for the record."""
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of each file of a set by name, but for the record; several at a time."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if not p.is_dir()}
     files.pop(RECORD, None)
-    return files
-
-
-def _digests(files: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 (hex) of each file, of several at a time."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing holds no lock
         return dict(zip(files, pool.map(sha256, files.values()), strict=True))
 

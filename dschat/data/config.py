@@ -1,24 +1,41 @@
-"""Settings of the data: where rows come from, how they are read, split, kept and batched."""
+"""Settings of the data: where rows come from, how they are read, split and kept."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from dschat.data.proportions import parse_proportions
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.settings import Settings, group, setting
 from dschat.text.formats import PROMPT_FORMATS
 
-if TYPE_CHECKING:
-    from dschat.data.batching import BatchSampler
-
 # Which answers of a conversation are targets.
 TRAIN_ON = ("all_turns", "last_turn")
 # Below four tokens a truncated row could hold no prompt or no answer beside its end token.
 SHORTEST = 4
+PHASES = (1, 2, 3)  # answers, pairs, prompts
+
+
+def parse_proportions(text: str) -> tuple[float, ...]:
+    """Read `data_split`: "2,4,4" (one number a phase) or "10" (every row in every phase).
+
+    Raises:
+        UserError: another count, not a number, negative, or all zero.
+    """
+    remedy = 'give three numbers such as "2,4,4", or one for all rows in every phase'
+    try:
+        proportions = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"data_split {text!r} holds what is not a number: {remedy}") from error
+    if len(proportions) not in (1, len(PHASES)):
+        raise UserError(f"data_split {text!r} has {len(proportions)} numbers: {remedy}")
+    if not all(math.isfinite(value) and value >= 0 for value in proportions):
+        raise UserError(f"data_split {text!r} has a negative or infinite number: {remedy}")
+    if not any(proportions):
+        raise UserError(f"data_split {text!r} is all zero: {remedy}")
+    return proportions
 
 
 @dataclass(frozen=True)
@@ -84,58 +101,3 @@ class SFTDataConfig(DataConfig):
         "last_turn where they are prompt and answer)",
         choices=TRAIN_ON,
     )
-
-
-@dataclass(frozen=True)
-class BatchConfig(Settings):
-    """Batch sizes and length limit of steps 1 and 2."""
-
-    per_device_train_batch_size: int = setting(16, "rows per device and micro-batch", at_least=1)
-    per_device_eval_batch_size: int = setting(16, "rows per device in evaluation", at_least=1)
-    max_seq_len: int = setting(512, "tokens of prompt and answer together", at_least=SHORTEST)
-    max_tokens_per_batch: int | None = setting(
-        None,
-        "training batches of as many rows as fit, padded, in so many tokens per device, in place "
-        "of --per_device_train_batch_size",
-        at_least=1,
-    )
-
-    @property
-    def own_batching(self) -> str | None:
-        """The setting that asks for batches other than by rows."""
-        return None if self.max_tokens_per_batch is None else "max_tokens_per_batch"
-
-    def check_sampler(self, sequences: int = 1, packing: bool = False) -> None:
-        """Check what `sampler` is asked for.
-
-        Raises:
-            UserError: too few tokens for the longest row, or two ways at once.
-        """
-        limit, longest = self.max_tokens_per_batch, sequences * self.max_seq_len
-        if limit is not None and limit < longest:
-            of_what = "a pair" if sequences == 2 else "a row"
-            raise UserError(
-                f"max_tokens_per_batch is {limit}: {of_what} may have {longest} tokens; give at "
-                "least that, or a smaller max_seq_len"
-            )
-        if packing and limit is not None:
-            raise UserError(
-                "packing and max_tokens_per_batch: packed rows are all of max_seq_len already; "
-                "drop one, per_device_train_batch_size counts packed rows"
-            )
-
-    def sampler(self, sequences: int = 1, packing: bool = False) -> BatchSampler:
-        """Choose how training rows become batches; `sequences` is how many a row becomes.
-
-        Raises:
-            UserError: as `check_sampler`.
-        """
-        from dschat.data.batching import RowBatches
-        from dschat.data.token_batches import PackedBatches, TokenBudgetBatches
-
-        self.check_sampler(sequences, packing)
-        if packing:
-            return PackedBatches(self.per_device_train_batch_size, self.max_seq_len)
-        if self.max_tokens_per_batch is not None:
-            return TokenBudgetBatches(self.max_tokens_per_batch, sequences)
-        return RowBatches(self.per_device_train_batch_size)

@@ -1,13 +1,10 @@
 """Tokenised sets for the three phases: truncated, counted, cached as memory-mapped Arrow."""
 
 import json
-import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,18 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import open_folder, written_once
-from dschat.data.config import SHORTEST, DataConfig
-from dschat.data.proportions import PHASES
+from dschat.data.config import PHASES, SHORTEST, DataConfig, parse_proportions
 from dschat.data.readers import format_by_name
 from dschat.data.report import PHASE_NAMES, DataReport, SourceReport, nothing_left
 from dschat.data.sources import digest
-from dschat.data.store import SPLIT_STREAM, Source, load_source
+from dschat.data.store import Source, load_source, phase_split
 from dschat.data.stream import RowStream, stream_sources
 from dschat.data.tokenise import NEEDED, Converter, tokenise, tokenised_bytes
 from dschat.errors import UserError
 from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format
-from dschat.utils.disk import Reserve, in_words
+from dschat.utils.files import Reserve, free_bytes, in_words
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
 RECIPE_VERSION = 6
@@ -178,8 +174,7 @@ def _parts(sources: list[tuple[Source, str]], seed: int, phase: int) -> Iterator
     """Divide the rows of sources, each with its proportions, among the phases."""
     for number, (source, text) in enumerate(sources):
         _require_columns(source, phase)
-        proportions = [float(share) for share in text.split(",")]
-        chosen = phase_split(len(source.train), seed, proportions, phase)
+        chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
         rows = source.train.select(np.sort(chosen))  # read from front to back
         skipped = source.skipped.get("train", {})
         left = {"held out": source.held_out, "for other steps": len(source.train) - len(rows)}
@@ -244,7 +239,7 @@ def _check_room(
     """
     needed = sum(tokenised_bytes(rows, convert) for rows in parts)
     beside = later.on_disk_of(folder) if later is not None else 0
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed + beside > free:
         models = f", the models of the run {in_words(beside)}" if beside else ""
         raise UserError(
@@ -252,24 +247,6 @@ def _check_room(
             f"{in_words(needed)}{models}, and {in_words(free)} are free on that disk; free some, "
             "or give a data_output_path on another disk"
         )
-
-
-def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
-    """Rows of `phase` (1, 2 or 3) among `size`, as int64 indices in a seeded order.
-
-    Phases do not overlap and together hold every row; each size is within one row of its
-    proportion (cumulative rounding). A single proportion gives all rows to every phase.
-    """
-    if phase not in PHASES:
-        raise ValueError(f"phase {phase} is none of {PHASES}")
-    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(size)
-    if len(proportions) == 1:
-        return order
-    totals = [0.0, *accumulate(proportions)]
-    start, end = (
-        math.floor(size * totals[bound] / totals[-1] + 0.5) for bound in (phase - 1, phase)
-    )
-    return order[start:end]
 
 
 def choose_workers(workers: int | None, rows: int) -> int:

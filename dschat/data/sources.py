@@ -174,8 +174,7 @@ def digest_files(paths: Sequence[Path]) -> str:
     for path in paths:
         try:
             with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    total.update(block)
+                hashlib.file_digest(file, lambda: total)  # which it goes on with
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); check it") from error
         total.update(b"\0")

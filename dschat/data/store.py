@@ -4,11 +4,12 @@
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from dschat.data.cache import open_folder, written_once
+from dschat.data.config import PHASES
 from dschat.data.readers import STANDARD, Reader, Row, format_by_columns, format_by_name
 from dschat.data.sources import Finder, Rows, digest
 from dschat.data.user_reader import READER, ReadOptions, read_mapped, user_reader
@@ -45,7 +47,7 @@ SCHEMA = pa.schema(
 )
 
 # Streams of the one seed: a held-out test set and a split among phases are independent draws.
-SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
+_SPLIT_STREAM, _HOLDOUT_STREAM = 1, 2
 
 _ROWS, _SKIPPED = "rows.arrow", "skipped.json"
 _NONE_KEPT = "[[], [], false]"  # the key of `KeptColumns()`
@@ -197,6 +199,24 @@ def holdout_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.random.default_rng([seed, _HOLDOUT_STREAM]).permutation(size)
     cut = size - max(1, size // 10)
     return order[:cut], order[cut:]
+
+
+def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
+    """Rows of `phase` (1, 2 or 3) among `size`, as int64 indices in a seeded order.
+
+    Phases do not overlap and together hold every row; each size is within one row of its
+    proportion (cumulative rounding). A single proportion gives all rows to every phase.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase} is none of {PHASES}")
+    order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(size)
+    if len(proportions) == 1:
+        return order
+    totals = [0.0, *accumulate(proportions)]
+    start, end = (
+        math.floor(size * totals[bound] / totals[-1] + 0.5) for bound in (phase - 1, phase)
+    )
+    return order[start:end]
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:

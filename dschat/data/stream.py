@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dschat.data.proportions import parse_proportions
+from dschat.data.config import parse_proportions
 from dschat.data.report import SourceReport
 from dschat.data.sources import Finder
 from dschat.data.store import read_examples

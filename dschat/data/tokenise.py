@@ -23,6 +23,8 @@ from dschat.text.encoding import (
     encode,
     encode_answers,
     encode_turns,
+    join_turns,
+    shift_spans,
     truncate,
     truncate_left,
 )
@@ -114,7 +116,7 @@ class Converter:
         bos_id = self.tokenizer.bos_token_id
         rows = encode_turns(self.tokenizer, turns, self.form.adds_special)
         for pairs, is_empty in zip(rows, says_nothing, strict=True):
-            prompt, spans = _joined(pairs)
+            prompt, spans = join_turns(pairs)
             answer_ids = pairs[-1][1]
             if is_empty or len(answer_ids) == 1:  # the end token alone
                 counts["empty_answers"] += 1
@@ -247,31 +249,3 @@ def _counted(batch: Columns, folder: Path, convert: Converter) -> Columns:
     with (folder / str(os.getpid())).open("a", encoding="utf-8") as file:
         file.write(json.dumps(counts) + "\n")
     return rows
-
-
-def _joined(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
-    """Join all ids before the last answer; find the spans of earlier answers that are not empty."""
-    ids: list[int] = []
-    spans: list[int] = []
-    for context, answer in pairs[:-1]:
-        ids += context
-        if len(answer) > 1:
-            spans += [len(ids), len(ids) + len(answer)]
-        ids += answer
-    return ids + pairs[-1][0], spans
-
-
-def shift_spans(spans: list[int], shift: int) -> list[int]:
-    """Move the spans of a prompt that lost `shift` tokens on the left; drop the incomplete ones.
-
-    An answer that lost its beginning is context like any other text: it would be learnt as the
-    answer to nothing. The token in front of an answer must be there too, since it predicts it.
-    """
-    if not shift:
-        return spans
-    return [
-        bound - shift
-        for start, stop in zip(spans[::2], spans[1::2], strict=True)
-        if start > shift
-        for bound in (start, stop)
-    ]

@@ -44,9 +44,9 @@ from dschat.train.prepare import RunContext
 from dschat.train.resume import RunPlan, model_files
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
-from dschat.utils.disk import Reserve
 from dschat.utils.distributed import print_rank_0, set_random_seed
 from dschat.utils.ds_utils import get_train_ds_config
+from dschat.utils.files import Reserve
 from dschat.utils.waiting import from_local_main
 
 ROLE_FOLDERS = ("actor", "critic", "actor_ema")  # in the output folder

@@ -114,6 +114,18 @@ def encode_turns(
     return conversations
 
 
+def join_turns(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """Join all ids before the last answer; find the spans of earlier answers that are not empty."""
+    ids: list[int] = []
+    spans: list[int] = []
+    for context, answer in pairs[:-1]:
+        ids += context
+        if len(answer) > 1:
+            spans += [len(ids), len(ids) + len(answer)]
+        ids += answer
+    return ids + pairs[-1][0], spans
+
+
 def _encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], special: bool
 ) -> list[tuple[list[int], list[int]]]:
@@ -186,6 +198,22 @@ def truncate_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]
     if bos_id is not None and ids[0] == bos_id and max_len > 0:
         return [bos_id, *ids[len(ids) - (max_len - 1) :]]
     return ids[len(ids) - max_len :]
+
+
+def shift_spans(spans: list[int], shift: int) -> list[int]:
+    """Move the spans of a prompt that lost `shift` tokens on the left; drop the incomplete ones.
+
+    An answer that lost its beginning is context like any other text: it would be learnt as the
+    answer to nothing. The token in front of an answer must be there too, since it predicts it.
+    """
+    if not shift:
+        return spans
+    return [
+        bound - shift
+        for start, stop in zip(spans[::2], spans[1::2], strict=True)
+        if start > shift
+        for bound in (start, stop)
+    ]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.models.save_plan import SavePlan
-from dschat.utils.disk import Reserve, free_bytes, in_words
 from dschat.utils.ds_utils import EngineConfig
+from dschat.utils.files import Reserve, free_bytes, in_words
 
 OPTIMIZER_BYTES = 12  # a parameter: the weight in fp32, and Adam's two averages
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dschat.data.batch_config import BatchConfig
 from dschat.data.batching import Loader
 from dschat.data.cache import open_folder
 from dschat.data.collators import PreferenceCollator
-from dschat.data.config import BatchConfig
 from dschat.data.datasets import PromptData
 from dschat.data.mismatched import Mismatched
 from dschat.data.stream import StreamLoader

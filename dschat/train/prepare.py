@@ -40,7 +40,6 @@ from dschat.train.resume import RunPlan, model_files
 from dschat.train.run_config import StartConfig, StepSettings
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
-from dschat.utils.disk import Reserve
 from dschat.utils.distributed import (
     Distributed,
     init_distributed,
@@ -48,6 +47,7 @@ from dschat.utils.distributed import (
     set_random_seed,
 )
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
+from dschat.utils.files import Reserve
 from dschat.utils.perf import Gpus
 from dschat.utils.waiting import from_local_main
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from dschat.data.config import BatchConfig, DataConfig
+from dschat.data.batch_config import BatchConfig
+from dschat.data.config import DataConfig
 from dschat.errors import UserError
 from dschat.models.attention import IMPLEMENTATIONS
 from dschat.settings import Settings, group, setting

@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power failure: sync, exchange, digest, errors in one line."""
+"""Files and disks: sync, exchange, digest, room, errors in one line."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dschat.errors import UserError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def sync(path: Path) -> None:
@@ -57,6 +60,41 @@ def size_of(path: Path) -> int:
     if path.is_dir():
         return sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
     return path.lstat().st_size
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Bytes that will be written into a folder later."""
+
+    folder: str
+    size: int
+
+    def on_disk_of(self, other: str | Path) -> int:
+        """Bytes of them that come onto the disk of another folder: all or none."""
+        here, there = _existing(self.folder), _existing(other)
+        return self.size if here.stat().st_dev == there.stat().st_dev else 0
+
+
+def _existing(folder: str | Path) -> Path:
+    """Find the folder, or the nearest one above that is there."""
+    path = Path(folder).expanduser().resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Bytes free on the disk that holds a folder, or would hold it."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def in_words(size: float) -> str:
+    """Format bytes: 12.3 GB."""
+    for unit in _UNITS[:-1]:
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} {_UNITS[-1]}"
 
 
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)

@@ -11,7 +11,7 @@ from dschat.data.store import load_source
 from dschat.data.tokenise import tokenised_bytes
 from dschat.errors import UserError
 from dschat.text.formats import choose_format
-from dschat.utils.disk import Reserve
+from dschat.utils.files import Reserve
 from tests.data.spec import Spec
 from tests.helpers.tiny import byte_tokenizer
 

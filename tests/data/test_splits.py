@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from dschat.data.datasets import phase_split
-from dschat.data.proportions import parse_proportions
-from dschat.data.store import holdout_split
+from dschat.data.config import parse_proportions
+from dschat.data.store import holdout_split, phase_split
 from dschat.errors import UserError
 
 

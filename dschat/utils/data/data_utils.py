@@ -20,8 +20,8 @@ __getattr__ = _moved(
         "create_dataset": "dschat.utils.data.data_utils.create_prompt_dataset",
         "create_dataset_split": "dschat.utils.data.data_utils.create_prompt_dataset",
         "get_raw_dataset": "dschat.data.store.load_source",
-        "get_raw_dataset_split_index": "dschat.data.datasets.phase_split",
-        "get_shuffle_idx": "dschat.data.datasets.phase_split",
+        "get_raw_dataset_split_index": "dschat.data.store.phase_split",
+        "get_shuffle_idx": "dschat.data.store.phase_split",
         "get_unsupervised_data": "dschat.data.text_blocks.create_text_blocks",
     },
 )
