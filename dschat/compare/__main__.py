@@ -30,7 +30,7 @@ from dschat.config.answering import CompareSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
 from dschat.errors import UserError
-from dschat.models.reward_model import read_head
+from dschat.models.reward_head import read_head
 from dschat.rlhf.candidates import Candidates, read_prompts
 from dschat.rlhf.judges import JudgeLimits, RewardJudge, check_judge, load_judge
 from dschat.utils.files import disk_errors_named

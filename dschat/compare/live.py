@@ -16,7 +16,7 @@ from dschat.compare.page import LETTERS
 from dschat.config.answering import CompareSettings
 from dschat.config.programs import ChatSettings
 from dschat.errors import UserError
-from dschat.models.reward_model import check_language_model
+from dschat.models.reward_head import check_language_model
 from dschat.utils.printable import printable
 
 HOST = "127.0.0.1"  # nobody else's machine reaches the page

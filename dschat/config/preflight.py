@@ -22,7 +22,8 @@ from dschat.train import run_lock
 from dschat.train.adapter_ranks import adapted_shapes, fitting_dim
 from dschat.train.disk import Written
 from dschat.train.model_config import ModelConfig
-from dschat.train.prepare import plan_model, setup_run
+from dschat.train.prepare import plan_model
+from dschat.train.run_context import setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
 

@@ -11,7 +11,8 @@ from dschat.errors import UserError
 from dschat.settings import given_flags, group, setting
 from dschat.train.model_config import ModelConfig
 from dschat.train.preference_config import PreferenceConfig
-from dschat.train.run_config import RunConfig, StepSettings
+from dschat.train.run_config import RunConfig
+from dschat.train.step_settings import StepSettings
 
 if TYPE_CHECKING:
     from dschat.data.batching import BatchSampler

@@ -9,7 +9,8 @@ from dschat.config.steps import DPOSettings, RewardSettings
 from dschat.rlhf.role_setup import RoleSetup
 from dschat.settings import Settings, flag_values, given_flags
 from dschat.train.model_config import NONE, ModelConfig
-from dschat.train.run_config import RunConfig, StepSettings
+from dschat.train.run_config import RunConfig
+from dschat.train.step_settings import StepSettings
 from dschat.utils.distributed import launched_rank, print_rank_0
 from dschat.utils.module.lora_config import ALL_LINEAR
 

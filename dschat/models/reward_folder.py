@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dschat.models.causal_lm import set_special_tokens
 from dschat.models.config import load_config
+from dschat.models.loading import set_special_tokens
 from dschat.models.padding import classifier_tokenizer
 from dschat.models.reward_model import TRUNK, class_for, trunk_class
 from dschat.models.weight_files import DISK_HEAD, HEAD

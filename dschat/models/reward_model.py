@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,15 +22,16 @@ from transformers import (
 )
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import (
+from dschat.models.causal_lm import forward_inputs
+from dschat.models.config import load_config
+from dschat.models.loading import (
     adopt_special_tokens,
     check_finite,
     check_loading,
-    forward_inputs,
     load_weights,
     quiet_transformers,
 )
-from dschat.models.config import load_config
+from dschat.models.reward_head import last_head, no_head
 from dschat.models.reward_statistics import RewardStatistics
 from dschat.models.shared_prompt import shared_prompt_inputs
 from dschat.models.vocabulary import grow_vocabulary
@@ -42,7 +43,6 @@ from dschat.models.weight_files import (
     stored_head,
 )
 from dschat.utils import zero
-from dschat.utils.module.adapter import Adapter
 from dschat.utils.module.adapter_merge import merge_adapter
 from dschat.utils.module.model_source import resolve_model
 from dschat.utils.predecessor import changed, changed_class
@@ -157,10 +157,10 @@ def create_critic_model(
     bin_state = read_bin(source.base)
     old_state = _predecessor_state(bin_state)
     head = old_state.pop(HEAD, None) if old_state else stored_head(source.base, bin_state)
-    head = _last_head(adapters, head)
+    head = last_head(adapters, head)
     del bin_state
     if head is None and not init_head:
-        raise UserError(_no_head(model_name_or_path))
+        raise UserError(no_head(model_name_or_path))
     with zero.init_context(ds_config), quiet_transformers():
         base, info = load_weights(
             trunk_class(config), source.base, state_dict=old_state, config=config, dtype=dtype
@@ -213,54 +213,6 @@ def with_head(base: PreTrainedModel, head: torch.Tensor | None, name: str) -> Re
         with torch.no_grad():
             model.v_head.weight.copy_(head)
     return model
-
-
-def read_head(model_name_or_path: str) -> torch.Tensor | None:
-    """Read the head's weight in a folder or under a hub id; None where there is none.
-
-    Raises:
-        UserError: files of weights that cannot be read.
-    """
-    check_weight_files(model_name_or_path)
-    source = resolve_model(model_name_or_path)
-    head = _last_head(source.read_adapters(), None)
-    return stored_head(source.base, read_bin(source.base)) if head is None else head
-
-
-def check_language_model(model_name_or_path: str, remedy: str = "give a language model") -> None:
-    """Stop at a reward model in the place of a language model, before any model is built.
-
-    Raises:
-        UserError: naming the folder or the adapter.
-    """
-    load_config(model_name_or_path)  # whose message about a folder without one is the better one
-    source = resolve_model(model_name_or_path)
-    for adapter in source.read_adapters():
-        if adapter.is_reward:
-            raise UserError(f"adapter {adapter.name}: is a reward model's, {remedy}")
-    if not source.adapters and read_head(model_name_or_path) is not None:
-        raise UserError(
-            f"model {model_name_or_path}: is a reward model (it holds a head), {remedy}"
-        )
-
-
-def check_reward_head(model_name_or_path: str) -> None:
-    """Stop when a checkpoint holds no head, before any model is built.
-
-    Raises:
-        UserError: what `create_critic_model` raises without `init_head`.
-    """
-    if read_head(model_name_or_path) is None:
-        raise UserError(_no_head(model_name_or_path))
-
-
-def _last_head(adapters: Sequence[Adapter], base_head: torch.Tensor | None) -> torch.Tensor | None:
-    """The head of the last adapter that has one, else the base's."""
-    return next((a.head for a in reversed(adapters) if a.head is not None), base_head)
-
-
-def _no_head(name: str) -> str:
-    return f"reward model {name}: no {DISK_HEAD} or {HEAD} in it; train one with step 2 first"
 
 
 def _predecessor_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

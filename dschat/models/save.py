@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import unwrap
+from dschat.models.folder_plan import plan_folder
 from dschat.models.placing import PART, begin, commit, drop
 from dschat.models.reward_folder import RewardForm, reward_form
 from dschat.models.reward_model import RewardModel
@@ -22,7 +23,7 @@ from dschat.models.reward_note import write_note
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_statistics
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
-from dschat.models.stream import plan_folder, write_weights
+from dschat.models.stream import write_weights
 from dschat.utils.distributed import Distributed
 from dschat.utils.files import disk_errors_named
 from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dschat.train.prepare import RunContext
+from dschat.train.run_context import RunContext
 from dschat.utils.distributed import from_main, print_rank_0
 
 if TYPE_CHECKING:

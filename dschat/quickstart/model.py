@@ -7,7 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dschat.models.causal_lm import quiet_transformers
+from dschat.models.loading import quiet_transformers
 from dschat.quickstart import world
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"

@@ -22,7 +22,7 @@ from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context, check_model_folder, create_hf_model
 from dschat.models.config import check_kind
-from dschat.models.reward_model import check_language_model
+from dschat.models.reward_head import check_language_model
 from dschat.rlhf.generation import answer_ends, generate
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.text.conversations import Example

@@ -19,7 +19,7 @@ from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
 from dschat.rlhf.experience import Experience, filled, stacked
 from dschat.rlhf.ppo_config import PPOConfig
-from dschat.train.prepare import RunContext
+from dschat.train.run_context import RunContext
 from dschat.utils.distributed import all_reduce_max, all_reduce_sum
 
 BEYOND = 2**31  # epochs of a run; those of spare prompts come after it, in orders of their own

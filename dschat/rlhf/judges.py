@@ -22,7 +22,8 @@ from dschat.models.causal_lm import (
     forward_inputs,
 )
 from dschat.models.config import check_kind
-from dschat.models.reward_model import create_critic_model, read_head
+from dschat.models.reward_head import read_head
+from dschat.models.reward_model import create_critic_model
 from dschat.rlhf.candidates import GivenAnswer, own_format
 from dschat.text.conversations import Example, Turn, as_turns, question
 from dschat.text.encoding import encode, encode_answers

@@ -15,9 +15,11 @@ import torch
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.errors import UserError
-from dschat.models.causal_lm import adopt_special_tokens, create_hf_model
+from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import build_causal_lm, on_meta
-from dschat.models.reward_model import RewardModel, create_critic_model, read_head, with_head
+from dschat.models.loading import adopt_special_tokens
+from dschat.models.reward_head import read_head
+from dschat.models.reward_model import RewardModel, create_critic_model, with_head
 from dschat.utils.module.adapter_merge import fitting_updates
 from dschat.utils.module.fixed_update import add_fixed_updates, check_can_stay_unmerged
 from dschat.utils.module.model_source import ModelSource, resolve_model, same_model

@@ -37,11 +37,12 @@ from dschat.rlhf.role_settings import RoleNames
 from dschat.rlhf.role_setup import RoleConfig, RoleSetup
 from dschat.rlhf.run_settings import PPORunSettings
 from dschat.rlhf.vllm_setup import check_servers
-from dschat.train.checkpointer import Checkpointer, Position
+from dschat.train.checkpoint_source import Position
+from dschat.train.checkpointer import Checkpointer
 from dschat.train.disk import Written, reserve
 from dschat.train.metrics import MetricLogger
-from dschat.train.prepare import RunContext
 from dschat.train.resume import RunPlan, model_files
+from dschat.train.run_context import RunContext
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
 from dschat.utils.distributed import print_rank_0, set_random_seed

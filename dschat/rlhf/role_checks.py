@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context, check_model_folder
 from dschat.models.config import check_kind, load_config
-from dschat.models.reward_model import check_language_model, check_reward_head, read_head
+from dschat.models.reward_head import check_language_model, check_reward_head, read_head
 from dschat.models.weight_files import DISK_HEAD, HEAD
 from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.rlhf.retokenise import Retokeniser

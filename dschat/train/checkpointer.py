@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,13 +19,14 @@ from dschat.errors import UserError
 from dschat.settings import flag_values
 from dschat.train import checkpoint_folder, phases, signals
 from dschat.train.checkpoint_config import CheckpointConfig
+from dschat.train.checkpoint_source import Checkpoint, Position, find_checkpoint
 from dschat.train.checkpoint_write import METRICS, Contents, Stateful, write_checkpoint
 from dschat.train.checksums import frozen_checksum
 from dschat.train.engine import Engine
 from dschat.train.metrics import Continued
 from dschat.train.portable_restore import restore_portable, start_generators_anew
-from dschat.train.resume import (
-    RunPlan,
+from dschat.train.resume import RunPlan
+from dschat.train.resume_engines import (
     check_restored_rates,
     check_same_frozen,
     check_same_groups,
@@ -43,42 +41,9 @@ from dschat.utils.distributed import (
     all_reduce_max,
     all_reduce_sum,
     barrier,
-    from_main,
-    on_every_rank,
     print_rank_0,
 )
 from dschat.utils.zero import local_values
-
-
-@dataclass(frozen=True)
-class Position:
-    """Progress of a run: steps (in step 3 iterations), epoch, and batches of that epoch."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-
-    def batches(self, epoch: int) -> int:
-        """Batches of an epoch that are used up already."""
-        return self.batch if epoch == self.epoch else 0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk, checked: its folder and its record."""
-
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def is_portable(self) -> bool:
-        """Tell whether it is by the names of parameters, not by ranks."""
-        return bool(self.record.get("portable"))
-
-    @property
-    def position(self) -> Position:
-        """Progress of the run when it was saved."""
-        return Position(*(self.record[name] for name in ("step", "epoch", "batch")))
 
 
 class Checkpointer:
@@ -102,39 +67,10 @@ class Checkpointer:
         self.engines: Mapping[str, Engine] = {}
         self.others: Mapping[str, Stateful] = {}
         self._modules: dict[str, nn.Module] = {}
-        self._source = self._find_source()
+        self._source = find_checkpoint(config, output_dir, plan, distributed)
         if self._source is None and config.resume is not None:
             folder = checkpoint_folder.folder_of(self.output_dir)
             print_rank_0(f"resume: no checkpoint in {folder}, starting from the beginning")
-
-    def _find_source(self) -> Checkpoint | None:
-        """Find the checkpoint to resume from; a damaged newest gives way to the one before it."""
-        config, processes = self.config, self.distributed.world_size
-        folders = from_main(self._candidates)
-        for number, folder in enumerate(folders, start=1):
-            try:
-                record = from_main(functools.partial(checkpoint_folder.read_record, folder))
-                on_every_rank(functools.partial(self._check_files, folder, record["files"]))
-            except UserError as error:
-                if number == len(folders):
-                    raise
-                print_rank_0(f"{error}; trying {folders[number].name}")
-                continue
-            self.plan.check_continues(str(folder), record, processes, config.resume_with_new_rates)
-            return Checkpoint(folder, record)
-        return None
-
-    def _candidates(self) -> list[Path]:
-        return checkpoint_folder.choose(self.output_dir, self.config.resume)
-
-    def _check_files(self, folder: Path, digests: Mapping[str, str]) -> None:
-        """Check this rank's share of the files."""
-        mine = {name: digests[name] for name in self._share(sorted(digests))}
-        checkpoint_folder.check_files(folder, mine)
-
-    def _share(self, names: list[str]) -> list[str]:
-        """Choose the files whose bytes this rank reads."""
-        return names[self.distributed.rank :: self.distributed.world_size]
 
     @property
     def continued(self) -> Continued | None:

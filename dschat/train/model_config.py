@@ -93,7 +93,7 @@ class ModelConfig(Settings):
         """
         from dschat.models.config import on_meta
         from dschat.train.disk import ModelSize
-        from dschat.utils.module.token_rows import check_tables
+        from dschat.utils.module.token_tables import check_tables
 
         module = on_meta(model_name_or_path, build)
         base = sum(parameter.numel() for parameter in module.parameters())
@@ -150,7 +150,7 @@ class ModelConfig(Settings):
     def _tables(self, module: nn.Module) -> dict[str, nn.Module]:
         """Embedding and head by name, without what trains fully."""
         from dschat.utils.module.targets import fully_trained_modules
-        from dschat.utils.module.token_rows import tables_of
+        from dschat.utils.module.token_tables import tables_of
 
         return tables_of(module, fully_trained_modules(module, self.lora.modules_to_save))
 
@@ -162,7 +162,7 @@ class ModelConfig(Settings):
             if self.optimizer.trainable_tokens_learning_rate is not None:
                 print_rank_0("trainable_tokens_learning_rate does nothing: no rows of tokens train")
             return
-        from dschat.utils.module.token_rows import add_token_rows
+        from dschat.utils.module.token_tables import add_token_rows
 
         told = self.tokens.described(reasons)
         try:

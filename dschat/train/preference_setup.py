@@ -12,8 +12,9 @@ from dschat.data.stream import StreamLoader
 from dschat.functional.preferences import PreferenceLoss
 from dschat.train.preference_config import ADAPTERS_OFF, NO_REFERENCE, PreferenceConfig
 from dschat.train.preferences import Objective
-from dschat.train.prepare import Run, RunContext
+from dschat.train.prepare import Run
 from dschat.train.reference import AdaptersOff, Reference, precompute
+from dschat.train.run_context import RunContext
 from dschat.utils.distributed import print_rank_0
 
 

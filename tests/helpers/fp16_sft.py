@@ -9,15 +9,15 @@ import runpy
 
 from deepspeed.accelerator import get_accelerator
 
-from dschat.train import prepare
+from dschat.train import run_context
 from tests.helpers.steps import ROOT, SFT
 
 if __name__ == "__main__":
     accelerator = type(get_accelerator())
-    supported, resolve = accelerator.is_fp16_supported, prepare.resolve_dtype
+    supported, resolve = accelerator.is_fp16_supported, run_context.resolve_dtype
     accelerator.is_fp16_supported = lambda self: True
-    prepare.resolve_dtype = lambda name: name
+    run_context.resolve_dtype = lambda name: name
     try:
         runpy.run_path(str(ROOT / SFT), run_name="__main__")
     finally:
-        accelerator.is_fp16_supported, prepare.resolve_dtype = supported, resolve
+        accelerator.is_fp16_supported, run_context.resolve_dtype = supported, resolve

@@ -17,13 +17,8 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_model_folder, create_hf_model
 from dschat.models.config import load_config, on_meta
-from dschat.models.reward_model import (
-    RewardModel,
-    check_language_model,
-    check_reward_head,
-    create_critic_model,
-    read_head,
-)
+from dschat.models.reward_head import check_language_model, check_reward_head, read_head
+from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.models.vocabulary import check_vocabulary
 from dschat.utils import zero

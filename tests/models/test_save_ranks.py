@@ -15,8 +15,8 @@ import torch.distributed as dist
 from dschat.config.failures import line_for
 from dschat.errors import UserError
 from dschat.models import save
+from dschat.models.folder_plan import plan_folder
 from dschat.models.save import save_hf_format
-from dschat.models.stream import plan_folder
 from dschat.train.metrics import StepBar
 from dschat.utils.distributed import Distributed
 from dschat.utils.waiting import LostRankError

@@ -12,13 +12,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dschat.models import save, stream
+from dschat.models.folder_plan import plan_folder
 from dschat.models.reward_folder import RewardForm, reward_form
 from dschat.models.reward_model import RewardModel
 from dschat.models.save import save_hf_format
-from dschat.models.stream import plan_folder, write_weights
+from dschat.models.stream import write_weights
 from dschat.utils.module.lora import merged_state_dict
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.token_rows import add_token_rows
+from dschat.utils.module.token_tables import add_token_rows
 from dschat.utils.zero import consolidated_state_dict
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, as_trained, options, with_adapter

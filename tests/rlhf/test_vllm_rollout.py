@@ -18,7 +18,7 @@ from dschat.rlhf.generation import SamplingConfig, answer_ends
 from dschat.rlhf.vllm_rollout import VLLMRollout
 from dschat.rlhf.vllm_server import VLLMServer
 from dschat.rlhf.vllm_setup import check_servers
-from dschat.utils.module.token_rows import add_token_rows, tables_of
+from dschat.utils.module.token_tables import add_token_rows, tables_of
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE
 from tests.helpers.vllm_stub import RefusedError, Stub, served, vllm_rollout, without_adapters

@@ -24,7 +24,7 @@ from dschat.utils.distributed import Distributed, init_distributed
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.token_rows import tables_of
+from dschat.utils.module.token_tables import tables_of
 from dschat.utils.module.untrained_rows import TokenChoice
 from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.schedules import schedule_factory

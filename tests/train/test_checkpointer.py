@@ -23,12 +23,11 @@ from dschat.train.checkpoint_write import frozen_left_out
 from dschat.train.checkpointer import Position
 from dschat.train.checksums import frozen_checksum
 from dschat.train.metrics import Continued, LogConfig, MetricLogger
-from dschat.train.resume import (
-    RunPlan,
+from dschat.train.resume import RunPlan, model_files
+from dschat.train.resume_engines import (
     check_restored_rates,
     check_same_frozen,
     check_same_groups,
-    model_files,
     set_peak_rates,
 )
 from dschat.train.steps import StepPlan

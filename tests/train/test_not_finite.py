@@ -11,7 +11,8 @@ from torch import nn
 
 from dschat.errors import UserError
 from dschat.train.checkpoint_config import CheckpointConfig
-from dschat.train.checkpointer import Checkpointer, Position, check_weights
+from dschat.train.checkpoint_source import Position
+from dschat.train.checkpointer import Checkpointer, check_weights
 from dschat.train.finite import GradientWatch
 from dschat.train.metrics import LogConfig, MetricLogger
 from dschat.train.model_config import ModelConfig

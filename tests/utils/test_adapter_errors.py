@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context, create_hf_model, load_config
-from dschat.models.reward_model import check_reward_head, create_critic_model
+from dschat.models.reward_head import check_reward_head
+from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import MERGED, plan_saving
 from dschat.text.tokenizer import load_hf_tokenizer

@@ -26,7 +26,7 @@ from dschat.rlhf.one_trunk import check_one_trunk
 from dschat.text.tokenizer import load_hf_tokenizer
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.token_rows import add_token_rows
+from dschat.utils.module.token_tables import add_token_rows
 from tests.helpers import tiny
 from tests.helpers.adapters import (
     ALONE,

@@ -19,7 +19,8 @@ from dschat.utils.module.lora import (
     only_optimize_lora_parameters,
 )
 from dschat.utils.module.lora_config import LoraConfig
-from dschat.utils.module.token_rows import add_token_rows, tables_of, token_rows
+from dschat.utils.module.token_rows import token_rows
+from dschat.utils.module.token_tables import add_token_rows, tables_of
 from dschat.utils.module.untrained_rows import TokenChoice, alike_rows
 from dschat.utils.optim import get_optimizer_grouped_parameters
 from dschat.utils.optim_config import OptimizerConfig

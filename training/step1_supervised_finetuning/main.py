@@ -28,13 +28,14 @@ from dschat.functional.losses import mean_scale
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import build_causal_lm
 from dschat.models.packing import prove_packing
-from dschat.models.reward_model import check_language_model
+from dschat.models.reward_head import check_language_model
 from dschat.models.save import save_hf_format
 from dschat.plan.start import tell_plan
 from dschat.train.engine import backward
 from dschat.train.evaluation import answer_loss, evaluate_answers, trained_tokens
-from dschat.train.prepare import plan_model, prepare, setup_run
+from dschat.train.prepare import plan_model, prepare
 from dschat.train.progress import batch_counts, finite_loss, timed
+from dschat.train.run_context import setup_run
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum, print_rank_0

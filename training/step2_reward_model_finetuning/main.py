@@ -42,8 +42,9 @@ from dschat.train.evaluation import (
     scores_summary,
 )
 from dschat.train.pair_plot import report_files
-from dschat.train.prepare import plan_model, prepare, setup_run
+from dschat.train.prepare import plan_model, prepare
 from dschat.train.progress import batch_counts, finite_loss, timed
+from dschat.train.run_context import setup_run
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum

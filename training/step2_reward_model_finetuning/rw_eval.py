@@ -39,7 +39,8 @@ from dschat.data.stream import RowStream
 from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_model_folder
-from dschat.models.reward_model import RewardModel, check_reward_head, create_critic_model
+from dschat.models.reward_head import check_reward_head
+from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.reward_statistics import EVALUATION_FILE, read_evaluation
 from dschat.models.save import check_output_dir
 from dschat.text.formats import choose_format
@@ -47,7 +48,7 @@ from dschat.train.answer_scores import LineScorer
 from dschat.train.evaluation import pair_scores, report_pairs, score_pairs
 from dschat.train.metrics import format_value
 from dschat.train.pair_plot import report_files
-from dschat.train.prepare import RunContext, setup_run
+from dschat.train.run_context import RunContext, setup_run
 from dschat.utils.distributed import print_rank_0
 
 

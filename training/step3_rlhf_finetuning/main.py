@@ -31,7 +31,7 @@ from dschat.config.unused import tell_unused
 from dschat.data.collators import PromptCollator
 from dschat.plan.start import tell_plan
 from dschat.rlhf.prepare import plan_roles, prepare
-from dschat.train.prepare import setup_run
+from dschat.train.run_context import setup_run
 from dschat.train.steps import accumulation_groups, with_next
 
 
