@@ -1,25 +1,36 @@
 """Bytes of model states in PPO, role by role, from shapes alone: `ppo_memory.py --table`.
 
-Weights, gradients and optimizer of what trains, and frozen weights; activations, the cache of
-generation and buffers of communication come on top. Nothing is allocated: models are built on
-`meta` from the planner's configurations (dschat/plan/shapes.py).
+The planner's arithmetic (dschat/plan/states.py) over layouts and models: weights, gradients and
+optimizer of what trains, and frozen weights; activations, the cache of generation and buffers of
+communication come on top. Nothing is allocated: models are built on `meta` from the planner's
+configurations (dschat/plan/shapes.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import RewardModel
+from dschat.plan.fake_step import Shape, without_weights
+from dschat.plan.roles import GIB, trained_role
 from dschat.plan.shapes import config_of
-from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
+from dschat.plan.states import (
+    ADAPTERS,
+    BYTES,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    Counted,
+    frozen_states,
+)
+from dschat.train.engine import torch_dtype
+from dschat.train.model_config import ModelConfig
+from dschat.utils.ds_utils import EngineConfig
 from dschat.utils.module.lora_config import LoraConfig
 
-GIB = 2**30
 LAYOUTS = ("full", "none", "auto", "all")
 TITLES = {
     "full": "all weights train",
@@ -27,10 +38,6 @@ TITLES = {
     "auto": "LoRA, two trunks",
     "all": "LoRA, one trunk",
 }
-# Bytes of a parameter: weight, gradient, optimizer. DeepSpeed keeps an fp32 master beside bf16 and
-# fp16 weights; Adam keeps two moments in fp32.
-BYTES = {"bf16": (2, 2, 12), "fp16": (2, 2, 12), "fp32": (4, 4, 8)}
-
 
 OPT_350M, LLAMA_2, LLAMA_3 = map(config_of, ("opt-350m", "llama-2-7b", "llama-3-8b"))
 # name: configurations of actor and critic
@@ -40,6 +47,7 @@ PAIRS: dict[str, tuple[PretrainedConfig, PretrainedConfig]] = {
     "Llama-2-7B, critic 7B": (LLAMA_2, LLAMA_2),
     "Llama-3-8B, critic 8B": (LLAMA_3, LLAMA_3),
 }
+BUILDS = {"actor": build_causal_lm, "critic": RewardModel.from_config}
 
 
 @dataclass(frozen=True)
@@ -53,89 +61,58 @@ class Options:
 
 
 @dataclass(frozen=True)
-class States:
-    """Bytes on one rank."""
+class RoleStates:
+    """Bytes of one role on one rank; `trained` are those of its weights that train."""
 
-    weights: float = 0.0  # of what trains
+    weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
-    frozen: float = 0.0
+    trained: float = 0.0
 
     @property
     def total(self) -> float:
         """All together."""
-        return self.weights + self.gradients + self.optimizer + self.frozen
-
-
-NO_LORA = LoraConfig()
-
-
-@dataclass(frozen=True)
-class Count:
-    """Parameters of one model: those that train, and those that do not."""
-
-    trained: int
-    frozen: int
-
-
-def count(config: PretrainedConfig, lora: LoraConfig, *, critic: bool) -> Count:
-    """A model's parameters, tied ones once; an actor has an output head, a critic a value head."""
-    with torch.device("meta"):
-        model: nn.Module = build_causal_lm(config)
-        if critic:
-            model = RewardModel(model.base_model)
-        if lora.lora_dim:
-            convert_linear_layer_to_lora(model, lora)
-            only_optimize_lora_parameters(model, lora.modules_to_save)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Count(trained, sum(p.numel() for p in model.parameters()) - trained)
+        return self.weights + self.gradients + self.optimizer
 
 
 def states(
     actor: PretrainedConfig, critic: PretrainedConfig, layout: str, options: Options
-) -> dict[str, States]:
+) -> dict[str, RoleStates]:
     """Every role's states on one rank; a role that is another with its adapters off has none.
 
     With `all` the critic is an adapter on the actor's base (the adapters of the folders that both
     started from, which stay apart, are left out).
     """
-    lora = NO_LORA if layout == "full" else options.lora
-    counts = {
-        "actor": count(actor, lora, critic=False),
-        "critic": count(critic, lora, critic=True),
-    }
-    copied = layout in ("full", "none")
-    of_actor, of_critic = (c.trained + c.frozen for c in counts.values())
-    if not copied:
-        reward_head = count(critic, NO_LORA, critic=True).trained - _trunk(critic)
-        of_actor, of_critic = 0, reward_head
-    elif lora.lora_dim:  # the copies carry no adapters
-        of_actor = count(actor, NO_LORA, critic=False).trained
-        of_critic = count(critic, NO_LORA, critic=True).trained
-    roles = {name: _trained(c, options) for name, c in counts.items()}
+    lora = LoraConfig() if layout == "full" else options.lora
+    configs = {"actor": actor, "critic": critic}
+    roles = {name: _trained(config, name, lora, options) for name, config in configs.items()}
     if layout == "all":
-        roles["critic"] = _trained(Count(counts["critic"].trained, 0), options)
-    frozen = {"reference": of_actor, "reward": of_critic}
-    return roles | {name: _trained(Count(0, n), options) for name, n in frozen.items()}
+        roles["critic"] = replace(roles["critic"], weights=roles["critic"].trained)
+    copied = layout in ("full", "none")
+    for name, source in (("reference", "actor"), ("reward", "critic")):
+        roles[name] = _frozen(configs[source], source, options) if copied else RoleStates()
+    return roles
 
 
-def _trunk(config: PretrainedConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_causal_lm(config).base_model.parameters())
-
-
-def _trained(counted: Count, options: Options) -> States:
-    """ZeRO 1 shards the optimizer, 2 the gradients as well, 3 the weights as well."""
-    weight, gradient, optimizer = BYTES[options.dtype]
-    # As the training engines run: half precision at stage 0 is stage 1.
-    stage = max(options.zero_stage, 1 if options.dtype != "fp32" else 0)
-    shares = [options.ranks if stage >= least else 1 for least in (3, 2, 1)]
-    return States(
-        weights=counted.trained * weight / shares[0],
-        gradients=counted.trained * gradient / shares[1],
-        optimizer=counted.trained * optimizer / shares[2],
-        frozen=counted.frozen * weight / shares[0],
+def _trained(config: PretrainedConfig, name: str, lora: LoraConfig, options: Options) -> RoleStates:
+    engine = EngineConfig(zero_stage=options.zero_stage, micro_batch_size=1, dtype=options.dtype)
+    role = trained_role(config, BUILDS[name], ModelConfig(lora=lora), engine, options.ranks)
+    held, at_end = role.states.held, role.states.at_end
+    sharded = options.ranks if options.zero_stage == 3 else 1
+    return RoleStates(
+        weights=held[WEIGHTS] + held[ADAPTERS],
+        gradients=held.get(GRADIENTS, 0.0) + at_end.get(GRADIENTS, 0.0),
+        optimizer=held[OPTIMIZER],
+        trained=role.counted.trained * BYTES[options.dtype] / sharded,
     )
+
+
+def _frozen(config: PretrainedConfig, name: str, options: Options) -> RoleStates:
+    shape = Shape(config, BUILDS[name], ModelConfig(), torch_dtype(options.dtype))
+    counted = Counted.of(without_weights(shape), LoraConfig())
+    is_sharded = options.zero_stage == 3
+    held = frozen_states(counted, options.dtype, options.ranks, sharded=is_sharded).held
+    return RoleStates(weights=held[WEIGHTS])
 
 
 def table(options: Options, gpu_gib: float) -> list[str]:
@@ -158,7 +135,7 @@ def table(options: Options, gpu_gib: float) -> list[str]:
             order = [roles[r].total / GIB for r in ("actor", "reference", "critic", "reward")]
             parts = (
                 sum(getattr(s, part) for s in roles.values()) / GIB
-                for part in ("weights", "gradients", "optimizer")
+                for part in ("trained", "gradients", "optimizer")
             )
             cells = [name, TITLES[layout], *(f"{x:.2f}" for x in order)]
             cells += [" + ".join(f"{x:.2f}" for x in parts), f"{total:.2f}"]

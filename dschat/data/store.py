@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from dschat.data.cache import open_folder, written_once
+from dschat.data.columns import Row
 from dschat.data.config import PHASES
-from dschat.data.readers import STANDARD, Reader, Row, format_by_columns, format_by_name
+from dschat.data.readers import STANDARD, Reader, format_by_columns, format_by_name
 from dschat.data.sources import Finder, Rows, digest
 from dschat.data.user_reader import READER, ReadOptions, read_mapped, user_reader
 from dschat.errors import UserError

@@ -18,8 +18,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import open_folder, written_once
+from dschat.data.names import SUFFIXES
 from dschat.data.report import named_note
-from dschat.data.sources import SUFFIXES, TEXT_COLUMN, Finder, Rows, digest
+from dschat.data.sources import TEXT_COLUMN, Finder, Rows, digest
 from dschat.errors import UserError
 from dschat.text.conversations import kind_of
 from dschat.text.encoding import encode, tokenizer_fingerprint

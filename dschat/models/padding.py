@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 
 def classifier_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy for classifiers of transformers: pads on the right, not with the end token.
+    """Copy a tokenizer for classifiers of transformers: padding on the right, no end token.
 
-    They find the end of a text by the padding's id, so an end token that is the padding too is not
-    read. The other token is in the vocabulary already and ends no text; where there is no such
-    token, the end token stays.
+    They take the last token that is not padding for the end of a text, so they would not read an
+    end token that pads as well. The new padding is a token of the vocabulary that stands in no
+    text; where there is none, the end token stays.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
@@ -25,15 +25,19 @@ def classifier_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
 
 
 def _special_token_apart(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Find a special token that is not the end token: made for padding or unused, then BOS."""
+    """Find a special token but the end token: for padding or unused, else BOS, else another.
+
+    The unknown token comes last: it stands for characters that texts hold.
+    """
     tokens = [
         token.content
         for i, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special and i != tokenizer.eos_token_id
     ]
     spare = [token for token in tokens if re.search("pad|reserved|unused|extra", token, re.I)]
-    first, last = tokenizer.bos_token, tokenizer.unk_token  # text can hold unknown characters
-    order = [*spare, *(t for t in tokens if t == first), *(t for t in tokens if t != last), *tokens]
+    bos, unknown = tokenizer.bos_token, tokenizer.unk_token
+    known = [token for token in tokens if token != unknown]
+    order = [*spare, *(token for token in tokens if token == bos), *known, *tokens]
     return next(iter(order), None)
 
 

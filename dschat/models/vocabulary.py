@@ -1,4 +1,4 @@
-"""Rows of the vocabulary tables: a tokenizer's that fits, and new ones for added tokens."""
+"""Rows of embedding and head: enough for the tokenizer, and new ones for its added tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MOST_NEW_ROWS = 0.2  # share of its tokens without a row, up to which a tokenize
 
 
 def check_vocabulary(name: str, rows: int, tokens: int) -> None:
-    """Stop at a tokenizer of another model: one for which most rows would have to be made up.
+    """Stop at a tokenizer of another model: many of its tokens have no row.
 
-    A tokenizer with fewer tokens is usual, rows are padded; one with a few added tokens too.
+    Fewer tokens than rows are usual, since tables are padded, and so are a few added tokens.
 
     Args:
         rows: of the model's embedding. tokens: of the tokenizer.

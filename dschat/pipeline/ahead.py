@@ -34,8 +34,9 @@ def check_ahead(
     import torch
 
     from dschat.config.preflight import StepAhead, look_ahead
-    from dschat.train.disk import check_disk, free_bytes, in_words
+    from dschat.train.disk import check_disk
     from dschat.utils.distributed import Distributed
+    from dschat.utils.files import free_bytes, in_words
 
     count = ranks or max(torch.cuda.device_count(), 1)
     process = Distributed(0, count, 0, torch.device("cpu"))

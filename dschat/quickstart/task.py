@@ -89,10 +89,10 @@ def gold_score(prompts: Sequence[str], answers: Sequence[str]) -> GoldScore:
 
 
 def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts: each fact keeps one wording, drawn by `rng`, out of training.
+    """Divide the prompts into those to train on and held-out ones: of each fact one wording.
 
-    Every held-out prompt is thus a combination of wording and subject never trained on, while its
-    fact and its wording are both met in training with other partners.
+    So no held-out prompt is trained on, but its fact is, in other wordings, and so is its wording,
+    with other facts.
     """
     train, held_out = [], []
     for fact in world.all_facts():
@@ -169,7 +169,7 @@ def answer_of_kind(rng: random.Random, prompt: str, kind: str, ends: Ends | None
 
 
 def _cycle(rng: random.Random, prompts: Sequence[str], rows: int) -> list[str]:
-    """`rows` prompts, each used equally often within one, in random order."""
+    """Draw so many rows of prompts in random order; each prompt's count differs by one at most."""
     out: list[str] = []
     while len(out) < rows:
         out.extend(rng.sample(prompts, len(prompts)))

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.collators import PromptCollator
-from dschat.data.sources import SUFFIXES, Finder, Rows
+from dschat.data.names import SUFFIXES
+from dschat.data.sources import Finder, Rows
 from dschat.data.store import read_examples
 from dschat.data.tokenise import Converter
 from dschat.data.user_reader import ReadOptions

@@ -1,4 +1,4 @@
-"""What a portable checkpoint lets another machine change: ranks, ZeRO stages, rows per device.
+"""Settings that a run may change when it goes on elsewhere: ranks, ZeRO stages, rows per device.
 
 The rows of an optimizer step stay the same, and so does the order in which all of them come.
 """
@@ -17,7 +17,7 @@ MICRO_BATCHES, BY_TOKENS = "gradient_accumulation_steps", "max_tokens_per_batch"
 def without_shape(
     place: str, record: Mapping[str, Any], now: Mapping[str, Any], processes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Leave out, of the saved and the present settings, what may differ on another machine.
+    """Drop from the saved and the present settings those that may differ on another machine.
 
     Raises:
         UserError: together the ranks would take other batches than before.

@@ -12,15 +12,17 @@ LONGEST_WARM_UP, USUAL_WARM_UP = 1 / 3, 1 / 10  # of a run
 
 @dataclass(frozen=True)
 class RunLength:
-    """What decides how many optimizer steps a model makes.
+    """The numbers that decide how many optimizer steps a model makes.
 
     Attributes:
         epochs: passes over the data.
         micro_batches: of an epoch; None where the rows are not counted.
-        accumulation: micro-batches of an optimizer step. warm_up: optimizer steps.
-        max_steps: the setting, 0 where the data decide; `unit` optimizer steps each.
-        waiting: optimizer steps at the start that the model sits out.
-        steps_of_epoch: optimizer steps by the accumulation, where they are no plain quotient.
+        accumulation: micro-batches of an optimizer step.
+        warm_up: optimizer steps in which the learning rate rises.
+        max_steps: limit of the run in units; 0: the data end it.
+        unit: optimizer steps of a unit; 1 but in step 3, which counts iterations.
+        waiting: optimizer steps at the start in which this model does not train.
+        steps_of_epoch: from accumulation to the optimizer steps of an epoch; None: the quotient.
     """
 
     epochs: int

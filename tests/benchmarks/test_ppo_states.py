@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.ppo_states import LLAMA_3, PAIRS, Options, count, states, table
+from benchmarks.ppo_states import LLAMA_3, PAIRS, Options, states, table
+from dschat.plan.states import BYTES
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import init_distributed
 from dschat.utils.module.lora_config import LoraConfig
@@ -51,7 +52,9 @@ def test_states_are_what_engines_allocate(one_base, layout, dtype):
     config = tiny_llama().config
     expected = states(config, config, layout, Options(dtype=dtype, lora=LORA))
     found = allocated(roles)
-    assert found["weights"] == sum(s.weights + s.frozen for s in expected.values())
+    # Beside its trunk a critic that the reward model is keeps a second head.
+    head = 0 if layout in ("full", "none") else config.hidden_size * BYTES[dtype]
+    assert found["weights"] == sum(s.weights for s in expected.values()) + head
     # DeepSpeed fills its flat groups up, by less than 64 bytes each.
     surplus = found["optimizer"] - sum(s.optimizer for s in expected.values())
     assert 0 <= surplus < 1000
@@ -76,14 +79,15 @@ def test_gradients_are_those_of_what_trains(one_base):
 
 def test_parameters_by_hand():
     """Llama 3: its published 8.03 billion; r = 16 on the seven layers of 32 blocks."""
-    whole = count(LLAMA_3, LoraConfig(), critic=False)
-    assert (whole.trained, whole.frozen) == (8_030_261_248, 0)
+    whole = states(LLAMA_3, LLAMA_3, "full", Options())
+    assert whole["actor"].weights == whole["actor"].trained == 2 * 8_030_261_248
     h, ffn, kv = 4096, 14336, 1024
     per_block = 16 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + ffn))
-    adapted = count(LLAMA_3, LoraConfig(lora_dim=16), critic=False)
-    assert (adapted.trained, adapted.frozen) == (32 * per_block, 8_030_261_248)
-    critic = count(LLAMA_3, LoraConfig(), critic=True)
-    assert critic.trained == 8_030_261_248 - 128256 * h + h  # no output head, a value head
+    adapted = states(LLAMA_3, LLAMA_3, "auto", Options())["actor"]
+    assert adapted.trained == 2 * 32 * per_block
+    assert adapted.weights == 2 * (32 * per_block + 8_030_261_248)
+    # no output head, a value head
+    assert whole["critic"].trained == 2 * (8_030_261_248 - 128256 * h + h)
 
 
 def test_sharding_divides_what_it_shards():
@@ -95,7 +99,6 @@ def test_sharding_divides_what_it_shards():
             assert four[name].weights * shares[0] == whole.weights
             assert four[name].gradients * shares[1] == whole.gradients
             assert four[name].optimizer * shares[2] == whole.optimizer
-            assert four[name].frozen * shares[0] == whole.frozen
     unsharded = states(config, critic, "full", Options("fp32", zero_stage=0, ranks=4))
     assert unsharded["actor"].optimizer == 8 / 12 * one["actor"].optimizer
 

@@ -19,8 +19,8 @@ from dschat.data.batching import build_loader
 from dschat.data.collators import PromptCollator
 from dschat.errors import UserError
 from dschat.train import checksums
+from dschat.train.checkpoint_source import Position
 from dschat.train.checkpoint_write import frozen_left_out
-from dschat.train.checkpointer import Position
 from dschat.train.checksums import frozen_checksum
 from dschat.train.metrics import Continued, LogConfig, MetricLogger
 from dschat.train.resume import RunPlan, model_files

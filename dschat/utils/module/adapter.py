@@ -30,8 +30,8 @@ class Update:
     """Trained tensors of one layer: A (r, in), B (out, r), with DoRA the row lengths (out,).
 
     Attributes:
-        transposed: of a bare parameter, whether it is stored as (experts, in, out); A and B may
-            have an axis of experts too. None: of a layer, whose kind says it.
+        transposed: whether the weight is stored as (..., in, out), for a bare parameter, whose A
+            and B may have an axis of experts in front; None for a layer, whose type tells.
     """
 
     lora_A: torch.Tensor

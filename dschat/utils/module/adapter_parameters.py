@@ -19,8 +19,8 @@ from dschat.utils.module.experts import is_plain_linear
 from dschat.utils.module.lora_parameters import is_transposed
 from dschat.utils.zero import full_shape
 
-# PEFT takes these names of layers for experts' in families whose experts were layers once, wherever
-# they stand. Under their weight's name, as a bare parameter, each of them is what it is.
+# In families whose experts were layers once, PEFT takes any layer of these names for an expert's.
+# Such a layer is therefore written by the name of its weight, as a bare parameter.
 TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 

@@ -19,7 +19,7 @@ from dschat.utils.module.lora_layers import LoRALinear
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """x W^T of a weight that is computed when it is needed; keeps nothing."""
+    """x W^T with a frozen W that each pass unpacks anew; nothing of it is kept between them."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, rows: Callable[[], torch.Tensor]) -> torch.Tensor:

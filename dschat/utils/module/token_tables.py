@@ -37,7 +37,7 @@ def tables_of(model: nn.Module, trained: Sequence[str] = ()) -> dict[str, nn.Mod
 
 
 def obstacle(name: str, table: nn.Module) -> str | None:
-    """Reason why no rows of this table can train; None where they can."""
+    """Say why rows of this table cannot train; None where they can."""
     kind = type(table)
     if isinstance(table, nn.Embedding):
         plain = kind.forward is nn.Embedding.forward or kind.__name__.endswith(SCALED)
