@@ -2,9 +2,9 @@
 
     python -m benchmarks.stories_dpo --model ./stories260K --data ./stories --output ./output
 
-For each seed step 1 runs once, then DPO once for every arm, `LOSS` or `LOSS@RATE`: a loss at the
-default rate of A for this width or at another, with LoRA+ and one epoch unless further flags say
-otherwise. Each policy then writes continuations of the held-out prompts.
+For each seed step 1 runs once, then DPO once for every arm, `LOSS` or `LOSS@RATE`: a loss at its
+own default rate of A for this width or at another, with LoRA+ and one epoch unless further flags
+say otherwise. Each policy then writes continuations of the held-out prompts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import argparse
 import re
 
 from benchmarks.stories import curve_end, judge, options, parsed, run, supervised, table, told
+from dschat.config import DPOSettings
 from dschat.functional.preferences import PREFERENCE_LOSSES
 
+WIDTH, ITS_WIDTH = 2560, 64  # that default rates are meant for; of the story model
 FIGURES = ("accuracy", "margin", "drift_chosen", "drift_rejected")
 
 
@@ -27,7 +29,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
     for arm in args.arms:
         loss, _, rate = arm.partition("@")
         flags = {"model_name_or_path": str(sft), "loss_type": loss, "lora_dim": "16"}
-        flags |= {"learning_rate": rate or args.rate}
+        flags |= {"learning_rate": rate or default_rate(loss)}
         more = re.sub("[^a-z0-9]+", "-", " ".join(f"{k} {v}" for k, v in args.more.items()))
         folder = out / f"dpo-{re.sub('[^a-z0-9]+', '-', arm)}{more and '-' + more}"
         if not (folder / "config.json").is_file():
@@ -39,6 +41,12 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
     return found
 
 
+def default_rate(loss: str) -> str:
+    """A's rate by default, as one over the width (docs/dpo.md)."""
+    rates = DPOSettings.of(model_name_or_path=".", loss_type=loss).model.optimizer
+    return f"{WIDTH / ITS_WIDTH * rates.lora_A_rate:.2g}"
+
+
 def has_drift(loss: str) -> bool:
     """Tell whether there is a reference to drift from."""
     return PREFERENCE_LOSSES[loss].needs_reference
@@ -48,7 +56,6 @@ def main() -> None:
     """Every seed, then a table of the arms."""
     parser = options(__doc__)
     parser.add_argument("--arms", nargs="+", default=list(PREFERENCE_LOSSES))
-    parser.add_argument("--rate", default="1e-4", help="of A, where an arm names none")
     args = parsed(parser)
     table({seed: one_seed(args, seed) for seed in args.seeds}, args.arms)
 

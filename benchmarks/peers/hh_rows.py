@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.peers.task import SIDES
 from dschat.data.batching import build_loader
@@ -22,22 +22,32 @@ TEMPLATE = 40  # tokens that a chat template may add to a prompt
 def select(model: str, data: Path, kept: Path, counts: dict[str, int], length: int) -> None:
     """Write `train.jsonl` and `test.jsonl` of the rows that are used: fitting ones, at random.
 
+    Where the test part has too few, rows of the training part are held out, with other prompts than
+    those that train.
+
     Args:
         counts: rows of each part. length: tokens of the longest prompt and answer together.
     """
     encode = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    for name, count in counts.items():
-        rows = [json.loads(line) for line in (data / f"{name}.jsonl").open(encoding="utf-8")]
-        fit = []
-        for row in rows:
-            texts = [row["prompt"] + row[side] for side in SIDES]
-            longest = max(map(len, encode(texts).input_ids))
-            if longest + TEMPLATE <= length and row["chosen"] != row["rejected"]:
-                fit.append({key: row[key] for key in ("prompt", *SIDES)})
-        if len(fit) < count:
-            raise SystemExit(f"{name}.jsonl: {len(fit)} rows fit, {count} are asked for")
-        chosen = random.Random(SEED).sample(fit, count)
-        (kept / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    train = _fitting(data / "train.jsonl", encode, length)
+    kept_rows = {"train": train[: counts["train"]]}
+    prompts = {row["prompt"] for row in kept_rows["train"]}
+    others = [row for row in train[counts["train"] :] if row["prompt"] not in prompts]
+    kept_rows["test"] = (_fitting(data / "test.jsonl", encode, length) + others)[: counts["test"]]
+    for name, rows in kept_rows.items():
+        if len(rows) < counts[name]:
+            raise SystemExit(f"{name}: {len(rows)} rows fit, {counts[name]} are asked for")
+        (kept / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _fitting(file: Path, encode: PreTrainedTokenizerBase, length: int) -> list[dict[str, str]]:
+    """Read the pairs that fit, in an order drawn at random."""
+    fit = []
+    for row in map(json.loads, file.open(encoding="utf-8")):
+        longest = max(map(len, encode([row["prompt"] + row[side] for side in SIDES]).input_ids))
+        if longest + TEMPLATE <= length and row["chosen"] != row["rejected"]:
+            fit.append({key: row[key] for key in ("prompt", *SIDES)})
+    return random.Random(SEED).sample(fit, len(fit))
 
 
 def write_ids(model: str, kept: Path, ids: Path, batch: int, length: int) -> None:

@@ -19,38 +19,53 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.peers.task import SIDES
 
-Score = Callable[[list[int], list[int]], float]
+Scores = Callable[[list[int], list[list[int]]], list[float]]
 
 
-def of_reward_model(folder: str) -> Score:
-    """Score prompt and answer by a classifier, one text at a time."""
+def of_reward_model(folder: str) -> Scores:
+    """Score the answers to a prompt by a classifier, as it reads one text."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=torch.float32, trust_remote_code=False
     ).eval()
-    return lambda prompt, answer: model(torch.tensor([prompt + answer])).logits.item()
+
+    def scores(prompt: list[int], answers: list[list[int]]) -> list[float]:
+        read = model.model(torch.tensor([prompt]), use_cache=True).past_key_values
+        found = []
+        for answer in answers:
+            found.append(model(torch.tensor([answer]), past_key_values=read).logits.item())
+            read.crop(-len(answer))
+        return found
+
+    return scores
 
 
-def of_policy(folder: str) -> Score:
-    """Log-probability of an answer to a prompt; the head sees the answer's positions alone."""
+def of_policy(folder: str) -> Scores:
+    """Log-probabilities of the answers to a prompt."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False
     ).eval()
 
-    def score(prompt: list[int], answer: list[int]) -> float:
-        ids = torch.tensor([prompt + answer[:-1]])
-        logits = model(ids, logits_to_keep=len(answer)).logits[0]  # (|answer|, V)
-        return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).double().sum().item()
+    def scores(prompt: list[int], answers: list[list[int]]) -> list[float]:
+        read = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        found = []
+        for answer in answers:
+            more = model(torch.tensor([answer]), past_key_values=read.past_key_values)
+            read.past_key_values.crop(-len(answer))
+            logprobs = torch.cat([read.logits, more.logits[:, :-1]], 1)[0].log_softmax(-1)
+            taken = logprobs.gather(1, torch.tensor(answer)[:, None])  # (|answer|, 1)
+            found.append(taken.double().sum().item())
+        return found
 
-    return score
+    return scores
 
 
 @torch.no_grad()
 def main(kind: str, rows: str, folder: str, target: str) -> None:
     """Score every row."""
-    score = {"reward": of_reward_model, "dpo": of_policy}[kind](folder)
+    scores = {"reward": of_reward_model, "dpo": of_policy}[kind](folder)
     found = []
     for row in map(json.loads, Path(rows).read_text(encoding="utf-8").splitlines()):
-        found.append([score(row["prompt_ids"], row[f"{side}_ids"]) for side in SIDES])
+        found.append(scores(row["prompt_ids"], [row[f"{side}_ids"] for side in SIDES]))
     Path(target).write_text(json.dumps(found))
 
 

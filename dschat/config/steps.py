@@ -161,6 +161,8 @@ class DPOSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.batch.check_sampler(sequences=2)
+        rates = replace(self.model.optimizer, full_rate=self.preference.loss.full_rate)
+        object.__setattr__(self, "model", replace(self.model, optimizer=rates))
         model = replace(self.model, train_base=self.run.train_base_model)
         self.preference.choose_reference(model)
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)

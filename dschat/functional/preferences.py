@@ -40,6 +40,8 @@ class PreferenceLoss:
         defaults: of its coefficients, the source's own.
         per_token: scores are means per token, not sums.
         needs_kl: takes `kl` too, the policy's distance to its reference (`kto_loss`).
+        full_rate: learning rate that suits training all weights of a model of 2.8 billion
+            parameters, of width 2,560 (docs/dpo.md).
     """
 
     name: str
@@ -49,6 +51,7 @@ class PreferenceLoss:
     needs_reference: bool = True
     per_token: bool = False
     needs_kl: bool = False
+    full_rate: float = 1e-6
 
     def scores(self, pairs: PairLogprobs) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,) scores of the chosen and (B,) of the rejected answers; times beta the rewards."""
@@ -169,7 +172,9 @@ _ALL = (
     PreferenceLoss(
         "robust", robust_loss, {"beta": 0.1, "label_smoothing": 0.1}, "arXiv:2403.00409"
     ),
-    PreferenceLoss("ipo", ipo_loss, {"beta": 0.1}, "arXiv:2310.12036", per_token=True),
+    PreferenceLoss(
+        "ipo", ipo_loss, {"beta": 0.1}, "arXiv:2310.12036", per_token=True, full_rate=5e-7
+    ),
     PreferenceLoss("hinge", hinge_loss, {"beta": 0.1}, "arXiv:2305.10425"),
     PreferenceLoss("apo_zero", apo_zero_loss, {"beta": 0.1}, "arXiv:2408.06266"),
     PreferenceLoss(
@@ -179,6 +184,7 @@ _ALL = (
         "arXiv:2405.14734",
         needs_reference=False,
         per_token=True,
+        full_rate=5e-7,
     ),
     PreferenceLoss(
         "orpo",

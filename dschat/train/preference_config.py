@@ -21,7 +21,11 @@ class PreferenceConfig(Settings):
     does nothing.
     """
 
-    loss_type: str = setting("sigmoid", "preference loss", choices=tuple(PREFERENCE_LOSSES))
+    loss_type: str = setting(
+        "sigmoid",
+        "preference loss; default rates and coefficients are its own (ipo, simpo: half the rate)",
+        choices=tuple(PREFERENCE_LOSSES),
+    )
     beta: float | None = setting(
         None,
         "scale of the rewards; the larger, the closer to the reference (default: 0.1; simpo 2); "

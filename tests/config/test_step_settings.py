@@ -5,6 +5,7 @@ import pytest
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.errors import UserError
+from dschat.functional.preferences import PREFERENCE_LOSSES
 from dschat.settings import flags_of
 
 SERVERS = {"vllm_url", "vllm_adapter_dir", "vllm_timeout", "vllm_sleep"}
@@ -56,6 +57,19 @@ def test_settings_without_the_command_line():
     assert settings.model.optimizer.full_rate == 9.65e-6
     argv = ["--model_name_or_path", "m", "--lora_dim", "8", "--seed", "3", "--output_dir", "o"]
     assert settings == parse(SFTSettings, argv, "")
+
+
+def test_each_preference_loss_brings_its_own_rate():
+    """Of all weights; A's is 10 / sqrt(16) of it. A rate that is given stays."""
+    for name, loss in PREFERENCE_LOSSES.items():
+        rates = DPOSettings.of(model_name_or_path="m", loss_type=name).model.optimizer
+        assert rates.base_rate == loss.full_rate, name
+        assert rates.lora_A_rate == pytest.approx(2.5 * loss.full_rate), name
+    argv = ["--model_name_or_path", "m", "--loss_type", "simpo"]
+    rates = parse(DPOSettings, argv, "").model.optimizer
+    assert rates.base_rate == PREFERENCE_LOSSES["simpo"].full_rate < 1e-6
+    rates = parse(DPOSettings, [*argv, "--learning_rate", "3e-6"], "").model.optimizer
+    assert rates.base_rate == rates.lora_A_rate == 3e-6
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
