@@ -26,8 +26,6 @@ if __name__ == "__main__":  # first: signals may come during the imports, which 
 
 import argparse
 import os
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +36,14 @@ from dschat.pipeline.ahead import check_ahead
 from dschat.pipeline.closing import close
 from dschat.pipeline.recipe import local
 from dschat.pipeline.run import hold_output, run_all, unfinished
+from dschat.pipeline.scripts import (
+    FALLBACK_SIZE,
+    arguments_of,
+    script_for,
+    size_in,
+    size_of,
+    widths_of,
+)
 from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
 
 ROOT = Path(__file__).resolve().parent
@@ -48,10 +54,6 @@ STEP_DIRS = {
 }
 KINDS = {1: "sft", 2: "reward", 3: "ppo"}
 STEP_NAMES = {step: FOLDERS[kind] for step, kind in KINDS.items()}
-FALLBACK_SIZE = {1: "1.3b", 2: "350m", 3: "1.3b"}  # whose script serves any other model
-# Hidden sizes of the models that a script's learning rates are meant for, by their sizes.
-WIDTHS = {"350m": 1024, "1.3b": 2048, "6.7b": 4096, "13b": 5120, "30b": 7168, "66b": 9216}
-CRITIC_WIDTH = 1024
 # Flags that the embedded default has no use for.
 OF_A_MODEL = (
     "reward_model",
@@ -63,10 +65,6 @@ OF_A_MODEL = (
 )
 # Flags of a model's steps alone.
 OF_STEPS = {"reward_model": (2,), "actor_zero_stage": (1, 3), "reward_zero_stage": (2, 3)}
-# What a script calls, in `arguments_of`: nothing is made, printed or started.
-STAND_INS = {"mkdir": ":"} | dict.fromkeys(
-    ("deepspeed", "python"), 'printf "%s\\0" "$@" > "$WORDS"'
-)
 
 
 def text(word: str) -> str:
@@ -133,36 +131,6 @@ def unused_flags(args: argparse.Namespace) -> Iterator[str]:
         yield "--hostfile does nothing: it is of --deployment-type multi_node"
 
 
-def size_of(model: str) -> str | None:
-    """1.3b for facebook/opt-1.3b or 1.3b; None for any other id or folder."""
-    short = model.removeprefix("facebook/opt-")
-    known = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
-    return short if short in known else None
-
-
-def script_for(step: int, model: str, deployment: str) -> tuple[Path, list[str]]:
-    """Find the step's script for a model, and the flags that put the model into it."""
-    folder = STEP_DIRS[step] / "training_scripts" / "opt" / deployment
-    size = size_of(model)
-    for name in (f"run_{size}.sh", f"run_{size}_lora.sh"):
-        if size is not None and (script := folder / name).is_file():
-            return script, []
-    script = folder / f"run_{FALLBACK_SIZE[step]}.sh"
-    if not script.is_file():
-        raise UserError(
-            f"--deployment-type {deployment}: step {step} has no script for {model} there "
-            f"(training_scripts/opt/{deployment}); choose single_gpu or single_node, or start "
-            "its main.py under deepspeed --hostfile"
-        )
-    name = model if size is None else f"facebook/opt-{size}"
-    return script, [] if step == 3 else ["--model_name_or_path", name]
-
-
-def size_in(script: Path) -> str:
-    """1.3b for run_1.3b.sh and run_1.3b_lora.sh."""
-    return script.stem.removeprefix("run_").removesuffix("_lora")
-
-
 def borrowed(args: argparse.Namespace, step: int, command: list[str]) -> str | None:
     """Say whose script serves a model that has none of its own; None for one that has."""
     if args.actor_model is None:
@@ -189,7 +157,9 @@ def commands(args: argparse.Namespace) -> dict[int, list[str]]:
     result = {}
     for step in sorted(set(args.step)):
         model = reward if step == 2 else actor
-        script, named = script_for(step, model, args.deployment_type)
+        script, named = script_for(
+            STEP_DIRS[step] / "training_scripts", step, model, args.deployment_type
+        )
         if step == 3:
             stages = [args.actor_zero_stage, args.reward_zero_stage]
             positional = [str(outputs[1]), str(outputs[2]), *stages, str(outputs[3])]
@@ -213,14 +183,6 @@ def quickstart_command(step: int, args: argparse.Namespace) -> list[str]:
     return ["bash", str(script), *inputs[step], outputs[step], *common_flags(args)]
 
 
-def widths_of(step: int, command: list[str]) -> dict[str, int]:
-    """Hidden sizes that the rates in a step's script are meant for; none of the quickstart's."""
-    width = WIDTHS.get(size_in(Path(command[1])))
-    if width is None:
-        return {}
-    return {"actor_": width, "critic_": CRITIC_WIDTH} if step == 3 else {"": width}
-
-
 def common_flags(args: argparse.Namespace) -> list[str]:
     """Flags of main.py that every step gets."""
     flags = ["--seed", str(args.seed)]
@@ -228,22 +190,6 @@ def common_flags(args: argparse.Namespace) -> list[str]:
         if getattr(args, name) is not None:
             flags += [f"--{name}", str(getattr(args, name))]
     return flags + ["--overwrite_output_dir"] * args.overwrite_output_dir + [RESUME] * args.resume
-
-
-def arguments_of(command: list[str]) -> list[str]:
-    """Words that a script hands to main.py; it runs with launchers that only write them down."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = Path(folder, "words")
-        for name, body in STAND_INS.items():
-            program = Path(folder, name)
-            program.write_text(f"#!/bin/sh\n{body}\n")
-            program.chmod(0o755)
-        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-        env = os.environ | {"PATH": path, "WORDS": str(words), "LAUNCHER": "python"}
-        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-        arguments = words.read_text(encoding="utf-8").split("\0")[:-1]
-    start = next(i for i, word in enumerate(arguments) if word.endswith("main.py"))
-    return arguments[start + 1 :]
 
 
 def stages(args: argparse.Namespace, plan: dict[int, list[str]]) -> list[Stage]:
