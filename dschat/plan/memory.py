@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
+from dschat.models.attention import is_flash
 from dschat.models.config import Build, build_causal_lm
 from dschat.models.reward_model import RewardModel
 from dschat.plan import passes
@@ -46,7 +47,8 @@ def training_pass(settings: SFTSettings | RewardSettings | DPOSettings) -> Pass:
     if batch.max_tokens_per_batch is not None:
         rows = batch.max_tokens_per_batch // (sequences * length)
     if isinstance(settings, SFTSettings):
-        return passes.sft_pass(rows, length)
+        masked = settings.packing and not is_flash(settings.run.attn_implementation)
+        return (passes.packed_pass if masked else passes.sft_pass)(rows, length)
     if isinstance(settings, RewardSettings):
         return passes.reward_pass(rows, length)
     return passes.preference_pass(rows, length)

@@ -12,6 +12,7 @@ from torch import nn
 from dschat.functional.losses import pairwise_loss, policy_loss, value_loss
 from dschat.models.causal_lm import forward_inputs
 from dschat.models.logprobs import answer_logprobs, target_logprobs, target_loss
+from dschat.models.packing import packed_inputs
 from dschat.models.reward_model import scores_at_end
 from dschat.models.right_padding import needed_mask, right_padded_inputs
 
@@ -41,6 +42,16 @@ def sft_pass(rows: int, length: int) -> Pass:
         return target_loss(model, right_padded_inputs(model, ids, mask), mask)
 
     return Pass(("sft",), rows, length, run)
+
+
+def packed_pass(rows: int, length: int) -> Pass:
+    """Step 1 on packed rows, with a mask for each pair of places."""
+
+    def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(length).expand_as(ids)
+        return target_loss(model, packed_inputs(model, ids, positions), mask)
+
+    return Pass(("packed",), rows, length, run)
 
 
 def reward_pass(pairs: int, length: int) -> Pass:

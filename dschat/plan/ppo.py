@@ -23,7 +23,7 @@ from dschat.plan.roles import (
     trained_role,
     training_phases,
 )
-from dschat.plan.states import WEIGHTS, Counted, States, adapted_sizes, frozen_states
+from dschat.plan.states import ADAPTERS, WEIGHTS, Counted, States, adapted_sizes, frozen_states
 from dschat.rlhf.role_setup import FrozenConfig, RoleConfig
 from dschat.rlhf.static_rollout import LATE
 from dschat.train.engine import torch_dtype
@@ -44,6 +44,8 @@ def plan_ppo(
         return trained_role(configs[name], build, role.config, role.engine, ranks, is_policy=True)
 
     actor = of(setup.actor, "actor", build_causal_lm)
+    if setup.share_trunk == "all":
+        actor = replace(actor, states=_with_start(actor.states))
     roles = {"actor": actor}
     phases = [*_generation(settings, actor)]
     scoring = needed(actor.shape, passes.scoring_pass(rows, *lengths)).at_peak
@@ -54,7 +56,7 @@ def plan_ppo(
     if setup.critic is not None:
         critic = of(setup.critic, "critic", RewardModel.from_config)
         if setup.share_trunk == "all":  # its weights are the actor's
-            critic = replace(critic, states=_without_base(critic.states))
+            critic = replace(critic, states=_without_base(_with_start(critic.states)))
         roles["critic"] = critic
         phases += training_phases("critic", critic, passes.critic_pass(rows, *lengths))
     frozen: dict[str, tuple[PretrainedConfig, Build, FrozenConfig]] = {}
@@ -82,6 +84,11 @@ def plan_ppo(
 
 def _without_base(states: States) -> States:
     return replace(states, held=states.held | {WEIGHTS: 0.0})
+
+
+def _with_start(states: States) -> States:
+    """On a trunk that others use too, the adapter that a role began from stays beside its own."""
+    return replace(states, held=states.held | {ADAPTERS: 2 * states.held[ADAPTERS]})
 
 
 def cache_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:

@@ -21,6 +21,7 @@ copy of the weights, in shards among themselves.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import nn
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.module.lora import is_adapter_key, lora_layers
 from dschat.utils.module.lora_config import LoraConfig
+from dschat.utils.module.lora_layers import LoRALinear
 
 WEIGHTS, ADAPTERS, GRADIENTS = "weights", "adapters", "gradients"
 OPTIMIZER, BUCKETS = "optimizer", "buckets"
@@ -36,11 +38,20 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
 NEAR_SHARDS = "zero_hpz_partition_size"
-# Bytes of a packed weight: 4bit NF4 with doubly quantised scales of blocks of 64 (QLoRA, sec. 3);
-# 8bit a scale of four bytes for a row.
-PACKED = {"4bit": 0.5 + (8 + 32 / 256) / 8 / 64, "8bit": 1.0}
+# NF4 (QLoRA, sec. 3): a scale of a byte for each block of weights, a second one in fp32 for each
+# block of scales; a layer keeps both tables of values, 16 and 256 in fp32, and an offset.
+BLOCK, SCALES_BLOCK, TABLES = 64, 256, 4 * (16 + 256 + 1)
 
 Bytes = dict[str, float]
+
+
+def packed_bytes(layer: LoRALinear, bits: str) -> int:
+    """Bytes of a linear layer's weight in few bits, with its scales."""
+    elements = layer.in_features * layer.out_features
+    if bits == "8bit":
+        return elements + 4 * layer.out_features  # a scale for each row
+    scales = math.ceil(elements / BLOCK)
+    return math.ceil(elements / 2) + scales + 4 * math.ceil(scales / SCALES_BLOCK) + TABLES
 
 
 def adapted_sizes(module: nn.Module) -> list[int]:
@@ -54,8 +65,8 @@ class Counted:
     """Parameters of a model, tied ones once.
 
     Attributes:
-        base: those that are no adapter's. trained: of all. packed: weights kept in `bits`.
-        largest: of the trained tensors. unpacked: elements of the largest packed one.
+        base: those that are no adapter's. trained: of all. largest: of the trained tensors.
+        packed: weights kept in few bits. packed_bytes: theirs. unpacked: elements of the largest.
     """
 
     base: int
@@ -63,8 +74,8 @@ class Counted:
     trained: int
     largest: int
     packed: int = 0
+    packed_bytes: int = 0
     unpacked: int = 0
-    bits: str | None = None
 
     @classmethod
     def of(cls, module: nn.Module, lora: LoraConfig) -> Counted:
@@ -72,21 +83,22 @@ class Counted:
         named = list(module.named_parameters())
         adapters = sum(p.numel() for name, p in named if is_adapter_key(name))
         trained = [p.numel() for _, p in named if p.requires_grad]
-        sizes = [] if lora.quantize_base is None else adapted_sizes(module)
+        layers = lora_layers(module).values() if lora.quantize_base else ()
+        packed = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        sizes = [layer.in_features * layer.out_features for layer in packed]
         return cls(
             base=sum(p.numel() for _, p in named) - adapters,
             adapters=adapters,
             trained=sum(trained),
             largest=max(trained, default=0),
             packed=sum(sizes),
+            packed_bytes=sum(packed_bytes(layer, lora.quantize_base or "") for layer in packed),
             unpacked=max(sizes, default=0),
-            bits=lora.quantize_base,
         )
 
     def weights(self, dtype: str) -> float:
         """Bytes of the base's weights."""
-        packed = self.packed * PACKED[self.bits] if self.bits else 0.0
-        return (self.base - self.packed) * BYTES[dtype] + packed
+        return float((self.base - self.packed) * BYTES[dtype] + self.packed_bytes)
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,10 @@ def engine_states(counted: Counted, config: EngineConfig, ranks: int) -> States:
     buckets = {BUCKETS: bucket * size * (2.0 if stage == 2 and zero.get("overlap_comm") else 1.0)}
     summed = 4 if adds_fp32 else size
     gradients = trained * summed / (share if stage == 2 else 1)
-    if stage == 2 and offloads:
-        gradients = counted.largest * size
+    if offloads:  # passed to the host one at a time
+        held[GRADIENTS] = float(counted.largest * size)
+    if stage == 2 and offloads and summed == size:
+        gradients = 0.0  # else they add up in fp32 on the device
     before = gradients if config.gradient_accumulation_steps > 1 else 0.0
     if stage == 2 and before and not offloads and summed == size:
         # Beside the sum of the passes before, this pass's own part, once a bucket is full.

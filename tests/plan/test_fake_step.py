@@ -37,6 +37,7 @@ CONFIGS = {
 }
 PASSES = {
     "sft": passes.sft_pass(ROWS, LENGTH),
+    "packed": passes.packed_pass(ROWS, LENGTH),
     "reward": passes.reward_pass(ROWS // 2, LENGTH),
     "dpo": passes.preference_pass(ROWS // 2, LENGTH),
     "actor": passes.actor_pass(ROWS, LENGTH - ANSWER, ANSWER),
@@ -101,7 +102,7 @@ CORE = [
 OTHERS = [
     *itertools.product(("llama",), PASSES, (LORA, EVERYTHING)),
     *itertools.product(("gemma3",), ("dpo", "critic", "prefill"), (CHECKPOINTED,)),
-    *itertools.product(("opt", "gpt2"), ("sft", "prefill"), (CHECKPOINTED, EVERYTHING)),
+    *itertools.product(("opt", "gpt2"), ("sft", "packed", "prefill"), (CHECKPOINTED, EVERYTHING)),
 ]
 CELLS = [*CORE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in OTHERS)]
 
