@@ -6,6 +6,7 @@ import logging
 import pickle
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,16 @@ from dschat.config.cli import run_cli
 from dschat.data.__main__ import main as inspect_data
 from dschat.errors import UserError
 from dschat.merge import main as merge
+from dschat.models import placing
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import build_causal_lm, load_config
 from dschat.models.reward_model import create_critic_model
+from dschat.report.html import put_in_place
+from dschat.rlhf.answers import AnswerFile
 from dschat.text.formats import set_format
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train import checkpoint_folder
+from dschat.train.line_files import restore_lines
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.printable import guard_terminal, printable
 from inference.chatbot import main as chat
@@ -217,6 +223,45 @@ def test_no_program_runs_code_of_a_folder(tmp_path):
         assert not (set("\x1b\x07\x9b\u202e") & set(result.stderr)), (argv, result.stderr)
     for folder in folders:
         assert not mark(tmp_path / folder).exists(), folder
+
+
+def resumes_figures(out: Path) -> None:
+    (out / "earlier").write_text("figures")
+    restore_lines(out / "metrics.jsonl", out / "earlier")
+
+
+def answers_again(out: Path) -> None:
+    AnswerFile(out, None).replace(1, [])
+
+
+# What writes into an output folder, the name of a file of its own there, and what that becomes.
+WRITERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "figures": (resumes_figures, "metrics.tmp"),
+    "answers": (answers_again, "answers.tmp"),
+    "page": (lambda out: put_in_place(out / "report.html", b""), ".report.html.tmp"),
+    "model": (placing.repair, placing.PART),
+    "complete model": (placing.repair, placing.READY),
+    "checkpoint": (checkpoint_folder.repair, "checkpoints/.step-000002.tmp"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_in_an_output_folder_leads_nowhere(tmp_path, name, kind):
+    """A stranger's run may be resumed in the folder that it came in."""
+    write, link = WRITERS[name]
+    mine = tmp_path / "mine"
+    if kind == "folder":
+        mine.mkdir()
+        (mine / "notes").write_text("mine")
+    else:
+        mine.write_text("mine")
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / link).symlink_to(mine)
+    write(out)
+    kept = mine / "notes" if kind == "folder" else mine
+    assert kept.read_text() == "mine" and not (out / link).is_symlink()
 
 
 STEERING = "a\x1b]0;title\x07\x1b[2Jb\r\x9b2J\u202ec\u2066d\x7f\u2028\udc80"

@@ -19,7 +19,7 @@ from dschat.errors import UserError
 from dschat.settings import Settings, flags_of, type_of, unknown
 from dschat.train import run_lock, signals
 from dschat.utils import rank_watch
-from dschat.utils.distributed import launched_rank, print_rank_0
+from dschat.utils.distributed import barrier, launched_rank, print_rank_0
 from dschat.utils.printable import guard_terminal, last_line, printable
 
 S = TypeVar("S", bound=Settings)
@@ -119,10 +119,18 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         with _one_line():
             main()
+            _leave_together()
     finally:
         rank_watch.stop()
         run_lock.release()
         signals.restore()
+
+
+def _leave_together() -> None:
+    """Let go of the output folder while the other ranks wait: one that is lost here is missed."""
+    run_lock.release()
+    if rank_watch.is_on():
+        barrier("the last barrier", patient=True)
 
 
 @contextlib.contextmanager

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import sys
+from pathlib import Path
 
 from dschat.lazy import torch
-from dschat.train import memory_use
+from dschat.train import memory_use, run_lock
+from dschat.train.checkpoint_folder import last_good
 from dschat.train.metrics import StepBar
-from dschat.utils.files import disk_error
+from dschat.utils.files import OF_DISKS, disk_error
 from dschat.utils.waiting import LostRankError
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LESS_MEMORY = (
     "lower the micro-batch (--per_device_train_batch_size; in step 3 --per_device_training_batch_"
     "size and --generation_chunk_size) and raise --gradient_accumulation_steps by the same factor, "
@@ -35,10 +35,38 @@ def line_for(error: BaseException) -> str | None:
             "again with --resume"
         )
     found = disk_error(error)
-    if found is not None and found.errno in _DISK:
-        path = f"{found.filename}: " if found.filename else ""
-        return f"{place}: {path}{found.strerror}; free some space, and start again with --resume"
+    if found is not None and found.errno in OF_DISKS:
+        path = found.filename or _broken_stream()
+        remedies = [last_good(folder) for folder in run_lock.held()]
+        remedy = next(iter(remedies), "free some space, and start again with --resume")
+        return f"{place}: {f'{path}: ' if path else ''}{found.strerror}; {remedy}"
     return None
+
+
+def _broken_stream() -> str | None:
+    """Name the standard stream that takes no more; what is left for it goes nowhere.
+
+    Where it is standard error, what is to come goes to standard output.
+    """
+    streams = {1: "standard output", 2: "standard error"}
+    broken = [number for number in streams if not _takes_more(number)]
+    if not broken:
+        return None
+    target = Path(f"/proc/self/fd/{broken[0]}")
+    name = f"{streams[broken[0]]} ({os.readlink(target)})" if target.is_symlink() else ""
+    other = os.open(os.devnull, os.O_WRONLY) if 1 in broken else 1
+    for number in broken:
+        os.dup2(other, number)
+    return name or streams[broken[0]]
+
+
+def _takes_more(descriptor: int) -> bool:
+    """Tell by an empty line: what Python holds back of a failed write may not fail again."""
+    try:
+        os.write(descriptor, b"\n")
+    except OSError:
+        return False
+    return True
 
 
 def _memory(error: BaseException) -> str | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from dschat.errors import UserError
-from dschat.utils.files import disk_error, sha256, sync
+from dschat.utils.files import disk_error, regular, sha256, sync
 from dschat.utils.printable import printable
 
 RECORD = "digests.json"
@@ -134,7 +134,7 @@ def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None])
 def damage_of(folder: Path) -> str | None:
     """Say how a set differs from the one that was published there; None where it does not."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(regular(folder / RECORD).read_text(encoding="utf-8"))
         key, digests = record["key"], dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{RECORD} is missing or damaged"
@@ -144,6 +144,8 @@ def damage_of(folder: Path) -> str | None:
         found = _digests(folder)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
+    except UserError as error:  # no file
+        return str(error)
     if differing := sorted(found.keys() ^ digests.keys()):
         return f"{differing[0]} is {'not of it' if differing[0] in found else 'missing'}"
     damaged = [name for name in digests if found[name] != digests[name]]

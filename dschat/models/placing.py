@@ -25,7 +25,7 @@ from dschat.models.reward_note import NOTE_FILE
 from dschat.models.reward_statistics import EVALUATION_FILE, VALUE_FILE
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.save_plan import ADAPTER_FOLDER, ENTRIES, LIST, READY
-from dschat.utils.files import size_of, sync, sync_tree
+from dschat.utils.files import remove, size_of, sync, sync_tree
 from dschat.utils.module.adapter_config import CONFIG_FILE
 
 PART = ".model.tmp"
@@ -82,7 +82,7 @@ def finish(folder: Path) -> bool:
         True where there was one.
     """
     ready = folder / READY
-    if not ready.is_dir():
+    if not ready.is_dir() or ready.is_symlink():
         return False
     is_whole = (ready / LIST).is_file()  # else all its files are in place already
     if is_whole:
@@ -146,8 +146,9 @@ def repair(folder: str | Path) -> list[str]:
         done += repair(folder / ADAPTER_FOLDER)  # it is put in place on its own
     if finish(folder):
         done.append(f"{folder}: put the finished model of a killed run in place")
-    if (folder / PART).is_dir():
-        done.append(_removed(folder / PART))
+    for left in (folder / PART, folder / READY):
+        if left.is_symlink() or left.exists():
+            done.append(_removed(left))
     real = folder.resolve()
     pattern = re.compile(re.escape(f".{real.name}.") + r"[0-9a-f]{8}\.(tmp|old)")
     # Earlier versions moved the output folder aside for a moment, all that was in it included.
@@ -181,5 +182,5 @@ def _brought_back(aside: Path, folder: Path) -> str:
 
 def _removed(left: Path) -> str:
     size = size_of(left)
-    shutil.rmtree(left)
+    remove(left)
     return f"{left}: removed, a killed run left it unfinished ({size / 1e6:,.1f} MB)"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dschat.utils.files import write_anew
 from dschat.utils.printable import printable
 
 BASE = Path(__file__).parent  # holds base.html.j2, which every page extends
@@ -36,7 +37,7 @@ def put_in_place(path: Path, data: bytes) -> None:
     """Write a file, which takes its place in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.tmp")
-    part.write_bytes(data)
+    write_anew(part, data)
     os.replace(part, path)
 
 

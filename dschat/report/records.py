@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import brief, parse_json
+from dschat.utils.files import regular
 
 METRICS = "metrics.jsonl"
 DESCRIPTION = "run.json"  # program, settings, versions
@@ -77,14 +78,14 @@ def read(folder: Path) -> Records:
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     # Bytes: texts may hold characters that end a line elsewhere.
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
                 yield _object(line, f"{path.name} line {number}")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return _object(path.read_bytes(), path.name) if path.exists() else {}
+    return _object(regular(path).read_bytes(), path.name) if path.exists() else {}
 
 
 def _object(text: bytes, place: str) -> dict[str, Any]:

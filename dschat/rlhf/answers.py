@@ -17,6 +17,7 @@ from dschat.rlhf.rewards import texts_of
 from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.line_files import keep_longest, set_aside
 from dschat.train.metrics import format_value
+from dschat.utils.files import regular, write_anew
 
 FILE = "answers.jsonl"
 LINES = 4  # of one text on the screen, about
@@ -137,7 +138,7 @@ class AnswerFile:
 
     def _lines_until(self, iteration: int) -> list[bytes]:
         # Bytes: texts may hold characters that end a line elsewhere, a kill may leave half a one.
-        with self.path.open("rb") as file:
+        with regular(self.path).open("rb") as file:
             return [
                 line
                 for line in file
@@ -146,7 +147,7 @@ class AnswerFile:
 
     def _replace(self, lines: Sequence[bytes]) -> None:
         part = self.path.with_suffix(".tmp")
-        part.write_bytes(b"".join(lines))
+        write_anew(part, b"".join(lines))
         part.replace(self.path)
 
     def replace(self, iteration: int, answers: Sequence[Answer]) -> None:

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 from dschat.errors import UserError, brief
 from dschat.text.conversations import Prompt, Turn, as_turns, has_markers
+from dschat.utils.bounded import TooMuchError, bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 USE_DSCHAT = "fix the template or use --prompt_format dschat"
+_REMEDY = "fix or drop the row, or use --prompt_format dschat"
+# A template takes far less than a millisecond, writes some thousand characters of its own, and may
+# escape or repeat those of the conversation.
+_SECONDS, _BYTES, _CHARACTERS, _TIMES = 10.0, 2e9, 1_000_000, 20
 
 
 @dataclass(frozen=True)
@@ -103,18 +108,32 @@ class ChatFormat:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open: bool) -> str:
-    """Write a conversation by the chat template, with an answer opened after it if `is_open`."""
+    """Write a conversation by the chat template, with an answer opened after it if `is_open`.
+
+    Raises:
+        UserError: the template fails, or takes or writes too much.
+    """
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    given = sum(len(turn.text) for turn in turns)
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=is_open
-        )
+        with bounded(_SECONDS, _BYTES):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=is_open
+            )
+    except TooMuchError as error:
+        raise UserError(
+            f"the chat template takes {error} for a conversation of {given:,} characters; {_REMEDY}"
+        ) from error
     except Exception as error:  # a template is a program, and may fail in any way
         raise UserError(
-            f"the chat template refuses the conversation ({brief(error)}); fix or drop the row, "
-            "or use --prompt_format dschat"
+            f"the chat template refuses the conversation ({brief(error)}); {_REMEDY}"
         ) from error
     assert isinstance(text, str)
+    if len(text) > _CHARACTERS + _TIMES * given:
+        raise UserError(
+            f"the chat template makes {len(text):,} characters of a conversation of {given:,}; "
+            f"{_REMEDY}"
+        )
     return text
 
 

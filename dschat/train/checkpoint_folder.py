@@ -11,13 +11,21 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dschat.errors import UserError
-from dschat.utils.files import disk_errors_named, exchange, sha256, size_of, sync, sync_tree
+from dschat.utils.files import (
+    disk_errors_named,
+    exchange,
+    regular,
+    remove,
+    sha256,
+    size_of,
+    sync,
+    sync_tree,
+)
 
 RECORD = "state.json"
 FORMAT = 3  # of the folder; raise it when older checkpoints cannot be resumed any more
@@ -59,7 +67,7 @@ def repair(output_dir: str | Path) -> list[str]:
     lines = []
     for left in sorted(folder_of(output_dir).glob(".step-*.tmp")):
         size = size_of(left)
-        shutil.rmtree(left)
+        remove(left)
         lines.append(f"{left}: removed, a killed run left it unfinished ({size / 1e6:,.1f} MB)")
     return lines
 
@@ -75,11 +83,12 @@ def disk_errors(
     Raises:
         UserError: in its place.
     """
-    newest = functools.partial(_newest, output_dir)
+    newest = functools.partial(last_good, output_dir)
     return disk_errors_named(f"output_dir {output_dir}", newest, path)
 
 
-def _newest(output_dir: str | Path) -> str:
+def last_good(output_dir: str | Path) -> str:
+    """Say which checkpoint is the newest at the end of a run that cannot go on."""
     try:
         present = checkpoints_in(folder_of(output_dir))
     except OSError:
@@ -145,7 +154,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         UserError: this is no checkpoint, or not all of it.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(regular(folder / RECORD).read_text(encoding="utf-8"))
         version = record["format"]
     except FileNotFoundError as error:
         raise UserError(
@@ -213,7 +222,7 @@ def publish(folder: Path, step: int, limit: int) -> None:
     part, final = unfinished_path(folder, step), folder / f"step-{step:06d}"
     sync_tree(part)
     if final.exists() and exchange(part, final):
-        shutil.rmtree(part)
+        remove(part)
     else:
         if final.exists():
             _remove(final)
@@ -233,4 +242,4 @@ def _remove(checkpoint: Path) -> None:
     """Remove under a dotted name: half a checkpoint never has a plain one."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    remove(hidden)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dschat.utils.files import regular, write_anew
+
 
 def set_aside(path: Path) -> None:
     """Give an earlier run's file the first free number: metrics.jsonl becomes metrics.1.jsonl."""
@@ -26,9 +28,9 @@ def keep_longest(path: Path) -> None:
 
 def restore_lines(path: Path, earlier: Path) -> None:
     """Make the file equal `earlier`; set aside one that begins otherwise: it is another run's."""
-    lines = earlier.read_bytes()
-    if path.exists() and not path.read_bytes().startswith(lines):
+    lines = regular(earlier).read_bytes()
+    if path.exists() and not regular(path).read_bytes().startswith(lines):
         set_aside(path)
     part = path.with_suffix(".tmp")
-    part.write_bytes(lines)
+    write_anew(part, lines)
     os.replace(part, path)

@@ -133,12 +133,20 @@ class MetricLogger:
 
     def _write_line(self, line: str) -> None:
         assert self._file is not None
-        if os.fstat(self._file.fileno()).st_nlink == 0:  # what went on would be seen by nobody
+        if not self._is_in_place():  # what went on would be seen by nobody
             self._file.close()
             self._file = self._path.open("a", encoding="utf-8")
             print_rank_0(f"{self._path}: was removed; a new one begins here")
         self._file.write(line)
         self._file.flush()
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the open file is still the one of this name; its folder may have moved."""
+        assert self._file is not None
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Finish every writer, and make the page of the run; a second call does nothing."""

@@ -32,6 +32,8 @@ def hold(output_dir: str | Path) -> None:
     path = Path(output_dir).resolve() / NAME
     if path in _held:
         return
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"output_dir {output_dir}: {path} is no file; remove it")
     try:
         file = _locked(path)
         file.truncate(0)
@@ -61,7 +63,7 @@ def hold(output_dir: str | Path) -> None:
 def _locked(path: Path) -> IO[str]:
     """Open and lock the file; not one that its holder has removed in between."""
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115
         try:
             # A lock of the process: workers that it forks do not keep it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,6 +78,11 @@ def _locked(path: Path) -> IO[str]:
         file.close()
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Open the file itself: what a link leads to would be emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def release(output_dir: str | Path | None = None) -> None:
     """Let go of this folder, or of all that this process holds."""
     chosen = None if output_dir is None else Path(output_dir).resolve() / NAME
@@ -83,6 +90,11 @@ def release(output_dir: str | Path | None = None) -> None:
         with contextlib.suppress(OSError):  # a disk gone read-only: the file stays, locking nothing
             path.unlink(missing_ok=True)
         _held.pop(path).close()
+
+
+def held() -> list[Path]:
+    """List the folders that this process holds."""
+    return [path.parent for path in _held]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ All of them get the same names, `train/loss`, `eval/accuracy`, of the same steps
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -17,7 +18,9 @@ from typing import Any, Protocol
 
 from dschat.errors import UserError, brief
 from dschat.settings import Settings, setting
+from dschat.train.checkpoint_folder import last_good
 from dschat.utils.distributed import print_rank_0
+from dschat.utils.files import disk_errors_named
 from dschat.utils.printable import printable
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # and the packages of that name
@@ -91,21 +94,33 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Events in a folder; a resumed run hides what an earlier one wrote after its step."""
+    """Events in a folder; a resumed run hides what an earlier one wrote after its step.
 
-    def __init__(self, folder: str, resumed_at: int | None):
+    Every method raises UserError, with the run's newest checkpoint, where the disk takes no more.
+    """
+
+    def __init__(self, folder: str, output_dir: str, resumed_at: int | None):
+        self._folder, self._output_dir = folder, output_dir
         module = importlib.import_module("torch.utils.tensorboard")
         hidden = {} if resumed_at is None else {"purge_step": resumed_at + 1}
-        self._writer: Any = module.SummaryWriter(log_dir=folder, **hidden)
+        with self._one_line():
+            self._writer: Any = module.SummaryWriter(log_dir=folder, **hidden)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write an event for each."""
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        """Write an event for each; all are on their way to the disk when this returns."""
+        with self._one_line():
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # the writer's thread keeps an error for the call after
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        with self._one_line():
+            self._writer.close()
+
+    def _one_line(self) -> contextlib.AbstractContextManager[None]:
+        remedy = functools.partial(last_good, self._output_dir)
+        return disk_errors_named(f"tensorboard_path {self._folder}", remedy)
 
 
 class WandB:
@@ -149,7 +164,7 @@ def start(config: LogConfig, output_dir: str, resumed_at: int | None) -> dict[st
         UserError: a service that takes no run, as one that wants a key first.
     """
     makers: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoard(config.tensorboard_path, resumed_at),
+        "tensorboard": lambda: TensorBoard(config.tensorboard_path, output_dir, resumed_at),
         "wandb": lambda: WandB(config.wandb_project, output_dir),
         "trackio": lambda: Trackio(config.trackio_project or TRACKIO_PROJECT),
     }
@@ -157,6 +172,8 @@ def start(config: LogConfig, output_dir: str, resumed_at: int | None) -> dict[st
     for name, flag in config.trackers.items():
         try:
             made[name] = makers[name]()
+        except UserError:
+            raise
         except Exception as error:
             reason = brief(error, with_type=True)
             raise UserError(f"{flag}: {name} takes no run ({reason}); drop the setting") from error

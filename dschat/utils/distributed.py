@@ -185,10 +185,14 @@ def all_gather(value: Result) -> list[Result]:
     return values
 
 
-def barrier() -> None:
-    """Wait for every rank."""
+def barrier(name: str = "a barrier", patient: bool = False) -> None:
+    """Wait for every rank.
+
+    Args:
+        name: of the place, for messages. patient: one of them may work until then for hours.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        with waiting("a barrier"):
+        with waiting(name, patient):
             dist.barrier()
 
 

@@ -49,15 +49,45 @@ def exchange(first: Path, second: Path) -> bool:
     return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
+def regular(path: Path) -> Path:
+    """Give the path back, unless it leads to a pipe or a device: reading one might never end.
+
+    Raises:
+        UserError: it does.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is a pipe or a device; put a file in its place, or remove it")
+    return path
+
+
+def write_anew(path: Path, data: bytes) -> None:
+    """Write a file for this process alone, not through a link that stands under its name."""
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.write(data)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with what is in it, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as a hexadecimal text."""
-    with path.open("rb") as file:
+    """SHA-256 of a file, as a hexadecimal text.
+
+    Raises:
+        UserError: it is a pipe or a device.
+    """
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         return sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
     return path.lstat().st_size
 
@@ -97,7 +127,7 @@ def in_words(size: float) -> str:
     return f"{size:.3g} {_UNITS[-1]}"
 
 
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 
 
 def disk_error(error: BaseException) -> OSError | None:
@@ -111,9 +141,11 @@ def disk_error(error: BaseException) -> OSError | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno is not None:
-            return OSError(seen.errno, os.strerror(seen.errno), seen.filename)
+            name = seen.filename
+            name = os.fsdecode(name) if isinstance(name, bytes) else name
+            return OSError(seen.errno, os.strerror(seen.errno), name)
         number = re.search(r"\(os error (\d+)\)", str(seen))
-        known = (n for n in _OF_DISKS if os.strerror(n) in str(seen))
+        known = (n for n in OF_DISKS if os.strerror(n) in str(seen))
         code = next(known, None) if number is None else int(number[1])
         if code is not None:
             return OSError(code, os.strerror(code))

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import traceback
 import warnings
 from types import TracebackType
@@ -79,6 +80,12 @@ def _show_error(
     sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _show_threads_error(args: threading.ExceptHookArgs) -> None:
+    """Show what ended a thread; TensorBoard's keeps that for its next caller, who says it."""
+    if args.exc_value is not None and not type(args.thread).__module__.startswith("tensorboard."):
+        _show_error(args.exc_type, args.exc_value, args.exc_traceback)
+
+
 _format_warning = warnings.formatwarning
 
 
@@ -97,6 +104,7 @@ def guard_terminal() -> None:
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _show_warning
     sys.excepthook = _show_error
+    threading.excepthook = _show_threads_error
 
 
 def last_line(line: str) -> None:

@@ -229,6 +229,11 @@ def stop() -> None:
     _watch = None
 
 
+def is_on() -> bool:
+    """Tell whether this is one of several ranks that watch over each other."""
+    return _watch is not None
+
+
 def explain(error: Exception) -> str | None:
     """Say which rank an error of a collective is about; None for any other error.
 

@@ -217,6 +217,11 @@ DAMAGE = {
     "removed": (lambda s: (s / "text").unlink(), "text is missing"),
     "added": (lambda s: (s / "train-9.arrow").touch(), "train-9.arrow is not of it"),
     "a folder": (lambda s: ((s / "text").unlink(), (s / "text").mkdir()), "text is missing"),
+    "a pipe": (lambda s: ((s / "text").unlink(), os.mkfifo(s / "text")), "text: is a pipe or a"),
+    "a pipe as record": (
+        lambda s: ((s / RECORD).unlink(), os.mkfifo(s / RECORD)),
+        f"{RECORD} is missing or damaged",
+    ),
     "no record": (lambda s: (s / RECORD).unlink(), f"{RECORD} is missing or damaged"),
     "record": (lambda s: (s / RECORD).write_text("[1]"), f"{RECORD} is missing or damaged"),
     "list": (

@@ -1,6 +1,7 @@
 """The page of a run: what it shows, that it stands alone, and that nothing in it runs."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -215,10 +216,15 @@ def test_the_command(folder: Path, tmp_path: Path, capsys):
         ("held_out_answers.jsonl", "\xff\n", "held_out_answers.jsonl line 1: Expecting value"),
         ("run.json", '{"settings": 3}', "AttributeError: "),
         ("run.json", "null", "run.json: holds no JSON object"),
+        ("run.json", None, r".*run\.json: is a pipe or a device; put a file in its place"),
     ],
 )
-def test_a_damaged_record_is_one_line(folder: Path, name: str, text: str, words: str):
-    (folder / name).write_text(text, encoding="utf-8")
+def test_a_damaged_record_is_one_line(folder: Path, name: str, text: str | None, words: str):
+    if text is None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=f"what the run wrote is damaged: {words}") as error:
         program.main([str(folder)])
     assert "\n" not in str(error.value)

@@ -1,15 +1,20 @@
 """The prompt format of a model: chosen, stored with its tokenizer, followed, contradicted."""
 
+import itertools
 import json
+import signal
+import threading
 
 import pytest
 from transformers import AutoTokenizer
 
 from dschat.errors import UserError
+from dschat.text import chat_template
 from dschat.text.conversations import Turn
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import CONFIG_KEY, choose_format, describe_format, set_format
 from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
+from dschat.utils import bounded
 from tests.text.templates import FAMILIES, THINKING, Family, with_template
 
 ASKED = (Turn("user", "hi"),)
@@ -83,6 +88,43 @@ def test_a_template_that_raises_is_one_line(template, words, byte_tokenizer):
     with pytest.raises(UserError, match=words) as caught:
         set_format(with_template(byte_tokenizer, Family(template, "")))
     assert "\n" not in str(caught.value)
+
+
+LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "limits", "words"),
+    [
+        (
+            LOOP,
+            {"_SECONDS": 0.2},
+            r"takes more than 0\.2 s for a conversation of 8 characters; fix",
+        ),
+        ("{{ x.a[" + LOOP, {}, "refuses the conversation"),  # cannot be compiled
+        (LOOP, {"_BYTES": 1e6}, r"takes more than 0\.001 GB of memory for a conversation of 8"),
+        ("{{ 'a' * 2000000 }}", {}, "makes 2,000,000 characters of a conversation of 8; fix or"),
+    ],
+)
+def test_a_template_without_end_is_one_line(template, limits, words, byte_tokenizer, monkeypatch):
+    for name, limit in limits.items():
+        monkeypatch.setattr(chat_template, name, limit)
+    if "_BYTES" in limits:  # else what other tests held counts
+        monkeypatch.setattr(bounded, "_peak", itertools.count(step=10**6).__next__)
+    handler = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match=words):
+        set_format(with_template(byte_tokenizer, Family(template, "")))
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert signal.getsignal(signal.SIGVTALRM) is handler
+
+
+def test_a_long_row_and_another_thread_are_no_runaways(byte_tokenizer):
+    form = set_format(with_template(byte_tokenizer, FAMILIES["chatml"]))
+    question, texts = "why? " * 400_000, []
+    thread = threading.Thread(target=lambda: texts.append(form.prompt(question)))
+    thread.start()
+    thread.join()
+    assert [form.prompt(question)] == texts and len(texts[0]) > 2_000_000
 
 
 def test_a_template_that_changes_what_is_said_is_refused(byte_tokenizer):

@@ -115,15 +115,22 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
     save(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     (tmp_path / "checkpoints" / ".step-000000.old.tmp").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    (tmp_path / "checkpoints" / ".step-000003.tmp").symlink_to(tmp_path / "mine")
+    (tmp_path / "checkpoints" / ".step-000004.tmp").touch()
     assert [path.name for path in choose(str(tmp_path), NEWEST)] == ["step-000001"]
     lines = checkpoint_folder.repair(tmp_path)
     assert [line.partition(":")[0].rpartition("/")[2] for line in lines] == [
         ".step-000000.old.tmp",
         ".step-000002.tmp",
+        ".step-000003.tmp",
+        ".step-000004.tmp",
     ]
     assert "removed, a killed run left it unfinished" in lines[1]
     assert checkpoint_folder.repair(tmp_path) == []
     assert present(tmp_path) == ["step-000001"]
+    assert (tmp_path / "mine" / "notes").exists()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +170,12 @@ def test_a_complete_checkpoint(tmp_path):
     check_files(tmp_path / "checkpoints" / "step-000003", record["files"])
 
 
+def make_pipe(path: Path) -> None:
+    """Put a pipe that nobody writes into in the place of a file."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def edited(text: str, other: str) -> Callable[[Path], None]:
     """Replace a text in the record."""
 
@@ -200,6 +213,7 @@ def with_digest(**changes: object) -> Callable[[Path], None]:
         (with_digest(files={"../x": ""}), "state.json names ../x, which is outside; remove"),
         (with_digest(files={}), "model/weights.pt is not of it; remove it"),
         (lambda s: (s / "model/layer_00.pt").write_text(""), "model/layer_00.pt is not of it; r"),
+        (lambda s: make_pipe(s / "state.json"), "state.json cannot be read; remove"),
         (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no checkpoint"),
         (lambda s: (s / "state.json").write_text("{"), "state.json cannot be read; remove"),
         (lambda s: (s / "state.json").write_text("[]"), "state.json cannot be read; remove"),

@@ -114,7 +114,8 @@ def seen(monkeypatch) -> list:
     def writer(log_dir):
         heard.append(("tensorboard", log_dir))
         add = lambda *scalar: heard.append(scalar)  # noqa: E731
-        return SimpleNamespace(add_scalar=add, close=lambda: heard.append("closed"))
+        close = lambda: heard.append("closed")  # noqa: E731
+        return SimpleNamespace(add_scalar=add, flush=lambda: None, close=close)
 
     def init(**kwargs):
         heard.append(("wandb", kwargs))

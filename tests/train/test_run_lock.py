@@ -90,6 +90,32 @@ def test_a_removed_lock_file_is_not_taken_for_the_lock(tmp_path, monkeypatch):
     run_lock.release()
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind):
+    """In a folder of a stranger's, a link would have another file emptied."""
+    lock, mine = tmp_path / run_lock.NAME, tmp_path / "mine"
+    mine.write_text("mine")
+    make = {"link": lambda: lock.symlink_to(mine), "pipe": lambda: os.mkfifo(lock)}
+    make.get(kind, lock.mkdir)()
+    with pytest.raises(UserError, match=r"\.lock is no file; remove it"):
+        run_lock.hold(tmp_path)
+    with pytest.raises(OSError):
+        run_lock._no_link(str(lock), os.O_WRONLY | os.O_NONBLOCK)
+    assert mine.read_text() == "mine" and run_lock.held() == []
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["process 1 on here", "process 7 on elsewhere", f"process {os.getpid()} on here", "\x1b"],
+)
+def test_a_file_that_names_any_process_keeps_nobody_out(tmp_path, left):
+    """It may be dead, of another host, or another one under its number: the lock counts."""
+    (tmp_path / run_lock.NAME).write_text(left)
+    run_lock.hold(tmp_path)
+    assert (tmp_path / run_lock.NAME).read_text().startswith(f"process {os.getpid()} on ")
+    run_lock.release()
+
+
 def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def lockf(file, how):
         raise OSError(run_lock.errno.ENOLCK, "No locks available")

@@ -1,11 +1,15 @@
 """A disk that takes no more, or a folder that goes: one line, and older checkpoints stay."""
 
 import contextlib
+import fnmatch
 import functools
 import multiprocessing
 import os
 import resource
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +27,9 @@ from dschat.train import memory_use
 from dschat.train.checkpoint_write import Contents, write_checkpoint
 from dschat.train.metrics import LogConfig, MetricLogger, progress_bar
 from dschat.train.shared_disk import check_shared
+from dschat.utils import printable
 from dschat.utils.distributed import Distributed
-from tests.helpers.launch import TIME_LIMIT
+from tests.helpers.launch import ROOT, TIME_LIMIT
 from tests.helpers.steps import free_port
 
 FULL, LIMIT = "No space left on device", 20_000
@@ -145,7 +150,8 @@ def test_folders_that_are_gone_or_files(tmp_path: Path):
 def test_metrics_on_a_full_disk(tmp_path: Path):
     save(tmp_path, 2)
     log = MetricLogger(LogConfig(), tmp_path, rank=0)
-    log._file = open("/dev/full", "a")  # noqa: SIM115
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     line = refusal(lambda: log.log(3, {"loss": 1.0}))
     assert line == (
         f"output_dir {tmp_path}: {tmp_path}/metrics.jsonl: {FULL}; the run stops, and its newest "
@@ -163,9 +169,64 @@ def test_metrics_that_are_removed_begin_anew_and_without_a_folder_stop(tmp_path:
     log.log(2, {"loss": 1.0})
     assert f"{out}/metrics.jsonl: was removed; a new one begins here\n" in capsys.readouterr().out
     assert (out / "metrics.jsonl").read_text() == '{"kind": "train", "step": 2, "loss": 1.0}\n'
-    shutil.rmtree(out)
+    out.rename(tmp_path / "moved")
     line = refusal(lambda: log.log(3, {"loss": 1.0}))
     assert line.startswith(f"output_dir {out}: {out}/metrics.jsonl: No such file or directory; ")
+
+
+@pytest.mark.parametrize("end", ["gone", "full"])
+def test_events_of_tensorboard_that_cannot_be_written(
+    tmp_path: Path, capsys, monkeypatch, end: str
+):
+    monkeypatch.setattr(threading, "excepthook", printable._show_threads_error)
+    save(tmp_path, 2)
+    config = LogConfig(enable_tensorboard=True, tensorboard_path=str(tmp_path / "tb"))
+    log = MetricLogger(config, tmp_path, rank=0)
+    log.log(1, {"loss": 1.0})
+    if end == "gone":
+        shutil.rmtree(tmp_path / "tb")
+        reason = f"{tmp_path}/tb/events.out.tfevents.*: No such file or directory"
+    else:
+        (events,) = (tmp_path / "tb").iterdir()
+        events.unlink()
+        events.symlink_to("/dev/full")
+        reason = FULL
+    line = refusal(lambda: log.log(2, {"loss": 1.0}))
+    newest = f"{tmp_path}/checkpoints/step-000002"
+    assert fnmatch.fnmatchcase(
+        line,
+        f"tensorboard_path {tmp_path}/tb: {reason}; the run stops, and its newest checkpoint is "
+        f"{newest}; mend that, and resume",
+    )
+    assert capsys.readouterr().err == ""  # nor a traceback of the writer's thread
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+def test_a_log_that_takes_no_more_is_named(tmp_path: Path, closed: str):
+    code = (
+        "import sys; from dschat.config.cli import run_cli; from dschat.train import run_lock\n"
+        "def main():\n"
+        "    run_lock.hold('.')\n"
+        f"    print('x', file=sys.{closed if closed != 'both' else 'stdout'}, flush=True)\n"
+        "run_cli(main)"
+    )
+    with open("/dev/full", "w") as full:
+        options = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        options |= {name: full for name in options if closed in (name, "both")}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, cwd=tmp_path, text=True, check=False, **options)
+    assert done.returncode == 1
+    said = [text for text in (done.stdout, done.stderr) if text is not None]
+    if closed == "both":
+        assert said == []
+        return
+    name = {"stdout": "standard output", "stderr": "standard error"}[closed]
+    (text,) = said  # on the other one
+    assert text.strip() == (
+        f"error: rank 0, before the first step: {name} (/dev/full): {FULL}; the run stops, and "
+        "there is no checkpoint; mend that, and start again"
+    )
 
 
 def rank_of(rank: int, port: int, folder: Path, work: Callable[[int], None]) -> None:

@@ -22,6 +22,10 @@ ENDS = {
     "killed": ([1, -9], f"rank 0 lost rank 1 {HERE}; the run ends"),
     "first killed": ([-9, 1], f"rank 1 lost rank 0 {HERE}; the run ends"),
     "one of three killed": ([1, 1, -9], f"rank 0 lost rank 2 {HERE}; the run ends"),
+    "killed at the end": (
+        [-9, 1],
+        "rank 1 lost rank 0 in the last barrier of step 4; the run ends",
+    ),
     "stopped": ([1, None], f"rank 0 {WAITED} 1 {HERE} {SILENT}"),
     "first stopped": ([None, 1], f"rank 1 {WAITED} 0 {HERE} {SILENT}"),
     "hangs": ([1, 1], f"rank 0 {WAITED} 1 {HERE} {STILL}"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import deepspeed
 
 from dschat.config.cli import run_cli
-from dschat.train import checkpoint_write, signals
+from dschat.train import checkpoint_write, run_lock, signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import all_reduce_sum, barrier, from_main, init_distributed
 from dschat.utils.waiting import from_waiting_main
@@ -51,6 +51,11 @@ def write_file(name: str) -> None:
     checkpoint_write._save({}, path)
 
 
+def killed_in_release() -> None:
+    """Die as the last thing that the run does: it lets go of its output folder."""
+    run_lock.release = KILL
+
+
 KILL, STOP, HANG = send(signal.SIGKILL), send(signal.SIGSTOP), lambda: time.sleep(3600)
 # Name → what each rank does in step 4, in its order; None: it never starts.
 CASES: dict[str, list[Callable[[], object] | None]] = {
@@ -58,6 +63,7 @@ CASES: dict[str, list[Callable[[], object] | None]] = {
     "killed": [print, KILL],
     "first killed": [KILL, print],
     "one of three killed": [print, print, KILL],
+    "killed at the end": [killed_in_release, print],
     "stopped": [print, STOP],
     "first stopped": [STOP, print],
     "hangs": [print, HANG],
