@@ -10,19 +10,21 @@ from safetensors.torch import load_file
 from dschat.checkpoint import main as checkpoint
 from dschat.train.safe_load import load_file as load_pt
 from tests.helpers.resume_runs import TIMES, write_models
-from tests.helpers.steps import DPO, PPO, SFT, Result, run_worker
+from tests.helpers.steps import DPO, PPO, REWARD, SFT, Result, run_worker
 
 DATA = "--data_path data --data_split 4,4,2 --data_output_path cache --log_every 1"
 COMMON = f"{DATA} --max_seq_len 64 --num_train_epochs 2 --num_warmup_steps 2 --learning_rate 1e-3"
 COMMON += " --lora_dim 4 --model_name_or_path model --gradient_accumulation_steps 2"
 # The likeliest token each time: sampling draws from generators of each rank.
-ROLES = f"{DATA} --dtype fp32 --top_k 1"
-ROLES += " --actor_model_name_or_path model --critic_model_name_or_path critic"
-ROLES += " --max_prompt_seq_len 48 --max_answer_seq_len 4 --num_warmup_steps 0 --enable_ema"
-ROLES += " --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --actor_lora_dim 4"
-ROLES += " --max_eval_samples 4 --kl_target 0.5 --kl_horizon 8 --ppo_epochs 2"
-ROLES += " --reward_function own_rewards:length"
-ROLES += " --unsupervised_dataset_name texts.jsonl --unsup_coef 0.3"
+POLICY = f"{DATA} --dtype fp32 --top_k 1 --actor_model_name_or_path model --actor_lora_dim 4"
+POLICY += " --max_prompt_seq_len 48 --max_answer_seq_len 4 --num_warmup_steps 0"
+POLICY += " --actor_learning_rate 1e-3 --max_eval_samples 4 --ppo_epochs 2"
+POLICY += " --reward_function own_rewards:length"
+POLICY += " --unsupervised_dataset_name texts.jsonl --unsup_coef 0.3"
+ROLES = f"{POLICY} --critic_model_name_or_path critic --critic_learning_rate 1e-3 --enable_ema"
+ROLES += " --kl_target 0.5 --kl_horizon 8"
+# Both answers are the likeliest one, and none is better: the texts train.
+GRPO = f"{POLICY} --advantage_estimator grpo --answers_per_prompt 2"
 SAVING = "--save_total_limit 99 --save_steps"
 TOLERANCE = 1e-5
 FP16_ROUNDING = 2**-11  # of each activation; shards add gradients up in another order
@@ -44,6 +46,15 @@ def fp16(rows: int, more: str) -> list[str]:
 def ppo(rows: int, more: str) -> list[str]:
     sizes = f"--per_device_generation_batch_size {rows} --per_device_training_batch_size {rows}"
     return [PPO, *shlex.split(f"{ROLES} {sizes} {more}")]
+
+
+def reward(rows: int, more: str) -> list[str]:
+    return sft(rows, more, main=REWARD)
+
+
+def grpo(rows: int, more: str) -> list[str]:
+    sizes = f"--per_device_generation_batch_size {rows} --per_device_training_batch_size {2 * rows}"
+    return [PPO, *shlex.split(f"{GRPO} {sizes} {more}")]
 
 
 def convert(folder: Path, name: str) -> str:
@@ -72,13 +83,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Resu
             "dpo": dpo(4, f"{SAVING} 5 --output_dir dpo"),
             "offload": sft(4, f"--zero_stage 2 --offload {SAVING} 5 --output_dir offload"),
             "fp16": fp16(4, f"{SAVING} 5 --output_dir fp16"),
+            "reward": reward(4, f"--zero_stage 2 {SAVING} 5 --output_dir reward"),
+            "grpo": grpo(4, f"--actor_zero_stage 2 {SAVING} 1 --output_dir grpo"),
         },
     )
     one = convert(folder, "one/checkpoints/step-000005")
     roles = convert(folder, "ppo/checkpoints/step-000002")
     others = {
-        n: convert(folder, f"{n}/checkpoints/step-000005") for n in ("dpo", "offload", "fp16")
+        n: convert(folder, f"{n}/checkpoints/step-000005")
+        for n in ("dpo", "offload", "fp16", "reward")
     }
+    policy = convert(folder, "grpo/checkpoints/step-000002")
     more = "--actor_zero_stage 3 --critic_zero_stage 2"
     launch(
         2,
@@ -93,6 +108,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Resu
             ),
             "fp16 at ZeRO 3": fp16(
                 2, f"--zero_stage 3 --resume {others['fp16']} --output_dir fp16-3"
+            ),
+            "reward at ZeRO 3": reward(
+                2, f"--zero_stage 3 --resume {others['reward']} --output_dir reward-3"
+            ),
+            "grpo at ZeRO 3": grpo(
+                2, f"--actor_zero_stage 3 --resume {policy} --output_dir grpo-3"
             ),
             "two": sft(2, f"--zero_stage 2 {SAVING} 5 --output_dir two"),
             "ppo of two": ppo(2, f"{more} {SAVING} 1 --output_dir ppo-two"),
@@ -114,6 +135,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Resu
 
 def figures(folder: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = (line for line in lines if line["kind"] != "warning")
     kept = [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
     return [{k: v for k, v in line.items() if not k.endswith("grad_norm")} for line in kept]
 
@@ -129,6 +151,8 @@ def figures(folder: Path) -> list[dict[str, float]]:
         ("dpo", "dpo-2"),
         ("offload", "offload-3"),
         ("fp16", "fp16-3"),
+        ("reward", "reward-3"),
+        ("grpo", "grpo-3"),
     ],
 )
 def test_the_rest_is_that_of_a_run_that_never_stopped(runs, whole, rest):
