@@ -9,13 +9,18 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from dschat.chat.bot import Chatbot
 from dschat.config.cli import run_cli
+from dschat.config.yaml_file import read_yaml
 from dschat.data.__main__ import main as inspect_data
+from dschat.data.sources import Finder
 from dschat.errors import UserError
 from dschat.merge import main as merge
 from dschat.models import placing
@@ -31,7 +36,15 @@ from dschat.train.line_files import restore_lines
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.printable import guard_terminal, printable
 from inference.chatbot import main as chat
-from tests.helpers.doors import REFUSED, mark, plant_inert, planted
+from tests.helpers.doors import (
+    REFUSED,
+    Payload,
+    code_of,
+    mark,
+    plant_inert,
+    planted,
+    write_pickle,
+)
 from tests.helpers.steps import (
     DPO,
     PPO,
@@ -223,6 +236,46 @@ def test_no_program_runs_code_of_a_folder(tmp_path):
         assert not (set("\x1b\x07\x9b\u202e") & set(result.stderr)), (argv, result.stderr)
     for folder in folders:
         assert not mark(tmp_path / folder).exists(), folder
+
+
+def plant_yaml(folder: Path) -> Callable[[], object]:
+    (folder / "c.yaml").write_text(f"a: !!python/object/apply:os.mkdir ['{mark(folder)}']\n")
+    return lambda: read_yaml(folder / "c.yaml")
+
+
+def pickled_column(folder: Path) -> pa.Table:
+    """A column of an extension type of Arrow's own, which its older versions unpickled."""
+    told = {b"ARROW:extension:name": b"arrow.py_extension_type"}
+    told[b"ARROW:extension:metadata"] = pickle.dumps(Payload(code_of(folder)))
+    fields = [pa.field(name, pa.string(), metadata=told) for name in preference_rows(1, seed=0)[0]]
+    return pa.Table.from_pylist(preference_rows(4, seed=0), pa.schema(fields))
+
+
+def plant_parquet(folder: Path) -> Callable[[], object]:
+    pq.write_table(pickled_column(folder), folder / "rows.parquet")
+    return lambda: list(Finder().find(str(folder / "rows.parquet"))[0].read())
+
+
+def plant_saved_set(folder: Path) -> Callable[[], object]:
+    datasets.Dataset.from_list(preference_rows(4, seed=0)).save_to_disk(folder / "set")
+    (file,) = (folder / "set").glob("*.arrow")
+    table = pickled_column(folder)
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    write_pickle(folder / "set", "dataset.pkl")
+    return lambda: list(Finder().find(str(folder / "set"))[0].read())
+
+
+@pytest.mark.parametrize("plant", [plant_yaml, plant_parquet, plant_saved_set])
+def test_no_recipe_and_no_rows_run_code(tmp_path, plant):
+    folder = tmp_path / "door"
+    folder.mkdir()
+    read = plant(folder)
+    try:
+        assert len(read()) == 4  # rows, as if there were no more in them
+    except UserError as error:
+        assert plant is plant_yaml and "not YAML" in str(error)
+    assert not mark(folder).exists() and not (tmp_path / "set-ran").exists()
 
 
 def resumes_figures(out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from dschat.report.html import put_in_place
 from dschat.report.panels import PANELS, Panel
 from dschat.report.records import Records, read
+from dschat.utils.files import regular
 from dschat.utils.printable import printable
 
 CARD, CURVE = "README.md", "training_curve.png"
@@ -59,7 +60,7 @@ def write_cards(output_dir: str | Path) -> list[Path]:
     curve = _curve(records)
     for model in models_of(output_dir, records):
         path = model.folder / CARD
-        if path.exists() and not is_untouched(path.read_text(encoding="utf-8")):
+        if path.exists() and not is_untouched(regular(path).read_text(encoding="utf-8")):
             continue
         if curve is not None:
             put_in_place(model.folder / CURVE, curve)

@@ -81,7 +81,7 @@ class VLLMServer:
             raise self._refused(path, response.status, text)
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
 
     def _refused(self, path: str, status: int, text: str) -> UserError:
@@ -175,6 +175,6 @@ def message_of(text: str) -> str:
         found = json.loads(text)
         inner = found.get("error", found)
         message = inner.get("message") if isinstance(inner, dict) else inner
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         message = None
     return " ".join(str(message or text or "no reason given").split())[:SHOWN]

@@ -1,11 +1,13 @@
 """Model cards: what they say, that the Hub reads their fields, that a user's page stays."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dschat.errors import UserError
 from dschat.report.card import CARD, CURVE, is_untouched, write_cards
 from dschat.train.metrics import LogConfig, MetricLogger
 from tests.report.test_page import EVIL, write_lines
@@ -76,6 +78,10 @@ def test_a_users_page_stays(run: Path):
     (run / CARD).write_text(first.replace("license: unknown", "license: mit"))
     assert write_cards(run) == [] and "license: mit" in (run / CARD).read_text()
     assert (run / "adapter" / CARD).read_text() == "mine\n"
+    (run / CARD).unlink()
+    os.mkfifo(run / CARD)
+    with pytest.raises(UserError, match=f"{CARD}: is a pipe or a device"):
+        write_cards(run)
 
 
 def test_roles_of_ppo(run: Path):

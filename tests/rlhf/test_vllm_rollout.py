@@ -153,10 +153,20 @@ def raising(status: int, message: str):
             lambda a: {"choices": [{"index": 0, "text": "yes"}]},
             "returns no token ids with log-probabilities; take a version of vLLM",
         ),
+        (
+            "/v1/completions",
+            lambda _: "[" * 100_000,
+            "returns no token ids with log-probabilities; take a version of vLLM",
+        ),
+        (
+            "/v1/load_lora_adapter",
+            raising(400, "[" * 100_000),
+            r"/v1/load_lora_adapter was refused \(400\): \[{200,400}$",
+        ),
         ("/v1/completions", lambda _: time.sleep(2), "no answer to /v1/completions within 0.5 s"),
         ("/v1/models", lambda _: {"status": "fine"}, "/v1/models names no model; give a server"),
     ],
-    ids=["4xx", "no answers", "too many ids", "no ids", "timeout", "not vllm"],
+    ids=["4xx", "no answers", "too many ids", "no ids", "nested", "4xx nested", "timeout", "other"],
 )
 def test_what_a_server_does_wrong_is_one_line(tmp_path, path, fault, message):
     with engine_of(tmp_path) as (engine, stub):
