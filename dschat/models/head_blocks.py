@@ -67,11 +67,19 @@ class HeadBlocks:
         """Score one block; also gradients of its summed log-probabilities: states, parameters."""
         with torch.enable_grad():
             leaf = states.detach().requires_grad_()
-            columns = self._block(leaf, targets)
-            gradients = torch.autograd.grad(
-                columns[0].sum(), [leaf, *parameters], allow_unused=True, materialize_grads=True
-            )
-        return tuple(column.detach() for column in columns), gradients
+            logits = self._logits(leaf)
+        # One softmax serves values, entropies, and the gradient of the logits: one-hot - softmax.
+        logprobs, wanted = logits.detach().log_softmax(-1), targets.unsqueeze(-1)
+        probabilities, picked = logprobs.exp(), logprobs.gather(-1, wanted)
+        columns = [picked.squeeze(-1)]
+        if self.with_entropy:
+            columns.append(logprobs.mul_(probabilities).sum(-1).neg_())
+        gradient = probabilities.neg_().scatter_add_(-1, wanted, torch.ones_like(picked))
+        del logprobs
+        gradients = torch.autograd.grad(
+            logits, [leaf, *parameters], gradient, allow_unused=True, materialize_grads=True
+        )
+        return tuple(columns), gradients
 
     def _joined(
         self, score: Callable[..., Columns], states: torch.Tensor, targets: torch.Tensor
@@ -84,10 +92,13 @@ class HeadBlocks:
             self._block, states, targets, use_reentrant=False, preserve_rng_state=False
         )
 
-    def _block(self, states: torch.Tensor, targets: torch.Tensor) -> Columns:
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(N, V) in fp32, at the temperature."""
         logits = self.head(states).float()
-        if self.temperature != 1.0:
-            logits = logits / self.temperature
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+    def _block(self, states: torch.Tensor, targets: torch.Tensor) -> Columns:
+        logits = self._logits(states)
         logprobs = token_logprobs(logits, targets)
         # The entropy comes last: the backward pass needs nothing of it and does not make it again.
         return (logprobs, token_entropy(logits.detach())) if self.with_entropy else (logprobs,)

@@ -23,6 +23,7 @@ class Generated:
     answers: torch.Tensor  # (R, A) ids, padded after their ends
     logprobs: torch.Tensor | None  # (R, A) fp32, by the sampler; None: it does not tell
     steps: int  # decoding steps, in sequence
+    exact: bool = False  # see `Sampled`
 
 
 @dataclass(frozen=True)
@@ -178,4 +179,5 @@ def _together(parts: list[Sampled], order: torch.Tensor, pad_token_id: int) -> G
         rows([part.sequences for part in parts], pad_token_id),
         rows(told, 0) if len(told) == len(parts) else None,
         sum(part.steps or width for part, width in zip(parts, widths, strict=True)),
+        all(part.exact for part in parts),
     )

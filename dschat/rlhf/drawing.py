@@ -27,18 +27,18 @@ class Drawing:
 
         Returns:
             (N,) ids; (N,) fp32 log-probabilities of them over the entire vocabulary, at the
-            sampling temperature.
+            sampling temperature: the policy's, whether the end token could be drawn or not.
         """
-        scores = logits.float()
+        scores, temperature = logits.float(), self.sampling.temperature
+        if temperature != 1.0 and not self.sampling.greedy:
+            scores = scores / temperature
+        logprobs = kept = scores.log_softmax(-1)
         if self.sampling.min_answer_seq_len:
             early = lengths < self.sampling.min_answer_seq_len
-            column = scores[:, self.end]
-            scores = scores.clone()
-            scores[:, self.end] = torch.where(early, -torch.inf, column)
+            kept = logprobs.clone()
+            kept[:, self.end] = torch.where(early, -torch.inf, logprobs[:, self.end])
         if self.sampling.greedy:
-            return self._told(scores.log_softmax(-1), scores.argmax(-1))
-        logprobs = (scores / self.sampling.temperature).log_softmax(-1)
-        kept = logprobs
+            return self._told(logprobs, kept.argmax(-1))
         for warper in self._filters():
             kept = warper(None, kept)  # neither looks at the tokens before
         # The token at which the sum of probabilities passes a uniform number; fp64, in which no

@@ -8,6 +8,7 @@ from typing import Any
 
 from dschat.data.columns import OwnColumns, picked
 from dschat.lazy import torch
+from dschat.rlhf.kept_pass import KeptPass
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Experience:
     # The only step on it is made before the policy changes: `logprobs` are the sampler's, the ratio
     # is 1.
     fresh: bool = False
+    kept: KeptPass | None = None  # the critic's pass, where its only step can do with that one
     columns: OwnColumns | None = None  # (B,) the rows' own, by name; None: none are kept
 
     def __len__(self) -> int:
@@ -76,7 +78,8 @@ class Experience:
         tensors: dict[str, Any] = {
             n: c[index] for n, c in columns.items() if isinstance(c, torch.Tensor)
         }
-        return replace(self, **tensors, columns=picked(self.columns, index))
+        kept = None if self.kept is None else self.kept.rows(index)
+        return replace(self, **tensors, kept=kept, columns=picked(self.columns, index))
 
     def widened(self, prompt: int, answer: int, pad_token_id: int) -> Experience:
         """Pad prompts on the left to `prompt` tokens, and answers on the right to `answer`."""
@@ -89,7 +92,7 @@ class Experience:
         }
         columns["sequences"] = _padded(self.sequences, sides, pad_token_id)
         columns["attention_mask"] = _padded(self.attention_mask, sides, 0)
-        return replace(self, **columns)
+        return replace(self, **columns, kept=None)
 
     def narrowed(self) -> Experience:
         """Leave out columns of padding alone, in front of the prompts and behind the answers."""
@@ -103,7 +106,7 @@ class Experience:
         }
         inside = slice(length - prompt, length + answer)
         columns |= {"sequences": self.sequences[:, inside], "attention_mask": seen[:, inside]}
-        return replace(self, **columns)
+        return replace(self, **columns, kept=None)
 
 
 OF_ANSWERS = {

@@ -37,6 +37,12 @@ class Sampled:
     sequences: torch.Tensor  # (B, P + A) ids: the prompts unchanged, then answers
     logprobs: torch.Tensor | None = None  # (B, A) fp32, by the sampler; None: it does not tell
     steps: int = 0  # decoding steps, in sequence; 0: one for each of the A tokens
+    exact: bool = False  # `logprobs` are the policy's own but for rounding in fp32
+
+
+def computes_exactly(dtype: torch.dtype) -> bool:
+    """Tell whether models in this dtype compute the same in other shapes but for fp32 rounding."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 class StopStrings(StoppingCriteria):

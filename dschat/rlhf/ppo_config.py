@@ -112,18 +112,23 @@ class PPOConfig(Settings):
             return self.estimator.whitens
         return self.whiten_advantages == "always"
 
-    def first_ratio_is_last(self, rollouts: int, accumulated: int) -> bool:
-        """Tell whether nothing needs the policy's log-probabilities before its only step.
+    def micro_batches(self, rollouts: int) -> int:
+        """Count an epoch's micro-batches on each rank, of so many rollouts."""
+        rows = self.per_device_generation_batch_size * self.answers_per_prompt
+        return rollouts * -(-rows // self.per_device_training_batch_size)
 
-        The ratio of that step is 1 by construction, and the KL penalty is in its loss.
+    def first_ratio_is_last(self, rollouts: int, accumulated: int) -> bool:
+        """Tell whether an iteration makes one step, whose ratio is 1 by construction.
 
         Args:
             rollouts: of an iteration, on each rank. accumulated: micro-batches of a step.
         """
-        rows = self.per_device_generation_batch_size * self.answers_per_prompt
-        micro_batches = rollouts * -(-rows // self.per_device_training_batch_size)
-        is_single = self.ppo_epochs == 1 and micro_batches <= accumulated
-        return is_single and self.estimator.kl_in_loss and not self.rollout_importance_cap
+        is_single = self.ppo_epochs == 1 and self.micro_batches(rollouts) <= accumulated
+        return is_single and not self.rollout_importance_cap
+
+    def first_pass_is_last(self, rollouts: int) -> bool:
+        """Tell whether an iteration makes one pass over one micro-batch of so many rollouts."""
+        return self.ppo_epochs == 1 and self.micro_batches(rollouts) == 1
 
     def chunk_rows(self, answers_per_prompt: int) -> int:
         """Answers generated at a time, by default those to one batch of prompts."""

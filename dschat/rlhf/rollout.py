@@ -13,8 +13,11 @@ from dschat.models.logprobs import answer_logprobs
 from dschat.rlhf.answering import Generated
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.generation import answer_ends
+from dschat.rlhf.kept_pass import KeptPass
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.train.engine import Engine
+from dschat.utils.zero import is_partitioned
 
 
 def answer_values(
@@ -22,6 +25,28 @@ def answer_values(
 ) -> torch.Tensor:
     """(B, A) values of the states before the answer tokens."""
     return critic(sequences, attention_mask)[:, -answer_length - 1 : -1]
+
+
+def critic_values(
+    critic: Engine,
+    sequences: torch.Tensor,
+    attention_mask: torch.Tensor,
+    answer_length: int,
+    *,
+    keeps_pass: bool,
+) -> tuple[torch.Tensor, KeptPass | None]:
+    """(B, A) values without gradient, and the pass that they are of where it is to be kept.
+
+    At ZeRO-3 none is: the weights that it gathered would have to stay until its backward pass.
+    """
+    text = sequences, attention_mask, answer_length
+    if not keeps_pass or any(map(is_partitioned, critic.module.parameters())):
+        return answer_values(critic, *text), None
+    critic.train()  # dropout is off; checkpointing is on where it was asked for
+    with torch.enable_grad():
+        values = answer_values(critic, *text)
+    critic.eval()
+    return values.detach(), KeptPass.of(critic, values)
 
 
 @torch.no_grad()
@@ -33,13 +58,16 @@ def scored(
     answers_per_prompt: int,
     *,
     fresh: bool = False,
+    keeps_pass: bool = False,
 ) -> list[Experience]:
     """Score answers by every role's forward passes in eval mode.
 
     Args:
         batches: of prompts, `ready`.
         fresh: the only step on the answers is made before the policy changes; it is not run over
-            them beforehand where the engine tells log-probabilities.
+            them beforehand where the engine tells log-probabilities that serve as well.
+        keeps_pass: the critic's only step on them is over all of them at once, and can do with the
+            pass that gives their values.
 
     Returns:
         One experience for each batch, its rows in the batch's order, the answers to one prompt
@@ -51,8 +79,12 @@ def scored(
     answers, told = generated.answers.split(sizes), [None] * len(sizes)
     logprobs = told if generated.logprobs is None else generated.logprobs.split(sizes)
     columns = zip(batches, answers, logprobs, groups.split(sizes), strict=True)
-    fresh = fresh and generated.logprobs is not None
-    experiences = [score(roles, *column, config, fresh=fresh) for column in columns]
+    # Where the KL penalty is in the loss they are but reported.
+    serves = generated.exact or config.estimator.kl_in_loss
+    fresh = fresh and generated.logprobs is not None and serves
+    experiences = [
+        score(roles, *column, config, fresh=fresh, keeps_pass=keeps_pass) for column in columns
+    ]
     return [replace(experiences[0], generation_steps=generated.steps), *experiences[1:]]
 
 
@@ -65,6 +97,7 @@ def score(
     config: PPOConfig,
     *,
     fresh: bool = False,
+    keeps_pass: bool = False,
 ) -> Experience:
     """Score one batch of prompts and the (B, A) ids generated for it under every role.
 
@@ -78,6 +111,7 @@ def score(
     temperature = config.sampling.temperature
 
     columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+    kept: KeptPass | None = None
     size = config.per_device_training_batch_size
     for ids, seen in zip(sequences.split(size), attention_mask.split(size), strict=True):
         if not fresh:
@@ -86,10 +120,11 @@ def score(
         columns["ref_logprobs"].append(
             roles.reference_logprobs(ids, seen, length, temperature=temperature)
         )
-        if roles.critic is not None:
-            columns["values"].append(answer_values(roles.critic, ids, seen, length))
         if roles.has_reward_model:
             columns["model_scores"].append(roles.reward_scores(ids, seen, length))
+        if roles.critic is not None:  # last: a pass that is kept holds its activations
+            values, kept = critic_values(roles.critic, ids, seen, length, keeps_pass=keeps_pass)
+            columns["values"].append(values)
     joint = {name: torch.cat(parts) for name, parts in columns.items()}
     told = None if sampler_logprobs is None else sampler_logprobs[:, :length]
     if fresh:
@@ -107,5 +142,6 @@ def score(
         group=group,
         sampler_logprobs=told,
         fresh=fresh,
+        kept=kept,
         columns=prompts.columns,
     )

@@ -13,7 +13,7 @@ from dschat.data.batches import PromptBatch
 from dschat.functional.returns import answer_mask_from
 from dschat.models.causal_lm import forward_inputs
 from dschat.rlhf.drawing import Drawing
-from dschat.rlhf.generation import Sampled, SamplingConfig, StopStrings
+from dschat.rlhf.generation import Sampled, SamplingConfig, StopStrings, computes_exactly
 from dschat.rlhf.static_model import StaticModel
 from dschat.utils.module.lora import fused_adapters
 
@@ -204,4 +204,5 @@ class _Decoding:
         longest = int(mask.sum(-1).max())
         answers = answers.masked_fill(~mask, self.pad)[:, :longest]
         sequences = torch.cat([self.prompts.input_ids, answers], dim=1)
-        return Sampled(sequences, self.logprobs[:-1, :longest], self.steps)
+        exact = computes_exactly(self.static.dtype)
+        return Sampled(sequences, self.logprobs[:-1, :longest], self.steps, exact)

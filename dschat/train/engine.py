@@ -47,6 +47,7 @@ class Engine(nn.Module):
     backward: Callable[..., None]
     step: Callable[[], None]
     was_step_applied: Callable[[], bool]  # False where fp16 skipped an overflow
+    global_steps: int  # since the run's beginning, those that were skipped included
     skipped_steps: int  # since the run's beginning
     fp16_enabled: Callable[[], bool]
     get_global_grad_norm: Callable[[], float | None]  # before clipping; None before the first step

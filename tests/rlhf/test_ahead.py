@@ -53,7 +53,7 @@ def by_hand(trainer) -> None:
     made = sample(BATCHES[0])
     for number in range(len(BATCHES)):
         following = sample(BATCHES[number + 1]) if number + 1 < len(BATCHES) else None
-        experiences = scored(roles, *made, config, 1)
+        experiences = scored(roles, *made, config, 1, keeps_pass=True)
         trainer.train_rlhf([trainer.rewards.applied(e, roles.tokenizer) for e in experiences])
         made = following
 
@@ -121,7 +121,7 @@ def test_an_engine_apart_samples_while_the_trainer_goes_on(load_roles, tmp_path:
         assert not all(torch.equal(now[name], old[name]) for name in now)
         trainer.roles.actor.module.load_state_dict(old, strict=False)
         trainer.roles.eval()
-        own = trainer.policy_scores(late).logprobs
+        own = trainer.updates.policy_scores(late).logprobs
         gap = ((late.sampler_logprobs - own).abs() * late.answer_mask).max()
         assert gap < 2e-5 < (late.sampler_logprobs - late.logprobs).abs().max()
 

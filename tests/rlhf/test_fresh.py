@@ -1,5 +1,6 @@
 """No pass of the policy over answers whose first ratio is 1 by construction: the same step."""
 
+import copy
 from unittest.mock import patch
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 from dschat.rlhf import rollout
 from dschat.rlhf.ppo_config import PPOConfig
-from tests.rlhf.tiny_roles import Setting, ppo_trainer, prompts, without_critic
+from dschat.rlhf.static_model import StaticModel
+from dschat.rlhf.static_rollout import StaticRollout
+from tests.helpers.tiers import tiers
+from tests.rlhf.tiny_roles import LORA, Setting, ppo_trainer, prompts, without_critic
 
 SETTING = Setting(micro_batch=8)
 
@@ -20,7 +24,7 @@ SETTING = Setting(micro_batch=8)
         ({}, 2, 2, True),
         ({"per_device_training_batch_size": 7}, 1, 1, False),  # micro-batches of 7 and 1
         ({"ppo_epochs": 2}, 1, 1, False),
-        ({"advantage_estimator": "rloo"}, 1, 1, False),  # its KL penalty is in the reward
+        ({"advantage_estimator": "rloo"}, 1, 1, True),
         ({"rollout_importance_cap": 2.0}, 1, 1, False),  # needs both log-probabilities
     ],
 )
@@ -59,3 +63,76 @@ def test_the_step_is_that_of_scored_answers_and_its_gap_is_told(load_roles):
     assert 0 < statistics[True]["decode_gap"] < 1e-5 and held_out["decode_gap_max"] < 1e-5
     expected = {n: v for n, v in statistics[False].items() if n != "decode_gap_max"}
     assert statistics[True] == pytest.approx(expected, abs=1e-5)
+
+
+LAYOUTS = {
+    "full": {},
+    "adapters, checkpointing": {"lora": LORA, "gradient_checkpointing": True},
+    "adapters, ZeRO-2": {"lora": LORA, "zero_stage": 2},
+    "four trunks": {"lora": LORA, "share_trunk": "none"},
+}
+
+
+@pytest.mark.parametrize("name", tiers(LAYOUTS, ("adapters, checkpointing",)))
+def test_ppo_makes_one_pass_of_actor_and_critic_where_one_is_enough(load_roles, name):
+    """The same steps as where every role scores before: to rounding of log-probabilities alone."""
+    setting = Setting(micro_batch=4, **LAYOUTS[name])
+    weights, passes, statistics = {}, {}, {}
+    for once in (True, False):
+        roles = load_roles(setting)
+        trainer = ppo_trainer(roles, setting)
+        actor = roles.actor.module
+        trainer.engine = StaticRollout(StaticModel(actor), roles.tokenizer, 4)
+        counted = {"critic": 0}
+        hook = roles.critic.module.register_forward_hook(
+            lambda *_, counted=counted: counted.update(critic=counted["critic"] + 1)
+        )
+        torch.manual_seed(0)
+        with (
+            patch.object(PPOConfig, "first_ratio_is_last", lambda *_, once=once: once),
+            patch.object(PPOConfig, "first_pass_is_last", lambda *_, once=once: once),
+            patch.object(rollout, "answer_logprobs", wraps=rollout.answer_logprobs) as scored,
+        ):
+            for _ in range(2):
+                statistics[once] = trainer.train_rlhf(trainer.rollout([prompts()]))
+        hook.remove()
+        passes[once] = scored.call_count, counted["critic"]
+        weights[once] = [
+            p.detach().clone() for engine in roles.trained.values() for p in engine.parameters()
+        ]
+    # Of two iterations each; the critic's trunk also serves the reward model under adapters.
+    rewards = 2 if roles.reward is None else 0
+    assert passes == {True: (0, 2 + rewards), False: (2, 4 + rewards)}
+    for one, other in zip(weights[True], weights[False], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+    assert statistics[True]["ratio"] == 1.0 and statistics[True]["decode_gap"] < 1e-5
+    expected = {n: v for n, v in statistics[False].items() if n != "decode_gap_max"}
+    assert statistics[True] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_only_nearly_the_policys_is_not_taken_for_its_own(load_roles):
+    """In bf16 the sampler's log-probabilities are others: they may not become the KL penalty."""
+    setting = Setting(dtype="bf16")
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting)
+    trainer.engine = StaticRollout(StaticModel(roles.actor.module), roles.tokenizer, 4)
+    (e,) = trainer.rollout([prompts()])
+    assert not e.fresh and e.kept is not None
+
+
+def test_a_kept_pass_serves_once_and_by_the_weights_that_made_it(load_roles):
+    setting = Setting(lora=LORA)
+    roles = load_roles(setting)
+    trainer = ppo_trainer(roles, setting)
+    (first,), (late,) = trainer.rollout([prompts()]), trainer.rollout([prompts()])
+    assert first.values is not None and not first.values.requires_grad
+    chosen = first.rows(torch.tensor([2, 1, 3])).rows(torch.tensor([1, 0]))
+    values = chosen.kept.taken(roles.critic)
+    assert values.requires_grad
+    torch.testing.assert_close(values * chosen.answer_mask, chosen.values)
+    assert first.kept.taken(roles.critic) is None
+    trainer.train_rlhf([first])  # by a pass of its own
+    assert late.kept.taken(roles.critic) is None  # the critic has made a step
+    assert late.kept.taken(roles.actor) is None
+    assert copy.deepcopy(late).kept.taken(roles.critic) is None
+    assert trainer.rollout([prompts()], answers_per_prompt=1)[0].kept is None

@@ -78,7 +78,7 @@ def test_the_policy_loss_is_corrected_and_the_share_at_the_cap_told(load_roles):
         trainer = trainer_of(load_roles, gap, cap)
         torch.manual_seed(0)
         (e,) = trainer.advantages(trainer.rollout([prompts()]))[0]
-        losses[gap] = {name: float(x) for name, x in trainer.actor_loss(e)[1].items()}
+        losses[gap] = {name: float(x) for name, x in trainer.updates.actor_loss(e)[1].items()}
     plain, within, beyond = losses.values()
     assert "importance_capped" not in plain
     assert within["actor_loss"] == pytest.approx(1.5 * plain["actor_loss"], rel=1e-4)

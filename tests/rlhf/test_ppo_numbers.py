@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dschat.models.logprobs import AnswerScores
-from dschat.rlhf import ppo_trainer
+from dschat.rlhf import ppo_updates
 from dschat.rlhf.advantages import whitened, with_advantages
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_config import PPOConfig
@@ -122,11 +122,11 @@ def test_what_the_critics_steps_report(monkeypatch):
     e = synthetic(values=[[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])
     e = e.with_returns(torch.zeros(2, 3), e.values)
     moved = e.values + torch.tensor([[0.1, -0.3, 0.3], [0.0, 9.0, 9.0]])
-    monkeypatch.setattr(ppo_trainer, "answer_values", lambda *_: moved)
+    monkeypatch.setattr(ppo_updates, "answer_values", lambda *_: moved)
     config = PPOConfig(cliprange_value=0.2)
-    trainer = ppo_trainer.DeepSpeedPPOTrainer(None, config, world_size=1, seed=0)
+    updates = ppo_updates.Updates(None, config, 1, torch.Generator())
     with Recorder() as recorder:
-        loss, sums = trainer.critic_loss(None, e)
+        loss, sums = updates.critic_loss(None, e)
     assert recorder.reads == 0  # the numbers of a step leave together
     (sums,) = read_sums([sums])
     expected = {"tokens": 4, "value_clip_fraction": 2, "critic_loss": (0.01 + 0.09 + 0.09) / 2}
@@ -141,11 +141,11 @@ def test_what_the_actors_steps_report(monkeypatch):
     now = e.logprobs + torch.tensor([ratios[:3], [ratios[3], math.inf, 7.0]]).log()
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, 50.0]])
     scored = AnswerScores(now, entropy)
-    monkeypatch.setattr(ppo_trainer.DeepSpeedPPOTrainer, "policy_scores", lambda *_, **__: scored)
+    monkeypatch.setattr(ppo_updates.Updates, "policy_scores", lambda *_, **__: scored)
     config = PPOConfig(cliprange=0.2)
-    trainer = ppo_trainer.DeepSpeedPPOTrainer(None, config, world_size=1, seed=0)
+    updates = ppo_updates.Updates(None, config, 1, torch.Generator())
     with Recorder() as recorder:
-        _, sums = trainer.actor_loss(e)
+        _, sums = updates.actor_loss(e)
     assert recorder.reads == 0
     (sums,) = read_sums([sums])
     expected = {

@@ -81,7 +81,7 @@ def test_values_start_in_the_units_of_scaled_scores(folders, distributed, lora):
     torch.testing.assert_close(scaled.values[mask], (plain.values[mask] - 5.0) / 2.0)
     # The first pass sees the values of the rollout: the error is that of the returns.
     e = scaled.with_returns(torch.zeros_like(scaled.values), scaled.values + 0.1)
-    loss, _ = trainers[1].critic_loss(trainers[1].roles.critic, e)
+    loss, _ = trainers[1].updates.critic_loss(trainers[1].roles.critic, e)
     assert loss.item() == pytest.approx(0.5 * 0.1**2 * mask.sum().item(), rel=1e-4)
 
 

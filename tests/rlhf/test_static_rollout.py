@@ -126,10 +126,7 @@ def test_filters_cut_tokens_off_and_log_probabilities_stay_of_the_policy(setting
         logits, torch.zeros(500, dtype=torch.long)
     )
     assert {*tokens.tolist()} == allowed
-    whole = logits.clone()
-    if "min_answer_seq_len" in settings:
-        whole[:, 0] = -torch.inf
-    torch.testing.assert_close(logprobs, whole.log_softmax(-1)[0][tokens])
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[0][tokens])
 
 
 FAMILIES = {
@@ -219,6 +216,6 @@ def test_ppo_on_the_static_engine(load_roles):
     for seed in (0, 1):
         statistics = trainer.train_rlhf(trainer.rollout([prompts(seed=seed)]))
         assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)
-        assert statistics["decode_gap_max"] < 2e-5
+        assert statistics["decode_gap"] < 5e-6
     # 2 layers of q, o (32 x 32), k, v (16 x 32), gate, up, down (48 x 32), fp32
     assert fused_bytes(roles.actor.module) == 2 * 4 * 32 * (2 * 32 + 2 * 16 + 3 * 48)
