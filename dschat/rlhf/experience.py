@@ -46,6 +46,10 @@ class Experience:
     def __len__(self) -> int:
         return len(self.real)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the critic's pass out of files and copies."""
+        return {**vars(self), "kept": None}
+
     @property
     def prompt_length(self) -> int:
         """P, padding included."""

@@ -26,10 +26,6 @@ class KeptPass:
     steps: int
     index: torch.Tensor | None = None
 
-    def __reduce__(self) -> tuple:
-        """Leave the pass and its engine out of a copy, which makes one of its own."""
-        return KeptPass, ([], None, 0)
-
     @classmethod
     def of(cls, critic: Engine, values: torch.Tensor) -> KeptPass:
         """Keep a pass that the present weights have just made."""
