@@ -72,7 +72,7 @@ def iterate(
     hook.remove()
     statistics = trainer.train_rlhf(experiences)
     return {
-        "experiences": [vars(e) for e in experiences],
+        "experiences": [e.__getstate__() for e in experiences],
         "statistics": statistics,
         "actor": consolidated_state_dict(roles.actor.module, distributed.rank),
     }

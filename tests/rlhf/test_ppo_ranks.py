@@ -32,7 +32,7 @@ def rollout(folders, distributed, tmp_path_factory) -> Path:
     hook.remove()
     assert e.real.tolist() == [True] * 7 + [False]
     path = tmp_path_factory.mktemp("rollout") / "rollout.pt"
-    torch.save({f.name: getattr(e, f.name) for f in dataclasses.fields(e)}, path)
+    torch.save(e.__getstate__(), path)
     return path
 
 
