@@ -8,6 +8,7 @@ from typing import Any
 from dschat.errors import UserError
 
 LARGEST = 2**63 - 1  # DeepSpeed counts elements, and sys.maxsize is one of its defaults
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MAY_BE_NEGATIVE = {"module_depth"}  # of the profiler: down to the last layer
 ABOVE_ZERO = {
     *("gradient_predivide_factor", "steps_per_print", "loss_scale_window", "min_loss_scale"),
@@ -65,6 +66,8 @@ def check_effects(user: Mapping[str, Any], place: str) -> None:
             f"{place} managed_gradient_accumulation false would step once a micro-batch; remove "
             "it, and give gradient_accumulation_steps"
         )
+    if str(level := user.get("log_level") or "info").lower() not in (*LOG_LEVELS, "auto"):
+        raise UserError(f"{place} log_level is {level!r}: give one of {', '.join(LOG_LEVELS)}")
     for block, key, instead in (
         ("hybrid_engine", "enabled", "generation is the programs' own; remove the block"),
         ("torch_autocast", "enabled", "scores would be of another precision than updates; "

@@ -211,6 +211,8 @@ def test_the_flags_stage_may_be_repeated(merged):
         ({"aio": {"queue_depth": -8}}, "aio: queue_depth is -8: give a number above 0"),
         ({"aio": {"queue_dept": 8}}, "unknown key queue_dept; did you mean queue_depth"),
         ({"checkpoint": {"tag_validaton": "Warn"}}, "unknown key tag_validaton; did you mean tag_"),
+        ({"data_types": {"buffer_dtype": "x"}}, "data_types: buffer_dtype is 'x': give fp32"),
+        ({"log_level": "loud"}, "log_level is 'loud': give one of debug, info, warning"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op sum would make updates depend"),
         ({"managed_gradient_accumulation": False}, "false would step once a micro-batch"),
         ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: enabled True: generation is the p"),
