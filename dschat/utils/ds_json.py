@@ -20,7 +20,11 @@ READ_BY_KEY: dict[str, set[str]] = {
     "flops_profiler": set(),
     "optimizer": {"type", "params", "legacy_fusion"},  # asked for in turn, up to the first missing
 }
-DTYPES_OF = {"buffer_dtype", "grad_accum_dtype", "param_dtype"}  # of data_types, read when an engine is made
+DTYPES_OF = {
+    "buffer_dtype",
+    "grad_accum_dtype",
+    "param_dtype",
+}  # of data_types, read when an engine is made
 NO_SUCH_KEY = "; this DeepSpeed has none like it"
 OF_INITIALIZE = {"data_parallel_size", "sequence_parallel_size"}  # read before the config is
 
