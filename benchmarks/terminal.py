@@ -89,7 +89,7 @@ def summary(made: Recording) -> dict[str, object]:
         "widest": max(map(len, texts), default=0),
         "wrapped": sorted({text for text in texts if len(text) > COLUMNS}),
         "foreign": sorted({text for text in texts if _FOREIGN.search(text)}),
-        "without a figure": sum("n/a" in text for text in texts),
+        "without a figure": sum(bool(re.search(r"\bn/a\b", text)) for text in texts),
         "silences": [f"{s:.1f} s from {at:.1f} s, after: {what[-60:]}" for s, at, what in longest],
     }
 

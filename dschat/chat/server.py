@@ -152,6 +152,8 @@ class Server:
         if error.code in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
             kept = "; your key goes only to https, or to this machine" if self.keeps_key else ""
             words += kept or ("" if self.key else f"; put your key into {KEY}")
+        elif path == "models":
+            words += "; name one by --model"
         return self._problem(words)
 
     def _without_key(self, text: str) -> str:

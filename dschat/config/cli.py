@@ -20,7 +20,7 @@ from dschat.settings import Settings, flags_of, type_of, unknown
 from dschat.train import run_lock, signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import barrier, launched_rank, print_rank_0
-from dschat.utils.printable import guard_terminal, last_line, printable
+from dschat.utils.printable import guard_terminal, last_line, printable, step_of_start
 
 S = TypeVar("S", bound=Settings)
 
@@ -63,6 +63,7 @@ def check_flags(
     except SystemExit:
         signals.restore()
         raise
+    step_of_start("starting: libraries, then the checks")
     gc.disable()
 
 

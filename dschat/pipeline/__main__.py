@@ -13,8 +13,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
     from dschat.train import signals
+    from dschat.utils.printable import step_of_start
 
     signals.start()
+    step_of_start("starting: libraries, then the checks of all steps")
 
 import sys
 from pathlib import Path

@@ -36,7 +36,7 @@ def close(
     print(f"everything is in {output_dir}")
     talks = [stage.model for stage in stages if stage.kind != "reward" and stage.is_finished]
     if talks:
-        print(f"chat with it: dschat chat --path {talks[-1]}")
+        print(f"chat with it: dschat chat {talks[-1]}")
 
 
 def table(stages: Sequence[Stage], seconds: Mapping[str, float]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from dschat.errors import UserError
 from dschat.pipeline.stage import Stage
 from dschat.train import launch, run_lock, signals
-from dschat.utils.printable import printable
+from dschat.utils.printable import printable, window
 
 
 def hold_output(output_dir: Path, stages: Sequence[Stage], replaces: bool, dash: str) -> None:
@@ -56,7 +56,10 @@ def run_stage(stage: Stage, log: Path | None = None) -> float:
     Args:
         log: a file that gets what it prints as well.
     """
-    print(f"\n== {stage.name}: {printable(shlex.join(stage.command), keep='')}", flush=True)
+    command = shlex.join(stage.command)
+    if window() is not None and log is not None:  # the log begins with the command
+        command = f"what follows is in {os.path.relpath(log)}"
+    print(f"\n== {stage.name}: {printable(command, keep='')}", flush=True)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

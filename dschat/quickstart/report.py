@@ -108,7 +108,7 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
     print("\nwritten:")
     for folder in ("model", "data", "sft", "actor-models", "reward-models", "step3-models"):
         print(f"  {output_dir / folder}")
-    print(f"chat with it: dschat chat --path {output_dir / MODELS['PPO']}")
+    print(f"chat with it: dschat chat {output_dir / MODELS['PPO']}")
 
 
 def _two(value: float) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dschat.errors import UserError
 from dschat.text.chat_template import ChatFormat, template_end
 from dschat.text.conversations import ASSISTANT, HUMAN, MARKER, Prompt, as_turns
+from dschat.text.own_template import template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +168,8 @@ def set_format(
 ) -> PromptFormat:
     """Choose the format and note it in the tokenizer, which is saved with the model.
 
-    Under `chat` the token that ends answers in the template becomes the `eos_token`.
+    Under `chat` the token that ends answers in the template becomes the `eos_token`. Under `dschat`
+    a tokenizer without a template gets one that writes the same, by which others prompt the model.
 
     Args:
         asked, teaches: as in `choose_format`.
@@ -187,6 +189,8 @@ def set_format(
             )
         if end != tokenizer.eos_token:
             tokenizer.eos_token = end
+    if isinstance(form, DschatFormat) and not tokenizer.chat_template:
+        tokenizer.chat_template = template_of(tokenizer, form.prompt)  # for other programs
     tokenizer.init_kwargs[CONFIG_KEY] = form.name
     return form
 

@@ -161,7 +161,7 @@ class PairReport:
         for title, parts in (
             ("source", self.sources),
             ("subset", self.subsets),
-            ("tokens, chosen less rejected", self.length_difference),
+            ("chosen longer", self.length_difference),
         ):
             if parts:
                 tables += _table(title, [*parts, self.whole])
@@ -227,12 +227,12 @@ def _by_name(scored: ScoredPairs, names: Sequence[str | None] | None) -> Iterabl
 def _table(title: str, parts: Sequence[Part]) -> list[str]:
     names = [printable(part.name, keep="") for part in parts]
     width = max(len(title), *map(len, names))
-    head = f"{title:{width}}   pairs  accuracy        interval   margin  longer wins  model agrees"
+    head = f"{title:{width}}   pairs  accuracy        interval   margin  longer wins  agrees"
     lines = ["", head]
     for name, part in zip(names, parts, strict=True):
         interval = f"{part.accuracy_low:.3f} to {part.accuracy_high:.3f}"
         lines.append(
             f"{name:{width}}  {part.pairs:6}  {part.accuracy:8.3f}  {interval}  "
-            f"{part.margin:7.3f}  {part.length_only:11.3f}  {part.length_agreement:12.3f}"
+            f"{part.margin:7.3f}  {part.length_only:11.3f}  {part.length_agreement:6.3f}"
         )
     return lines

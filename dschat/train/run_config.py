@@ -39,6 +39,7 @@ class StartConfig(Settings):
     )
     add_eot_token: bool = setting(False, "end answers with --eot_token instead of the eos")
     eot_token: str = setting("<|endoftext|>", "the token of --add_eot_token")
+    verbose: bool = setting(False, "show what the libraries say as well", may_change=True)
     rank_timeout: int = setting(
         RANK_TIMEOUT,
         "seconds after which a rank that others wait for ends the run",

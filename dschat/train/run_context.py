@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from dschat.data.batching import BatchSampler, Loader, build_loader
 from dschat.data.config import DataConfig
@@ -30,6 +32,18 @@ from dschat.utils.distributed import (
 from dschat.utils.files import Reserve
 from dschat.utils.perf import Gpus
 from dschat.utils.waiting import from_local_main
+
+
+def _hear_libraries(verbose: bool) -> None:
+    """Let libraries say all that they have to say, or errors alone."""
+    if verbose:
+        transformers_logging.set_verbosity_info()
+        datasets.logging.set_verbosity_info()
+        logging.getLogger("DeepSpeed").setLevel(logging.INFO)
+    else:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        datasets.logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,7 @@ def setup_run(
             cannot have.
     """
     phases.begin()
+    _hear_libraries(config.verbose)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # they redraw a line, which a file would keep
     dtype, end = resolve_dtype(config.dtype), config.answer_end

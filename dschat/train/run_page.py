@@ -14,6 +14,7 @@ from dschat.report.records import DESCRIPTION
 from dschat.settings import Settings, flag_values
 from dschat.train import phases
 from dschat.utils.distributed import print_rank_0
+from dschat.utils.printable import step_of_start
 
 SHARE = 100  # of the run's time, one part at most goes into its page
 FIRST = 60.0  # seconds before there is one: a run that has ended by then makes it once
@@ -55,6 +56,7 @@ class RunPage:
         """Make the page of the whole run and its models' cards, and say where the page is."""
         from dschat.report.card import write_cards
 
+        step_of_start("the model is written; drawing the report")
         page = self._make()
         if page is None:
             return

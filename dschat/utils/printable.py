@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
 from types import TracebackType
 from typing import Any
+
+from dschat.utils.launchers import rank_of
 
 # Control characters (C0, delete, C1), line and paragraph separators, marks that embed, override or
 # isolate a direction of writing, and halves of surrogate pairs, which no stream can encode.
@@ -40,7 +43,7 @@ def window() -> int | None:
 
 
 def fitted(text: str, columns: int | None) -> str:
-    """Break lines of figures, `a 1 | b 2, c 3`, that a window cuts: after `|` or a comma.
+    """Break lines that a window cuts: of figures, `a 1 | b 2, c 3`, after `|` or a comma.
 
     Args:
         columns: of the window; None leaves all as it is.
@@ -51,8 +54,18 @@ def fitted(text: str, columns: int | None) -> str:
 
 
 def _broken(line: str, columns: int) -> str:
-    if len(line) <= columns or " | " not in line:
+    if len(line) <= columns:
         return line
+    if " | " not in line:
+        wrapper = textwrap.TextWrapper(
+            columns,
+            subsequent_indent="  ",
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return wrapper.fill(line)
     lines = [""]
     for figure in re.split(r"(?<= \|) |(?<=,) ", line):
         longer = f"{lines[-1]} {figure}" if lines[-1] else figure
@@ -93,14 +106,35 @@ def _show_warning(*args: Any, **options: Any) -> str:
     return printable(_format_warning(*args, **options))
 
 
+VERBOSE = "--verbose"  # of a command line: what libraries say is shown
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Leave out that DeepSpeed finds no GPU on a machine that has none."""
-    return "Setting accelerator to CPU" not in str(record.msg) or bool(shutil.which("nvidia-smi"))
+    is_old = "Setting accelerator to CPU" in str(record.msg) and not shutil.which("nvidia-smi")
+    return VERBOSE in sys.argv or not is_old
+
+
+def step_of_start(text: str) -> None:
+    """Say on a terminal what takes the next seconds, before the first line of a run."""
+    if window() is not None and rank_of(os.environ) == 0:
+        print(text, flush=True)
+
+
+NOISY = ("transformers", "datasets", "bitsandbytes", "huggingface_hub", "torch", "accelerate")
 
 
 def guard_terminal() -> None:
-    """Make printable what other libraries print by themselves: logs, warnings, tracebacks."""
+    """Make printable what other libraries print by themselves, and leave out all but errors.
+
+    With --verbose, or Python's own -W, nothing is left out.
+    """
     logging.getLogger("DeepSpeed").addFilter(_is_news)
+    if VERBOSE not in sys.argv:
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _show_warning
     sys.excepthook = _show_error

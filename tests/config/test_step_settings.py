@@ -26,7 +26,7 @@ COMMON = {
     *("report_to", "trackio_project"),
     *("deepspeed", "local_rank", "only_optimize_lora"),
     *("data_output_path", "preprocessing_num_workers", "max_skipped_steps"),
-    *("rank_timeout", "ignore_plan", "push_to_hub", "push_public"),
+    *("rank_timeout", "ignore_plan", "verbose", "push_to_hub", "push_public"),
     *("deepspeed_config", "dtype"),  # compared by what they come to
 }
 ROLES = {

@@ -36,9 +36,11 @@ LAUNCHERS = {  # and their flags
 }
 SERVERS = {  # flags of vLLM's
     *("enable_lora", "max_lora_rank", "max_loras", "max_model_len", "logprobs_mode", "api_key"),
+    "lora_modules",
     *("enable_sleep_mode", "gpu_memory_utilization", "data_parallel_size"),
     "distributed_executor_backend",
 }
+EVALUATORS = {"apply_chat_template", "model_args", "tasks"}  # flags of lm_eval
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -96,7 +98,7 @@ def test_what_a_page_names_exists(page: Path):
     for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+\w)", text):
         name = flag.replace("-", "_")
         names = {name, name.removeprefix("actor_"), name.removeprefix("critic_")}
-        assert names & (WORDS | LAUNCHERS | SERVERS), flag
+        assert names & (WORDS | LAUNCHERS | SERVERS | EVALUATORS), flag
     for path in re.findall(r"`((?:dschat|tests|training|benchmarks|inference)/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"\b([A-Z]\w+(?:Config|Settings|Setup|Plan))\(", text):

@@ -220,6 +220,9 @@ def test_which_model(stub: Stub):
     stub.say("models", {"models": []})
     with pytest.raises(UserError, match="lists no models"):
         bot(stub)
+    stub.say("models", "Internal Server Error", 500)
+    with pytest.raises(UserError, match=r"models was refused .500.*; name one by --model"):
+        bot(stub)
     stub.answers["models"] = (200, "text/html", b"<html>")
     with pytest.raises(UserError, match="lists no models"):
         bot(stub)

@@ -70,7 +70,7 @@ def test_finished_stages_are_skipped_and_told_in_the_table(tmp_path: Path, capsy
         "reward  accuracy      0.500   0.948       67",
         "ppo     reward       -4.450  -0.220       62",
         f"everything is in {tmp_path}",
-        f"chat with it: dschat chat --path {tmp_path / 'ppo' / 'actor'}",
+        f"chat with it: dschat chat {tmp_path / 'ppo' / 'actor'}",
     ]
 
 

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 from dschat.errors import UserError
 from dschat.text import chat_template
 from dschat.text.conversations import Turn
-from dschat.text.encoding import tokenizer_fingerprint
+from dschat.text.encoding import encode, tokenizer_fingerprint
 from dschat.text.formats import CONFIG_KEY, choose_format, describe_format, set_format
 from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
 from dschat.utils import bounded
+from tests.helpers.bpe import byte_tokenizer, space_tokenizer
 from tests.text.templates import FAMILIES, THINKING, Family, with_template
 
 ASKED = (Turn("user", "hi"),)
@@ -182,3 +183,35 @@ def test_models_of_one_run_share_a_format(byte_tokenizer, tmp_path):
     tokenizer.chat_template = THINKING.template
     with pytest.raises(UserError, match="its chat template is not that of"):
         check_same_tokenizer(tokenizer, str(tmp_path / "chat"))
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, space_tokenizer])
+def test_a_folder_of_the_dschat_format_has_a_template_that_writes_the_same_ids(make, tmp_path):
+    tokenizer = make()
+    plain = tokenizer_fingerprint(make())
+    form = set_format(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    talk = (Turn("system", "Be kind."), *TALK)
+    for turns in (ASKED, TALK, talk, (Turn("user", "\n spaced"),)):
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        told = other.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert [told] == encode(tokenizer, [form.prompt(turns)]), turns
+    answered = other.apply_chat_template([*messages, {"role": "assistant", "content": "we"}])
+    assert answered["input_ids"][-1] == tokenizer.eos_token_id
+    again = load_hf_tokenizer(str(tmp_path))
+    assert set_format(again).name == "dschat"
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer) == plain
+
+
+def test_other_formats_and_templates_stay_as_they_are(byte_tokenizer, monkeypatch):
+    set_format(byte_tokenizer, "raw")
+    assert byte_tokenizer.chat_template is None
+    tokenizer = with_template(byte_tokenizer, FAMILIES["chatml"])
+    set_format(tokenizer, "dschat", teaches=True)
+    assert tokenizer.chat_template == FAMILIES["chatml"].template
+    # One that would write other ids than training's is left out.
+    monkeypatch.setattr("dschat.text.own_template.TEMPLATE", "{{ messages[0]['content'] }}")
+    tokenizer = space_tokenizer()
+    set_format(tokenizer)
+    assert tokenizer.chat_template is None

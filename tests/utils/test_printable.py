@@ -4,7 +4,9 @@ import logging
 import sys
 import warnings
 
-from dschat.utils.printable import fitted, guard_terminal
+import pytest
+
+from dschat.utils.printable import WINDOW, fitted, guard_terminal, step_of_start
 
 EVALUATION = "eval step 0/6 | loss 0.6931 | accuracy 0.5 | margin 0 | logprob_chosen -4.264"
 
@@ -19,10 +21,14 @@ def test_figures_are_broken_where_the_window_ends_and_stay_whole():
     )
 
 
-def test_what_fits_and_what_is_no_line_of_figures_stays():
+def test_what_fits_stays_and_other_lines_are_broken_between_words():
     assert fitted(EVALUATION, len(EVALUATION)) == EVALUATION == fitted(EVALUATION, None)
     text = "a text of an answer that is longer than the window"
-    assert fitted(text, 20) == text
+    assert fitted(text, 22) == "a text of an answer\n  that is longer than\n  the window"
+    assert (
+        fitted("/a/path/that-is/wider-than/the-window", 10)
+        == "/a/path/that-is/wider-than/the-window"
+    )
     assert fitted(f"{text}\n{EVALUATION}", 60).startswith(f"{text}\neval step 0/6 | loss")
     assert fitted("one_name_that_is_wider_than_all | b 1", 10) == (
         "one_name_that_is_wider_than_all |\n  b 1"
@@ -49,3 +55,32 @@ def test_a_machine_without_a_gpu_is_no_news(monkeypatch):
     finally:
         logger.removeHandler(handler)
     assert heard == ["something else", line]
+
+
+def test_what_takes_seconds_is_said_on_a_terminal_alone(monkeypatch, capsys):
+    for columns, rank, said in (("80", "0", "starting\n"), ("80", "1", ""), ("", "0", "")):
+        monkeypatch.setenv(WINDOW, columns)
+        monkeypatch.setenv("RANK", rank)
+        step_of_start("starting")
+        assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_libraries_are_heard_with_verbose_alone(monkeypatch, verbose):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "argv", ["dschat sft", *(["--verbose"] if verbose else [])])
+    monkeypatch.setattr(sys, "warnoptions", [])
+    factory, logger = logging.getLogRecordFactory(), logging.getLogger("bitsandbytes.backends.cpu")
+    parent = logging.getLogger("bitsandbytes")
+    level = parent.level
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            parent.setLevel(logging.NOTSET)
+            guard_terminal()
+            warnings.warn("old", FutureWarning, stacklevel=1)
+        assert logger.isEnabledFor(logging.WARNING) == verbose
+        assert bool(heard) == verbose and logger.isEnabledFor(logging.ERROR)
+    finally:
+        parent.setLevel(level)
+        logging.setLogRecordFactory(factory)
