@@ -133,14 +133,14 @@ def _side_by_side(records: Records, iterations: Sequence[int]) -> Iterator[dict[
             answers = records.answers[iteration]
             same = place < len(answers) and answers[place]["prompt"] == first["prompt"]
             row.append(_answer(answers[place]) if same else None)
-        yield {"prompt": first["prompt"], "answers": row}
+        yield {"prompt": first["prompt"].strip(), "answers": row}
 
 
 def _answer(answer: Mapping[str, Any]) -> dict[str, str]:
     reward = "no reward" if answer["reward"] is None else f"reward {answer['reward']:.3g}"
     ended = "" if answer["ended"] else ", not ended"
     figures = f"{reward}, KL {answer['kl']:.3g}, {answer['length']} tokens{ended}"
-    return {"text": answer["answer"], "figures": figures}
+    return {"text": answer["answer"].strip(), "figures": figures}
 
 
 def _tables(records: Records) -> Iterator[tuple[str, list[tuple[str, ...]]]]:

@@ -53,8 +53,8 @@ def folder(tmp_path: Path) -> Path:
     write_lines(tmp_path / "metrics.jsonl", [held_out[0], *train, warning, held_out[1]])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
-    answers = [answer(0, "one", "before", -1.0), answer(0, EVIL, "text", None)]
-    answers += [answer(3, "one", f"after {EVIL}", 2.0), answer(3, EVIL, "text", None)]
+    answers = [answer(0, "\n\none", "before", -1.0), answer(0, EVIL, "text", None)]
+    answers += [answer(3, "\n\none", f"after {EVIL}", 2.0), answer(3, EVIL, "text", None)]
     write_lines(tmp_path / "held_out_answers.jsonl", answers)
     description = {"program": "ppo", "settings": {"data_path": [EVIL], "kl_coef": 0.1}}
     (tmp_path / "run.json").write_text(json.dumps(description))
@@ -98,7 +98,11 @@ def test_what_the_page_says(folder: Path):
     assert shown.startswith(f"Step 3, PPO: {folder.name}")
     assert "before (step 0) after (step 3) reward 0.25 1,234" in shown
     assert "step 2 the reward is gamed" in shown
-    assert "iteration 0 iteration 3 one before reward -1, KL 1.5, 7 tokens, not ended" in shown
+    assert (
+        "iteration 0: before PPO iteration 3 one before reward -1, KL 1.5, 7 tokens, not ended"
+        in shown
+    )
+    assert '<td class="text">one</td>' in (folder / "report.html").read_text()
     assert "reward 2, KL 1.5, 7 tokens" in shown and "no reward, KL 1.5" in shown
     assert "kl_coef 0.1" in shown
     pictures = sorted(path.name for path in (folder / "figures").iterdir())
