@@ -32,6 +32,7 @@ from benchmarks.peers.task import Task
 from dschat.config import DPOSettings, RewardSettings
 from dschat.functional.proportions import wilson_interval
 from dschat.models.config import load_config
+from dschat.text.tokenizer import load_hf_tokenizer
 
 # The width that default rates are meant for, and TRL's documented rates of adapters.
 WIDTHS = {"reward": 1024, "dpo": 2560}
@@ -138,6 +139,8 @@ def wins(args: argparse.Namespace, kept: Path) -> Iterator[str]:
     base = args.model
     for peer in (OURS, TRL):
         folder, policy = args.output / f"win-{peer.lower()}", args.output / f"dpo-{peer.lower()}"
+        if not (policy / "tokenizer_config.json").exists():  # TRL's folder is the model alone
+            load_hf_tokenizer(args.model).save_pretrained(policy)
         if not (folder / "winrate.json").exists():
             words = ["--candidates", str(policy), base, "--prompts", str(kept / "test.jsonl")]
             words += ["--judge", str(args.output / "reward-ours"), "--output_dir", str(folder)]

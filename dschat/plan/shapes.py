@@ -51,6 +51,19 @@ def _llama(vocabulary: int, ffn: int, kv_heads: int, positions: int) -> LlamaCon
     )
 
 
+def _smollm2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
 def _qwen3(hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=151936,
@@ -106,6 +119,9 @@ KNOWN: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-66b": lambda: _opt(9216, 64, 72),
     "llama-2-7b": lambda: _llama(32000, 11008, 32, 4096),
     "llama-3-8b": lambda: _llama(128256, 14336, 8, 8192),
+    "smollm2-135m": lambda: _smollm2(576, 1536, 30, 9, 3),
+    "smollm2-360m": lambda: _smollm2(960, 2560, 32, 15, 5),
+    "smollm2-1.7b": lambda: _smollm2(2048, 8192, 24, 32, 32),
     "qwen3-0.6b": lambda: _qwen3(1024, 3072, 28, 16, tied=True),
     "qwen3-1.7b": lambda: _qwen3(2048, 6144, 28, 16, tied=True),
     "qwen3-4b": lambda: _qwen3(2560, 9728, 36, 32, tied=True),

@@ -35,6 +35,7 @@ WIDTHS = {
     "llama3": {"8b": 4096},
     "qwen3": {"0.6b": 1024, "1.7b": 2048, "8b": 4096},
     "gemma3": {"1b": 1152, "4b": 2560},
+    "smollm2": {"135m": 576, "1.7b": 2048},
 }
 OF_DEEPSPEED_CHAT = ("opt", "llama2", "bloom", "mgpt")  # its rates for all weights stay
 # Full fine-tuning's rate and the width that it suits: of step 1 and actor, step 2, critic, DPO.
