@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests: one thread, no network, no GPU without --gpu, a seed."""
 
 import os
+import signal
 
 # Before the first import of torch and huggingface_hub, which read them. One thread: sums of floats
 # depend on how many threads share them, and the ranks that tests start have one as well.
@@ -11,6 +12,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell that starts the tests in its background has them ignore SIGINT, and every process that
+# they start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

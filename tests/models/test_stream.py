@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dschat.models import save, stream
+from dschat.models import folder_plan, save, stream
 from dschat.models.folder_plan import plan_folder
 from dschat.models.reward_folder import RewardForm, reward_form
 from dschat.models.reward_model import RewardModel
@@ -78,7 +78,7 @@ def all_at_once(module: nn.Module, tokenizer, folder: Path, shard_bytes: int) ->
     if (form := form_of(module, tokenizer)) is not None:
         twin, merged = form.twin(), form.on_disk(merged)
     else:
-        twin = stream._meta_twin(module, merged)
+        twin = folder_plan._meta_twin(module, merged)
     nn.Module.to(twin, next(iter(merged.values())).dtype)
     twin.save_pretrained(folder, state_dict=dict(merged), max_shard_size=shard_bytes)
 
