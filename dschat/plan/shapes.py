@@ -5,6 +5,7 @@ Sizes are those of the config.json that the authors published with each model.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,30 +39,30 @@ def _opt(hidden: int, layers: int, heads: int, projection: int | None = None) ->
     )
 
 
-def _llama(vocabulary: int, ffn: int, kv_heads: int, positions: int) -> LlamaConfig:
+def _llama(
+    vocabulary: int,
+    ffn: int,
+    kv_heads: int,
+    positions: int,
+    *,
+    hidden: int = 4096,
+    layers: int = 32,
+    heads: int = 32,
+    tied: bool = False,
+) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=4096,
-        intermediate_size=ffn,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=positions,
-        tie_word_embeddings=False,
-    )
-
-
-def _smollm2(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=49152,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
     )
+
+
+_smollm2 = functools.partial(_llama, 49152, positions=8192, tied=True)
 
 
 def _qwen3(hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> Qwen3Config:
@@ -119,9 +120,9 @@ KNOWN: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-66b": lambda: _opt(9216, 64, 72),
     "llama-2-7b": lambda: _llama(32000, 11008, 32, 4096),
     "llama-3-8b": lambda: _llama(128256, 14336, 8, 8192),
-    "smollm2-135m": lambda: _smollm2(576, 1536, 30, 9, 3),
-    "smollm2-360m": lambda: _smollm2(960, 2560, 32, 15, 5),
-    "smollm2-1.7b": lambda: _smollm2(2048, 8192, 24, 32, 32),
+    "smollm2-135m": lambda: _smollm2(1536, 3, hidden=576, layers=30, heads=9),
+    "smollm2-360m": lambda: _smollm2(2560, 5, hidden=960, heads=15),
+    "smollm2-1.7b": lambda: _smollm2(8192, 32, hidden=2048, layers=24),
     "qwen3-0.6b": lambda: _qwen3(1024, 3072, 28, 16, tied=True),
     "qwen3-1.7b": lambda: _qwen3(2048, 6144, 28, 16, tied=True),
     "qwen3-4b": lambda: _qwen3(2560, 9728, 36, 32, tied=True),

@@ -6,11 +6,11 @@ works on while the host goes ahead, a part ends where the host waits: at the end
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass
 
 from dschat.train import memory_use
+from dschat.utils.bounded import peak_resident
 
 GIB = 2**30
 START, ROLLOUTS, TRAINING = "start", "rollouts and scoring", "training"
@@ -55,7 +55,7 @@ class Phases:
 
 def peak_bytes() -> int:
     """Most bytes so far: of tensors on the GPU, or without one of the process."""
-    return memory_use.peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory_use.peak() or peak_resident()
 
 
 _now = Phases()

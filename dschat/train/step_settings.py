@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from dschat.data.batch_config import BatchConfig
 from dschat.data.config import DataConfig
 from dschat.settings import Settings, group, setting
 from dschat.train.model_config import ModelConfig
-from dschat.train.run_length import RunLength
-
-if TYPE_CHECKING:
-    pass
-
 from dschat.train.run_config import RunConfig
+from dschat.train.run_length import RunLength
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ def bounded(seconds: float, size: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    began, peak = time.thread_time(), _peak()
+    began, peak = time.thread_time(), peak_resident()
     is_on = True
 
     def look(signum: int, frame: FrameType | None) -> None:
         if is_on and time.thread_time() - began > seconds:
             raise TooMuchError(f"more than {seconds:g} s")
-        if is_on and _peak() - peak > size:
+        if is_on and peak_resident() - peak > size:
             raise TooMuchError(f"more than {size / 1e9:g} GB of memory")
 
     before = signal.signal(signal.SIGVTALRM, look)
@@ -53,7 +53,7 @@ def bounded(seconds: float, size: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _peak() -> int:
+def peak_resident() -> int:
     """Most bytes that the process has held."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,6 +29,20 @@ OF_OTHER_PROGRAMS = {
     "weight_quantization": "base weights are quantised by quantize_base",
 }
 
+# Blocks that would take over what the programs do themselves: their switch, and what to do instead.
+REFUSED = {
+    "hybrid_engine": ("enabled", "generation is the programs' own; remove the block"),
+    "torch_autocast": (
+        "enabled",
+        "scores would be of another precision than updates; give dtype",
+    ),
+    "tensor_parallel": (
+        "autotp_size",
+        "adapters and folders are of whole matrices; give zero_stage 3",
+    ),
+    "expert_parallel": ("enabled", "adapters and folders are of all experts; give zero_stage 3"),
+}
+
 
 def check_numbers(user: Mapping[str, Any], place: str) -> None:
     """Stop at numbers that DeepSpeed takes and cannot work with, in blocks of any depth.
@@ -68,15 +82,7 @@ def check_effects(user: Mapping[str, Any], place: str) -> None:
         )
     if str(level := user.get("log_level") or "info").lower() not in (*LOG_LEVELS, "auto"):
         raise UserError(f"{place} log_level is {level!r}: give one of {', '.join(LOG_LEVELS)}")
-    for block, key, instead in (
-        ("hybrid_engine", "enabled", "generation is the programs' own; remove the block"),
-        ("torch_autocast", "enabled", "scores would be of another precision than updates; "
-         "give dtype"),
-        ("tensor_parallel", "autotp_size", "adapters and folders are of whole matrices; give "
-         "zero_stage 3"),
-        ("expert_parallel", "enabled", "adapters and folders are of all experts; give "
-         "zero_stage 3"),
-    ):  # fmt: skip
+    for block, (key, instead) in REFUSED.items():
         content = user.get(block)
         value = content.get(key, 0) if isinstance(content, Mapping) else 0
         if value is True or value not in (0, 1, False, "auto"):

@@ -111,7 +111,7 @@ def test_a_template_without_end_is_one_line(template, limits, words, byte_tokeni
     for name, limit in limits.items():
         monkeypatch.setattr(chat_template, name, limit)
     if "_BYTES" in limits:  # else what other tests held counts
-        monkeypatch.setattr(bounded, "_peak", itertools.count(step=10**6).__next__)
+        monkeypatch.setattr(bounded, "peak_resident", itertools.count(step=10**6).__next__)
     handler = signal.getsignal(signal.SIGVTALRM)
     with pytest.raises(UserError, match=words):
         set_format(with_template(byte_tokenizer, Family(template, "")))
