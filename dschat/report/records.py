@@ -13,6 +13,7 @@ from dschat.utils.files import regular
 
 METRICS = "metrics.jsonl"
 DESCRIPTION = "run.json"  # program, settings, versions
+ANSWERS = "answers.jsonl"  # those that a run has shown
 HELD_OUT = "held_out_answers.jsonl"  # answers to the same held-out prompts at each evaluation
 EVALUATION = "evaluation.json"  # of a reward model, see dschat.train.pair_report
 

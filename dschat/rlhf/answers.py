@@ -11,15 +11,16 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dschat.errors import UserError
 from dschat.functional.returns import kl_k1
+from dschat.report.records import ANSWERS
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.rewards import texts_of
 from dschat.train.checkpoint_folder import disk_errors
-from dschat.train.line_files import keep_longest, set_aside
+from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.metrics import format_value
 from dschat.utils.files import regular, write_anew
 
-FILE = "answers.jsonl"
 LINES = 4  # of one text on the screen, about
 INDENT = " " * len("answer  ")
 FIGURES = {"reward": "reward", "model": "reward_model", "function": "reward_function", "KL": "kl"}
@@ -121,29 +122,34 @@ class AnswerFile:
 
     An earlier run's file gets a number; a resumed run continues its own, up to the iteration that
     it resumes at.
+
+    Args:
+        saved: the checkpoint's copy, if it has one; a file that does not begin with it is another
+            run's, or damaged.
+
+    Raises:
+        UserError: there is no copy, and a line is damaged.
     """
 
-    def __init__(self, output_dir: str | Path, resumed_at: int | None, name: str = FILE):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        resumed_at: int | None,
+        name: str = ANSWERS,
+        saved: Path | None = None,
+    ):
         self.path = Path(output_dir) / name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resumed_at is None:
             set_aside(self.path)
         elif resumed_at == 0:  # at the beginning, without a checkpoint
             keep_longest(self.path)
-        elif self.path.exists():
-            self._truncate(resumed_at)
-
-    def _truncate(self, resumed_at: int) -> None:
-        self._replace(self._lines_until(resumed_at))
-
-    def _lines_until(self, iteration: int) -> list[bytes]:
-        # Bytes: texts may hold characters that end a line elsewhere, a kill may leave half a one.
-        with regular(self.path).open("rb") as file:
-            return [
-                line
-                for line in file
-                if line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
-            ]
+        elif saved is not None and saved.is_file():
+            # Those of the last iteration may have been written again, by another evaluation.
+            begin = b"".join(_lines_until(saved, resumed_at - 1))
+            restore_lines(self.path, saved, begin)
+        elif self.path.exists():  # of a checkpoint by an earlier version, or before the first line
+            self._replace(_lines_until(self.path, resumed_at))
 
     def _replace(self, lines: Sequence[bytes]) -> None:
         part = self.path.with_suffix(".tmp")
@@ -153,7 +159,7 @@ class AnswerFile:
     def replace(self, iteration: int, answers: Sequence[Answer]) -> None:
         """Have these be the answers of an iteration, whether or not it was there; the last one."""
         with disk_errors(self.path.parent, self.path):
-            earlier = self._lines_until(iteration - 1) if self.path.exists() else []
+            earlier = _lines_until(self.path, iteration - 1) if self.path.exists() else []
             self._replace([*earlier, *(line.encode() for line in _lines(answers))])
 
     def write(self, answers: Sequence[Answer]) -> None:
@@ -165,3 +171,13 @@ class AnswerFile:
 
 def _lines(answers: Sequence[Answer]) -> Iterator[str]:
     return (json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)
+
+
+def _lines_until(path: Path, iteration: int) -> list[bytes]:
+    # Bytes: texts may hold characters that end a line elsewhere, a kill may leave half a one.
+    with regular(path).open("rb") as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+    try:
+        return [line for line in lines if json.loads(line)["iteration"] <= iteration]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: a line is damaged; remove the file, and start again") from error

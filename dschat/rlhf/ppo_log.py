@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dschat.report.records import HELD_OUT
+from dschat.report.records import ANSWERS, HELD_OUT
 from dschat.rlhf.answers import AnswerFile, choose_answers, format_answers
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_health import HealthMonitor
@@ -74,12 +74,21 @@ class PPOLog:
         self.health, self.functions = health or HealthMonitor(), functions
         self._answers = self._held_out = None
         if metrics.output_dir is not None and self.rank == 0:
-            resumed_at = None if metrics.continued is None else metrics.first_step
-            self._held_out = AnswerFile(metrics.output_dir, resumed_at, HELD_OUT)
+            self._held_out = self._opened(HELD_OUT)
             if answers_interval:
-                self._answers = AnswerFile(metrics.output_dir, resumed_at)
+                self._answers = self._opened(ANSWERS)
         self._rates: dict[str, float] = {}  # at the iteration's first optimizer step
         self._start = self._rolled_out = 0.0
+
+    def _opened(self, name: str) -> AnswerFile:
+        """Open a file of answers, which a resumed run goes on with from its checkpoint's copy."""
+        assert self.metrics.output_dir is not None
+        continued = self.metrics.continued
+        if continued is None or continued.metrics is None:
+            resumed_at = None if continued is None else continued.step
+            return AnswerFile(self.metrics.output_dir, resumed_at, name)
+        saved = continued.metrics.with_name(name)
+        return AnswerFile(self.metrics.output_dir, continued.step, name, saved)
 
     def begin(self) -> None:
         """Note the start of an iteration, and its learning rates."""

@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import torch
 
 from dschat.errors import UserError
+from dschat.report.records import METRICS
 from dschat.train import checkpoint_folder
 from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.engine import Engine
+from dschat.train.line_files import KEPT
 from dschat.utils.distributed import Distributed, all_gather, on_every_rank
 from dschat.utils.files import disk_error
 from dschat.utils.rank_watch import working
 from dschat.utils.waiting import from_waiting_main
-
-METRICS = "metrics.jsonl"
 
 
 class Stateful(Protocol):
@@ -77,11 +77,10 @@ def write_checkpoint(
 
     def complete() -> str:
         _check_all_wrote(part, distributed.world_size)
-        metrics = Path(output_dir) / METRICS
-        if metrics.exists():
-            shutil.copyfile(metrics, part / METRICS)
-        else:  # somebody removed it
-            (part / METRICS).touch()
+        for name in KEPT:
+            if (file := Path(output_dir) / name).is_file():
+                shutil.copyfile(file, part / name)
+        (part / METRICS).touch()  # where somebody removed it
         return json.dumps(checkpoint_folder.names_in(part))
 
     def publish() -> str:

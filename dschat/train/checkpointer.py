@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.report.records import METRICS
 from dschat.settings import flag_values
 from dschat.train import checkpoint_folder, phases, signals
 from dschat.train.checkpoint_config import CheckpointConfig
 from dschat.train.checkpoint_source import Checkpoint, Position, find_checkpoint
-from dschat.train.checkpoint_write import METRICS, Contents, Stateful, write_checkpoint
+from dschat.train.checkpoint_write import Contents, Stateful, write_checkpoint
 from dschat.train.checksums import frozen_checksum
 from dschat.train.engine import Engine
 from dschat.train.metrics import Continued

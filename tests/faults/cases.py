@@ -16,10 +16,10 @@ from tests.faults.programs import PROGRAMS, Layout, layouts
 
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-DAMAGES = ("first", "middle", "end", "truncate", "remove")
+DAMAGES = ("first", "middle", "end", "truncate", "short", "empty", "remove")
 # Folders whose files are damaged one by one: the newest of two checkpoints, the only one, what the
-# run reads.
-TARGETS = ("checkpoint", "only-checkpoint", "model", "cache")
+# run reads, and what it appends to.
+TARGETS = ("checkpoint", "only-checkpoint", "model", "cache", "output")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,18 @@ def _damage() -> Iterator[list[Case]]:
                 yield [Case(layout, "damage", (target, how, "all")) for how in DAMAGES]
 
 
+def _every_file() -> Iterator[list[Case]]:
+    """Every file that a resume verifies in every layout, without a start for each damage.
+
+    Models, tokenised data and what is appended to do not depend on ranks and stage.
+    """
+    everywhere = layouts(PROGRAMS.keys() - VARIANTS)
+    yield [Case(layout, "every-file", ("checkpoint",)) for layout in everywhere]
+    for target in TARGETS[2:]:
+        first = [layout for layout in everywhere if (layout.ranks, layout.stage) == (1, 0)]
+        yield [Case(layout, "every-file", (target,)) for layout in first]
+
+
 def long_form() -> list[Case]:
     """All cases of `make faults`, mixed evenly: whatever is cut short has tried its share."""
     everywhere, variants = layouts(PROGRAMS.keys() - VARIANTS), layouts(VARIANTS)
@@ -83,7 +95,7 @@ def long_form() -> list[Case]:
         groups += [_spread("error", count, name, of=everywhere)]
     groups += [_spread("signal", len(everywhere), name, of=everywhere) for name in SIGNALS]
     groups += [_spread("signal-one", len(two_ranks), "SIGTERM", of=two_ranks)]
-    groups += [_spread("lost-rank", len(two_ranks), of=two_ranks), *_damage()]
+    groups += [_spread("lost-rank", len(two_ranks), of=two_ranks), *_damage(), *_every_file()]
     placed = [
         ((place + 0.5) / len(group), number, case)
         for number, group in enumerate(groups)
@@ -101,5 +113,6 @@ def middle_form() -> list[Case]:
         f"sft-z0-r1 damage checkpoint middle {checkpoint}/model/mp_rank_00_model_states.pt",
         f"sft-z0-r1 damage checkpoint truncate {checkpoint}/random-rank-0000.pt",
         f"sft-z0-r1 damage only-checkpoint end {checkpoint}/state.json",
+        *(f"sft-z0-r1 every-file {target}" for target in ("checkpoint", *TARGETS[2:])),
     ]
     return [Case.named(name) for name in names]

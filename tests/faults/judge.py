@@ -16,9 +16,10 @@ from tests.faults.runs import Outcome
 from tests.helpers.resume_runs import figures
 
 CHECKPOINTS = "checkpoints"
-# Beside the model: the log of figures, which is compared by value, and a lock that may stay.
+# Beside the model: the log of figures, which is compared by value, a lock that may stay, and files
+# of other starts, or damaged, that were set aside.
 NOT_RESULTS = re.compile(
-    r"checkpoints/.*|metrics(\.\w+)?\.jsonl|held_out_answers\.unfinished\.jsonl|\.lock"
+    r"checkpoints/.*|metrics(\.\w+)?\.jsonl|(held_out_)?answers\.(unfinished|\d+)\.jsonl|\.lock"
 )
 MAY_STAY = {".lock"}
 RESUMED = re.compile(r"^resumed from (\S+) at step (\d+)$", re.M)

@@ -19,6 +19,13 @@ ROWS = {
     "damage model": "file of the model folder",
     "damage cache": "file of the tokenised data",
 }
+EVERY_FILE = "every-file"
+SWEEPS = {
+    "checkpoint": "newest checkpoint",
+    "model": "model folder",
+    "cache": "tokenised data",
+    "output": "what a resumed run appends to",
+}
 # By number of ranks and stage of ZeRO.
 LAYOUTS = {
     (("1 rank", "2 ranks")[ranks - 1], stage): f"z{stage}-r{ranks}"
@@ -38,9 +45,10 @@ def counts(verdicts: Sequence[dict]) -> dict[str, dict]:
     """Count faults that took place and what came of them, by row; and by program and layout.
 
     Returns:
-        `rows`; `layouts`: kills and other faults by program and by "z2-r1"; `commits`: sorted.
+        `rows`; `layouts`: kills and other faults by program and by "z2-r1"; `every_file`: damages
+        of files without a start for each, by target; `commits`: sorted.
     """
-    rows, layouts = {}, {}
+    rows, layouts, sweeps = {}, {}, {}
     for row in ROWS:
         mine = [v for v in verdicts if row_of(v["case"]) == row]
         good = [v for v in mine if not v["complaints"]]
@@ -51,17 +59,27 @@ def counts(verdicts: Sequence[dict]) -> dict[str, dict]:
             "results": dict(sorted(Counter(v["result"] for v in good).items())),
             "failed": len(mine) - len(good),
         }
+    for target in SWEEPS:
+        mine = [v for v in verdicts if v["case"].split()[1:] == [EVERY_FILE, target]]
+        total: Counter[str] = Counter()
+        for verdict in mine:
+            total.update(verdict["sweep"])
+        if mine:
+            sweeps[target] = {"folders": len(mine), **total}
     for verdict in verdicts:
+        if f" {EVERY_FILE} " in verdict["case"]:
+            continue
         name, kind, *_ = verdict["case"].split()
         program, _, layout = name.partition("-z")
         cell = layouts.setdefault(program, {}).setdefault(f"z{layout}", [0, 0])
         cell[kind != "kill"] += verdict["faults"]
     commits = sorted({verdict.get("commit", "unknown") for verdict in verdicts})
-    return {"rows": rows, "layouts": dict(sorted(layouts.items())), "commits": commits}
+    by_layout = dict(sorted(layouts.items()))
+    return {"rows": rows, "layouts": by_layout, "every_file": sweeps, "commits": commits}
 
 
 def table(found: dict[str, dict]) -> str:
-    """The counts as two tables in Markdown."""
+    """The counts as tables in Markdown: by fault, by layout, and of every file."""
     lines = ["| fault | cases | faults | starts | outcome | failed |", "| --- |" + " --- |" * 5]
     for row, entry in found["rows"].items():
         if not entry["cases"]:
@@ -69,11 +87,26 @@ def table(found: dict[str, dict]) -> str:
         outcome = ", ".join(f"{count} {result}" for result, count in entry["results"].items())
         numbers = f"{entry['cases']} | {entry['faults']} | {entry['starts']}"
         lines.append(f"| {ROWS[row]} | {numbers} | {outcome or '–'} | {entry['failed']} |")
-    if not found["layouts"]:
-        return "\n".join(lines)
+    lines += _layouts(found["layouts"]) if found["layouts"] else []
+    lines += _every_file(found["every_file"]) if found.get("every_file") else []
+    return "\n".join(lines)
+
+
+def _layouts(found: dict[str, dict]) -> list[str]:
     heads = " | ".join(f"{ranks}, ZeRO {stage}" for ranks, stage in LAYOUTS)
-    lines += ["", f"| kills + other faults | {heads} |", "| --- |" + " --- |" * len(LAYOUTS)]
-    for program, cells in found["layouts"].items():
+    lines = ["", f"| kills + other faults | {heads} |", "| --- |" + " --- |" * len(LAYOUTS)]
+    for program, cells in found.items():
         sums = [cells.get(name, (0, 0)) for name in LAYOUTS.values()]
         lines.append(f"| {program} | " + " | ".join(f"{k} + {other}" for k, other in sums) + " |")
-    return "\n".join(lines)
+    return lines
+
+
+def _every_file(found: dict[str, dict]) -> list[str]:
+    names = ("folders", "files", "damages", "found", "same content", "undetected")
+    lines = ["", f"| every file of | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for target, counted in found.items():
+        damages = sum(counted.get(name, 0) for name in names[3:])
+        numbers = {**counted, "damages": damages}
+        cells = " | ".join(f"{numbers.get(name, 0):,}" for name in names)
+        lines.append(f"| {SWEEPS[target]} | {cells} |")
+    return lines

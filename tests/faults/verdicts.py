@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import judge
+from dschat.train.line_files import KEPT as KEPT_LINES
+from tests.faults import in_process, judge
 from tests.faults.bench import KEPT, Bench, Workplace
 from tests.faults.cases import Case
+from tests.faults.damages import break_file, put
 from tests.faults.library import Aim
 from tests.faults.runs import Outcome, Pause
 from tests.faults.sites import draw_site, in_loop
@@ -25,7 +28,7 @@ class Verdict:
 
     Attributes:
         result: one word for the table. faults: of them that took place. at: where, for people.
-        complaints: none where all is well.
+        complaints: none where all is well. sweep: files, and damages by what came of them.
     """
 
     case: str
@@ -34,6 +37,7 @@ class Verdict:
     starts: int = 0
     at: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+    sweep: dict[str, int] = field(default_factory=dict)
 
 
 def try_case(case: Case, bench: Bench) -> Verdict:
@@ -153,10 +157,14 @@ def damage(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
     (path,) = place.folder.glob(name)
     break_file(path, how)
     verdict.faults = 1
+    expected = _in_process(case, bench, place, path)
     outcome = place.start(case.layout.saving(KEPT))
     verdict.complaints += judge.spoken(outcome, {0, REFUSED})
     shown = outcome.stdout + outcome.stderr
     named = path.name in shown
+    is_found = named or any(outcome.codes)
+    if expected is not None and is_found != (expected == in_process.FOUND):
+        verdict.complaints.append(f"in one process it is {expected}, in a start otherwise")
     if any(outcome.codes):
         verdict.result = "refused"
         if not named and path.parent.name not in "".join(judge.error_lines(outcome)):
@@ -174,6 +182,34 @@ def damage(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
     return place
 
 
+def _in_process(case: Case, bench: Bench, place: Workplace, path: Path) -> str | None:
+    """Ask the functions alone what a resume makes of a damage, on a copy; None: not told."""
+    target = case.words[0].removeprefix("only-")
+    copy, name = place.folder.with_name("judged"), path.relative_to(place.folder)
+    shutil.copytree(place.folder, copy, symlinks=True)
+    put(copy / name, (bench.stopped(case.layout) / name).read_bytes())
+    for part in in_process.places(target, copy, case.layout, copy.with_name("kept")):
+        if copy / name in part.files:
+            put(copy / name, path.read_bytes() if path.exists() else None)
+            return in_process.judged(part, copy / name)
+    return None
+
+
+def every_file(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
+    """Damage every file of a target in every way, and ask the functions that a resume calls."""
+    place = bench.copy(case.layout, case.name, bench.stopped(case.layout))
+    verdict.sweep = {"files": 0}
+    kept = place.folder.with_name("kept")
+    for part in in_process.places(case.words[0], place.folder, case.layout, kept):
+        found = in_process.sweep(part)
+        verdict.complaints += found.complaints
+        for name, count in {"files": found.files, **found.outcomes}.items():
+            verdict.sweep[name] = verdict.sweep.get(name, 0) + count
+    verdict.faults = sum(verdict.sweep.values()) - verdict.sweep["files"]
+    verdict.result = "each found" if not verdict.complaints else "failed"
+    return place
+
+
 KINDS: dict[str, Callable[[Case, Bench, Verdict], Workplace]] = {
     "kill": kill,
     "error": error,
@@ -181,26 +217,15 @@ KINDS: dict[str, Callable[[Case, Bench, Verdict], Workplace]] = {
     "signal-one": stop,
     "lost-rank": lost_rank,
     "damage": damage,
+    "every-file": every_file,
 }
-
-
-def break_file(path: Path, how: str) -> None:
-    """Flip one bit in its first bytes, its middle or its last byte; cut it in half; remove it."""
-    if how == "remove":
-        path.unlink()
-        return
-    content = bytearray(path.read_bytes())
-    if how == "truncate":
-        path.write_bytes(content[: len(content) // 2])
-        return
-    places = {"first": min(2, len(content) - 1), "middle": len(content) // 2, "end": -1}
-    content[places[how]] ^= 1
-    path.write_bytes(content)
 
 
 def files_of(case: Case, bench: Bench) -> list[str]:
     """Files that a damage case named `all` stands for, as patterns below the run's folder."""
     folder = bench.stopped(case.layout)
+    if case.words[0] == "output":
+        return [f"out/{name}" for name in KEPT_LINES if (folder / "out" / name).is_file()]
     if case.words[0] == "model":
         roots = [folder / name for name in case.layout.record.models]
     elif case.words[0] == "cache":

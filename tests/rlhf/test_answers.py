@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from dschat.errors import UserError
 from dschat.rlhf.answers import LINES, Answer, AnswerFile, choose_answers, format_answers
 from dschat.rlhf.reward_functions import RewardFunction
 from dschat.rlhf.rewards import Rewards
@@ -98,6 +99,32 @@ def test_an_evaluation_that_is_made_again_stands_once(tmp_path):
         resumed.replace(4, [dataclasses.replace(ANSWER, iteration=4)] * 2)
         assert resumed.path.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["held_out.jsonl"]
+
+
+def test_a_checkpoints_copy_is_what_a_resumed_run_goes_on_with(tmp_path, capsys):
+    file, saved = AnswerFile(tmp_path, None), tmp_path / "saved.jsonl"
+    for iteration in (1, 2):
+        file.replace(iteration, [dataclasses.replace(ANSWER, iteration=iteration)])
+    whole = file.path.read_bytes()
+    saved.write_bytes(whole)
+    # An evaluation was made again after the checkpoint: the file goes on as the copy says.
+    file.replace(2, [dataclasses.replace(ANSWER, iteration=2, answer="another")])
+    assert AnswerFile(tmp_path, 2, saved=saved).path.read_bytes() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "saved.jsonl"}
+    damaged = whole.replace(b'"answer": "', b'"answer": "x', 1)
+    file.path.write_bytes(damaged)
+    assert capsys.readouterr().out == ""
+    assert AnswerFile(tmp_path, 2, saved=saved).path.read_bytes() == whole
+    assert (tmp_path / "answers.1.jsonl").read_bytes() == damaged
+    said = capsys.readouterr().out
+    assert said.endswith("begins otherwise than the checkpoint's; kept as answers.1.jsonl\n")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"iteration": "x"}', "[" * 99_999, "{}"])
+def test_a_damaged_line_without_a_copy_is_one_line(tmp_path, line):
+    (tmp_path / "answers.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"answers\.jsonl: a line is damaged; remove the file"):
+        AnswerFile(tmp_path, resumed_at=2)
 
 
 def test_texts_may_hold_any_character(tmp_path):
