@@ -80,16 +80,16 @@ def win_figures(
     low, high = wilson_interval(won, count)
     tokens = verdicts.tokens
     equal = length_controlled(wins, tokens[0] - tokens[1])
+    at_equal = (equal.win_rate, equal.low, equal.high, equal.slope) if equal else 4 * (None,)
+    controlled = "length_controlled_win_rate"
+    names = (controlled, f"{controlled}_low", f"{controlled}_high", "length_slope")
     figures: dict[str, Any] = {
         "prompts": count,
         "win_rate": won / count,
         "win_rate_low": low,
         "win_rate_high": high,
         "tie_share": (wins == 0.5).double().mean().item(),
-        "length_controlled_win_rate": equal.win_rate,
-        "length_controlled_win_rate_low": equal.low,
-        "length_controlled_win_rate_high": equal.high,
-        "length_slope": equal.slope,
+        **dict(zip(names, at_equal, strict=True)),
         "margin": verdicts.margin.mean().item(),
         "tokens": [side.mean().item() for side in tokens],
         "ended": [sum(a.ended for a in side) / count for side in (first, second)],
@@ -108,6 +108,8 @@ def lines(settings: WinRateSettings, figures: dict[str, Any]) -> list[str]:
     (mine, theirs), ended = figures["tokens"], figures["ended"]
 
     def rate(name: str) -> str:
+        if figures[name] is None:
+            return f"not known: one side is {abs(mine - theirs):.0f} tokens longer in all"
         low, high = figures[f"{name}_low"], figures[f"{name}_high"]
         return f"{figures[name]:.3f}, 95 % interval {low:.3f} to {high:.3f}"
 

@@ -12,7 +12,7 @@ from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.reward_model import create_critic_model
 from dschat.rlhf.candidates import GivenAnswer
-from dschat.rlhf.judges import QUESTION, JudgeLimits, letter_ids, load_judge
+from dschat.rlhf.judges import QUESTION, JudgeLimits, Verdicts, letter_ids, load_judge
 from dschat.text.conversations import Example
 from dschat.text.formats import choose_format
 from dschat.train.answer_scores import score_answers
@@ -100,6 +100,25 @@ def test_a_chat_model_is_asked_in_both_orders(made):
     assert figures["first_shown_wins"] == pytest.approx((forward > 0).double().mean().item())
 
 
+def test_of_answers_that_all_differ_alike_equal_lengths_are_not_known(made, capsys):
+    write_rows(made / "long.jsonl", [{"prompt": p, "response": "so so so"} for p in PROMPTS])
+    write_rows(made / "short.jsonl", [{"prompt": p, "response": "so"} for p in PROMPTS])
+    report = run(made, "short.jsonl", "long.jsonl", "reward", "--max_seq_len", "96")
+    names = [name for name, value in report["figures"].items() if value is None]
+    assert len(names) == 4 and "length_controlled_win_rate" in names
+    assert "not known: one side is 6 tokens longer in all" in capsys.readouterr().out
+
+
+def test_verdicts_that_are_no_numbers_stop_it(made):
+    judge = load_judge(str(made / "reward"), LIMITS)
+    with torch.no_grad():
+        judge.model.v_head.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match="6 of 6 answers have scores that are not finite"):
+        judge.scores([Example(p) for p in PROMPTS], [GivenAnswer("so")] * 6)
+    with pytest.raises(UserError, match="1 of 2 verdicts are not finite"):
+        Verdicts(torch.tensor([1.0, torch.nan]), (torch.ones(2), torch.ones(2)))
+
+
 def test_letters_are_compared_where_they_part():
     """The format's space before an answer is a token of its own here: it is given."""
     tokenizer = byte_tokenizer()
@@ -117,6 +136,7 @@ def test_letters_are_compared_where_they_part():
         (["--candidates", "{made}/a.jsonl", "{made}/prompts.jsonl"], "has no answer; add a column"),
         (["--candidates", "{made}/a.jsonl", "{made}/reward"], "is a reward model"),
         (["--judge", "{made}/none"], "none"),
+        (["--judge", "http://localhost:8000/v1"], "is an address: servers are not asked"),
         (["--max_seq_len", "600"], "has 512 positions"),
     ],
 )

@@ -109,6 +109,12 @@ class WinRateSettings(AnsweringSettings):
         super().__post_init__()
         if len(self.candidates) != 2:
             raise UserError(f"candidates names {len(self.candidates)}: give two")
+        for name in (*self.candidates, self.judge):
+            if is_address(name):
+                raise UserError(
+                    f"{name} is an address: servers are not asked; give a model folder or a hub "
+                    "id, or as a candidate a file of the server's answers"
+                )
 
 
 @dataclass(frozen=True)

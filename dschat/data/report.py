@@ -13,7 +13,8 @@ class SourceReport:
     Pairs are dropped when equal (from the start or once truncated), empty answers in phase 1 alone;
     truncations of dropped pairs are counted too. `turns_cut` are earlier answers that lost their
     beginning and so do not train. `special_names` are rows whose text names special tokens,
-    `questions` and `transcripts` prompts that are text and not turns, `margins` pairs with one.
+    `questions` and `transcripts` prompts that are text and not turns, `margins` pairs with one,
+    `one_sided` pairs with an answer that says nothing.
     `skipped` rows, by reason, were of no use to any phase and are not among `rows`; those of a
     source without a test set all stand with its train rows. `left` are rows of the source that
     others get.
@@ -32,6 +33,7 @@ class SourceReport:
     questions: int = 0
     transcripts: int = 0
     margins: int = 0
+    one_sided: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
 
@@ -51,6 +53,7 @@ class SourceReport:
             "prompts cut": self.prompts_cut,
             "answers cut": self.answers_cut,
             "earlier answers lost their beginning and do not train": self.turns_cut,
+            "pairs with an empty answer": self.one_sided,
         }
         return f"{line}; {cuts}" if (cuts := _listed(notes)) else line
 

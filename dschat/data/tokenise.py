@@ -170,6 +170,7 @@ class Converter:
             columns["prompt_len"].append(len(short.prompt))
             columns["length"].append(len(short.prompt) + max(len(chosen), len(rejected)))
             counts["margins"] += e.margin is not None
+            counts["one_sided"] += min(map(len, pair)) == 1  # the end token alone
             columns["margin"].append(e.margin)
             columns["subset"].append(e.subset)
         return columns

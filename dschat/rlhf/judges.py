@@ -61,6 +61,13 @@ class Verdicts:
     tokens: tuple[torch.Tensor, torch.Tensor]
     orders: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        if broken := int((~torch.isfinite(self.margin)).sum()):
+            raise UserError(
+                f"judge: {broken} of {len(self.margin)} verdicts are not finite; look at its "
+                "weights, or give dtype fp32"
+            )
+
 
 class Judge(Protocol):
     """Compares two answers to each prompt."""

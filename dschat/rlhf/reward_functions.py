@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dschat.data.columns import KeptColumns
@@ -112,7 +113,7 @@ class RewardFunction:
         return [self._of_one(*texts) for texts in zip(prompts, answers, strict=True)]
 
     def _of_one(self, prompt: str, answer: str) -> float:
-        value = self._called(_place(prompt, answer), prompt, answer)
+        value = _plain(self._called(_place(prompt, answer), prompt, answer))
         return self._number(value, prompt, answer, "return a finite number")
 
     def _of_batch(
@@ -123,7 +124,7 @@ class RewardFunction:
         named = {key: None for row in rows for key in row if taken.everything or key in names}
         columns = {name: [row.get(name) for row in rows] for name in named}
         place = f"for {count} answers, the first {_place(prompts[0], answers[0])}"
-        values = self._called(place, list(prompts), list(answers), **columns)
+        values = _plain(self._called(place, list(prompts), list(answers), **columns))
         wanted = f"return a list of {count} numbers, None for an answer without a score"
         if not isinstance(values, list | tuple):
             raise UserError(
@@ -135,7 +136,7 @@ class RewardFunction:
             )
         return [
             None if value is None else self._number(value, prompt, answer, wanted)
-            for value, prompt, answer in zip(values, prompts, answers, strict=True)
+            for value, prompt, answer in zip(map(_plain, values), prompts, answers, strict=True)
         ]
 
     def _called(self, place: str, *args: Any, **columns: Any) -> Any:
@@ -155,6 +156,11 @@ class RewardFunction:
                 f"{FLAG} {self.name} returned {value!r} {_place(prompt, answer)}: {wanted}"
             )
         return float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Give the numbers that an array or a tensor holds; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
 
 
 def _columns(signature: inspect.Signature, name: str) -> KeptColumns:

@@ -33,7 +33,11 @@ def score_answers(
     device: torch.device,
     batch_size: int,
 ) -> torch.Tensor:
-    """Score the rows of `answer_rows`, those of like length together: (N,) float64."""
+    """Score the rows of `answer_rows`, those of like length together: (N,) float64.
+
+    Raises:
+        UserError: a score is not finite.
+    """
     scores = torch.zeros(len(rows), dtype=torch.float64)
     order = np.argsort([row["length"] for row in rows], kind="stable")
     collate = SFTCollator(pad_token_id)
@@ -44,6 +48,11 @@ def score_answers(
             mask = needed_mask(model, batch.input_ids, batch.attention_mask)
             values = model(batch.input_ids, mask)
             scores[places] = scores_at_end(values, batch.attention_mask).double().cpu()
+    if broken := int((~torch.isfinite(scores)).sum()):
+        raise UserError(
+            f"reward model: {broken} of {len(scores)} answers have scores that are not finite; "
+            "look at its weights, or give dtype fp32"
+        )
     return scores
 
 

@@ -126,7 +126,8 @@ def test_every_row_is_used_or_counted(spec, write_rows, byte_tokenizer, tmp_path
     report = spec.make(byte_tokenizer, 2).report.sources[0]
     # The long answers keep 7 of 10 tokens beside "p", and 4 of 8 beside "pppppppp".
     counted = (report.rows, report.used, report.identical_pairs, report.empty_answers)
-    assert counted == (5, 3, 2, 0)
+    assert counted == (5, 3, 2, 0) and report.one_sided == 1
+    assert report.line().endswith("3 answers cut, 1 pairs with an empty answer")
     assert (report.prompts_cut, report.answers_cut) == (1, 3)
     report = spec.make(byte_tokenizer, 1).report.sources[0]
     assert (report.rows, report.used, report.empty_answers) == (5, 4, 1)

@@ -11,13 +11,18 @@ from dschat.functional.length_control import length_controlled
 def test_without_a_difference_of_length_it_is_the_win_rate_with_half_a_win_to_each_side():
     # Firth on an intercept alone: (7.5 + 0.5) / (10 + 1); its interval by the logit
     wins = torch.tensor([1.0] * 7 + [0.5] + [0.0] * 2)
-    for difference in (torch.zeros(10), torch.full((10,), 3.0)):
-        found = length_controlled(wins, difference)
-        assert found.win_rate == pytest.approx(8 / 11, abs=1e-9) and found.slope == 0.0
-        half = 1.959964 / math.sqrt(10 * 8 / 11 * 3 / 11)
-        logit = math.log(8 / 3)
-        expected = [1 / (1 + math.exp(-x)) for x in (logit - half, logit + half)]
-        assert [found.low, found.high] == pytest.approx(expected, abs=1e-6)
+    found = length_controlled(wins, torch.zeros(10))
+    assert found.win_rate == pytest.approx(8 / 11, abs=1e-9) and found.slope == 0.0
+    half = 1.959964 / math.sqrt(10 * 8 / 11 * 3 / 11)
+    logit = math.log(8 / 3)
+    expected = [1 / (1 + math.exp(-x)) for x in (logit - half, logit + half)]
+    assert [found.low, found.high] == pytest.approx(expected, abs=1e-6)
+
+
+def test_where_all_differ_alike_nothing_is_known_of_equal_lengths():
+    assert length_controlled(torch.ones(10), torch.full((10,), 3.0)) is None
+    nearly = length_controlled(torch.ones(10), torch.tensor([1000.0] * 9 + [1001.0]))
+    assert nearly.low < 0.001 and nearly.high > 0.999  # far from 0, and finite
 
 
 def penalised(weights: torch.Tensor, design: torch.Tensor, wins: torch.Tensor) -> torch.Tensor:
@@ -34,11 +39,34 @@ def test_it_is_the_optimum_of_the_penalised_likelihood():
     chance = torch.sigmoid(0.3 + 1.5 * torch.tanh(difference / 30))
     wins = (torch.rand(60, generator=draw) < chance).double()
     found = length_controlled(wins, difference)
-    design = torch.stack([torch.ones(60), torch.tanh(difference / difference.std(correction=0))], 1)
+    size = difference.square().mean().sqrt()
+    design = torch.stack([torch.ones(60), torch.tanh(difference / size)], 1)
     logit = math.log(found.win_rate / (1 - found.win_rate))
     weights = torch.tensor([logit, found.slope], dtype=torch.float64, requires_grad=True)
     penalised(weights, design.double(), wins).backward()
     assert weights.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 100])
+def test_it_is_the_optimum_of_few_and_of_one_sided_verdicts(count: int, seed: int):
+    """Whole scoring steps never ended there: of one prompt they swung to and fro."""
+    draw = torch.Generator().manual_seed(seed)
+    difference = (torch.randn(count, generator=draw).exp() * 20 - 15).round().double()
+    wins = (difference > 0).double() if seed % 2 else torch.ones(count).double()
+    wins[torch.rand(count, generator=draw) < 0.3] = 0.5
+    if count == 1:
+        difference = torch.zeros(1).double()
+    elif seed > 3:
+        difference = torch.where(torch.arange(count) < count - 1, 0.0, 200.0).double()
+    found = length_controlled(wins, difference)
+    columns = [torch.ones(count).double()]
+    if difference.any():
+        columns.append(torch.tanh(difference / difference.square().mean().sqrt()))
+    logit = math.log(found.win_rate / (1 - found.win_rate))
+    weights = torch.tensor([logit, found.slope][: len(columns)]).double().requires_grad_()
+    penalised(weights, torch.stack(columns, 1), wins).backward()
+    assert weights.grad.abs().max() < 1e-6
 
 
 def test_a_judge_of_length_alone_finds_no_difference_at_equal_lengths():

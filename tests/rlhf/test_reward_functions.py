@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +69,10 @@ def test_a_batch_is_what_its_real_rows_say():
     ("returned", "words"),
     [
         (None, "returned 'None' for 2 answers: return a list of 2 numbers"),
-        (torch.ones(2), "returned 'tensor([1., 1.])' for 2 answers: return a list"),
+        (torch.ones(3), "returned 3 scores for 2 answers: return a list of 2 numbers"),
+        (torch.ones(()), "returned '1.0' for 2 answers: return a list"),
+        (np.ones((2, 1)), "returned [1.0] for the prompt 'q: b' and the answer 'yes': return"),
+        (np.array([1.0, np.nan]), "returned nan for the prompt 'q' and the answer 'no!!'"),
         ([1.0], "returned 1 scores for 2 answers: return a list of 2 numbers"),
         ([1.0, "b"], "returned 'b' for the prompt 'q' and the answer 'no!!': return a list of 2"),
         ([float("nan"), 1.0], "returned nan for the prompt 'q: b' and the answer 'yes'"),
@@ -85,6 +89,23 @@ def test_what_is_no_list_of_scores_is_one_line(returned, words):
     with pytest.raises(UserError) as caught:
         applied(made(function))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        torch.tensor([1.0, 0.0], requires_grad=True),
+        np.array([True, False]),
+        np.array([1, 0], dtype=np.float16),
+        np.array([1.0, 0.0], dtype=object),
+        [np.bool_(True), torch.tensor(0, dtype=torch.int8)],
+        (True, np.float32(0)),
+    ],
+)
+def test_arrays_and_tensors_are_their_numbers(returned):
+    assert applied(made(lambda prompts, answers: returned)).rewards[:2].tolist() == [1.0, 0.0]
+    one = RewardFunction.of("m:f", lambda prompt, answer: returned[len(answer) - 3])
+    assert one.scores(["", ""], ["yes", "no!!"]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
