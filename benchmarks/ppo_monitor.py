@@ -22,6 +22,8 @@ from dschat.rlhf.ppo_health import HealthMonitor
 
 ITERATIONS, BEGINNING = 40, 2  # trouble begins with iteration 2: the first is the reference
 NOT_FINITE = "not finite"
+WHILE = 10  # iterations that a trouble waits for after something good
+LENGTH_SPREAD = 0.25  # of the length: an answer's standard deviation
 Figures = dict[str, float]
 
 
@@ -98,6 +100,9 @@ TROUBLES = {
     ),
     "no ends": Trouble("no ends", lambda t: {"ended": 0.0}),
     "blind critic": Trouble("blind critic", lambda t: {"explained_variance": -0.3}),
+    "critic goes blind": Trouble(
+        "blind critic", lambda t: {"explained_variance": 0.3 if t < WHILE else -0.3}
+    ),
     "nan": Trouble(NOT_FINITE, lambda t: {"reward": float("nan"), "kl_per_token": float("nan")}),
 }
 
@@ -118,7 +123,10 @@ def history(trouble: Trouble, draw: random.Random, answers: int = 64) -> Iterato
         }  # fmt: skip
         figures |= trouble.change(t) if t or trouble.from_the_start else {}
         figures["reward"] += draw.gauss(0, figures["reward_std"] * error)
-        figures["answer_length"] *= 1 + draw.gauss(0, 0.25 * error)
+        figures["reward_error"] = figures["reward_std"] * error
+        figures["answer_length_error"] = LENGTH_SPREAD * figures["answer_length"] * error
+        figures["answer_length"] *= 1 + draw.gauss(0, LENGTH_SPREAD * error)
+        figures["ended"] = sum(draw.random() < figures["ended"] for _ in range(answers)) / answers
         nats, tokens = max(figures["kl_k3"], 0.0), answers * figures["answer_length"]
         figures["kl_per_token"] += draw.gauss(0, (2 * nats / tokens) ** 0.5)
         yield figures

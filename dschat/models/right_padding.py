@@ -78,13 +78,13 @@ def _is_causal(model: nn.Module, device: torch.device) -> bool:
     others = torch.where(mask, ids, 59 - ids)
     mask = mask.to(device)
     with eval_mode(model):
-        masked = _outputs(model, ids.to(device), mask)[mask]
-        unmasked = _outputs(model, others.to(device), None)[mask]
+        masked = outputs(model, ids.to(device), mask)[mask]
+        unmasked = outputs(model, others.to(device), None)[mask]
     difference = (masked.float() - unmasked.float()).abs().max()
     return bool(difference <= TOLERANCE[masked.dtype] * masked.float().abs().max())
 
 
-def _outputs(
+def outputs(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """(B, T, V) logits or (B, T) values."""

@@ -23,6 +23,7 @@ from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_context, check_model_folder, create_hf_model
 from dschat.models.config import check_kind
+from dschat.models.padding_proof import prove_padding
 from dschat.models.reward_head import check_language_model
 from dschat.rlhf.generation import answer_ends, generate
 from dschat.rlhf.part_config import SamplingConfig
@@ -187,6 +188,7 @@ def sample_answers(
         sampling = replace(sampling, stop_strings=(*sampling.stop_strings, form.stop))
     model: nn.Module = create_hf_model(name, tokenizer, limits.dtype)
     model.to(limits.device).eval()
+    prove_padding(model, tokenizer, limits.device, name, left=True)
     set_random_seed(limits.seed)
     answers: list[GivenAnswer] = [GivenAnswer("")] * len(rows)
     order = np.argsort(columns["length"], kind="stable")

@@ -22,6 +22,7 @@ from dschat.models.causal_lm import (
     forward_inputs,
 )
 from dschat.models.config import check_kind
+from dschat.models.padding_proof import prove_padding
 from dschat.models.reward_head import read_head
 from dschat.models.reward_model import create_critic_model
 from dschat.rlhf.candidates import GivenAnswer, own_format
@@ -111,11 +112,16 @@ def load_judge(name: str, limits: JudgeLimits) -> Judge:
     tokenizer = load_hf_tokenizer(name)
     form = own_format(tokenizer, limits.prompt_format)
     convert = Converter(tokenizer, form, 3, limits.max_seq_len, None)
-    if read_head(name) is None:
+    scores = read_head(name) is not None
+    if not scores:
         model: nn.Module = create_hf_model(name, tokenizer, limits.dtype)
-        return ChatJudge(model.to(limits.device).eval(), convert, limits)
-    model = create_critic_model(name, tokenizer, limits.dtype)
-    return RewardJudge(model.to(limits.device).eval(), convert, limits)
+    else:
+        model = create_critic_model(name, tokenizer, limits.dtype)
+    model.to(limits.device).eval()
+    prove_padding(model, tokenizer, limits.device, name, left=not scores)
+    if scores:
+        return RewardJudge(model, convert, limits)
+    return ChatJudge(model, convert, limits)
 
 
 @dataclass(frozen=True)

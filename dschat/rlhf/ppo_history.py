@@ -1,4 +1,4 @@
-"""Figures of a PPO run from iteration to iteration, and what can be seen in them.
+"""Symptoms of trouble in the history of a PPO run.
 
 The last iterations are compared with the first one, in which the policy is the reference. Numbers
 that separate good from bad are calibrated on real runs by `benchmarks/ppo_monitor.py`.
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import dataclass
+
+from dschat.rlhf.ppo_series import ANSWERS, LONG, REMEMBERED, SHORT, Series
 
 WATCHED = (
-    *("reward", "reward_std", "reward_clipped", "answers", "answer_length", "ended"),
+    *("reward", "reward_error", "reward_std", "reward_clipped", "answers"),
+    *("answer_length", "answer_length_error", "ended"),
     *("kl_per_token", "kl_k3", "ref_nats_per_token", "decode_gap", "frac_reward_zero_std"),
     *("entropy", "clip_fraction", "explained_variance", "unscored", "masked"),
 )
-REMEMBERED = 10  # iterations
-SHORT, LONG = 2, 3  # iterations that show a state: one that is plain, one that could be chance
-ANSWERS = 64.0  # of an iteration, where the figures do not tell
 
 NO_SPREAD = 1e-6  # relative
 NEGATIVE_KL = 0.01  # nats a token
@@ -28,74 +26,27 @@ JUMP = 2.0  # nats a token, in one iteration
 NEAR, PACE = 0.25, 0.08  # nats a token; by how much they grow in an iteration on the way to `FAR`
 MOVED = 0.5  # of the first iteration's spread of rewards
 CERTAIN = 4.0  # standard errors
+FALLEN = 0.25  # of the first iteration's spread of rewards, by a steady fall
+EARNED = 0.1  # of the gain that a KL can buy at most; between FALLEN and MOVED in any case
 FEW_ENDS, LONGER = 0.5, 1.2  # times the first share and length
-ANOTHER_LENGTH, LENGTH_SPREAD = 0.25, 0.5  # of the first length; an answer's standard deviation
-LIKELY = 3.0  # standard errors of what also goes one way in each of `LONG` iterations
-FEWER_ENDS = 0.1  # of the answers
+SHORTENED, LENGTHENED = 0.22, 0.3  # of the first length, on the way
+ONE_STEP = 0.75  # of the whole way: what got there in one step is not on the way
+FEWER_ENDS = 0.08  # of the answers
+LIKELY = 1.5  # standard errors of what is seen beside something certain
 COLLAPSED = 0.1  # times the first entropy
+SAW = 0.1  # explained variance of a critic that has learnt
 STILL, STILL_AFTER = 1e-4, 20  # nats a token after so many iterations; KL grows with their square
 
 
 @dataclass
-class History:
-    """Watched figures: the first of each kind, those of the last iterations, and their number.
-
-    An iteration lacks the figures of what it does not do (no critic: no explained variance; no
-    step of the actor: no entropy). A figure that is not known is nan, which is beyond no limit.
-
-    Attributes:
-        slow_start: iterations before the actor trains at its full rate.
-        best: largest mean of the reward over `LONG` iterations; absent before there is one.
-    """
-
-    slow_start: float = 0.0
-    first: dict[str, float] = field(default_factory=dict)
-    recent: list[dict[str, float]] = field(default_factory=list)
-    seen: dict[str, int] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-
-    def add(self, figures: dict[str, float]) -> None:
-        """Take in an iteration."""
-        for name, value in figures.items():
-            self.first.setdefault(name, value)
-            self.seen[name] = self.seen.get(name, 0) + 1
-        self.recent = [*self.recent, figures][-REMEMBERED:]
-        if not math.isnan(reward := self.mean("reward", LONG)):
-            self.best["reward"] = max(self.best.get("reward", reward), reward)
-
-    def last(self, name: str, count: int) -> list[float]:
-        """Figure in the last `count` iterations; empty where one of them lacks it."""
-        values = [figures[name] for figures in self.recent[-count:] if name in figures]
-        return values if len(values) == count else []
-
-    def stays(
-        self, name: str, count: int = SHORT, *, above: float = -math.inf, below: float = math.inf
-    ) -> bool:
-        """Tell whether a figure has been within these limits in each of the last iterations."""
-        values = self.last(name, count)
-        return bool(values) and all(above < value < below for value in values)
-
-    def mean(self, name: str, count: int = SHORT) -> float:
-        """Mean over the last iterations."""
-        values = self.last(name, count)
-        return fmean(values) if values else math.nan
-
-    def change(self, name: str) -> float:
-        """Mean of the last iterations in terms of the first."""
-        first = self.first.get(name, 0.0)
-        return self.mean(name) / first if first else math.nan
+class History(Series):
+    """Figures of a run, and what can be seen in them."""
 
     @property
     def reward_rise(self) -> float:
         """Rise of the reward since the first iteration, in its spreads there."""
         spread = self.first.get("reward_std", 0.0)
         return (self.mean("reward", LONG) - self.first["reward"]) / spread if spread else math.nan
-
-    def grows(self, name: str, by: float = 0.0, sign: int = 1) -> bool:
-        """Tell whether a figure has grown, or with sign -1 fallen, by more in each of the last."""
-        values = self.last(name, LONG + 1)
-        steps = [sign * (later - before) for before, later in itertools.pairwise(values)]
-        return bool(steps) and min(steps) > by
 
     def gains(self, spreads: float) -> bool:
         """Tell whether the reward is above its start by so many spreads, on average or by now."""
@@ -105,13 +56,21 @@ class History:
 
     @property
     def chance(self) -> float:
-        """Difference of two means of the reward that chance makes no larger, in spreads."""
-        return CERTAIN * math.sqrt((1 + 1 / LONG) / self.first.get("answers", ANSWERS))
+        """Difference of the first reward and a mean of `LONG` that chance makes no larger."""
+        noise, spread = self.noise("reward"), self.first.get("reward_std", 0.0)
+        return CERTAIN * math.sqrt(1 + 1 / LONG) * noise / spread if spread else math.inf
 
     @property
     def fell(self) -> bool:
-        """Tell whether the reward is below its start, by more than chance does."""
-        return self.reward_rise < -max(MOVED, self.chance)
+        """Tell whether the reward is below its start, or steadily gets there, beyond chance."""
+        if self.reward_rise < -max(MOVED, self.chance):
+            return True
+        chance = LIKELY * math.sqrt(1 + 1 / SHORT) * self.noise("reward")
+        least = FALLEN * self.first.get("reward_std", 0.0)
+        if not self.mean("reward") < self.first.get("reward", math.nan) - max(least, chance):
+            return False
+        trends = [self.trend("reward", count) for count in range(LONG + 1, REMEMBERED + 1)]
+        return any(t.certainty < -CERTAIN and t.moved < -least for t in trends)
 
     @property
     def is_at_its_best(self) -> bool:
@@ -145,8 +104,19 @@ class History:
         steps = [later - before for before, later in itertools.pairwise(nats)]
         if self.is_far and (max(steps, default=0.0) > JUMP or not self.gains(MOVED)):
             return True
-        leaves = self._is_beyond(NEAR, self.recent[-1]) and self.grows("kl_per_token", PACE)
-        return leaves and not self.gains(MOVED / 2)
+        if not self._is_beyond(NEAR, self.recent[-1]) or not self.grows("kl_per_token"):
+            return False
+        last = self.last("kl_per_token", LONG + 1)
+        return last[-1] - last[0] > LONG * PACE and not self.gains(self._worth)
+
+    @property
+    def _worth(self) -> float:
+        """Least gain of the reward, in spreads, that the present KL should have bought.
+
+        Of Gaussian rewards K nats an answer buy sqrt(2 K) spreads at most.
+        """
+        nats = self.mean("kl_per_token", 1) * self.mean("answer_length", 1)
+        return min(max(EARNED * math.sqrt(2 * nats), FALLEN), MOVED)
 
     @property
     def is_gamed(self) -> bool:
@@ -176,29 +146,54 @@ class History:
         few = self.first.get("ended", 0.0) > 1 - FEW_ENDS and self.change("ended") < FEW_ENDS
         return few and self.change("answer_length") > LONGER
 
-    def is_on_the_way(self, sign: int) -> bool:
-        """Tell whether answers now shrink (-1) or grow (1) steadily, by more than chance does."""
-        first = self.first.get("answer_length", 0.0)
-        chance = LIKELY * LENGTH_SPREAD * math.sqrt(2 / self.first.get("answers", ANSWERS))
-        lengths = self.last("answer_length", LONG + 1) or [0.0]
-        moved = sign * (lengths[-1] - lengths[0])
-        least = max(ANOTHER_LENGTH, chance) * max(first, lengths[0])
-        return self.grows("answer_length", sign=sign) and moved > least
+    def is_on_the_way(self, sign: int, least: float) -> bool:
+        """Tell whether answers shrink (-1) or grow (1) steadily, beyond chance.
+
+        Args:
+            least: of the first length, or of that of `LONG` iterations ago.
+        """
+        lengths = self.last("answer_length", LONG + 1)
+        if not lengths:
+            return False
+        trend = self.trend("answer_length", LONG + 1)
+        least *= max(self.first.get("answer_length", 0.0), lengths[0])
+        steps = [sign * (later - before) for before, later in itertools.pairwise(lengths)]
+        steady = -self.noise("answer_length") < min(steps) <= max(steps) < ONE_STEP * sum(steps)
+        return steady and sign * trend.moved > least and sign * trend.certainty > CERTAIN
 
     @property
     def shrinks(self) -> bool:
-        """Tell whether answers get ever shorter, and not because more of them end."""
-        first = self.first.get("ended", 0.0)
-        more = self.mean("ended", 1) > first + FEWER_ENDS * (1 - first)
-        return self.is_on_the_way(-1) and not more
+        """Tell whether answers get ever shorter, and not because more of them end.
+
+        One that ends now and was cut, at about twice the mean length, takes that much off.
+        """
+        first = self.first.get("answer_length", 0.0)
+        shorter = 1 - self.mean("answer_length", 1) / first if first else math.nan
+        more = self.mean("ended", 1) - self.first.get("ended", 0.0) + self._end_error
+        return self.is_on_the_way(-1, SHORTENED) and not 2 * more > shorter
 
     @property
     def runs_on(self) -> bool:
         """Tell whether answers get ever longer, and fewer of them end."""
-        first, count = self.first.get("ended", 0.0), self.first.get("answers", ANSWERS)
-        chance = 2 * math.sqrt(2 * first * (1 - first) / count)
-        fewer = first - self.mean("ended", 1)
-        return self.is_on_the_way(1) and fewer > max(FEWER_ENDS, chance)
+        fewer = self.first.get("ended", 0.0) - self.mean("ended", 1)
+        return self.is_on_the_way(1, LENGTHENED) and fewer > max(
+            FEWER_ENDS, LIKELY * self._end_error
+        )
+
+    @property
+    def _end_error(self) -> float:
+        """Standard error of the difference of two shares of answers that end."""
+        share, count = self.first.get("ended", 0.0), self.first.get("answers", ANSWERS)
+        return math.sqrt(2 * share * (1 - share) / count)
+
+    @property
+    def is_critic_blind(self) -> bool:
+        """Tell whether the critic predicts worse than a constant, and did not so once.
+
+        One that never did better may be learning still: good runs begin so.
+        """
+        could = self.best.get("explained_variance", -math.inf) > SAW
+        return self.stays("explained_variance", LONG if could else REMEMBERED, below=0)
 
     @property
     def stands_still(self) -> bool:
@@ -207,10 +202,3 @@ class History:
         limit = STILL * min(trained / STILL_AFTER, 1.0) ** 2
         nats = self.mean("kl_k3" if "kl_k3" in self.first else "kl_per_token")
         return trained >= LONG and abs(nats) < limit and not abs(self.reward_rise) > MOVED
-
-    def words(self) -> dict[str, float]:
-        """Figures of a message: NAME, the mean of the last iterations, and first_NAME."""
-        words: dict[str, float] = defaultdict(lambda: math.nan)
-        for name, value in self.first.items():
-            words[name], words[f"first_{name}"] = self.mean(name), value
-        return words

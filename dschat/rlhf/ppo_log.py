@@ -181,7 +181,8 @@ class PPOLog:
     ) -> None:
         """Show an evaluation on held-out prompts, and keep some of its answers on this rank."""
         phases.mark(phases.EVALUATION)
-        self._print("eval " + console_line(iteration, self.iterations, statistics))
+        shown = {n: value for n, value in statistics.items() if not n.endswith("_error")}
+        self._print("eval " + console_line(iteration, self.iterations, shown))
         if self._held_out is not None and rollouts:
             tokenizer, names = self.roles.tokenizer, self.functions
             answers = choose_answers(rollouts, HELD_OUT_ROWS, tokenizer, iteration, names)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dschat.rlhf.ppo_history import LONG, REMEMBERED, History
+from dschat.rlhf.ppo_history import History
+from dschat.rlhf.ppo_series import LONG
 
 FOREIGN_GAP = 0.1  # nats a token; bf16 alone makes 0.015
 ALL_EQUAL = 0.9  # of the prompts
@@ -196,7 +197,10 @@ RULES = (
         "entropy fell from {first_entropy:.3g} to {entropy:.3g} nats a token while the reward went "
         "from {first_reward:.3g} to {reward:.3g}: the policy says one and the same",
         "{facts.closer} or {facts.slower}",
-        explains=("equal rewards", "equal within prompts", "no ends", "blind critic"),
+        explains=(
+            *("equal rewards", "equal within prompts", "no ends", "reward fell"),
+            "blind critic",
+        ),
     ),
     Rule(
         "equal rewards",
@@ -236,9 +240,9 @@ RULES = (
     ),
     Rule(
         "blind critic",
-        lambda h: h.stays("explained_variance", REMEMBERED, below=0),
-        "explained variance has long been below 0 ({explained_variance:.2f}): the critic predicts "
-        "worse than a constant",
+        lambda h: h.is_critic_blind,
+        "explained variance stays below 0 ({explained_variance:.2f}): the critic predicts worse "
+        "than a constant",
         "raise critic_learning_rate, or lower it where critic_loss does not fall; "
         "critic_warmup_iterations lets it train first",
     ),

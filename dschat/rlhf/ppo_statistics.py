@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -31,14 +32,16 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
         if e.sampler_logprobs is not None and not e.fresh  # else the step measures it
     ]
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
+    groups = torch.cat([e.group for e in experiences])
     # Without any score there is no mean.
-    figures = {"reward": masked_mean(rewards, counted, all_reduce_sum)} if scored else {}
+    figures = mean_and_error("reward", rewards, counted, groups) if scored else {}
+    lengths = torch.cat([e.answer_mask.sum(-1) for e in experiences]).float()
+    figures |= mean_and_error("answer_length", lengths, rows, groups)
     figures |= {
         "kl": per_row([(k * e.answer_mask).sum(-1) for k, e in zip(k1, experiences, strict=True)]),
         "kl_per_token": per_token(k1),
         "kl_k3": per_token([kl_k3(e.logprobs, e.ref_logprobs) for e in experiences]),
         "answers": answer_count(experiences),
-        "answer_length": per_row([e.answer_mask.sum(-1) for e in experiences]),
         "ended": per_row([e.ended for e in experiences]),
         "ref_nats_per_token": -per_token([e.ref_logprobs for e in experiences]),
     }
@@ -46,6 +49,26 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
         (largest,) = all_reduce_max([max(gap.max().item() for gap in gaps)])
         figures |= {"decode_gap": per_token(gaps), "decode_gap_max": largest}
     return figures
+
+
+def mean_and_error(
+    name: str, x: torch.Tensor, mask: torch.Tensor, group: torch.Tensor
+) -> dict[str, float]:
+    """Mean over the answers of all ranks where the mask is True, and its standard error.
+
+    Answers to one prompt go together: the error is by what prompts differ in. With fewer than two
+    of them there is none. All are (B,).
+    """
+    mean = masked_mean(x, mask, all_reduce_sum)
+    names, of_prompt = group[mask].unique(return_inverse=True)
+    sums = x.new_zeros(len(names), dtype=torch.float64)
+    sums = sums.index_add(0, of_prompt, x[mask].double() - mean)
+    squares, prompts, count = all_reduce_sum(
+        [sums.square().sum().item(), float(len(names)), float(mask.sum().item())]
+    )
+    if prompts < 2:
+        return {name: mean}
+    return {name: mean, f"{name}_error": math.sqrt(squares * prompts / (prompts - 1)) / count}
 
 
 def zero_spread(experiences: list[Experience], missing_eos_penalty: float) -> float:

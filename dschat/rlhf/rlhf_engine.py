@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.logprobs import answer_logprobs
+from dschat.models.padding_proof import prove_padding
 from dschat.models.reward_model import scores_at_end
 from dschat.rlhf.ema import EMA
 from dschat.rlhf.one_trunk import Models, OneTrunk, SeparateTrunks
@@ -59,6 +60,9 @@ class DeepSpeedRLHFEngine:
         """Load every role; the actor's and critic's engines come with named groups.
 
         The trained roles come first: their adapters then start alike in every layout.
+
+        Raises:
+            UserError: weights that do not fit, or a model that sees padding.
         """
         dtype = torch_dtype(setup.actor.engine.dtype)
         one_trunk = setup.share_trunk == "all"
@@ -78,7 +82,7 @@ class DeepSpeedRLHFEngine:
             # The weights of one trunk are the actor's: they do not go to the CPU in between.
             config = replace(setup.reward, offload=False) if one_trunk else setup.reward
             reward = _frozen(config, "value", models, distributed)
-        return cls(
+        roles = cls(
             actor=actor,
             critic=critic,
             reference=reference,
@@ -89,6 +93,18 @@ class DeepSpeedRLHFEngine:
             ema=EMA(actor.module, ema.ema_decay) if ema is not None and ema.enable_ema else None,
             retokenise=setup.retokenise,
         )
+        roles._prove_padding(setup)
+        return roles
+
+    def _prove_padding(self, setup: RoleSetup) -> None:
+        """Stop at a model that sees padding; frozen roles but the reward's are of these models."""
+        for name, engine in self.trained.items():
+            prove_padding(engine, self.tokenizer, self.device, setup.trained[name].model, left=True)
+        if self.reward is None or setup.reward is None:
+            return
+        reader = self.tokenizer if self.retokenise is None else self.retokenise.reader
+        with on_device(self.reward, self.device) as reward:
+            prove_padding(reward, reader, self.device, setup.reward.model, left=True)
 
     @property
     def has_reward_model(self) -> bool:

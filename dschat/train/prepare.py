@@ -21,6 +21,7 @@ from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
 from dschat.models.causal_lm import check_model_folder
 from dschat.models.config import check_attention, load_config
+from dschat.models.padding_proof import prove_padding
 from dschat.models.reward_model import head_width
 from dschat.models.save_plan import SavePlan
 from dschat.train.checkpoint_source import Position
@@ -133,7 +134,8 @@ def prepare(
         create: loads the model's weights, as `create_hf_model` does.
 
     Raises:
-        UserError: a checkpoint of another run, or weights that do not fit.
+        UserError: a checkpoint of another run, weights that do not fit, or a model that sees
+            padding.
     """
     run = settings.run
     batches = [train_loader.batches_in(epoch) for epoch in range(run.num_train_epochs)]
@@ -160,4 +162,5 @@ def prepare(
     tokens = choose_tokens(model.config.trainable_tokens, ctx.tokenizer, data)
     config = replace(model.config, tokens=tokens)
     engine = build_engine(module, model.engine, config, schedule, ctx.world_size, settings.KIND)
+    prove_padding(engine, ctx.tokenizer, ctx.device, model.name)
     return Run(ctx, settings, model, steps, engine, checkpointer)

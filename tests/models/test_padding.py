@@ -1,12 +1,21 @@
-"""The token that a saved reward model pads with."""
+"""The token that a saved reward model pads with; models that see padding."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
+from dschat.errors import UserError
 from dschat.models.padding import classifier_tokenizer
+from dschat.models.padding_proof import prove_padding
 from tests.helpers import tiny
 
 
@@ -58,3 +67,47 @@ def test_padding_of_its_own_is_kept_on_the_right():
     classifier = classifier_tokenizer(tokenizer)
     assert (classifier.pad_token, classifier.padding_side) == ("<pad>", "right")
     assert tokenizer.padding_side == "left"
+
+
+def sees_padding(family: str, **settings: object) -> nn.Module:
+    """A causal LM of a family that padding reaches."""
+    torch.manual_seed(0)
+    small = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **small | {"num_attention_heads": 4} | settings)
+    )
+
+
+SEEN: dict[str, tuple[nn.Module, bool]] = {  # and whether padding behind the text alone is seen
+    "cpmant": (sees_padding("cpmant", dim_head=8, dim_ff=48), True),
+    "rwkv": (sees_padding("rwkv", attention_hidden_size=32), False),
+    "bart": (
+        sees_padding(
+            "bart", d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SEEN)
+def test_a_model_that_sees_padding_is_found_out(family: str):
+    model, is_seen_behind = SEEN[family]
+    device, tokenizer = torch.device("cpu"), tiny.byte_tokenizer()
+    message = rf"^model m: a text gets other values .* as {family} of transformers does not leave"
+    if is_seen_behind:
+        with pytest.raises(UserError, match=f"{message} padding behind a text out"):
+            prove_padding(model, tokenizer, device, "m")
+    else:
+        prove_padding(model, tokenizer, device, "m")
+    with pytest.raises(UserError, match=f"{message} padding in front of a text out"):
+        prove_padding(model, tokenizer, device, "m", left=True)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_others_pass_and_stay_as_they_were(name: str):
+    model = tiny.ARCHITECTURES[name]().train()
+    state = torch.get_rng_state()
+    for left in (False, True):
+        prove_padding(model, tiny.byte_tokenizer(), torch.device("cpu"), "m", left=left)
+    assert model.training and torch.equal(torch.get_rng_state(), state)

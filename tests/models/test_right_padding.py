@@ -136,7 +136,7 @@ def test_the_proof_runs_once_and_leaves_mode_and_random_numbers_as_they_were():
     model = tiny.tiny_llama().train()
     ids, mask = tiny.padded(tiny.token_rows(3, seed=1))
     state = torch.get_rng_state()
-    with patch.object(right_padding, "_outputs", wraps=right_padding._outputs) as outputs:
+    with patch.object(right_padding, "outputs", wraps=right_padding.outputs) as outputs:
         assert needed_mask(model, ids, mask) is needed_mask(model, ids, mask) is None
     assert outputs.call_count == 2 and model.training
     assert torch.equal(torch.get_rng_state(), state)

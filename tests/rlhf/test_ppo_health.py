@@ -7,20 +7,31 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from benchmarks.ppo_monitor import BEGINNING, NOT_FINITE, TROUBLES, Trouble, history, said
+from benchmarks.ppo_monitor import (
+    BEGINNING,
+    NOT_FINITE,
+    TROUBLES,
+    WHILE,
+    Trouble,
+    history,
+    said,
+)
 from dschat.errors import UserError
 from dschat.rlhf.ppo_health import REPEATED_AFTER, HealthMonitor
-from dschat.rlhf.ppo_history import LONG, REMEMBERED, SHORT, WATCHED, History
+from dschat.rlhf.ppo_history import WATCHED, History
 from dschat.rlhf.ppo_rules import RULES, RunFacts
+from dschat.rlhf.ppo_series import LONG, REMEMBERED, SHORT
 from dschat.rlhf.ppo_updates import Updates
 from tests.rlhf.tiny_roles import Setting, assert_same, ppo_trainer, rollout, weights
 
 HEALTHY = {
     "reward": 0.5,
+    "reward_error": 0.125,
     "reward_std": 1.0,
     "reward_clipped": 0.02,
     "answers": 64.0,
     "answer_length": 40.0,
+    "answer_length_error": 1.25,
     "ended": 0.9,
     "kl_per_token": 0.05,
     "kl_k3": 0.05,
@@ -36,9 +47,9 @@ HEALTHY = {
 # Iterations from the beginning of a trouble to its warning: at most three of most. A fall of the
 # reward has to come out of chance first; lengths may do so a little later than on average.
 SOON = {
-    "reward falls": 10,  # half a spread at the 5th, four standard errors at the 6th
-    "answers shrink": 6,
+    "reward falls": 10,  # four standard errors of a slope of 0.1 come at the 6th
     "blind critic": REMEMBERED,
+    "critic goes blind": WHILE + LONG - 1,
     "collapse after a gain": 20,  # entropy is below a tenth from the 19th on
 }
 RULE = {rule.name: rule for rule in RULES}

@@ -81,15 +81,25 @@ def test_rollout_statistics_by_hand():
     k3 = [math.exp(-x) - 1 + x for x in k1]
     expected = {
         "reward": 3.5,
+        "reward_error": 1.5,  # of two prompts that are 1.5 off the mean: 1.5 * sqrt(2) / sqrt(2)
         "kl": (0.5 + 0.0 + 1.0 - 1.0) / 2,  # a sum over each answer, then the mean of answers
         "kl_per_token": sum(k1) / 4,
         "kl_k3": sum(k3) / 4,
         "answers": 2.0,
         "answer_length": 2.0,
+        "answer_length_error": 1.0,
         "ended": 0.5,
         "ref_nats_per_token": (1.5 + 2.0 + 4.0 + 3.0) / 4,
     }
     assert statistics == pytest.approx(expected, abs=1e-6)
+    # Two answers to each of two prompts, 1 and 5 in the mean: nothing but these differ.
+    pairs = [
+        synthetic(rewards=[0.0, 2.0], group=[0, 0]),
+        synthetic(rewards=[4.0, 6.0], group=[1, 1]),
+    ]
+    assert rollout_statistics(pairs)["reward_error"] == pytest.approx(2.0)
+    alone = synthetic(rewards=[0.0, 2.0], group=[0, 0])
+    assert "reward_error" not in rollout_statistics([alone])
     # By the sampler the three tokens of the first answer were 0, 0.2 and 0.4 likelier.
     told = e.logprobs + torch.tensor([[0.0, 0.2, -0.4], [0.0, 9.0, 9.0]])
     statistics = rollout_statistics([dataclasses.replace(e, sampler_logprobs=told)])

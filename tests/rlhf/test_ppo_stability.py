@@ -32,6 +32,7 @@ VALUES = {"critic_loss", "value_clip_fraction", "explained_variance", "returns"}
 ROLLOUTS = {
     *("reward", "kl", "kl_per_token", "kl_k3", "answer_length", "ended", "ref_nats_per_token"),
     *("advantage_mean", "advantage_std", "kl_coefficient", "actor_updates"),
+    *("reward_error", "answer_length_error"),
     *("reward_std", "reward_clipped", "reward_model", "answers", "decode_gap", "decode_gap_max"),
 }
 

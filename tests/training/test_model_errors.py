@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from tests.helpers import tiny
 from tests.helpers.model_error_cases import EARLY, LATE, spoilt
 from tests.helpers.steps import (
+    DPO,
     PPO,
     PROMPT_EVALUATION,
     REWARD,
@@ -59,6 +60,35 @@ def test_every_program_says_so_in_one_line(tmp_path: Path):
         assert len(lines) == 1 and expected in lines[0], (argv, result.stderr[-2000:])
         assert "Traceback" not in result.stderr
     assert "tokenising" not in printed
+
+
+@pytest.mark.slow
+def test_a_family_that_sees_padding_is_found_before_anything_trains(tmp_path: Path):
+    good = tiny.save_llama_folder(tmp_path / "good")
+    write_rows(tmp_path / "data.jsonl", preference_rows(40, seed=0))
+    small = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    for family, shape in (
+        ("cpmant", {"num_attention_heads": 4, "dim_head": 8, "dim_ff": 48}),
+        ("rwkv", {"attention_hidden_size": 32}),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, **shape))
+        model.save_pretrained(tmp_path / family)
+        tiny.byte_tokenizer().save_pretrained(tmp_path / family)
+    data = ["--data_path", "data.jsonl", "--data_output_path", "cache", "--dtype", "fp32"]
+    steps = [
+        [step, "--model_name_or_path", "cpmant", *data, "--output_dir", f"out-{place}"]
+        for place, step in enumerate((SFT, REWARD, DPO))
+    ]
+    roles = ["--actor_model_name_or_path", "rwkv", "--critic_model_name_or_path", good]
+    roles += ["--init_head_randomly", "--reward_function", "length", "--reward_length", 1, 9]
+    roles += ["--max_prompt_seq_len", 32, "--max_answer_seq_len", 8]
+    results, _ = run_worker(
+        [*steps, [PPO, *roles, *data, "--output_dir", "out"]], tmp_path, ranks=1
+    )
+    for result, model in zip(results, 3 * ["cpmant"] + ["rwkv"], strict=True):
+        assert result.code == 2, result.stderr[-2000:]
+        assert f"error: model {model}: a text gets other values beside" in result.stderr
+    assert not list(tmp_path.glob("out*/*.safetensors"))
 
 
 @pytest.mark.slow

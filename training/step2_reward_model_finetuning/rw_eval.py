@@ -39,6 +39,7 @@ from dschat.data.stream import RowStream
 from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_model_folder
+from dschat.models.padding_proof import prove_padding
 from dschat.models.reward_head import check_reward_head
 from dschat.models.reward_model import RewardModel, create_critic_model
 from dschat.models.reward_statistics import EVALUATION_FILE, read_evaluation
@@ -124,7 +125,9 @@ def line_scorer(settings: RewardEvaluation, ctx: RunContext) -> LineScorer:
 def load(settings: RewardEvaluation, ctx: RunContext) -> RewardModel:
     """Load the reward model onto the device."""
     model = create_critic_model(settings.model_name_or_path, ctx.tokenizer, ctx.dtype)
-    return model.to(ctx.device).eval()
+    model = model.to(ctx.device).eval()
+    prove_padding(model, ctx.tokenizer, ctx.device, settings.model_name_or_path)
+    return model
 
 
 def rows_of(data: PromptData, everything: bool) -> datasets.Dataset:
