@@ -57,8 +57,7 @@ def write_ids(model: str, kept: Path, ids: Path, batch: int, length: int) -> Non
     config = DataConfig(data_path=(str(kept),), data_output_path=str(kept.with_name("cache")))
     data = create_prompt_dataset(config, tokenizer, 2, seed=SEED, max_seq_len=length)
     training = build_loader(data.train, list, batch, rank=0, world_size=1, seed=SEED, shuffle=True)
-    training.set_epoch(0)
-    ordered = [row for rows in training for row in rows]
+    ordered = [row for rows in training.batches(0) for row in rows]
     for name, rows in (("train", ordered), ("test", data.eval)):
         lines = []
         for row in rows:

@@ -112,8 +112,6 @@ class Loader:
     rank: int
     world_size: int
     seed: int
-    epoch: int = 0
-    skip: int = 0
     _last_draw: tuple[int, Epoch] | None = None
 
     @property
@@ -121,24 +119,20 @@ class Loader:
         """Count the rows of the set."""
         return len(self.lengths)
 
-    def __len__(self) -> int:
-        """Count the batches of the present epoch, the same on every rank."""
-        return self.batches_in(self.epoch)
-
     def batches_in(self, epoch: int) -> int:
-        """Count the batches of an epoch; packed or by tokens, epochs differ a little."""
+        """Count a rank's batches of an epoch; packed or by tokens, epochs differ a little."""
         count = self.sampler.count(len(self.lengths), self.world_size)
         return len(self._draw(epoch)) if count is None else count
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Draw the order of this epoch from (seed, epoch); no effect without shuffling.
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch, in an order drawn from (seed, epoch) where rows shuffle.
 
         Its first `skip` batches, which a resumed run has had, are left out and never read.
         """
-        self.epoch, self.skip = epoch, skip
-
-    def __iter__(self) -> Iterator[Any]:
-        for items in self._draw(self.epoch).batches(self.skip):
+        for items in self._draw(epoch).batches(skip):
             mine = items[self.rank :: self.world_size]
             is_real = bool(mine)
             if not is_real:

@@ -19,12 +19,13 @@ import sys
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from dschat.errors import UserError
-from dschat.utils.files import disk_error, regular, sha256, sync
+from dschat.utils.files import disk_error, regular, remove, sha256, sync
 from dschat.utils.printable import printable
 
 RECORD = "digests.json"
@@ -110,7 +111,7 @@ def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None])
                 if damage is None:
                     return target
                 print(printable(f"{target}: {damage}; it is made again"), flush=True)
-                _remove(target)
+                remove(target)
             _sweep(root, kind, key)
             part = root / kind / f"{key}.{uuid.uuid4().hex}{_PART}"
             _writing.add(target)
@@ -120,7 +121,7 @@ def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None])
                 _publish(part, target, mode)
             finally:
                 _writing.discard(target)
-                _remove(part)
+                shutil.rmtree(part, ignore_errors=True)
     except UserError:
         raise
     except Exception as error:  # libraries wrap the system's
@@ -196,14 +197,11 @@ def _sweep(root: Path, kind: str, key: str) -> None:
     """Remove the unfinished files of processes that are gone: nobody holds their locks."""
     for part in (root / kind).glob(f"*{_PART}"):
         owner = part.name.split(".", 1)[0]
-        if owner == key:  # this process holds its lock
-            _remove(part)
-            continue
-        try:
-            with _locked(root, kind, owner, wait=False):
-                _remove(part)
-        except Timeout:
-            pass
+        with (
+            suppress(Timeout, OSError),  # its writer is at work; this user may not remove it
+            nullcontext() if owner == key else _locked(root, kind, owner, wait=False),
+        ):
+            remove(part)
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
@@ -213,13 +211,6 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"{folder} cannot be written ({reason}): {remedy} or give another data_output_path"
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _in_child() -> None:

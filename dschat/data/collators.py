@@ -165,7 +165,7 @@ class PromptCollator:
         """Pad on the left; raises KeyError on rows of another phase."""
         prompts = [row["prompt_ids"] for row in rows]
         own = None
-        if any("columns" in row for row in rows):
+        if all(row.get("columns") is not None for row in rows):
             own = tuple(json.loads(row["columns"]) for row in rows)
         return PromptBatch(*_padded(rows, prompts, self.pad_token_id, left=True), own)
 

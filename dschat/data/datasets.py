@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from dschat.errors import UserError
 from dschat.text.chat_template import template_end
 from dschat.text.encoding import tokenizer_fingerprint
 from dschat.text.formats import choose_format
-from dschat.utils.files import Reserve, free_bytes, in_words
+from dschat.utils.files import Reserve, in_words
 
 # Part of every cached set's key: raise it when the same rows are to be tokenised differently.
 RECIPE_VERSION = 6
@@ -84,8 +86,9 @@ def create_prompt_dataset(
             "end answers in its chat template; call set_format(tokenizer) first"
         )
     max_len = max_prompt_len if phase == 3 and max_prompt_len is not None else max_seq_len
-    kept, own = config.keep_special_tokens, bool(config.read.kept)
-    convert = Converter(tokenizer, form, phase, max_len, config.train_on, kept, own)
+    convert = Converter(
+        tokenizer, form, phase, max_len, config.train_on, config.keep_special_tokens
+    )
     by_name = [NAMED_SPLIT if format_by_name(name) else ALL_ROWS for name in config.data_path]
     splits = [config.data_split or usual for usual in by_name]
     sources = list(zip(config.data_path, splits, strict=True))
@@ -171,24 +174,13 @@ class _Part:
 
 
 def _parts(sources: list[tuple[Source, str]], seed: int, phase: int) -> Iterator[_Part]:
-    """Divide the rows of sources, each with its proportions, among the phases."""
+    """Divide the rows of sources, each with its proportions, among the phases.
+
+    Raises:
+        UserError: rows without a column that the phase needs.
+    """
     for number, (source, text) in enumerate(sources):
-        _require_columns(source, phase)
-        chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
-        rows = source.train.select(np.sort(chosen))  # read from front to back
-        skipped = source.skipped.get("train", {})
-        left = {"held out": source.held_out, "for other steps": len(source.train) - len(rows)}
-        report = SourceReport(source.name, "train", len(rows), 0, skipped=skipped, left=left)
-        yield _Part(rows, report, f"train-{number:03d}.arrow")
-        skipped = source.skipped.get("test", {})
-        left = {"for training": len(source.train) if source.held_out else 0}
-        report = SourceReport(source.name, "eval", len(source.test), 0, skipped=skipped, left=left)
-        yield _Part(source.test, report, f"eval-{number:03d}.arrow")
-
-
-def _require_columns(source: Source, phase: int) -> None:
-    for rows in (source.train, source.test):
-        for column in NEEDED[phase]:
+        for rows, column in product((source.train, source.test), NEEDED[phase]):
             values = rows.data.column(column)
             if values.null_count:
                 first = pc.index(values.is_null(), True).as_py()
@@ -197,6 +189,14 @@ def _require_columns(source: Source, phase: int) -> None:
                     f"{len(values)} rows lack it), which phase {phase} ({PHASE_NAMES[phase]}) "
                     "needs; add the column or use another source"
                 )
+        chosen = phase_split(len(source.train), seed, parse_proportions(text), phase)
+        train = source.train.select(np.sort(chosen))  # read from front to back
+        others = {"held out": source.held_out, "for other steps": len(source.train) - len(train)}
+        training = {"for training": len(source.train) if source.held_out else 0}
+        for split, rows, left in (("train", train, others), ("eval", source.test, training)):
+            skipped = source.skipped.get("train" if split == "train" else "test", {})
+            report = SourceReport(source.name, split, len(rows), 0, skipped=skipped, left=left)
+            yield _Part(rows, report, f"{split}-{number:03d}.arrow")
 
 
 def _write(
@@ -239,7 +239,7 @@ def _check_room(
     """
     needed = sum(tokenised_bytes(rows, convert) for rows in parts)
     beside = later.on_disk_of(folder) if later is not None else 0
-    free = free_bytes(folder)
+    free = shutil.disk_usage(folder).free
     if needed + beside > free:
         models = f", the models of the run {in_words(beside)}" if beside else ""
         raise UserError(

@@ -42,7 +42,7 @@ def read_standard(row: Row) -> Example:
         )
     prompt, rejected = row["prompt"], row.get("rejected")
     chosen = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    _refuse_tie(row)
+    of_pair = pair_columns(row)
     if isinstance(prompt, list | tuple):
         turns = read_messages(prompt, "prompt")
         if turns[-1].role != "user":
@@ -57,26 +57,23 @@ def read_standard(row: Row) -> Example:
         example = _message_pair(chosen, rejected)
     else:
         example = split_answer(read_messages(chosen, "chosen"))
-    return with_pair_columns(example, row)
+    return replace(example, **of_pair)
 
 
-def with_pair_columns(example: Example, row: Row) -> Example:
-    """Add to a pair what its row may say of it: columns margin, a number, and subset, a name.
+def pair_columns(row: Row) -> dict[str, Any]:
+    """Read what the row of a pair may say of it: columns margin, a number, and subset, a name.
 
     Raises:
-        UserError: a margin that is no finite number.
+        Skip: both answers have the same score. UserError: a margin that is no finite number.
     """
-    if example.rejected is None:
-        return example
-    margin = None if row.get("margin") is None else pick_number(row, "margin")
-    subset = None if row.get("subset") is None else str(row["subset"])
-    return replace(example, margin=margin, subset=subset)
-
-
-def _refuse_tie(row: Row) -> None:
     scores = row.get("score_chosen"), row.get("score_rejected")
     if None not in scores and scores[0] == scores[1]:
         raise Skip("tie")
+    if row.get("rejected") is None:
+        return {}
+    margin = None if row.get("margin") is None else pick_number(row, "margin")
+    subset = None if row.get("subset") is None else str(row["subset"])
+    return {"margin": margin, "subset": subset}
 
 
 def _side(value: Any, column: str, prompt: tuple[Turn, ...]) -> Any:
@@ -98,19 +95,14 @@ def read_pair(row: Row) -> Example:
 
     Margin and subset as in `read_standard`.
     """
-    return with_pair_columns(_pair(row), row)
-
-
-def _pair(row: Row) -> Example:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    _refuse_tie(row)
+    chosen, rejected, of_pair = row.get("chosen"), row.get("rejected"), pair_columns(row)
     if isinstance(chosen, list | tuple):
-        return _message_pair(chosen, rejected)
+        return replace(_message_pair(chosen, rejected), **of_pair)
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str):
             kind = kind_of(value)
             raise UserError(f"column {column!r} is {kind}, needs text; fix or drop the row")
-    return _transcript_pair(str(chosen), str(rejected))
+    return replace(_transcript_pair(str(chosen), str(rejected)), **of_pair)
 
 
 def _message_pair(chosen: Any, rejected: Any) -> Example:
@@ -227,7 +219,7 @@ FORMATS = (
     _format(_MKQA, named.refuse_mkqa),
 )
 # Columns of so common names that every other format goes before.
-_QUESTION = _format("question answer", named.read_question)
+QUESTION = _format("question answer", named.read_question)
 
 
 def format_by_name(name: str) -> RowFormat | None:
@@ -241,22 +233,3 @@ def format_by_name(name: str) -> RowFormat | None:
         if name == known or (parts and (parts[-1] in ends or cached in parts)):
             return row_format
     return None
-
-
-def format_by_columns(row: Row) -> RowFormat | None:
-    """Find the format of rows like this one; None where no format fits.
-
-    Raises:
-        UserError: several formats fit that mean different things.
-    """
-    fitting = [f for f in FORMATS if f.columns <= row.keys() and (not f.holds or f.holds(row))]
-    fitting = [s for s in fitting if not any(s.columns < other.columns for other in fitting)]
-    if len({row_format.read for row_format in fitting}) > 1:
-        readings = " or ".join(", ".join(sorted(row_format.columns)) for row_format in fitting)
-        raise UserError(
-            f"the columns ({', '.join(row)}) can be read in several ways ({readings}); choose "
-            "with --dataset_columns prompt=... chosen=... or a --dataset_function"
-        )
-    if not fitting and _QUESTION.columns <= row.keys():
-        return _QUESTION
-    return fitting[0] if fitting else None

@@ -20,7 +20,7 @@ import pyarrow as pa
 from dschat.data.cache import open_folder, written_once
 from dschat.data.columns import Row
 from dschat.data.config import PHASES
-from dschat.data.readers import STANDARD, Reader, format_by_columns, format_by_name
+from dschat.data.readers import FORMATS, QUESTION, STANDARD, Reader, format_by_name
 from dschat.data.sources import Finder, Rows, digest
 from dschat.data.user_reader import READER, ReadOptions, read_mapped, user_reader
 from dschat.errors import UserError
@@ -161,17 +161,30 @@ def read_examples(
 def choose_reader(options: ReadOptions, name: str, first: Row) -> Reader:
     """Choose the reader of the source `name`, of which `first` is a row.
 
+    It is the user's, else that of a known name, else that of the known columns: of two formats that
+    fit, the one whose columns include the other's.
+
     Raises:
-        UserError: the columns can be read in several ways.
+        UserError: several formats fit that mean different things.
     """
     if options.dataset_function:
         return user_reader(options.dataset_function)
     if options.dataset_columns:
         return partial(read_mapped, options.dataset_columns)
-    row_format = format_by_name(name)
-    if row_format is None or not row_format.columns <= first.keys():
-        row_format = format_by_columns(first) or STANDARD
-    return row_format.read
+    of_name = format_by_name(name)
+    if of_name is not None and of_name.columns <= first.keys():
+        return of_name.read
+    fitting = [f for f in FORMATS if f.columns <= first.keys() and (not f.holds or f.holds(first))]
+    fitting = [f for f in fitting if not any(f.columns < other.columns for other in fitting)]
+    if len({row_format.read for row_format in fitting}) > 1:
+        readings = " or ".join(", ".join(sorted(row_format.columns)) for row_format in fitting)
+        raise UserError(
+            f"the columns ({', '.join(first)}) can be read in several ways ({readings}); choose "
+            "with --dataset_columns prompt=... chosen=... or a --dataset_function"
+        )
+    if not fitting and QUESTION.columns <= first.keys():
+        return QUESTION.read
+    return fitting[0].read if fitting else STANDARD.read
 
 
 def _check_text(example: Example) -> None:

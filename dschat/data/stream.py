@@ -18,7 +18,7 @@ from dschat.data.config import parse_proportions
 from dschat.data.report import SourceReport
 from dschat.data.sources import Finder
 from dschat.data.store import read_examples
-from dschat.data.tokenise import NEEDED, Converter
+from dschat.data.tokenise import FEATURES, NEEDED, Converter
 from dschat.data.user_reader import ReadOptions
 from dschat.errors import UserError
 from dschat.text.conversations import Example
@@ -88,7 +88,7 @@ def stream_sources(
     rows = list(complete(islice(in_turns(tested), limit), phase))
     if not rows:
         raise UserError("streaming: the test files hold no rows; give at least one")
-    evaluation = datasets.Dataset.from_dict(convert(rows, counts), convert.features)
+    evaluation = datasets.Dataset.from_dict(convert(rows, counts), FEATURES[phase])
     names = ", ".join(name for name, _ in sources)
     about: dict[str, Any] = {"skipped": dict(skipped), **counts}
     report = SourceReport(names, "eval", len(rows), len(evaluation), **about)
@@ -150,24 +150,23 @@ class StreamLoader:
     world_size: int
     seed: int
     counts: Counter[str] = field(default_factory=Counter)  # of this rank's rows, all epochs
-    epoch: int = 0
     _reported_skipped: int = 0
 
     def batches_in(self, epoch: int) -> None:
         """Give None: nobody has counted the rows."""
         return None
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Draw the order of this epoch from (seed, epoch)."""
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch, in an order drawn from (seed, epoch)."""
         if skip:
             raise ValueError("a stream cannot go on in the middle of an epoch")
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
         size = self.batch_size * self.world_size
         rows, number = self.stream.read(), 0
         while block := list(islice(rows, size * BATCHES_PER_BLOCK)):
-            rng = np.random.default_rng([self.seed, self.epoch, number])
+            rng = np.random.default_rng([self.seed, epoch, number])
             order = rng.permutation(len(block))
             mine = [block[at] for at in order[self.rank :: self.world_size]]
             yield from self._batches(mine, -(-len(block) // size), rng)

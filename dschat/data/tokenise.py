@@ -37,7 +37,7 @@ SAMPLE = 200  # rows of a source and split, from which the size of all is estima
 _IDS, _COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int32")
 # `length` is that of the longest sequence of a row: loaders group by it without reading tokens.
 # `trained` holds the token spans that are targets, flat: start, stop, start, stop, ...; an answer's
-# end token is in its span.
+# end token is in its span. `columns` holds the row's own, a JSON object; null where none are kept.
 FEATURES = {
     1: datasets.Features(
         {"input_ids": _IDS, "trained": _IDS, "prompt_len": _COUNT, "length": _COUNT}
@@ -48,10 +48,10 @@ FEATURES = {
             **{"margin": datasets.Value("float64"), "subset": datasets.Value("string")},
         }
     ),
-    3: datasets.Features({"prompt_ids": _IDS, "length": _COUNT}),
+    3: datasets.Features(
+        {"prompt_ids": _IDS, "length": _COUNT, "columns": datasets.Value("string")}
+    ),
 }
-# Of phase 3, where rows keep columns of their own: a JSON object.
-OWN_COLUMNS = "columns"
 # Columns of an example that a phase cannot do without.
 NEEDED = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 
@@ -60,8 +60,7 @@ NEEDED = {1: ("chosen",), 2: ("chosen", "rejected"), 3: ()}
 class Converter:
     """Makes token rows of a phase out of examples.
 
-    Names of special tokens in their texts are ordinary text, unless `keep_special_tokens`. Rows of
-    phase 3 keep the columns that the examples carry where `keeps_columns`.
+    Names of special tokens in their texts are ordinary text, unless `keep_special_tokens`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -70,18 +69,9 @@ class Converter:
     max_len: int
     train_on: str | None
     keep_special_tokens: bool = False
-    keeps_columns: bool = False
-
-    @property
-    def features(self) -> datasets.Features:
-        """Columns of the rows that it makes."""
-        features = FEATURES[self.phase]
-        if self.phase == 3 and self.keeps_columns:
-            return datasets.Features({**features, OWN_COLUMNS: datasets.Value("string")})
-        return features
 
     def __call__(self, examples: list[Example], counts: Counter[str]) -> Columns:
-        """Tokenise examples into columns of `features`; add what is cut and dropped to `counts`."""
+        """Tokenise examples into columns of `FEATURES`; add what is cut and dropped to `counts`."""
         if not self.keep_special_tokens:
             examples, count = ordinary_examples(self.tokenizer, examples)
             counts["special_names"] += count
@@ -176,7 +166,7 @@ class Converter:
         return columns
 
     def _prompt_rows(self, examples: list[Example], counts: Counter[str]) -> Columns:
-        columns: Columns = {name: [] for name in self.features}
+        columns: Columns = {name: [] for name in FEATURES[3]}
         bos_id = self.tokenizer.bos_token_id
         encoded, _ = self.encoded(examples, ())
         for e, ids in zip(examples, encoded, strict=True):
@@ -188,8 +178,7 @@ class Converter:
             counts["prompts_cut"] += len(kept) < len(ids)
             columns["prompt_ids"].append(kept)
             columns["length"].append(len(kept))
-        if OWN_COLUMNS in columns:
-            columns[OWN_COLUMNS] = [e.columns for e in examples]
+            columns["columns"].append(e.columns)
         return columns
 
 
@@ -199,7 +188,7 @@ def tokenised_bytes(rows: datasets.Dataset, convert: Converter) -> int:
         return 0
     places = np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)
     columns = convert(examples_of(rows[places]), Counter())
-    table = datasets.Dataset.from_dict(columns, convert.features).data
+    table = datasets.Dataset.from_dict(columns, FEATURES[convert.phase]).data
     return round(table.nbytes / len(places) * len(rows))
 
 
@@ -220,7 +209,7 @@ def tokenise(
             partial(_counted, folder=counts, convert=convert),
             batched=True,
             remove_columns=rows.column_names,
-            features=convert.features,
+            features=FEATURES[convert.phase],
             cache_file_name=str(arrow_file),
             # Always run: a reused result would leave the counts at zero.
             load_from_cache_file=False,

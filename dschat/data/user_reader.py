@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dschat.data.columns import KeptColumns, Row, pick
-from dschat.data.readers import read_standard, with_pair_columns
+from dschat.data.readers import pair_columns, read_standard
 from dschat.errors import UserError, brief
 from dschat.settings import Settings, setting
 from dschat.text.conversations import (
@@ -96,8 +96,8 @@ def _as_example(result: Any, place: str) -> Example:
     if result is None:
         raise Skip("left out by dataset_function")
     if isinstance(result, Mapping) and result.keys() <= set(TARGETS) and "prompt" in result:
-        example = Example(result["prompt"], result.get("chosen"), result.get("rejected"))
-        result = with_pair_columns(example, result)
+        sides = result.get("chosen"), result.get("rejected")
+        result = Example(result["prompt"], *sides, **pair_columns(result))
     if not isinstance(result, Example):
         raise UserError(
             f"{place} returned {type(result).__name__}: return an Example, None to leave the row "

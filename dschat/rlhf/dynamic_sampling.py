@@ -60,8 +60,7 @@ class SparePrompts:
 
     def _reopened(self) -> Iterator[PromptBatch]:
         epoch, skip = divmod(self.drawn, self.loader.batches_in(0))
-        self.loader.set_epoch(BEYOND + epoch, skip=skip)
-        self._batches = iter(self.loader)
+        self._batches = self.loader.batches(BEYOND + epoch, skip=skip)
         return self._batches
 
     def state_dict(self) -> dict[str, int]:

@@ -116,7 +116,7 @@ class Retokeniser:
     def _marked(self, ids: list[int], text: str, special: set[int]) -> str:
         """Mark the reader's names in a decoded text, save those of the source's special tokens."""
         names = SpecialNames(self.reader)
-        if not names.within(text):
+        if not names.pattern.search(text):
             return text
         pieces, end = [], 0
         for at in (at for at, token in enumerate(ids) if token in special):

@@ -25,7 +25,7 @@ MARK = "\udfff"
 class SpecialNames:
     """Names of a tokenizer's special tokens, to be found and marked in texts.
 
-    `tokens` maps them to what the tokenizer knows of them.
+    `tokens` maps them to what the tokenizer knows of them; `pattern` finds an unmarked one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -35,16 +35,10 @@ class SpecialNames:
         self.pattern = re.compile(
             f"(?:{'|'.join(map(re.escape, names))})(?!{MARK})" if names else "(?!)"
         )
-        self._first_chars = {name[0] for name in names}
-
-    def within(self, text: str) -> bool:
-        """Tell whether a name stands unmarked in the text."""
-        may_be = any(char in text for char in self._first_chars)  # far faster than the pattern
-        return may_be and self.pattern.search(text) is not None
 
     def mark(self, text: str) -> str:
         """Mark every name in a text that is none of a prompt format's."""
-        while self.within(text):  # what is left of one name may be part of another
+        while self.pattern.search(text):  # what is left of one name may be part of another
             text = self.pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
         return text
 
@@ -71,7 +65,8 @@ def ordinary_examples(
     for e in examples:
         turns = (Turn("user", e.prompt),) if isinstance(e.prompt, str) else e.prompt
         sides = [e.chosen, e.rejected]
-        if not any(names.within(text) for text in (*(t.text for t in turns), *filter(None, sides))):
+        texts = [*(t.text for t in turns), *filter(None, sides)]
+        if not any(map(names.pattern.search, texts)):
             marked.append(e)
             continue
         turns = tuple(Turn(t.role, text_of(t.text, t.role == "assistant")) for t in turns)

@@ -49,9 +49,9 @@ class StepPlan:
         return (step - sum(self.epoch_steps[:epoch])) * self.batches_per_step
 
 
-def accumulation_groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def accumulation_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each optimizer step; an epoch's last group may be shorter."""
-    iterator = iter(loader)
+    iterator = iter(batches)
     while micro_batches := list(islice(iterator, size)):
         yield micro_batches
 

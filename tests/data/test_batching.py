@@ -56,9 +56,7 @@ def test_every_row_once_an_epoch_and_as_many_batches_on_every_rank(name, world_s
     sampler, collator = SAMPLERS[name]
     loaders = _loaders(_lengths(count, 32), sampler, world_size, collator)
     for epoch in range(2):
-        for loader in loaders:
-            loader.set_epoch(epoch)
-        ranks = [list(loader) for loader in loaders]
+        ranks = [list(loader.batches(epoch)) for loader in loaders]
         assert {len(batches) for batches in ranks} == {loaders[0].batches_in(epoch)}
         rows = [row for batches in ranks for batch in batches for row in _names(batch)]
         assert sorted(rows) == list(range(count))
@@ -83,10 +81,7 @@ def test_epochs_differ_and_repeat(name):
     # One pack a batch: in larger ones the same packs could meet anew.
     sampler, collator = {**SAMPLERS, "packed": (PackedBatches(1, 32), PackedCollator)}[name]
     (loader,) = _loaders(_lengths(120, 32), sampler, 1, collator)
-    seen = []
-    for epoch in (0, 1, 0):
-        loader.set_epoch(epoch)
-        seen.append([sorted(_names(batch)) for batch in loader])
+    seen = [[sorted(_names(batch)) for batch in loader.batches(epoch)] for epoch in (0, 1, 0)]
     assert seen[0] == seen[2]
     assert sorted(seen[0]) != sorted(seen[1])  # other rows meet, not the same in another order
 

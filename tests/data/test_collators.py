@@ -99,9 +99,8 @@ def _epoch(size, batch_size, world_size, epoch=0, shuffle=True):
             seed=3,
             shuffle=shuffle,
         )
-        loader.set_epoch(epoch)
-        batches = list(loader)
-        assert len(loader) == len(batches)
+        batches = list(loader.batches(epoch))
+        assert loader.batches_in(epoch) == len(batches)
         assert all(1 <= len(batch.real) <= batch_size for batch in batches)
         ranks.append([batch.input_ids[batch.real, 0].tolist() for batch in batches])
     assert len({len(batches) for batches in ranks}) == 1

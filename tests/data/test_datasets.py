@@ -102,7 +102,7 @@ def test_columns_of_each_phase(spec, space_tokenizer):
     assert row["chosen_ids"][: len(prompt)] == row["rejected_ids"][: len(prompt)] == prompt
     assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     row = spec.make(space_tokenizer, 3).eval[0]
-    assert row == {"prompt_ids": prompt, "length": len(prompt)}
+    assert row == {"prompt_ids": prompt, "length": len(prompt), "columns": None}
 
 
 def test_sft_only_sources_go_wholly_to_phase_one(spec, write_rows, byte_tokenizer):

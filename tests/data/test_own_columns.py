@@ -57,7 +57,7 @@ def test_only_what_is_asked_for_is_kept_and_each_choice_is_a_set_of_its_own(data
     some = data(KeptColumns(needed=("answer",), others=("none",), asked_by="f"))
     assert json.loads(some.eval["columns"][0]) == {"answer": "0...\n#### 0"}
     none = data(KeptColumns())
-    assert set(none.train.column_names) == {"prompt_ids", "length"}
+    assert set(none.train["columns"]) == {None}
     assert len({some.key, none.key, data().key}) == 3 and data().key == data().key
     with pytest.raises(UserError, match=r"train\.jsonl line 1: no column 'key', which f takes"):
         data(KeptColumns(needed=("key",), asked_by="f"))

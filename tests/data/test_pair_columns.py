@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dschat.data.readers import format_by_columns, with_pair_columns
+from dschat.data.readers import pair_columns
+from dschat.data.store import choose_reader
 from dschat.data.user_reader import ReadOptions, user_reader
 from dschat.errors import UserError
-from dschat.text.conversations import Example
 from tests.data.spec import Spec
 from tests.helpers.tiny import byte_tokenizer
 
@@ -29,19 +29,19 @@ def read_row(row):
     ids=["prompt, chosen, rejected", "chosen, rejected"],
 )
 def test_rows_known_by_their_columns(row):
-    example = format_by_columns(row | MORE).read(row | MORE)
+    example = choose_reader(ReadOptions(), "pairs", row | MORE)(row | MORE)
     assert (example.margin, example.subset) == (1.5, "7")
-    plain = format_by_columns(row).read(row)
+    plain = choose_reader(ReadOptions(), "pairs", row)(row)
     assert (plain.margin, plain.subset) == (None, None)
 
 
 def test_a_row_without_a_rejected_answer_has_neither():
-    assert with_pair_columns(Example("hi", "we"), {"margin": "none", "subset": "x"}).subset is None
+    assert pair_columns({"chosen": "we", "margin": "none", "subset": "x"}) == {}
 
 
 def test_a_margin_that_is_no_number_is_refused():
     with pytest.raises(UserError, match="column 'margin' is 'much', needs a number"):
-        format_by_columns(PAIR).read(PAIR | {"margin": "much"})
+        choose_reader(ReadOptions(), "pairs", PAIR)(PAIR | {"margin": "much"})
 
 
 def test_functions_and_named_columns():

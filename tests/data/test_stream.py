@@ -57,8 +57,7 @@ def _epoch(spec, phase, world_size, epoch=0, batch_size=4):
     for rank in range(world_size):
         options = {"rank": rank, "world_size": world_size, "seed": 1, "shuffle": True}
         loader = build_loader(data.train, COLLATORS[phase](0), batch_size, **options)
-        loader.set_epoch(epoch)
-        ranks.append([_names(batch) for batch in loader])
+        ranks.append([_names(batch) for batch in loader.batches(epoch)])
     return ranks
 
 

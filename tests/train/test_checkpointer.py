@@ -307,16 +307,12 @@ def test_batches_that_were_used_up_are_not_read():
     rows = [{"prompt_ids": [5 + i] * (1 + i % 5), "length": 1 + i % 5} for i in range(11)]
     options = {"rank": 0, "world_size": 1, "seed": 1, "shuffle": True}
     loader = build_loader(datasets.Dataset.from_list(rows), Collator(0), 2, **options)
-    loader.set_epoch(1)
-    whole = [batch.input_ids.tolist() for batch in loader]
+    whole = [batch.input_ids.tolist() for batch in loader.batches(1)]
     read.clear()
-    loader.set_epoch(1, skip=4)
-    assert [batch.input_ids.tolist() for batch in loader] == whole[4:]
-    assert len(read) == 2 and len(loader) == 6
-    loader.set_epoch(1, skip=6)
-    assert list(loader) == []
-    loader.set_epoch(1)
-    assert [batch.input_ids.tolist() for batch in loader] == whole
+    assert [batch.input_ids.tolist() for batch in loader.batches(1, skip=4)] == whole[4:]
+    assert len(read) == 2 and loader.batches_in(1) == 6
+    assert list(loader.batches(1, skip=6)) == []
+    assert [batch.input_ids.tolist() for batch in loader.batches(1)] == whole
 
 
 def write_metrics(folder, steps: range, continued: Continued | None = None) -> str:

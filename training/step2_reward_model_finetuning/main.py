@@ -93,8 +93,8 @@ def main(settings: RewardSettings | None = None) -> None:
     if step == 0:
         log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
     for epoch in range(position.epoch, steps.epochs):
-        train_loader.set_epoch(epoch, skip=position.batches(epoch))
-        groups = accumulation_groups(train_loader, steps.batches_per_step)
+        batches = train_loader.batches(epoch, skip=position.batches(epoch))
+        groups = accumulation_groups(batches, steps.batches_per_step)
         for collated, micro_batches in ahead(groups, device):
             if step == steps.total_steps:
                 break

@@ -71,8 +71,8 @@ def main(settings: RLHFSettings | None = None) -> None:
     if iteration == 0:
         log.evaluation(iteration, *trainer.evaluated(held_out))
     for epoch in range(position.epoch, run.steps.epochs):
-        prompts.set_epoch(epoch, skip=position.batches(epoch))
-        groups = accumulation_groups(prompts, run.steps.batches_per_step)
+        in_order = prompts.batches(epoch, skip=position.batches(epoch))
+        groups = accumulation_groups(in_order, run.steps.batches_per_step)
         for batches, following in with_next(groups, is_wanted=config.rollouts_ahead > 0):
             if iteration == iterations:
                 break
