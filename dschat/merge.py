@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
@@ -20,6 +21,35 @@ from dschat.errors import UserError
 from dschat.lazy import torch
 from dschat.utils.distributed import Distributed
 from dschat.utils.printable import printable
+
+if TYPE_CHECKING:
+    from dschat.utils.module.model_source import ModelSource
+
+
+def check_target(source: ModelSource, output_dir: str, replaces: bool) -> None:
+    """Stop where the output folder must not be written; put back what an ended writer left there.
+
+    Raises:
+        UserError: it holds what the merge reads, a model that nothing `replaces`, or no room.
+    """
+    from dschat.models.placing import repair
+    from dschat.models.save import check_output_dir
+    from dschat.models.save_plan import holds_model
+
+    target, base = Path(output_dir).resolve(), Path(source.base).expanduser().resolve()
+    for folder in (*(part.folder for part in source.adapters), base):
+        if folder.is_relative_to(target):
+            raise UserError(
+                f"output folder {output_dir}: holds {folder}, which the merge reads; give another"
+            )
+    check_output_dir(output_dir)
+    for line in repair(output_dir):
+        print(line)
+    if holds_model(target) and not replaces:
+        raise UserError(
+            f"output_dir {output_dir}: holds a finished model; give another, or "
+            "--overwrite_output_dir to replace it"
+        )
 
 
 def merge(
@@ -36,7 +66,6 @@ def merge(
     """
     from dschat.models.causal_lm import create_hf_model
     from dschat.models.config import load_config
-    from dschat.models.placing import repair
     from dschat.models.reward_model import create_critic_model
     from dschat.models.reward_statistics import (
         EVALUATION_FILE,
@@ -44,8 +73,7 @@ def merge(
         read_evaluation,
         read_statistics,
     )
-    from dschat.models.save import check_output_dir, save_hf_format
-    from dschat.models.save_plan import holds_model
+    from dschat.models.save import save_hf_format
     from dschat.text.tokenizer import load_hf_tokenizer
     from dschat.train.engine import torch_dtype
     from dschat.utils.module.model_source import resolve_model
@@ -56,25 +84,11 @@ def merge(
             f"{adapter}: is no adapter (it has no adapter_config.json); give the folder or hub id "
             "of one"
         )
-    target = Path(output_dir).resolve()  # it must not replace a folder that the merge reads
-    base = Path(source.base).expanduser().resolve()
-    for folder in (*(part.folder for part in source.adapters), base):
-        if folder.is_relative_to(target):
-            raise UserError(
-                f"output folder {output_dir}: holds {folder}, which the merge reads; give another"
-            )
+    check_target(source, output_dir, overwrite_output_dir)
     own = load_config(adapter).dtype
     saved = own if isinstance(own, torch.dtype) else torch.float32
     tokenizer = load_hf_tokenizer(adapter)
     is_reward = any(part.is_reward for part in source.read_adapters())
-    check_output_dir(output_dir)
-    for line in repair(output_dir):
-        print(line)
-    if holds_model(target) and not overwrite_output_dir:
-        raise UserError(
-            f"output_dir {output_dir}: holds a finished model; give another, or "
-            "--overwrite_output_dir to replace it"
-        )
     create = create_critic_model if is_reward else create_hf_model
     model = create(adapter, tokenizer, saved if dtype == "auto" else torch_dtype(dtype))
     alone = Distributed(0, 1, 0, torch.device("cpu"))

@@ -16,6 +16,7 @@ from dschat.train.step_settings import StepSettings
 
 if TYPE_CHECKING:
     from dschat.data.batching import BatchSampler
+    from dschat.data.collators import RewardCollator
 
 # Settings of the data that decide which rows are evaluated, and as which tokens.
 EVALUATION_DATA = (
@@ -119,6 +120,14 @@ class RewardSettings(StepSettings):
     def sampler(self) -> BatchSampler:
         """Choose how training pairs become batches."""
         return self.batch.sampler(sequences=2)
+
+    def collator(self, pad_token_id: int) -> RewardCollator:
+        """Make what turns training pairs into batches."""
+        from dschat.data.collators import RewardCollator
+
+        return RewardCollator(
+            pad_token_id, self.margin, self.endless_share, self.run.seed, self.share_prompts
+        )
 
     def evaluation_flags(self, dtype: str) -> dict[str, Any]:
         """List the flags by which `rw_eval.py` repeats this run's evaluation."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -23,6 +24,7 @@ from dschat.utils.module.model_source import is_local, resolve_model
 FILE = "reward_statistics.json"
 VALUE_FILE = "value_scaling.json"  # a critic's: the scaling of its values in training
 EVALUATION_FILE = "evaluation.json"  # report on the set that the model was evaluated on
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,7 @@ def read_evaluation(model_name_or_path: str) -> dict[str, Any] | None:
     Raises:
         UserError: a file that holds something else.
     """
-    file = _beside(model_name_or_path, EVALUATION_FILE)
-    if file is None:
-        return None
-    try:
-        report = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: is no JSON; remove it, or train step 2 again") from error
-    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
-        raise UserError(f"{file}: holds no settings; remove it, or train step 2 again")
-    return report
+    return _read_beside(model_name_or_path, EVALUATION_FILE, _as_evaluation)
 
 
 def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatistics | None:
@@ -83,26 +76,37 @@ def read_statistics(model_name_or_path: str, name: str = FILE) -> RewardStatisti
     Raises:
         UserError: a file that holds something else.
     """
-    file = _beside(model_name_or_path, name)
-    if file is None:
-        return None
+    return _read_beside(model_name_or_path, name, _as_statistics)
+
+
+def _as_evaluation(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise UserError("holds no settings")
+    return content
+
+
+def _as_statistics(content: Any) -> RewardStatistics:
     try:
-        statistics = RewardStatistics(**parse_json(file.read_text(encoding="utf-8")))
+        statistics = RewardStatistics(**content)
         usable = statistics.usable
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: no mean, std, count and data; {_REMEDY}") from error
+    except TypeError as error:
+        raise UserError("no mean, std, count and data") from error
     if not usable:
-        raise UserError(f"{file}: mean {statistics.mean}, std {statistics.std}; {_REMEDY}")
+        raise UserError(f"mean {statistics.mean}, std {statistics.std}")
     return statistics
 
 
-_REMEDY = "train step 2 again, or remove the file and give reward_scaling none"
-
-
-def _beside(model_name_or_path: str, name: str) -> Path | None:
-    """Find a file beside the weights of a model, or of the adapter that is applied last."""
+def _read_beside(model_name_or_path: str, name: str, read: Callable[[Any], T]) -> T | None:
+    """Read a JSON file beside the weights of a model, or of the adapter that is applied last."""
     source = resolve_model(model_name_or_path)
-    return _file(source.adapters[-1].folder if source.adapters else source.base, name)
+    file = _file(source.adapters[-1].folder if source.adapters else source.base, name)
+    if file is None:
+        return None
+    try:
+        return read(parse_json(file.read_text(encoding="utf-8")))
+    except (UserError, ValueError) as error:
+        problem = error if isinstance(error, UserError) else "is no JSON"
+        raise UserError(f"{file}: {problem}; train step 2 again, or remove the file") from error
 
 
 def _file(base: str | Path, name: str) -> Path | None:

@@ -149,13 +149,7 @@ class PPOLog:
             )
             passes = dict.fromkeys(self.works, float(ppo_epochs))
             passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
-            works = {
-                name: replace(work, tokens=int(learnt[0] * n), samples=int(learnt[1] * n))
-                for (name, work), n in zip(self.works.items(), passes.values(), strict=True)
-            }
-            self.bar.clear()
-            critic = works.get("critic")
-            print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
+            self._show_throughput(rollout, learnt, passes, times)
         if iteration == 1 and statistics["ended"] < NO_ENDS:
             self._print(
                 "note: no answer of the first iteration ended, so that they are scored as they "
@@ -166,6 +160,27 @@ class PPOLog:
             self._print(f"warning, iteration {iteration}: {warning}")
             self.metrics.warn(iteration, warning)
         self._show_answers(iteration, experiences)
+
+    def _show_throughput(
+        self,
+        rollout: RolloutWork,
+        learnt: Sequence[float],
+        passes: dict[str, float],
+        times: Step3Times,
+    ) -> None:
+        """Show the throughput of an iteration.
+
+        Args:
+            learnt: tokens and rows that were learnt from. passes: over them, by role.
+        """
+        tokens, rows = learnt
+        works = {
+            name: replace(work, tokens=int(tokens * passes[name]), samples=int(rows * passes[name]))
+            for name, work in self.works.items()
+        }
+        self.bar.clear()
+        critic = works.get("critic")
+        print_throughput_step3(works["actor"], critic, rollout, times, self.gpus, self.rank)
 
     def _shown(self, statistics: dict[str, float]) -> list[str]:
         """Names in the line; parts of the reward where there are several."""

@@ -108,24 +108,7 @@ def score(
     mask, answers = mask[:, :length], answers[:, :length]
     sequences = torch.cat([prompts.input_ids, answers], dim=1)
     attention_mask = torch.cat([prompts.attention_mask, mask], dim=1)
-    temperature = config.sampling.temperature
-
-    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
-    kept: KeptPass | None = None
-    size = config.per_device_training_batch_size
-    for ids, seen in zip(sequences.split(size), attention_mask.split(size), strict=True):
-        if not fresh:
-            scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
-            columns["logprobs"].append(scored.logprobs)
-        columns["ref_logprobs"].append(
-            roles.reference_logprobs(ids, seen, length, temperature=temperature)
-        )
-        if roles.has_reward_model:
-            columns["model_scores"].append(roles.reward_scores(ids, seen, length))
-        if roles.critic is not None:  # last: a pass that is kept holds its activations
-            values, kept = critic_values(roles.critic, ids, seen, length, keeps_pass=keeps_pass)
-            columns["values"].append(values)
-    joint = {name: torch.cat(parts) for name, parts in columns.items()}
+    joint, kept = _passes(roles, sequences, attention_mask, length, config, fresh, keeps_pass)
     told = None if sampler_logprobs is None else sampler_logprobs[:, :length]
     if fresh:
         joint["logprobs"] = filled(told).where(mask, 0.0)
@@ -145,3 +128,36 @@ def score(
         kept=kept,
         columns=prompts.columns,
     )
+
+
+def _passes(
+    roles: DeepSpeedRLHFEngine,
+    sequences: torch.Tensor,
+    attention_mask: torch.Tensor,
+    length: int,
+    config: PPOConfig,
+    fresh: bool,
+    keeps_pass: bool,
+) -> tuple[dict[str, torch.Tensor], KeptPass | None]:
+    """Run every role over (B, P + A) ids, so many rows at a time as in training.
+
+    Returns:
+        (B, A) logprobs (not where `fresh`), ref_logprobs and values, (B,) model_scores, as far as
+        there are such roles; and the critic's pass, if it is kept.
+    """
+    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+    kept: KeptPass | None = None
+    size, temperature = config.per_device_training_batch_size, config.sampling.temperature
+    for ids, seen in zip(sequences.split(size), attention_mask.split(size), strict=True):
+        if not fresh:
+            scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
+            columns["logprobs"].append(scored.logprobs)
+        columns["ref_logprobs"].append(
+            roles.reference_logprobs(ids, seen, length, temperature=temperature)
+        )
+        if roles.has_reward_model:
+            columns["model_scores"].append(roles.reward_scores(ids, seen, length))
+        if roles.critic is not None:  # last: a pass that is kept holds its activations
+            values, kept = critic_values(roles.critic, ids, seen, length, keeps_pass=keeps_pass)
+            columns["values"].append(values)
+    return {name: torch.cat(parts) for name, parts in columns.items()}, kept

@@ -97,6 +97,15 @@ class RunContext(Distributed):
         print_rank_0("\n".join(data.report.lines()))
         return data
 
+    def sample(
+        self, rows: datasets.Dataset, batches: int | None, batch_size: int
+    ) -> datasets.Dataset:
+        """Choose at random, once for all, the rows of so many batches on every rank; None: all."""
+        if batches is None:
+            return rows
+        count = min(len(rows), batches * batch_size * self.world_size)
+        return rows.shuffle(self.seed).select(range(count))
+
     def loader(
         self,
         rows: datasets.Dataset | RowStream,

@@ -25,7 +25,7 @@ from functools import partial
 from dschat.config import RewardSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
-from dschat.data.collators import PreferenceCollator, RewardCollator
+from dschat.data.collators import PreferenceCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model
@@ -53,34 +53,26 @@ from dschat.utils.distributed import all_reduce_sum
 def main(settings: RewardSettings | None = None) -> None:
     """Check, load, train, save; settings come from the command line where none are given."""
     settings = settings or parse(RewardSettings, None, __doc__)
-    batch_config = settings.batch
     tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
     ctx = setup_run(
-        settings.model_name_or_path,
-        settings.run,
-        prompt_format=settings.data.prompt_format,
+        settings.model_name_or_path, settings.run, prompt_format=settings.data.prompt_format
     )
     model = plan_model(ctx, settings, RewardModel.from_config)
     tell_plan(ctx, settings)
     tell_reward_form(settings.model_name_or_path, ctx.tokenizer)
-    data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
+    data = ctx.load_data(
+        settings.data, settings.PHASE, settings.batch.max_seq_len, later=model.later
+    )
 
     # 2. batches, model, engine
-    pad = ctx.tokenizer.pad_token_id
-    collator = RewardCollator(
-        pad, settings.margin, settings.endless_share, ctx.seed, settings.share_prompts
-    )
+    pad_token_id, eval_rows = ctx.tokenizer.pad_token_id, settings.batch.per_device_eval_batch_size
+    collator, for_evaluation = settings.collator(pad_token_id), PreferenceCollator(pad_token_id)
     train_loader = ctx.loader(data.train, collator, settings.sampler(), shuffle=True)
-    eval_rows = batch_config.per_device_eval_batch_size
-    in_order = PreferenceCollator(pad)
-    eval_loader = ctx.loader(data.eval, in_order, eval_rows, shuffle=False)
-    sample = data.eval
-    if settings.eval_iters is not None:
-        rows = min(len(sample), settings.eval_iters * eval_rows * ctx.world_size)
-        sample = sample.shuffle(ctx.seed).select(range(rows))
-    sample_loader = ctx.loader(sample, in_order, eval_rows, shuffle=False)
+    eval_loader = ctx.loader(data.eval, for_evaluation, eval_rows, shuffle=False)
+    sample = ctx.sample(data.eval, settings.eval_iters, eval_rows)
+    sample_loader = ctx.loader(sample, for_evaluation, eval_rows, shuffle=False)
     create = partial(create_critic_model, init_head=True)
     run = prepare(ctx, settings, model, data, train_loader, create)
     engine, steps, device = run.engine, run.steps, ctx.device
@@ -89,6 +81,7 @@ def main(settings: RewardSettings | None = None) -> None:
     log, position = run.start()
 
     # 3. train; evaluate before, at intervals, after each epoch
+    coefficients = settings.centering_coefficient, settings.label_smoothing
     step = position.step
     if step == 0:
         log.evaluation(step, *timed(evaluate_pairs, engine, eval_loader, device))
@@ -101,13 +94,8 @@ def main(settings: RewardSettings | None = None) -> None:
             counts = all_reduce_sum(batch_counts(collated, pair_count))
             scale, losses = mean_scale(counts[0], ctx.world_size), []
             for i, batch in enumerate(micro_batches):
-                loss = pairwise_loss(
-                    *pair_scores(engine, batch),
-                    batch.real,
-                    batch.margin,
-                    settings.centering_coefficient,
-                    settings.label_smoothing,
-                )
+                scores = pair_scores(engine, batch)
+                loss = pairwise_loss(*scores, batch.real, batch.margin, *coefficients)
                 backward(engine, loss * scale, last=i == len(micro_batches) - 1)
                 losses.append(loss.detach())
             step += 1
@@ -126,11 +114,10 @@ def main(settings: RewardSettings | None = None) -> None:
     statistics = scores_summary(scored.figures(), len(data.eval), data.key)
     report = report_pairs(scored, data.eval, data.report)
     files = report_files(report, settings.evaluation_flags(ctx.dtype_name), ctx.rank)
-    save_hf_format(
-        engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save, statistics, files
-    )
+    output = settings.run.output_dir
+    save_hf_format(engine, ctx.tokenizer, output, ctx, model.save, statistics, files)
     log.close()
-    settings.run.hub.push(settings.run.output_dir, ctx.rank)
+    settings.run.hub.push(output, ctx.rank)
 
 
 if __name__ == "__main__":
