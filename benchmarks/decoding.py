@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dschat.data.batches import PromptBatch
 from dschat.functional.returns import answer_mask_from
-from dschat.rlhf.answering import generate_sorted
+from dschat.rlhf.answering import start_sorted
 from dschat.rlhf.generation import SamplingConfig
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.rlhf.static_model import StaticModel
@@ -59,7 +59,7 @@ def main() -> None:
 
     def turn(engine: RolloutEngine) -> Turn:
         cpu, wall = time.process_time(), time.perf_counter()
-        made = generate_sorted(engine, prompts, sampling, args.rows, tokenizer.pad_token_id)
+        made = start_sorted(engine, prompts, sampling, args.rows, tokenizer.pad_token_id)()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         tokens = int(answer_mask_from(made.answers, tokenizer.eos_token_id).sum())
         return Turn(tokens, made.steps, cpu, wall)

@@ -147,7 +147,7 @@ def _one_line() -> Iterator[None]:
             bar.close()  # else it would draw itself once more, below the line
         _say(stop.line)
         signals.ignore_at_exit()
-        sys.exit(signals.told(signals.STOPPED))
+        sys.exit(signals.report_exit(signals.STOPPED))
     except rank_watch.LostRankError as error:
         last_line(f"error: {error}")
         sys.exit(rank_watch.LOST)

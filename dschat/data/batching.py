@@ -73,7 +73,7 @@ class RowBatches:
         """Shuffle the batches; the last one holds the remaining rows."""
         size = self.size * world_size
         order = rng.permutation(len(lengths))
-        # The rows of the short last batch leave before the sorting, lest they be the longest.
+        # The rows of the short last batch leave before the sorting, or they would be the longest.
         full, rest = np.split(order, [len(order) // size * size])
         for start in range(0, len(full), size * BATCHES_PER_CHUNK):
             chunk = full[start : start + size * BATCHES_PER_CHUNK]

@@ -207,7 +207,7 @@ def _sweep(root: Path, kind: str, key: str) -> None:
 def _unwritable(folder: Path, error: OSError) -> UserError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "free some space" if is_full else "mend that"
+    remedy = "free some space" if is_full else "fix that"
     return UserError(
         f"{folder} cannot be written ({reason}): {remedy} or give another data_output_path"
     )

@@ -1,6 +1,6 @@
 """Right-padded rows without a padding mask, for models that are proven to need none.
 
-In a causal model no token sees what stands behind it, so padding on the right changes nothing
+In a causal model no token sees what stands after it, so padding on the right changes nothing
 before it. Without a mask attention takes its causal path: half of the scores on a CPU, and on a GPU
 the kernels that refuse masks.
 """
@@ -29,14 +29,14 @@ def needed_mask(
 
     Args:
         model: a causal LM, a reward model, or an engine around one; called twice at its first rows.
-        input_ids: (B, T). attention_mask: (B, T) bool, False behind each row's last token.
+        input_ids: (B, T). attention_mask: (B, T) bool, False after each row's last token.
     """
     module = unwrap(model)
     if module not in _NEEDS_MASK:
         _NEEDS_MASK[module] = needed = not _is_causal(model, input_ids.device)
         if needed:
             print_rank_0(
-                f"{type(module).__name__}: its tokens see the padding behind them unless it is "
+                f"{type(module).__name__}: its tokens see the padding after them unless it is "
                 "masked; right-padded batches keep their mask"
             )
     return attention_mask if _NEEDS_MASK[module] else None

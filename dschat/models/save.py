@@ -157,7 +157,7 @@ class _Target:
         adapter, also = self.folder / ADAPTER_FOLDER, ""
         if (adapter / CONFIG_FILE).is_file():
             also = f"; {adapter} is complete, and python -m dschat.merge merges it"
-        return f"no model was written, what was there stays{also}; mend that, and start again"
+        return f"no model was written, what was there stays{also}; fix that, and start again"
 
 
 def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, folder: Path) -> None:

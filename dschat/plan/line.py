@@ -30,12 +30,12 @@ def line_of(settings: AnySettings, dtype: str, ranks: int, memory: float) -> str
         raise
     except Exception as error:  # whatever a model's code does with tensors that have no values
         return f"plan: none for this model ({brief(error, with_type=True)})"
-    told = f"plan: {verdict(plan, memory)}"
+    line = f"plan: {verdict(plan, memory)}"
     if plan.total <= memory:
-        return told
+        return line
     if settings.run.ignore_plan:
-        return f"{told}; {FLAG}: it starts all the same"
-    raise UserError(f"{told}; {_first_change(settings, configs, dtype, ranks, memory)}")
+        return f"{line}; {FLAG}: it starts all the same"
+    raise UserError(f"{line}; {_first_change(settings, configs, dtype, ranks, memory)}")
 
 
 def _first_change(

@@ -26,7 +26,6 @@ NETWORK = 25.0  # GB/s of a GPU to another machine: 200 Gbit/s for each
 # decoding; links.
 COMPUTE, MEMORY, LINK = 0.4, 0.6, 0.7
 LAUNCH = 0.6e-3  # seconds of a layer in a decoding step, whose kernels start one by one
-GPUS_OF_A_NODE = 8
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ class RolloutsAhead:
         begun, self._begun = self._begun, None
         if begun is None and self._saved:
             saved, self._saved, batches = self._saved, {}, prepared()
-            device, told = batches[0].real.device, saved["logprobs"]
-            told = None if told is None else told.to(device)
-            held = Generated(saved["answers"].to(device), told, saved["steps"])
+            device, logprobs = batches[0].real.device, saved["logprobs"]
+            logprobs = None if logprobs is None else logprobs.to(device)
+            held = Generated(saved["answers"].to(device), logprobs, saved["steps"])
             begun = Begun(batches, lambda: held, saved["updates"])
         return begun
 
@@ -48,9 +48,9 @@ class RolloutsAhead:
         if self._begun is None:
             return self._saved
         made = self._begun.wait()
-        told = None if made.logprobs is None else made.logprobs.cpu()
+        logprobs = None if made.logprobs is None else made.logprobs.cpu()
         place = {"rank": self.process.rank, "ranks": self.process.world_size}
-        made = replace(made, answers=made.answers.cpu(), logprobs=told)
+        made = replace(made, answers=made.answers.cpu(), logprobs=logprobs)
         return {**vars(made), **place, "updates": self._begun.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

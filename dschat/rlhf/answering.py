@@ -109,20 +109,6 @@ def joined(batches: list[PromptBatch]) -> PromptBatch:
     )
 
 
-def generate_sorted(
-    engine: RolloutEngine,
-    prompts: PromptBatch,
-    sampling: SamplingConfig,
-    chunk_rows: int,
-    pad_token_id: int,
-) -> Generated:
-    """Generate in chunks of rows of like length, each only as wide as its longest prompt.
-
-    When one chunk holds all rows they keep their order; an engine that refills gets all rows.
-    """
-    return start_sorted(engine, prompts, sampling, chunk_rows, pad_token_id)()
-
-
 def start_sorted(
     engine: RolloutEngine,
     prompts: PromptBatch,
@@ -132,7 +118,16 @@ def start_sorted(
     *,
     ahead: bool = False,
 ) -> Callable[[], Generated]:
-    """Begin what `generate_sorted` does, as `started`; the call that is returned waits for it."""
+    """Begin to generate, in chunks of rows of like length, each as wide as its longest prompt.
+
+    When one chunk holds all rows they keep their order; an engine that refills gets all rows.
+
+    Args:
+        ahead: as in `started`.
+
+    Returns:
+        Waits for the answers, and gives them.
+    """
     chunk_rows = len(prompts.real) if engine.refills else chunk_rows
     lengths = prompts.attention_mask.sum(dim=-1)
     order = torch.arange(len(lengths), device=lengths.device)
@@ -174,10 +169,10 @@ def _together(parts: list[Sampled], order: torch.Tensor, pad_token_id: int) -> G
         wide = [F.pad(c, (0, max(widths) - c.shape[1]), value=fill) for c in columns]
         return torch.cat(wide)[order.argsort()]
 
-    told = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     return Generated(
         rows([part.sequences for part in parts], pad_token_id),
-        rows(told, 0) if len(told) == len(parts) else None,
+        rows(logprobs, 0) if len(logprobs) == len(parts) else None,
         sum(part.steps or width for part, width in zip(parts, widths, strict=True)),
         all(part.exact for part in parts),
     )

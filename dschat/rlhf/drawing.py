@@ -38,7 +38,7 @@ class Drawing:
             kept = logprobs.clone()
             kept[:, self.end] = torch.where(early, -torch.inf, logprobs[:, self.end])
         if self.sampling.greedy:
-            return self._told(logprobs, kept.argmax(-1))
+            return self._with_logprobs(logprobs, kept.argmax(-1))
         for warper in self._filters():
             kept = warper(None, kept)  # neither looks at the tokens before
         # The token at which the sum of probabilities passes a uniform number; fp64, in which no
@@ -46,10 +46,12 @@ class Drawing:
         reached = kept.double().exp().cumsum(-1)
         drawn = torch.rand(len(kept), 1, dtype=reached.dtype, device=kept.device) * reached[:, -1:]
         tokens = torch.searchsorted(reached, drawn, right=True).squeeze(-1)
-        return self._told(logprobs, tokens.clamp(max=kept.shape[-1] - 1))
+        return self._with_logprobs(logprobs, tokens.clamp(max=kept.shape[-1] - 1))
 
     @staticmethod
-    def _told(logprobs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _with_logprobs(
+        logprobs: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
     def _filters(self) -> list[LogitsProcessor]:

@@ -68,7 +68,7 @@ class SparePrompts:
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind as many batches."""
+        """Go on after as many batches."""
         self.drawn, self._batches = state["drawn"], iter(())
 
 

@@ -21,8 +21,8 @@ from dschat.utils.distributed import Distributed, print_rank_0
 from dschat.utils.module.lora import fused_bytes
 from dschat.utils.zero import gathered_whole
 
-# Adapters are folded unasked where this takes less than an update of the model does, and where
-# folded weights are no other policy: in fp32.
+# Adapters are fused unasked where this takes less than an update of the model does, and where
+# fused weights are no other policy: in fp32.
 SMALL_COPY = 32 * 2**20
 
 
@@ -68,8 +68,8 @@ def choose_engine(
         return GatheredRollout(StaticRollout(static, tokenizer, rows), actor)
     copy = fused_bytes(static.model)
     fuse = fuse or (0 < copy <= SMALL_COPY and static.dtype == torch.float32)
-    told = "static cache" + (", recorded steps" if static.is_recording else "")
+    line = "rollouts: static cache" + (", recorded steps" if static.is_recording else "")
     if fuse:
-        told += f", adapters folded into the weights ({copy / 2**20:.3g} MiB more meanwhile)"
-    print_rank_0(f"rollouts: {told}; its logits are those of entire texts")
+        line += f", adapters fused with the weights ({copy / 2**20:.3g} MiB more meanwhile)"
+    print_rank_0(f"{line}; its logits are those of entire texts")
     return StaticRollout(static, tokenizer, rows, fuse)

@@ -99,7 +99,7 @@ class Experience:
         return replace(self, **columns, kept=None)
 
     def narrowed(self) -> Experience:
-        """Leave out columns of padding alone, in front of the prompts and behind the answers."""
+        """Leave out columns of padding alone, before the prompts and after the answers."""
         seen, length = self.attention_mask, self.prompt_length
         answer = int(seen[:, length:].sum(-1).max())
         prompt = int(seen[:, :length].sum(-1).max())
@@ -179,7 +179,7 @@ def _spread(order: torch.Tensor, is_real: torch.Tensor, group_rows: int) -> torc
     """Deal rows to groups of `group_rows` places, one to each in turn; real rows come first."""
     place = torch.arange(len(order))
     group, turn = place // group_rows, place % group_rows
-    needed = -(-int(is_real.sum()) // group_rows)  # groups; those behind them get filler rows alone
+    needed = -(-int(is_real.sum()) // group_rows)  # groups; those after them get filler rows alone
     turn = torch.where(group < needed, turn * needed + group, len(order) + place)
     spread = torch.empty_like(order)
     spread[turn.argsort()] = order

@@ -116,7 +116,7 @@ class SamplerLogprobs(LogitsProcessor):
             self._taken.append(self._logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
 
     def of(self, answers: torch.Tensor) -> torch.Tensor:
-        """(B, A) ids as generated -> (B, A) fp32; anything behind an answer's end."""
+        """(B, A) ids as generated -> (B, A) fp32; anything after an answer's end."""
         self._take(answers[:, -1])
         return torch.stack(self._taken[: answers.shape[1]], dim=1)
 

@@ -164,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 
 def _columns(signature: inspect.Signature, name: str) -> KeptColumns:
-    """List the columns that a function of batches takes: what stands behind its first two."""
+    """List the columns that a function of batches takes: those after its first two arguments."""
     further = list(signature.parameters.values())[2:]
     named = [p for p in further if p.kind in BY_NAME]
     return KeptColumns(

@@ -76,8 +76,9 @@ def scored(
     roles.eval()
     sizes = [len(batch.real) for batch in batches]
     groups = torch.arange(sum(sizes), device=roles.device) // answers_per_prompt
-    answers, told = generated.answers.split(sizes), [None] * len(sizes)
-    logprobs = told if generated.logprobs is None else generated.logprobs.split(sizes)
+    answers, logprobs = generated.answers.split(sizes), [None] * len(sizes)
+    if generated.logprobs is not None:
+        logprobs = generated.logprobs.split(sizes)
     columns = zip(batches, answers, logprobs, groups.split(sizes), strict=True)
     # Where the KL penalty is in the loss they are but reported.
     serves = generated.exact or config.estimator.kl_in_loss
@@ -109,9 +110,10 @@ def score(
     sequences = torch.cat([prompts.input_ids, answers], dim=1)
     attention_mask = torch.cat([prompts.attention_mask, mask], dim=1)
     joint, kept = _passes(roles, sequences, attention_mask, length, config, fresh, keeps_pass)
-    told = None if sampler_logprobs is None else sampler_logprobs[:, :length]
+    if sampler_logprobs is not None:
+        sampler_logprobs = sampler_logprobs[:, :length]
     if fresh:
-        joint["logprobs"] = filled(told).where(mask, 0.0)
+        joint["logprobs"] = filled(sampler_logprobs).where(mask, 0.0)
     return Experience(
         sequences,
         attention_mask,
@@ -123,7 +125,7 @@ def score(
         values=joint["values"] * mask if "values" in joint else None,
         model_scores=joint.get("model_scores"),
         group=group,
-        sampler_logprobs=told,
+        sampler_logprobs=sampler_logprobs,
         fresh=fresh,
         kept=kept,
         columns=prompts.columns,

@@ -28,7 +28,7 @@ class RolloutConfig(Settings):
         "of gathering each layer anew for each token",
     )
     fuse_lora_for_generation: bool = setting(
-        False, "fold the actor's adapters into its weights while it generates"
+        False, "fuse the actor's adapters with its weights while it generates"
     )
 
     def check(self, actor: ModelConfig, ppo: PPOConfig, *, train_base: bool) -> None:
@@ -52,18 +52,18 @@ class RolloutConfig(Settings):
             )
 
     def _check_fusing(self, actor: ModelConfig) -> None:
-        """Stop where the actor has no adapters to fold in, or no weights to fold them into."""
+        """Stop where the actor has no adapters to fuse, or no weights to fuse them with."""
         lora = actor.lora
         for is_obstacle, reason in (
             (lora.lora_dim == 0, "the actor has no adapters; add actor_lora_dim"),
             (
                 actor.zero_stage == 3,
-                "at actor_zero_stage 3 no rank holds a complete weight to fold an adapter into; "
+                "at actor_zero_stage 3 no rank holds a complete weight to fuse an adapter with; "
                 "choose stage 0, 1 or 2",
             ),
             (
                 lora.quantize_base is not None,
-                "an adapter folded into the weights of actor_quantize_base "
+                "an adapter fused with the weights of actor_quantize_base "
                 f"{lora.quantize_base} would be rounded away; drop actor_quantize_base",
             ),
         ):

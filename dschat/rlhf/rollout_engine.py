@@ -75,7 +75,7 @@ class TransformersRollout:
     model: nn.Module  # a causal LM or an engine around one, in eval mode when it generates
     tokenizer: PreTrainedTokenizerBase
     synced_gpus: bool = False  # ranks go on together until all have ended (needed under ZeRO-3)
-    fuse_adapters: bool = False  # fold adapters into the weights for the time being
+    fuse_adapters: bool = False  # add adapters to the weights for the time being
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig) -> Sampled:
         """See `RolloutEngine`; rows that end early are padded, the longest ends the batch."""

@@ -1,6 +1,6 @@
 """Keys and values of answers that grow side by side, written in place.
 
-Row n of the cache holds one text in the columns [first, column]: a prompt is stored behind its left
+Row n of the cache holds one text in the columns [first, column]: a prompt is stored after its left
 padding from column 0 on, each token after it in the next column. Rows are at columns of their own,
 so that one that has ended makes room for another prompt while the others go on.
 """

@@ -15,7 +15,7 @@ TRUNCATED = 80  # characters of another library's message
 def disproof(static: StaticModel, longest: int) -> str | None:
     """Say what keeps a model from the static cache; None: it has none, and passed.
 
-    Texts of random tokens, of several lengths behind left padding and as long as a window of its
+    Texts of random tokens, of several lengths after left padding and as long as a window of its
     attention where one can act, are decoded token by token, some rows being dropped on the way; the
     logits must be those of one pass. A step that cannot be recorded is left to Python.
 
@@ -79,6 +79,6 @@ def _text(static: StaticModel, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _of_one_pass(static: StaticModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(3, STEPS + 1, V) fp32 logits behind each token from the prompts' last one on."""
+    """(3, STEPS + 1, V) fp32 logits after each token from the prompts' last one on."""
     inputs = forward_inputs(static.model, ids, mask)
     return static.model(**inputs, use_cache=False).logits[:, -STEPS - 1 :].float()

@@ -27,7 +27,7 @@ class StaticRollout:
 
     Attributes:
         rows: answers that grow at a time.
-        fuse_adapters: fold adapters into the weights for the time being.
+        fuse_adapters: add adapters to the weights for the time being.
     """
 
     refills: ClassVar[bool] = True
@@ -197,7 +197,7 @@ class _Decoding:
             setattr(self, name, getattr(self, name)[index])
 
     def result(self) -> Sampled:
-        """Put the answers behind their prompts, padded after their ends."""
+        """Put the answers after their prompts, padded after their ends."""
         answers = self.answers[:-1, : self.sampling.max_answer_seq_len]
         columns = torch.arange(answers.shape[1], device=answers.device)
         mask = answer_mask_from(answers, self.end) & (columns < self.written.unsqueeze(-1))

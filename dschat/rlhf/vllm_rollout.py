@@ -122,16 +122,16 @@ class VLLMRollout:
     def _sampled(
         self, prompts: PromptBatch, found: Iterator[tuple[list[int], list[Answer]]]
     ) -> Sampled:
-        """Put the answers behind their prompts, padded after their ends."""
+        """Put the answers after their prompts, padded after their ends."""
         by_row: dict[int, Answer] = {}
         for rows, answers in found:
             by_row |= {row: answers[i % len(answers)] for i, row in enumerate(rows)}
         longest = max(len(ids) for ids, _ in by_row.values())
         tokens = torch.full((len(by_row), longest), self.tokenizer.pad_token_id)
         logprobs = torch.zeros(len(by_row), longest)
-        for row, (ids, told) in by_row.items():
+        for row, (ids, of_ids) in by_row.items():
             tokens[row, : len(ids)] = torch.tensor(ids)
-            logprobs[row, : len(told)] = torch.tensor(told)
+            logprobs[row, : len(of_ids)] = torch.tensor(of_ids)
         device = prompts.input_ids.device
         sequences = torch.cat([prompts.input_ids, tokens.to(device)], dim=1)
         return Sampled(sequences, logprobs.to(device))

@@ -151,8 +151,8 @@ class VLLMServer:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             found = [(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in choices]
             fits = all(
-                0 < len(ids) <= request["max_tokens"] and len(ids) == len(told)
-                for ids, told in found
+                0 < len(ids) <= request["max_tokens"] and len(ids) == len(logprobs)
+                for ids, logprobs in found
             )
         except (KeyError, TypeError) as error:
             raise self._problem(
@@ -160,7 +160,7 @@ class VLLMServer:
                 "vLLM that has return_token_ids"
             ) from error
         if len(found) != request["n"] or not fits:
-            counts = "; ".join(f"{len(ids)} and {len(told)}" for ids, told in found)
+            counts = "; ".join(f"{len(ids)} and {len(logprobs)}" for ids, logprobs in found)
             raise self._problem(
                 f"/v1/completions returns {len(found)} answers (ids and log-probabilities: "
                 f"{counts or 'none'}), where {request['n']} of up to {request['max_tokens']} ids "

@@ -111,8 +111,8 @@ def _proved(engine: VLLMRollout, actor: nn.Module, temperature: float) -> tuple[
     config = SamplingConfig(TOKENS, temperature=temperature)
     with torch.random.fork_rng(devices=[]):
         sampled = engine.generate(PromptBatch(ids, seen, seen[:, 0]), config)
-    told, answers = sampled.logprobs, sampled.sequences[:, WIDTH:]
-    assert told is not None
+    sampler_logprobs, answers = sampled.logprobs, sampled.sequences[:, WIDTH:]
+    assert sampler_logprobs is not None
     mask, _ = answer_ends(answers, tokenizer)
     with eval_mode(actor), torch.no_grad():
         own = answer_logprobs(
@@ -122,7 +122,7 @@ def _proved(engine: VLLMRollout, actor: nn.Module, temperature: float) -> tuple[
             answers.shape[1],
             temperature=temperature,
         ).logprobs
-    apart = ((told - own).abs() * mask).sum().item()
+    apart = ((sampler_logprobs - own).abs() * mask).sum().item()
     apart, tokens = all_reduce_sum([apart, mask.sum().item()])
     gap = apart / tokens
     if not gap <= FOREIGN_GAP:  # a NaN is no agreement

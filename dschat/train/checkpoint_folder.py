@@ -94,9 +94,9 @@ def last_good(output_dir: str | Path) -> str:
     except OSError:
         present = {}
     if not present:
-        return "the run stops, and there is no checkpoint; mend that, and start again"
+        return "the run stops, and there is no checkpoint; fix that, and start again"
     newest = present[max(present)]
-    return f"the run stops, and its newest checkpoint is {newest}; mend that, and resume"
+    return f"the run stops, and its newest checkpoint is {newest}; fix that, and resume"
 
 
 def continues(output_dir: str | Path, resume: str | None) -> bool:

@@ -164,12 +164,12 @@ class ModelConfig(Settings):
             return
         from dschat.utils.module.token_tables import add_token_rows
 
-        told = self.tokens.described(reasons)
+        rows = self.tokens.described(reasons)
         try:
             add_token_rows(module, [*reasons], tables)
         except UserError as error:
             if self.tokens.always:
                 raise
-            print_rank_0(f"advice: {told} cannot be learnt; {error}")
+            print_rank_0(f"advice: {rows} cannot be learnt; {error}")
         else:
-            print_rank_0(f"trainable tokens in {' and '.join(tables)}: {told}")
+            print_rank_0(f"trainable tokens in {' and '.join(tables)}: {rows}")

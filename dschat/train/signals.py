@@ -142,10 +142,10 @@ def _end(line: str, code: int) -> None:
     """Say a line on rank 0, and end the process from any thread."""
     if rank_of(os.environ) == 0:
         last_line(line)
-    os._exit(told(code))
+    os._exit(report_exit(code))
 
 
-def told(code: int) -> int:
+def report_exit(code: int) -> int:
     """Tell `train.launch` the exit code; return the one to end with.
 
     To torchrun any other than 0 is a failure, to be reported and, by `--max-restarts`, undone.

@@ -14,7 +14,7 @@ class Launcher:
     """Names of the variables in which a launcher tells each process its place.
 
     Attributes:
-        local_size: processes of this host; None where it is not told.
+        local_size: processes of this host; None where it is not known.
     """
 
     name: str

@@ -237,5 +237,5 @@ def _exact_step3(works: Sequence[TrainingWork], rollout: RolloutWork) -> float |
 
 
 def _mfu_text(before: str, mfu: float | None) -> str:
-    """Put the share of the peak behind `before`; nothing where it is not known."""
+    """Put the share of the peak after `before`; nothing where it is not known."""
     return "" if mfu is None else f"{before}MFU {100 * mfu:.1f} % (exact count)"

@@ -38,8 +38,8 @@ def window() -> int | None:
     """Columns of the terminal that standard output is, or ends in; None where there is none."""
     if sys.stdout.isatty():
         return shutil.get_terminal_size().columns
-    told = os.environ.get(WINDOW, "")
-    return int(told) if told.isdecimal() and int(told) else None
+    columns = os.environ.get(WINDOW, "")
+    return int(columns) if columns.isdecimal() and int(columns) else None
 
 
 def fitted(text: str, columns: int | None) -> str:

@@ -213,7 +213,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, tiny_tokeni
         save_hf_format(model, tiny_tokenizer, out, ALONE)
     assert str(error.value) == (
         f"output_dir {out}: model.layers.1.mlp.up_proj.weight is not finite in the trained model; "
-        "no model was written, what was there stays; mend that, and start again, with a lower "
+        "no model was written, what was there stays; fix that, and start again, with a lower "
         "learning rate"
     )
     assert files(out) == before

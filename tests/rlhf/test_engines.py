@@ -19,7 +19,7 @@ def settings(**given: object) -> RLHFSettings:
     return RLHFSettings.of(**GIVEN, **given)
 
 
-def test_the_default_is_the_static_engine_with_small_adapters_folded(load_roles, capsys):
+def test_the_default_is_the_static_engine_with_small_adapters_fused(load_roles, capsys):
     roles = load_roles(Setting(lora=LORA))
     roles.train()
     capsys.readouterr()
@@ -28,7 +28,7 @@ def test_the_default_is_the_static_engine_with_small_adapters_folded(load_roles,
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert said.startswith(
-        "rollouts: static cache, recorded steps, adapters folded into the weights"
+        "rollouts: static cache, recorded steps, adapters fused with the weights"
     )
     assert roles.actor.module.training  # the proof leaves it as it was
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.models.logprobs import answer_logprobs
-from dschat.rlhf.answering import generate_sorted
+from dschat.rlhf.answering import start_sorted
 from dschat.rlhf.generation import Sampled, StopStrings, answer_ends, tell_unused_ends
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.rollout_engine import TransformersRollout
@@ -273,7 +273,7 @@ LENGTHS = [len(row) for row in PROMPTS]
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_chunks_hold_prompts_of_like_length_and_rows_come_home(chunk):
     engine, batch = Echo(), left_padded(PROMPTS, 20)
-    made = generate_sorted(engine, batch, SamplingConfig(16), chunk, PAD)
+    made = start_sorted(engine, batch, SamplingConfig(16), chunk, PAD)()
     for prompt, answer in zip(PROMPTS, made.answers, strict=True):
         expected = [*prompt[4:], 201, EOS]
         assert answer.tolist() == expected + [PAD] * (made.answers.shape[1] - len(expected))

@@ -22,7 +22,7 @@ RANK = (
     "say = lambda number: os.write(1, b'%d\\n' % number)\n"
     "say(os.getpid())\n"
     "while not signals.requested(): time.sleep(0.01)\n"
-    "say(signals.requested()); raise SystemExit(signals.told(75))"
+    "say(signals.requested()); raise SystemExit(signals.report_exit(75))"
 )
 # A launcher of two ranks that dies of any signal; else it fails as the ranks do.
 LAUNCHER = (

@@ -107,9 +107,9 @@ def test_a_launcher_that_ends_with_a_code_of_its_own_is_named(monkeypatch):
 def test_a_launcher_on_another_machine_is_not_told(monkeypatch, tmp_path):
     """srun gives its tasks the variables of `train.launch`, whose folder is on one machine."""
     monkeypatch.setenv(signals.CODE_FILE, str(tmp_path / "gone" / "code"))
-    assert signals.told(75) == 75
+    assert signals.report_exit(75) == 75
     monkeypatch.setenv(signals.CODE_FILE, str(tmp_path / "code"))
-    assert signals.told(75) == 75 and (tmp_path / "code").read_text() == "75"
+    assert signals.report_exit(75) == 75 and (tmp_path / "code").read_text() == "75"
 
 
 def test_how_to_go_on():

@@ -136,7 +136,7 @@ def test_a_file_that_the_disk_does_not_take(tmp_path: Path, large: str):
 
 def test_folders_that_are_gone_or_files(tmp_path: Path):
     out = tmp_path / "out"
-    none = "the run stops, and there is no checkpoint; mend that, and start again"
+    none = "the run stops, and there is no checkpoint; fix that, and start again"
     line = refusal(lambda: save(out, 2))
     assert line == f"output_dir {out}: {out}: No such file or directory; {none}"
     assert not out.exists()
@@ -155,7 +155,7 @@ def test_metrics_on_a_full_disk(tmp_path: Path):
     line = refusal(lambda: log.log(3, {"loss": 1.0}))
     assert line == (
         f"output_dir {tmp_path}: {tmp_path}/metrics.jsonl: {FULL}; the run stops, and its newest "
-        f"checkpoint is {tmp_path}/checkpoints/step-000002; mend that, and resume"
+        f"checkpoint is {tmp_path}/checkpoints/step-000002; fix that, and resume"
     )
 
 
@@ -196,7 +196,7 @@ def test_events_of_tensorboard_that_cannot_be_written(
     assert fnmatch.fnmatchcase(
         line,
         f"tensorboard_path {tmp_path}/tb: {reason}; the run stops, and its newest checkpoint is "
-        f"{newest}; mend that, and resume",
+        f"{newest}; fix that, and resume",
     )
     assert capsys.readouterr().err == ""  # nor a traceback of the writer's thread
 
@@ -225,7 +225,7 @@ def test_a_log_that_takes_no_more_is_named(tmp_path: Path, closed: str):
     (text,) = said  # on the other one
     assert text.strip() == (
         f"error: rank 0, before the first step: {name} (/dev/full): {FULL}; the run stops, and "
-        "there is no checkpoint; mend that, and start again"
+        "there is no checkpoint; fix that, and start again"
     )
 
 
