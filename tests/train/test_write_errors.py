@@ -126,7 +126,7 @@ def test_a_file_that_the_disk_does_not_take(tmp_path: Path, large: str):
     file = "random-rank-0000.pt" if large == "state" else "model/0.pt"
     assert line == (
         f"output_dir {tmp_path}: {tmp_path}/checkpoints/.step-000004.tmp/{file}: File too large; "
-        f"the run stops, and its newest checkpoint is {tmp_path}/checkpoints/step-000002; mend "
+        f"the run stops, and its newest checkpoint is {tmp_path}/checkpoints/step-000002; fix "
         "that, and resume"
     )
     assert present(tmp_path) == ["step-000002"]
