@@ -45,6 +45,7 @@ from dschat.pipeline.scripts import (
     widths_of,
 )
 from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
+from dschat.utils.hostfile import read_hostfile
 
 ROOT = Path(__file__).resolve().parent
 STEP_DIRS = {
@@ -211,6 +212,8 @@ def stages(args: argparse.Namespace, plan: dict[int, list[str]]) -> list[Stage]:
 def check(args: argparse.Namespace, steps: list[Stage]) -> list[Stage]:
     """Check every step, print a summary, and return the steps with the flags that suit them."""
     ranks = 1 if args.deployment_type == "single_gpu" else None
+    if args.deployment_type == "multi_node" and not os.environ.get("LAUNCHER"):
+        ranks = sum(read_hostfile(os.environ["HOSTFILE"]).values())
     fixed = [name for name in PASSED if getattr(args, name) is not None]
     return check_ahead(steps, args.output_dir, ranks, fixed)
 
@@ -220,11 +223,7 @@ def check_hostfile(args: argparse.Namespace) -> None:
     if args.deployment_type != "multi_node" or os.environ.get("LAUNCHER"):
         return
     hosts = args.hostfile or Path(os.environ.get("HOSTFILE") or "/job/hostfile").resolve()
-    if not hosts.is_file():
-        raise UserError(
-            f"--hostfile {hosts}: no such file; name one, with a line `host slots=8` for each "
-            "machine"
-        )
+    read_hostfile(hosts)
     os.environ["HOSTFILE"] = str(hosts)
 
 

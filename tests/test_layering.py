@@ -37,6 +37,7 @@ DOORS = {
 }
 PROGRAMS = {
     "dschat.data.__main__",
+    "dschat.plan.__main__",
     "dschat.report.__main__",
     "dschat.__main__",
 }  # above the library, and imported by nobody

@@ -43,11 +43,16 @@ def check_context(model_name_or_path: str, tokens: int, settings: str) -> None:
     Raises:
         UserError: with the model's own limit.
     """
-    limit = getattr(load_config(model_name_or_path), "max_position_embeddings", None)
+    check_positions(load_config(model_name_or_path), model_name_or_path, tokens, settings)
+
+
+def check_positions(config: PretrainedConfig, name: str, tokens: int, settings: str) -> None:
+    """Do as `check_context` by the model's config."""
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UserError(
-            f"{settings}: sequences of {tokens} tokens, but model {model_name_or_path} has {limit} "
-            f"positions; give at most {limit}"
+            f"{settings}: sequences of {tokens} tokens, but model {name} has {limit} positions; "
+            f"give at most {limit}"
         )
 
 

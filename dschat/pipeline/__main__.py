@@ -46,8 +46,7 @@ def execute(pipeline: Pipeline) -> None:
         build(out, settings.seed)
     left = unfinished(stages) if settings.resume else stages
     fixed = [name for name in PASSED if getattr(settings, name) is not None]
-    ranks = settings.ranks or (1 if settings.hardware == "single_gpu" else None)
-    left = check_ahead(left, out, ranks, fixed, fit=settings.fit_to_rows)
+    left = check_ahead(left, out, settings.processes, fixed, fit=settings.fit_to_rows)
     if not settings.dry_run:
         seconds = run_all(left, logged)
         close(out, stages, seconds, settings.seed, embedded=settings.model == EMBEDDED)

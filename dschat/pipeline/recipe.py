@@ -15,6 +15,7 @@ from dschat.config.yaml_file import SHORT, as_words, read_yaml
 from dschat.errors import UserError
 from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
 from dschat.settings import Settings, flag_values, flags_of, given_flags, setting, unknown
+from dschat.utils.hostfile import read_hostfile
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 KINDS: dict[str, type[Settings]] = {
@@ -66,8 +67,15 @@ class PipelineSettings(Settings):
         super().__post_init__()
         if self.hardware == "multi_node" and self.ranks is not None:
             raise UserError(f"ranks {self.ranks}: the hostfile decides them; drop ranks")
-        if self.hardware == "multi_node" and not Path(self.hostfile).is_file():
-            raise UserError(f"hostfile {self.hostfile}: no such file; name one")
+        if self.hardware == "multi_node":
+            read_hostfile(self.hostfile)
+
+    @property
+    def processes(self) -> int | None:
+        """Processes of a stage; None for as many as this machine has GPUs."""
+        if self.hardware == "multi_node":
+            return sum(read_hostfile(self.hostfile).values())
+        return self.ranks or (1 if self.hardware == "single_gpu" else None)
 
     @property
     def launcher(self) -> list[str]:

@@ -44,8 +44,8 @@ def script_for(scripts: Path, step: int, model: str, deployment: str) -> tuple[P
     if not script.is_file():
         raise UserError(
             f"--deployment-type {deployment}: step {step} has no script for {model} there "
-            f"(training_scripts/opt/{deployment}); choose single_gpu or single_node, or start "
-            "its main.py under deepspeed --hostfile"
+            f"(training_scripts/opt/{deployment}); choose single_gpu or single_node, or give "
+            "`dschat run` a file with hardware multi_node, which starts any model"
         )
     name = model if size is None else f"facebook/opt-{size}"
     return script, [] if step == 3 else ["--model_name_or_path", name]

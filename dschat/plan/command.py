@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from dschat.config import RLHFSettings
+from dschat.errors import UserError, brief
+from dschat.models.causal_lm import check_positions
 from dschat.plan.flags import PlanFlags
 from dschat.plan.memory import AnySettings, plan_memory
 from dschat.plan.remedies import largest_micro_batch, remedies
@@ -21,22 +25,54 @@ from dschat.plan.speed import COMPUTE, NETWORK, Cluster, plan_speed
 from dschat.utils.gpus import Gpu, named_gpu
 
 
-def run(args: PlanFlags, recipe: Path, settings: AnySettings) -> None:
-    """Plan and print.
+@dataclass(frozen=True)
+class Planned:
+    """A step to plan: where its settings come from, and its models where these do not name them.
+
+    Attributes:
+        critic: of reward model and critic too.
+    """
+
+    title: str
+    recipe: Path
+    settings: AnySettings
+    model: str | None = None
+    critic: str | None = None
+
+
+def run(args: PlanFlags, steps: Sequence[Planned]) -> None:
+    """Plan all steps and print; JSON of one is an object, of several a list.
 
     Raises:
-        UserError: an unknown GPU or model.
+        UserError: an unknown GPU or model, or one whose code does not run without values.
     """
     gpu, ranks = named_gpu(args.gpu), args.gpus * args.nodes
-    for line in args.unused("ppo" if isinstance(settings, RLHFSettings) else "this step"):
+    has_critic = any(isinstance(step.settings, RLHFSettings) for step in steps)
+    for line in args.unused("ppo" if has_critic or len(steps) > 1 else "this step"):
         print(line, file=sys.stderr)
-    configs = configs_of(settings, recipe, args.model, args.critic)
     efficiency = COMPUTE if args.efficiency is None else args.efficiency
     network = NETWORK if args.network is None else args.network
     cluster = Cluster(gpu, ranks, args.nodes, network, efficiency)
     memory = GIB * (gpu.memory if args.memory is None else args.memory)
-    plan = make_plan(settings, configs, cluster, memory, str(recipe), args.usd_per_gpu_hour)
-    print(json.dumps(as_json(plan), indent=1) if args.json else text(plan))
+    found = []
+    for step in steps:
+        configs = configs_of(step.settings, step.recipe, step.model, step.critic)
+        try:
+            plan = make_plan(
+                step.settings, configs, cluster, memory, step.title, args.usd_per_gpu_hour
+            )
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's code does with tensors without values
+            raise UserError(
+                f"{step.title}: none for this model, whose code does not run on tensors without "
+                f"values ({brief(error, with_type=True)}); its start on a GPU will say no more"
+            ) from error
+        found.append(as_json(plan))
+        if not args.json:
+            print("\n" * (len(found) > 1) + text(plan), flush=True)
+    if args.json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
 
 
 def make_plan(
@@ -47,7 +83,17 @@ def make_plan(
     title: str,
     usd_per_gpu_hour: float | None = None,
 ) -> Plan:
-    """Plan memory, time and remedies of a step."""
+    """Plan memory, time and remedies of a step.
+
+    Raises:
+        UserError: its sequences are longer than a model's positions.
+    """
+    names = "max_prompt_seq_len and max_answer_seq_len"
+    length = settings.max_seq_len if isinstance(settings, RLHFSettings) else None
+    for role, config in configs.items():
+        if length is None and not isinstance(settings, RLHFSettings):
+            names, length = "max_seq_len", settings.batch.max_seq_len
+        check_positions(config, config.name_or_path or role, length or 0, names)
     dtype = planned_dtype(settings.run.dtype, cluster.gpu)
     planned = partial(plan_memory, configs=configs, dtype=dtype, ranks=cluster.ranks)
     memory = planned(settings)

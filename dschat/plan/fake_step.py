@@ -83,7 +83,7 @@ def needed(shape: Shape, wanted: Pass) -> Needed:
 
 
 def layer_kinds(config: PretrainedConfig) -> list[str]:
-    """Name the kind of each layer of a decoder."""
+    """Name the kind of each layer of a decoder, as far as its config tells."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     return list(kinds) if kinds else ["layer"] * text.num_hidden_layers
@@ -92,7 +92,8 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
 def shortened(config: PretrainedConfig, kinds: list[str]) -> PretrainedConfig:
     """Copy a config with layers of these kinds alone, and next to nothing beside the decoder.
 
-    Dropout inside the attention is off: with it the CPU's kernels keep all scores, a GPU's do not.
+    All layers stay where the config works their kinds out itself and comes to others. Dropout
+    inside the attention is off: with it the CPU's kernels keep all scores, a GPU's do not.
     """
     short = copy.deepcopy(config)
     text = short.get_text_config()
@@ -100,8 +101,11 @@ def shortened(config: PretrainedConfig, kinds: list[str]) -> PretrainedConfig:
         if hasattr(text, name):
             setattr(text, name, 0.0)
     text.num_hidden_layers = len(kinds)
-    if getattr(text, "layer_types", None):
+    is_worked_out = isinstance(getattr(type(text), "layer_types", None), property)
+    if not is_worked_out and getattr(text, "layer_types", None):
         text.layer_types = kinds
+    if layer_kinds(short) != kinds:
+        text.num_hidden_layers = config.get_text_config().num_hidden_layers
     vision = getattr(short, "vision_config", None)
     if vision is not None:
         vision.num_hidden_layers = 1
@@ -115,6 +119,7 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
     for kind, count in kinds.items():
         run += [kind] * min(count, FURTHER if run else FIRST)
     config = shortened(shape.config, run)
+    run = layer_kinds(config)
     module = without_weights(replace(shape, config=config)).train(wanted.trains)
     assume_split(module)
     assume_causal(module)

@@ -14,7 +14,9 @@ from dschat.settings import Settings, setting
 class PlanFlags(Settings):
     """Flags of the planner itself."""
 
-    config: str | None = setting(None, "recipe: a YAML file of the step's flags")
+    config: str | None = setting(
+        None, "recipe of a step, or of several stages: a YAML file, or a name of `dschat run`'s"
+    )
     script: str | None = setting(None, "training script, in place of its recipe")
     step: str | None = setting(
         None, "(default: by the recipe's name)", choices=("sft", "reward", "dpo", "ppo")

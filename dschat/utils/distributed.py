@@ -65,7 +65,7 @@ def init_distributed(rank_timeout: float = RANK_TIMEOUT) -> Distributed:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.update(torch_variables(os.environ))
     for name, value in LONE.items():  # DeepSpeed looks for them
-        os.environ.setdefault(name, value)
+        os.environ[name] = os.environ.get(name, "").strip() or value
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     accelerator.set_device(local_rank)

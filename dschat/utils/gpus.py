@@ -1,25 +1,29 @@
 """GPUs by name: memory, peak speed, bandwidth of memory and links.
 
-Peaks are dense, in TFLOPS, from NVIDIA's data sheets and architecture white papers of each product;
-where a sheet prints the sparse figure, its half. bf16 and fp16 accumulate in fp32, fp32 is without
-TF32. Volta and Turing have no bf16 units. Bandwidths are in GB/s; a link's is that of one
-direction, half of what the sheets print for NVLink, between GPUs of one machine. Memory is what a
-program sees (`torch.cuda.mem_get_info`), less than the round figure in the product's name.
+Peaks are dense, in TFLOPS; where a document prints the figure with sparsity alone, its half. bf16
+and fp16 accumulate in fp32, fp32 is without TF32. Volta and Turing have no bf16 units. Bandwidths
+are in GB/s; a link's is that of one direction, half of what is printed for NVLink, between GPUs of
+one machine. Memory is what a program sees (`torch.cuda.mem_get_info`), less than the figure in the
+product's name; the range is that of PyTorch's out-of-memory errors in public reports.
 
-What the documents print, of the products that a plan knows:
+| document, by NVIDIA | bf16, TFLOPS | memory | seen, GiB | link, both ways |
+| --- | --- | --- | --- | --- |
+| Blackwell data sheet, GB200 | 5,000 sparse | 186 GB, 8 TB/s | 184.31 | 1.8 TB/s |
+| the same, HGX B200 | 4,500 sparse | 180 GB, 7.7 TB/s | 178.35 | 1.8 TB/s |
+| nvidia.com/en-us/data-center/h200 | 1,979 sparse | 141 GB, 4.8 TB/s | 139.80 | 900 GB/s |
+| nvidia.com/en-us/data-center/h100 | 1,979 sparse | 80 GB, 3.35 TB/s | 79.18-79.19 | 900 GB/s |
+| A100 data sheet, SXM | 312 | 80 GB, 2,039 GB/s | 79.14-79.25 | 600 GB/s |
+| the same | 312 | 40 GB, 1,555 GB/s | 39.42-39.49 | 600 GB/s |
+| RTX A6000 data sheet | 309.7 sparse | 48 GB, 768 GB/s | 47.40-47.54 | PCIe 4, 64 GB/s |
+| Ada white paper, RTX 4090 | 165.2 | 24 GB, 1,008 GB/s | 23.51-23.65 | PCIe 4, 64 GB/s |
+| L40S data sheet | 362.05 | 48 GB, 864 GB/s | 44.39 | PCIe 4, 64 GB/s |
 
-| document | bf16, TFLOPS | memory | link, both directions |
-| --- | --- | --- | --- |
-| Blackwell architecture technical brief, HGX B200 | 4,500 sparse | 180 GB, 8 TB/s | 1.8 TB/s |
-| H200 data sheet, SXM | 1,979 sparse | 141 GB, 4.8 TB/s | 900 GB/s |
-| H100 data sheet, SXM | 1,979 sparse | 80 GB, 3.35 TB/s | 900 GB/s |
-| A100 data sheet, SXM | 312 | 80 GB, 2,039 GB/s; 40 GB, 1,555 GB/s | 600 GB/s |
-| RTX A6000 data sheet, GA102 white paper | 154.8 | 48 GB, 768 GB/s | PCIe 4, 64 GB/s |
-| Ada white paper, RTX 4090 | 165.2, sums in fp32 | 24 GB, 1,008 GB/s | PCIe 4, 64 GB/s |
-| L40S data sheet | 362.05 | 48 GB, 864 GB/s | PCIe 4, 64 GB/s |
-
-They were compared with copies of these documents and with listings of the products, all but the
-peak of the 4090. Two A6000 may have a bridge of 112.5 GB/s, which is not counted on.
+The figures were compared with texts that quote these documents, not with NVIDIA's own files: of
+each product at least two, such as listings of resellers, glennklockwood.com/garden/processors on
+A100, H100 and B200, and tables of peaks in other libraries; that of Lightning-AI/pytorch-lightning
+(`fabric/utilities/throughput.py`) has the FP32 rate for bf16 on the 4090 and the A6000. Early texts
+on the B200 say 8 TB/s. Two A6000 may have a bridge of 112.5 GB/s, which is not counted on. PCIe and
+NVL boards of H100 and H200 are slower than SXM, the ones above: 1,513 and 1,671 sparse.
 """
 
 from __future__ import annotations
@@ -57,7 +61,8 @@ class Gpu:
 
 # The first match wins, so the slower boards of a chip stand before it.
 GPUS = (
-    Gpu(r"\bG?B200\b", 2250, 2250, None, "b200", 178.4, 8000, NVLINK_5),
+    Gpu(r"\bGB200\b", 2500, 2500, 80, "gb200", 184.3, 8000, NVLINK_5),
+    Gpu(r"\bB200\b", 2250, 2250, 75, "b200", 178.3, 7700, NVLINK_5),
     Gpu(r"\bH[12]00 NVL\b", 835.5, 835.5, 60),
     Gpu(r"\bG?H200\b", 989.5, 989.5, 67, "h200", 139.8, 4800, NVLINK_4),
     Gpu(r"\bH100 PCIe\b", 756.5, 756.5, 51),
@@ -95,5 +100,6 @@ def named_gpu(name: str) -> Gpu:
         UserError: an unknown one, with the nearest.
     """
     if name not in BY_NAME:
-        raise UserError(unknown("gpu", name, [*BY_NAME], "; known: " + ", ".join(BY_NAME)))
+        told = unknown("gpu", name, [*BY_NAME], "; known: " + ", ".join(BY_NAME))
+        raise UserError(f"{told}; for one that is not here give its like, and its memory")
     return BY_NAME[name]

@@ -55,25 +55,44 @@ def torch_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Translate a launcher's variables into RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 
     Returns:
-        Those that are missing; none under torchrun and deepspeed, nor for a process by itself.
+        Those that are missing or empty; none under torchrun and deepspeed, nor for a process by
+        itself.
 
     Raises:
-        UserError: several processes, and nothing tells them apart, or says where the first one is.
+        UserError: several processes, and nothing tells them apart, or says where the first one is;
+            a place that no process can have.
     """
+    given = _given(environ)
+    found = _translated(given)
+    _check_place(given | found)
+    return found
+
+
+def _given(environ: Mapping[str, str]) -> dict[str, str]:
+    """Leave out empty variables; they count as missing."""
+    return {name: value.strip() for name, value in environ.items() if value.strip()}
+
+
+def _translated(environ: Mapping[str, str]) -> dict[str, str]:
     launcher = _launcher_of(environ)
-    if all(name in environ for name in PLACE):
+    is_whole = all(name in environ for name in PLACE)
+    if is_whole:
         _check_whole(environ)
-        if "MASTER_PORT" in environ or _number(environ, "WORLD_SIZE") == 1:
-            return {}
+        is_met = {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys()
+        if is_met or launcher is None or _number(environ, "WORLD_SIZE") == 1:
+            return {}  # what is missing is asked for
     if launcher is None:
         _check_lone(environ)
         return {}
     rank, size = environ[launcher.rank], environ[launcher.size]
-    if "RANK" not in environ and environ.get("WORLD_SIZE", size) != size:
-        raise UserError(
-            f"WORLD_SIZE is {environ['WORLD_SIZE']} and {launcher.size} {size}: unset WORLD_SIZE, "
-            "which is the number of all processes"
-        )
+    for name, own, told, meaning in (
+        ("WORLD_SIZE", launcher.size, size, "the number of all processes"),
+        ("RANK", launcher.rank, rank, "this process's place among them"),
+    ):
+        if not is_whole and environ.get(name, told) != told:
+            raise UserError(
+                f"{name} is {environ[name]} and {own} {told}: unset {name}, which is {meaning}"
+            )
     found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": environ[launcher.local_rank]}
     found |= {"MASTER_ADDR": _first_host(launcher, environ), "MASTER_PORT": str(_port(environ))}
     return {name: value for name, value in found.items() if name not in environ}
@@ -81,10 +100,27 @@ def torch_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 def rank_of(environ: Mapping[str, str]) -> int:
     """Find this process's rank; 0 for a process by itself."""
+    environ = _given(environ)
     if "RANK" in environ:
         return _number(environ, "RANK")
     launcher = _launcher_of(environ)
     return 0 if launcher is None else _number(environ, launcher.rank)
+
+
+def _check_place(place: Mapping[str, str]) -> None:
+    """Stop at a place that no process of a run can have, or that leads to no other process."""
+    size = _number(place, "WORLD_SIZE", 1)
+    for name in ("RANK", "LOCAL_RANK"):
+        if _number(place, name) >= size:
+            raise UserError(
+                f"{name} is {place.get(name, 0)} and WORLD_SIZE {size}: processes count from 0 to "
+                "WORLD_SIZE - 1"
+            )
+    if size > 1 and "MASTER_ADDR" not in place:
+        raise UserError(f"WORLD_SIZE is {size}: set MASTER_ADDR to the host of rank 0")
+    if size > 1 and not 0 < _number(place, "MASTER_PORT") < 65536:
+        port = place.get("MASTER_PORT", "missing")
+        raise UserError(f"MASTER_PORT is {port}: set a free port of rank 0's host, 1 to 65535")
 
 
 def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
@@ -163,6 +199,5 @@ def _first_host(launcher: Launcher, environ: Mapping[str, str]) -> str:
 def _port(environ: Mapping[str, str]) -> int:
     """Choose the same port in all processes, of Slurm's jobs each its own."""
     if "MASTER_PORT" in environ:
-        return int(environ["MASTER_PORT"])
-    job = environ.get("SLURM_JOB_ID")
-    return PORT if job is None else 20000 + int(job) % 9000
+        return _number(environ, "MASTER_PORT")
+    return 20000 + _number(environ, "SLURM_JOB_ID") % 9000 if "SLURM_JOB_ID" in environ else PORT

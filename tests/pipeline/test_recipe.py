@@ -85,6 +85,7 @@ def test_a_reward_model_starts_from_sft_unless_one_is_named(tmp_path: Path):
         ("model: m\nranks: 0\nstages: {sft: }\n", "ranks is 0: give at least 1"),
         ("model: m\nstages: {sft: {output_dir: x}}\n", "output_dir: the pipeline gives each stage"),
         ("hardware: multi_node\nhostfile: none\nstages: {sft: }\n", "hostfile none: no such file"),
+        ("hardware: multi_node\nhostfile: .\nstages: {sft: }\n", "hostfile .: no such file"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(text: str, message: str, tmp_path: Path):

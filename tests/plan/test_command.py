@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.config import build_causal_lm
 from dschat.plan.__main__ import main
+from dschat.plan.fake_step import layer_kinds, shortened
 from dschat.plan.memory import plan_memory
 from dschat.plan.remedies import changed, largest_micro_batch, remedies
 from dschat.plan.roles import GENERATION, GIB, MemoryPlan, Phase
@@ -18,6 +20,7 @@ from dschat.utils.gpus import BY_NAME, gpu_of_device, named_gpu
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
 RECIPE = "dschat/recipes/opt/single_gpu/reward_350m.yaml"
+RUN = "smollm2/single_gpu/135m"
 
 
 def planned(capsys, *words: str) -> dict:
@@ -64,6 +67,11 @@ def test_the_text_has_every_role_and_says_what_is_assumed(capsys):
         (["--config", "no.yaml"], "config no.yaml: no such file"),
         (["--script", "no.sh"], "script no.sh: no such file"),
         (["--config", RECIPE, "--lora_dimm", "4"], "did you mean --lora_dim"),
+        (["--config", RECIPE, "--gpu", "3090"], "for one that is not here give its like, and its"),
+        (["--config", "opt/single_gpu/1.3"], "config opt/single_gpu/1.3: no such file"),
+        (["--config", "quickstart"], "it names no model to plan for; give --model"),
+        (["--config", RUN, "--step", "dpo"], "step dpo: .* has none; its stages are sft, reward"),
+        (["--config", RECIPE, "--max_seq_len", "4096"], "has 2048 positions; give at most 2048"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(words, message):
@@ -78,6 +86,35 @@ def test_a_folder_is_planned_by_its_config(tmp_path, capsys):
     recipe.write_text(f"model_name_or_path: {tmp_path}\nmax_seq_len: 32\n")
     plan = planned(capsys, "--config", str(recipe))
     assert plan["held"]["model"]["weights"] == 2 * sum(p.numel() for p in tiny_llama().parameters())
+
+
+def test_a_pipeline_is_planned_stage_by_stage(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path / 'model'}\nstages:\n  sft: {{max_seq_len: 32}}\n  reward: "
+        "{max_seq_len: 32}\n"
+    )
+    words = ("--config", str(tmp_path / "run.yaml"), "--per_device_train_batch_size", "2")
+    sft, reward = planned(capsys, *words)
+    weights = [plan["held"]["model"]["weights"] for plan in (sft, reward)]
+    head = 2 * tiny_llama().lm_head.weight.numel() - 2 * 32  # a value head of 32 in its place
+    assert weights[0] - weights[1] == head
+    assert [plan["title"].split(", ")[1] for plan in (sft, reward)] == ["sft", "reward"]
+    assert planned(capsys, *words, "--step", "reward") == reward
+
+
+def test_a_library_s_pipeline_is_found_by_its_name(capsys):
+    plan = planned(capsys, "--config", RUN, "--step", "sft", "--gpu", "4090")
+    assert plan["fits"] and plan["title"].endswith("run_135m.yaml, sft")
+
+
+@pytest.mark.parametrize("family", ["MambaConfig", "GPTNeoConfig", "Lfm2Config"])
+def test_layers_that_a_config_works_out_itself(family):
+    """Kinds of layers that cannot be set, and lists of them under names of the family's own."""
+    config = getattr(transformers, family)()
+    kinds = layer_kinds(config)
+    short = shortened(config, kinds[:2])
+    assert layer_kinds(short) in (kinds[:2], kinds)
 
 
 def test_known_models_have_their_published_sizes():
@@ -162,6 +199,7 @@ def test_gpus_by_device_name_and_by_short_name():
         "NVIDIA GeForce RTX 4090": "4090",
         "NVIDIA H100 80GB HBM3": "h100",
         "NVIDIA B200": "b200",
+        "NVIDIA GB200": "gb200",
     }
     for device, name in names.items():
         assert gpu_of_device(device) == named_gpu(name)

@@ -195,12 +195,16 @@ def test_several_machines_have_a_hostfile(e2e: ModuleType, tmp_path: Path, monke
     models = ["--actor-model", "66b", "--reward-model", "350m", "--output-dir", str(out)]
     argv = [*models, "--deployment-type", "multi_node", "--hostfile"]
     monkeypatch.setattr("sys.argv", ["e2e_rlhf.py", *argv, str(tmp_path / "none")])
-    with pytest.raises(UserError, match=r"^--hostfile .*none: no such file; name one, with a line"):
+    with pytest.raises(UserError, match=r"^hostfile .*none: no such file; name one, with a line"):
         e2e.main()
     assert not out.exists()
     args = e2e.parse_args([*argv, str(tmp_path / "hosts")])
     monkeypatch.setenv("HOSTFILE", "")  # taken back after the test
     e2e.check_hostfile(args)
+    ranks = []  # for which accumulation and epochs are fitted to the rows: not this machine's
+    monkeypatch.setattr(e2e, "check_ahead", lambda *given: ranks.append(given[2]))
+    e2e.check(args, [])
+    assert ranks == [16]
     places = {1: STEP1 + "multi_node/run_66b.sh", 2: STEP2 + "multi_node/run_350m.sh"}
     for step, command in e2e.commands(args).items():
         assert command[1] == str(TRAINING / places.get(step, STEP3 + "multi_node/run_66b.sh"))

@@ -1,5 +1,6 @@
 """Ranks by the variables of srun, mpirun and mpiexec, as these set them."""
 
+import random
 import subprocess
 
 import pytest
@@ -120,6 +121,14 @@ def test_srun_on_two_hosts(monkeypatch):
         ({"PMIX_RANK": "1"}, "PMIX_RANK is 1, and nothing tells how many processes there are"),
         ({"RANK": "1"}, "RANK is 1, and nothing tells how many processes there are"),
         ({"PMI_SIZE": "two"}, "PMI_SIZE is 'two' in the environment: set a number, or unset it"),
+        (TWO_ON_ONE_HOST | {"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2: processes count from 0"),
+        (TWO_ON_ONE_HOST | {"MASTER_ADDR": ""}, "WORLD_SIZE is 2: set MASTER_ADDR to the host of"),
+        (TWO_ON_ONE_HOST | {"MASTER_PORT": "0"}, "MASTER_PORT is 0: set a free port of rank 0's"),
+        (OPENMPI | {"MASTER_PORT": "ten"}, "MASTER_PORT is 'ten' in the environment: set a number"),
+        (
+            OPENMPI | {"RANK": "0"},
+            "RANK is 0 and OMPI_COMM_WORLD_RANK 1: unset RANK, which is this",
+        ),
     ],
 )
 def test_ranks_that_cannot_find_each_other(environ, message):
@@ -132,3 +141,30 @@ def test_a_missing_scontrol_asks_for_the_address(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="srun on several hosts: set MASTER_ADDR to the first one"):
         torch_variables(SRUN)
+
+
+def test_any_mixture_of_variables_is_a_place_among_others_or_one_line(monkeypatch):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 0, "node07\n")
+
+    monkeypatch.setattr(launchers.subprocess, "run", run)
+    names = sorted({*SRUN, *OPENMPI, *MVAPICH, *MPICH, *TWO_ON_ONE_HOST, "LOCAL_SIZE", "PMIX_RANK"})
+    bases = [{}, SRUN, OPENMPI, MVAPICH, MPICH, TWO_ON_ONE_HOST]
+    draw, sound = random.Random(0), ["0", "1", "2", "4"]
+    places = 0
+    for i in range(20_000):
+        values = sound if i % 2 else [*sound, "", " 2 ", "x", "-1", "1.5", "99999"]
+        more = {n: draw.choice(values) for n in draw.sample(names, draw.randint(1, 6))}
+        environ = draw.choice(bases) | more
+        try:
+            found = environ | torch_variables(environ)
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        place = {name: value for name, value in found.items() if value.strip()}
+        size = int(place.get("WORLD_SIZE", 1))
+        assert all(0 <= int(place.get(name, 0)) < size for name in ("RANK", "LOCAL_RANK")), environ
+        if size > 1:
+            assert place["MASTER_ADDR"] and 0 < int(place["MASTER_PORT"]) < 65536, environ
+            places += 1
+    assert places > 100
