@@ -1,7 +1,7 @@
 """Commands of the steps that e2e_rlhf.py would run; none of them is started."""
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -355,10 +355,12 @@ def test_rows_leave_room_for_the_models(e2e: ModuleType, inputs: Path, monkeypat
 
     said = r"^step 1: data_output_path .*cache: the tokenised rows of phase 1 take about \d\S+ kB"
     said += r", the models of the run \d\S+ kB, and 100 kB are free"
-    monkeypatch.setattr("dschat.data.datasets.free_bytes", lambda folder: 100_000)
+    free = SimpleNamespace(free=100_000)
+    disk = SimpleNamespace(disk_usage=lambda folder: free)
+    monkeypatch.setattr("dschat.data.datasets.shutil", disk)
     with pytest.raises(UserError, match=said):
         ahead(e2e, inputs, "--seed", "5")
-    monkeypatch.setattr("dschat.data.datasets.free_bytes", lambda folder: 300_000)
+    free.free = 300_000
     ahead(e2e, inputs, "--seed", "5", "--step", "1")
 
 
