@@ -122,8 +122,8 @@ def _shuffled(items: Iterable[list[int]], size: int, rng: np.random.Generator) -
     order = rng.permutation(len(sizes))
     old_starts, new_sizes = _starts(np.array(sizes)), np.array(sizes)[order]
     new_starts = _starts(new_sizes)
-    # The row at place p of the new order, in item i, stood at old_starts[order[i]] + (p -
-    # new_starts[i]); the second line is that for all places at once.
+    # The row at place p of the new order, in item i, stood at p + old_starts[order[i]] -
+    # new_starts[i]; `shifts` holds what is added to p, for every place.
     shifts = np.repeat(old_starts[order] - new_starts[:-1], new_sizes)
     return Epoch(np.array(rows)[np.arange(len(rows)) + shifts], new_starts, size)
 

@@ -77,9 +77,10 @@ _SPLITS: WeakKeyDictionary[nn.Module, Split | None] = WeakKeyDictionary()
 def split_of(model: nn.Module, sequences: torch.Tensor) -> Split | None:
     """Find the model's trunk and head, proven once; None where its logits are more than these."""
     module = unwrap(model)
-    known = _SPLITS.get(module)
-    if module in _SPLITS and (known is None or known.head is _parts(module)[1]):
-        return known
+    if module in _SPLITS:
+        known = _SPLITS[module]
+        if known is None or known.head is _parts(module)[1]:  # else its head was replaced since
+            return known
     _SPLITS[module] = split = _proven_split(model, sequences)
     if split is None:
         print_rank_0(

@@ -37,7 +37,7 @@ def check_language_model(model_name_or_path: str, remedy: str = "give a language
     Raises:
         UserError: naming the folder or the adapter.
     """
-    load_config(model_name_or_path)  # whose message about a folder without one is the better one
+    load_config(model_name_or_path)  # first: it says best what is missing in a folder of no model
     source = resolve_model(model_name_or_path)
     for adapter in source.read_adapters():
         if adapter.is_reward:

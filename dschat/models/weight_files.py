@@ -33,7 +33,9 @@ def check_weight_files(model_name_or_path: str) -> None:
     """
     source = resolve_model(model_name_or_path)
     folder = Path(source.base).expanduser()
-    for file in weight_files(folder, source.label) if folder.is_dir() else ():
+    if not folder.is_dir():
+        return
+    for file in weight_files(folder, source.label):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as tensors:

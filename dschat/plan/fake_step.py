@@ -113,13 +113,13 @@ def shortened(config: PretrainedConfig, kinds: list[str]) -> PretrainedConfig:
 
 
 def _run(shape: Shape, wanted: Pass) -> Needed:
-    """Run a pass on two layers of each kind, and add the others."""
+    """Run a pass on some layers of each kind, and add what the others need."""
     kinds = Counter(layer_kinds(shape.config))
-    run: list[str] = []
+    layers: list[str] = []  # kinds of those that run
     for kind, count in kinds.items():
-        run += [kind] * min(count, FURTHER if run else FIRST)
-    config = shortened(shape.config, run)
-    run = layer_kinds(config)
+        layers += [kind] * min(count, FURTHER if layers else FIRST)
+    config = shortened(shape.config, layers)
+    layers = layer_kinds(config)
     module = without_weights(replace(shape, config=config)).train(wanted.trains)
     assume_split(module)
     assume_causal(module)
@@ -131,7 +131,7 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
         counted = Allocations(
             [*module.parameters(), *module.buffers(), ids, mask], _kind_of(vocabulary)
         )
-        marks = _marks(module, counted, len(run))
+        alive_after = _alive_after_layers(module, counted, len(layers))
         _drop_gradients(module)
         grad = torch.set_grad_enabled(wanted.trains)
         with counted, WorstCase(), _unpacked_rows(), grad:
@@ -140,11 +140,12 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
             if wanted.trains:
                 made.backward()
     at_peak = {ACTIVATIONS: 0.0, LOGITS: 0.0} | counted.at_peak
-    others = 0.0
+    others = 0.0  # kept by layers that did not run: each as much as the last one of its kind
     for kind, count in kinds.items():
-        last = len(run) - 1 - run[::-1].index(kind)
-        if count > run.count(kind):
-            others += (count - run.count(kind)) * (marks[last] - marks[last - 1])
+        last = len(layers) - 1 - layers[::-1].index(kind)
+        if count > layers.count(kind):
+            kept = alive_after[last] - alive_after[last - 1]
+            others += (count - layers.count(kind)) * kept
     at_peak[ACTIVATIONS] += others
     return Needed(at_peak, left + others)
 
@@ -188,16 +189,16 @@ def _kind_of(vocabulary: int) -> Callable[[torch.Tensor], str]:
     return kind
 
 
-def _marks(module: nn.Module, counted: Allocations, layers: int) -> list[int]:
-    """List that will hold the bytes alive after each of the decoder's layers."""
+def _alive_after_layers(module: nn.Module, counted: Allocations, layers: int) -> list[int]:
+    """Give the list that a forward pass fills: bytes alive after each of the decoder's layers."""
     stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
-    marks: list[int] = []
+    alive: list[int] = []
     for layer in largest:
         layer.register_forward_hook(
-            lambda *_: marks.append(counted.live) if len(marks) < layers else None
+            lambda *_: alive.append(counted.live) if len(alive) < layers else None
         )
-    return marks
+    return alive
 
 
 def _drop_gradients(module: nn.Module) -> None:

@@ -40,17 +40,19 @@ def match_layers(model: nn.Module, config: LoraConfig) -> list[str]:
         and name.split(".")[-1] not in REWARD_HEADS
         and not is_bypassed(modules, name)
     }
-    body = free.keys() - _output_heads(modules)
+    no_heads = free.keys() - _output_heads(modules)
     linear = [n for n, m in free.items() if is_plain_linear(m)]
-    weights = [n for n in bare_weights(modules) if n.rpartition(".")[0] in body]
+    weights = [n for n in bare_weights(modules) if n.rpartition(".")[0] in no_heads]
     embeddings = [n for n, m in free.items() if isinstance(m, nn.Embedding)]
+    usual = dict.fromkeys([*(n for n in linear if n in no_heads), *weights])  # all-linear
     matched = [
-        *(n for n in linear if any(_names(part, n, n in body) for part in names)),
-        *(n for n in weights if any(_names(part, n, True) for part in names)),
-        *(n for n in embeddings if any(_ends_with(n, part) for part in names)),
+        n
+        for n in (*linear, *weights)
+        if (ALL_LINEAR in names and n in usual) or any(part in n for part in names)
     ]
+    matched += [n for n in embeddings if any(_ends_with(n, part) for part in names)]
     if not matched:
-        raise UserError(_no_match(names, [*(n for n in linear if n in body), *weights], embeddings))
+        raise UserError(_no_match(names, [*usual], embeddings))
     for name in matched:
         if name in embeddings:
             _check_lookup(name, free[name])
@@ -74,18 +76,14 @@ def _check_lookup(name: str, module: nn.Module) -> None:
         )
 
 
-def _names(part: str, name: str, in_body: bool) -> bool:
-    return in_body if part == ALL_LINEAR else part in name
-
-
 def _ends_with(name: str, part: str) -> bool:
     return name == part or name.endswith(f".{part}")
 
 
-def _no_match(names: tuple[str, ...], body: list[str], embeddings: list[str]) -> str:
-    leaves = ", ".join(sorted({n.split(".")[-1] for n in body})) or "none"
+def _no_match(names: tuple[str, ...], usual: list[str], embeddings: list[str]) -> str:
+    leaves = ", ".join(sorted({n.split(".")[-1] for n in usual})) or "none"
     tables = ", ".join(sorted({n.split(".")[-1] for n in embeddings})) or "none"
-    example = f" (a full name: {body[0]})" if body else ""
+    example = f" (a full name: {usual[0]})" if usual else ""
     return (
         f"lora_module_name {' '.join(names)!r} matches no layer: use all-linear, or part of a "
         f"layer's name; this model's linear layers are {leaves}{example}, its embeddings {tables}"
@@ -104,7 +102,7 @@ def left_without_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
         if isinstance(module, (nn.Embedding, LoRAEmbedding, FixedUpdate)) or name in heads:
             continue
         if isinstance(module, QuantizedLoRALinear):
-            total += module.weight_numel  # of no parameter
+            total += module.weight_numel  # packed, it is no parameter
         adapted = module.adapted if isinstance(module, LoRALayer) else ()
         for leaf, parameter in module.named_parameters(recurse=False):
             is_matrix = sum(size > 1 for size in full_shape(parameter)) > 1
