@@ -11,9 +11,11 @@ import yaml
 
 from dschat.errors import UserError, brief
 from dschat.settings import Flag, unknown
+from dschat.utils.bounded import TooMuchError, bounded
 
 SHORT = reprlib.Repr()  # of a value in a message: aliases make it as large as they like
 SHORT.maxlevel = 2
+LARGEST, SECONDS, BYTES = 1_000_000, 10.0, 1e9  # of a file, which has some hundred lines
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,7 +42,9 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
         UserError: with the line of what is wrong.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        content = _loaded(Path(path))
+    except TooMuchError as error:
+        raise UserError(f"config {path}: takes {error} to read; write it in short") from error
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -54,9 +58,22 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
         raise UserError(f"config {path}: not YAML ({brief(error)})") from error
     except RecursionError as error:
         raise UserError(f"config {path}: nested too deeply") from error
+    except (ValueError, OverflowError) as error:  # of a number or a date that there cannot be
+        raise UserError(f"config {path}: not YAML ({brief(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path}: expected lines of `flag: value`")
     return content
+
+
+def _loaded(path: Path) -> Any:
+    """Load a file of words for a command line: aliases could make it as large as they like."""
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise TooMuchError(f"more than {LARGEST:,} bytes")
+    text = content.decode()
+    with bounded(SECONDS, BYTES, f"config {path}: reading it does not end; write it in short"):
+        return yaml.load(text, _Loader)
 
 
 def as_words(place: str, content: Mapping[Any, Any], flags: Sequence[Flag]) -> list[str]:
@@ -84,9 +101,11 @@ def _words_of(place: str, flag: Flag, value: Any) -> list[str]:
         if isinstance(value, bool):
             return [f"--{flag.name}"] if value else []
     elif flag.kind.is_tuple and isinstance(value, list):
-        return [f"--{flag.name}", *map(str, value)]
+        if not any(isinstance(item, (dict, list, set)) for item in value):
+            return [f"--{flag.name}", *map(str, value)]
+        wanted = "a list of single values"
     else:
         wanted = "values" if flag.kind.is_tuple else "one value"
-        if not isinstance(value, (bool, dict, list)):
+        if not isinstance(value, (bool, dict, list, set)):
             return [f"--{flag.name}={value}"]
     raise UserError(f"{place}: {flag.name} is {SHORT.repr(value)}, expected {wanted}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +22,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from dschat.errors import RepeatedKeyError, UserError, brief, parse_json
 from dschat.models.attention import check_attention_dtype, choose_attention
+from dschat.utils.bounded import TooMuchError, bounded
 from dschat.utils.module.model_source import OWN_CODE, resolve_model, wants_own_code
 
+_SECONDS, _BYTES = 120.0, 16e9  # for a config, or a model without weights: seconds at most
+_ENDLESS = "the model of its config.json has no end"
+_COUNT, _MOST = re.compile(r"(n|num)_(\w+_)?(layers?|experts)(_\w+)?"), 10_000
 Build = Callable[[PretrainedConfig], nn.Module]
 
 
@@ -42,13 +47,17 @@ def load_config(
     source = resolve_model(model_name_or_path)
     try:
         _check_keys(Path(source.base).expanduser() / "config.json")
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=False)
+        with bounded(_SECONDS, _BYTES, endless := f"model {source.label}: {_ENDLESS}"):
+            config = AutoConfig.from_pretrained(source.base, trust_remote_code=False)
+    except TooMuchError as error:
+        raise UserError(f"{endless} (it takes {error}); copy the folder again") from error
     except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
         if wants_own_code(error):
             raise UserError(f"model {source.label}: {OWN_CODE}") from error
         raise UserError(
             f"model {source.label}: no readable config.json ({brief(error)}); {source.remedy}"
         ) from error
+    _check_counts(config, source.label)
     kind, text_model = f"{config.model_type!r}", "give a causal language model"
     if config.is_encoder_decoder:
         raise UserError(f"model {source.label}: {kind} has encoder and decoder; {text_model}")
@@ -63,6 +72,16 @@ def load_config(
     if attn_implementation is not None:
         choose_attention(config, attn_implementation, source.label)
     return config
+
+
+def _check_counts(config: PretrainedConfig, label: str) -> None:
+    """Stop at layers or experts without end, which nobody would see being built."""
+    for name, value in config.get_text_config().to_dict().items():
+        if isinstance(value, int) and _COUNT.fullmatch(name) and value > _MOST:
+            raise UserError(
+                f"model {label}: its config.json says {name} {value:,}, more than any model has; "
+                "copy the folder again"
+            )
 
 
 def check_attention(attn_implementation: str | None, dtype: str, *names: str) -> None:
@@ -157,11 +176,14 @@ def on_meta(model_name_or_path: str, build: Build) -> nn.Module:
         UserError: the config makes no model.
     """
     config = load_config(model_name_or_path)
+    endless = f"model {model_name_or_path}: {_ENDLESS}"
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded(_SECONDS, _BYTES, endless):
             return build(config)
     except UserError:
         raise
+    except TooMuchError as error:
+        raise UserError(f"{endless} (it takes {error}); copy the folder again") from error
     except Exception as error:  # whatever a value in the config leads to
         raise UserError(
             f"model {model_name_or_path}: its config.json makes no model "

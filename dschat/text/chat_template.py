@@ -16,6 +16,7 @@ USE_DSCHAT = "fix the template or use --prompt_format dschat"
 _REMEDY = "fix or drop the row, or use --prompt_format dschat"
 # A template takes far less than a millisecond, writes some thousand characters of its own, and may
 # escape or repeat those of the conversation.
+_ENDLESS = f"an operation of the chat template does not end; {USE_DSCHAT}"
 _SECONDS, _BYTES, _CHARACTERS, _TIMES = 10.0, 2e9, 1_000_000, 20
 
 
@@ -116,7 +117,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], is_open:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     given = sum(len(turn.text) for turn in turns)
     try:
-        with bounded(_SECONDS, _BYTES):
+        with bounded(_SECONDS, _BYTES, _ENDLESS):
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=is_open
             )

@@ -1,8 +1,9 @@
-"""A limit to what a program from outside may take, such as a chat template."""
+"""A limit to what a program from outside may take, such as a chat template or a pattern."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import sys
@@ -11,7 +12,10 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from dschat.utils.last_resort import LastResort
+
 _EVERY = 0.05  # seconds of this process's CPU time between two looks
+_HARD = 3  # times the limit: one operation that never comes back ends the process
 
 
 class TooMuchError(BaseException):
@@ -19,14 +23,16 @@ class TooMuchError(BaseException):
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, size: float) -> Iterator[None]:
+def bounded(seconds: float, size: float, problem: str) -> Iterator[None]:
     """Limit the block's CPU time, and by how much the process may grow in it.
 
-    It is stopped between two operations of Python; a single one may exceed the limit. Signals come
-    to a process's main thread, so in other threads nothing is limited.
+    It is stopped between two operations of Python, and in one that asks for more memory than that.
+    A single operation that holds the interpreter for three times as long ends the process, with
+    code 2 and a line. Signals come to a process's main thread, so in other threads nothing is
+    limited.
 
     Args:
-        size: bytes.
+        size: bytes. problem: what does not end, and the remedy, for that line.
 
     Raises:
         TooMuchError: with what it took.
@@ -41,16 +47,48 @@ def bounded(seconds: float, size: float) -> Iterator[None]:
         if is_on and time.thread_time() - began > seconds:
             raise TooMuchError(f"more than {seconds:g} s")
         if is_on and peak_resident() - peak > size:
-            raise TooMuchError(f"more than {size / 1e9:g} GB of memory")
+            raise _too_large(size)
 
     before = signal.signal(signal.SIGVTALRM, look)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _EVERY, _EVERY)
     try:
-        yield
+        with LastResort(_HARD * seconds, problem), _Room(size):
+            signal.setitimer(signal.ITIMER_VIRTUAL, _EVERY, _EVERY)
+            yield
+    except MemoryError as error:
+        raise _too_large(size) from error
     finally:
         is_on = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def _too_large(size: float) -> TooMuchError:
+    return TooMuchError(f"more than {size / 1e9:g} GB of memory")
+
+
+class _Room:
+    """Have the system refuse this process more than so many bytes in a block."""
+
+    def __init__(self, size: float):
+        self._size, self._before = int(size), resource.getrlimit(resource.RLIMIT_AS)
+
+    def __enter__(self) -> None:
+        if not _statm:
+            _statm.append(os.open("/proc/self/statm", os.O_RDONLY) if _IS_LINUX else -1)
+        if _statm[0] < 0:
+            return
+        room = int(os.pread(_statm[0], 64, 0).split()[0]) * resource.getpagesize() + self._size
+        soft, hard = self._before
+        is_less = soft == resource.RLIM_INFINITY or room < soft
+        resource.setrlimit(resource.RLIMIT_AS, (room if is_less else soft, hard))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, self._before)
+
+
+_IS_LINUX = sys.platform == "linux"
+_statm: list[int] = []  # descriptor of a file that says how much this process has mapped
+os.register_at_fork(after_in_child=_statm.clear)  # where it would still speak of the parent
 
 
 def peak_resident() -> int:

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass
 
 import pytest
 
+from dschat.config import yaml_file
 from dschat.config.cli import check_flags, parse, run_cli
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, group, setting
@@ -195,6 +196,31 @@ def test_a_value_without_end_is_said_in_short(tmp_path):
     file.write_text("limit: " + "[" * 50_000)
     with pytest.raises(UserError, match=r"settings.yaml: nested too deeply"):
         parse(Example, ["--config", str(file)], "A test.")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("paths: [[a, b]]", r"paths is \[\['a', 'b'\]\], expected a list of single values"),
+        ("paths:\n- &a [x]\n- {y: *a}", r"expected a list of single values"),
+        (f"limit: {'9' * 5000}", r"settings.yaml: not YAML \(Exceeds the limit"),
+        ("limit: 2001-99-99", r"settings.yaml: not YAML \(month must be in 1..12"),
+        ("#" * 1_000_001, r"settings.yaml: takes more than 1,000,000 bytes to read; write"),
+        ("MERGED", r"settings.yaml: takes more than 0.2 s to read; write it in short"),
+    ],
+)
+def test_what_grows_beyond_bounds_is_one_line(tmp_path, monkeypatch, text, message):
+    """Lists of lists as words; mappings that are merged ten times into ten others, and so on."""
+    if text == "MERGED":
+        monkeypatch.setattr(yaml_file, "SECONDS", 0.2)
+        pairs = itertools.pairwise("abcdefghijkl")
+        lines = [f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 10)}]}}" for a, b in pairs]
+        text = "\n".join(["a: &a {x: 1, y: 2}", *lines])
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        parse(Example, ["--config", str(file)], "A test.")
+    assert len(str(error.value)) < 300
 
 
 def test_a_stray_word_does_not_join_a_list_of_the_file(config):

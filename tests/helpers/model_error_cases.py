@@ -93,6 +93,14 @@ def _text(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def _terabytes(folder: Path) -> None:
+    """A header that tells of more than there is."""
+    entry = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(100)
+    (folder / WEIGHTS).write_bytes(content)
+
+
 # What spoils a folder, and what must be said; found before data or weights are read.
 EARLY: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (_cut, r"model.safetensors cannot be read \(.*incomplete metadata"),
@@ -130,6 +138,8 @@ EARLY: dict[str, tuple[Callable[[Path], object], str]] = {
     "key twice": (_twice, r"no readable config.json \('hidden_size' stands in it 2 times\)"),
     "unknown type": (_config(model_type="llamma"), r"no readable config.json \(.*llamma"),
     "wrong value": (_config(hidden_size="x"), r"no readable config.json \(.*expected int, got str"),
+    "layers without end": (_config(num_hidden_layers=10**8), r"says num_hidden_layers 100,000,000"),
+    "terabytes": (lambda folder: _terabytes(folder), r"cannot be read \(.*incomplete metadata"),
     "no such dtype": (_config(dtype="float33"), r"no readable config.json \(.*float33"),
     "generation config cut": (
         _text("generation_config.json", '{"max'),

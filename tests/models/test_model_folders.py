@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dschat.errors import UserError
+from dschat.models import config as model_config
 from dschat.models.causal_lm import check_model_folder, create_hf_model
 from dschat.models.config import load_config, on_meta
 from dschat.models.reward_head import check_language_model, check_reward_head, read_head
@@ -46,6 +47,20 @@ def test_found_by_header_and_config(tmp_path: Path, tiny_tokenizer, monkeypatch,
             lambda c=create, o=options: c(folder, tiny_tokenizer, torch.float32, **o), message
         )
     assert not (tmp_path / "code-ran").exists()
+
+
+def test_a_model_that_is_built_without_end_is_one_line(tmp_path: Path, monkeypatch):
+    def build(config):
+        while True:
+            pass
+
+    monkeypatch.setattr(model_config, "_SECONDS", 0.2)
+    folder = tiny.save_llama_folder(tmp_path / "m")
+    message = r"config.json has no end \(it takes more than 0.2 s\); copy"
+    assert_one_line(lambda: on_meta(str(folder), build), message)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_labels": 10**9}))
+    assert_one_line(lambda: load_config(str(folder)), message)
 
 
 @pytest.mark.parametrize("name", ["cut", "shard cut", "pickle with code", "T5"])

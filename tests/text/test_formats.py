@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import resource
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -16,6 +19,7 @@ from dschat.text.formats import CONFIG_KEY, choose_format, describe_format, set_
 from dschat.text.tokenizer import check_same_tokenizer, load_hf_tokenizer
 from dschat.utils import bounded
 from tests.helpers.bpe import byte_tokenizer, space_tokenizer
+from tests.helpers.launch import ROOT
 from tests.text.templates import FAMILIES, THINKING, Family, with_template
 
 ASKED = (Turn("user", "hi"),)
@@ -104,6 +108,10 @@ LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfo
         ),
         ("{{ x.a[" + LOOP, {}, "refuses the conversation"),  # cannot be compiled
         (LOOP, {"_BYTES": 1e6}, r"takes more than 0\.001 GB of memory for a conversation of 8"),
+        ("{{ ('a' * 90000000000)|length }}", {}, "takes more than 2 GB of memory for"),
+        ("{{ ('a' * 4000000000)|length }}", {}, "takes more than 2 GB of memory for"),
+        ("{{ '%4000000000d' % 1 }}", {}, "takes more than 2 GB of memory for"),
+        ("{{ ('b' * 99999).replace('b', 'b' * 99999) }}", {}, "takes more than 2 GB of memory"),
         ("{{ 'a' * 2000000 }}", {}, "makes 2,000,000 characters of a conversation of 8; fix or"),
     ],
 )
@@ -117,6 +125,33 @@ def test_a_template_without_end_is_one_line(template, limits, words, byte_tokeni
         set_format(with_template(byte_tokenizer, Family(template, "")))
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     assert signal.getsignal(signal.SIGVTALRM) is handler
+
+
+# Two lists of one form, each of the same list twice, and so on: compared in one operation of C.
+ENDLESS = (
+    "{% set ns = namespace(x=[1], y=[1]) %}{% for _ in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+    "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"
+)
+
+
+def test_an_operation_without_end_ends_the_process():
+    code = (
+        "from dschat.text import chat_template; chat_template._SECONDS = 0.1\n"
+        "from tests.helpers.bpe import byte_tokenizer; tokenizer = byte_tokenizer()\n"
+        f"tokenizer.chat_template = {ENDLESS!r}\n"
+        "chat_template.template_end(tokenizer)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    line = "error: an operation of the chat template does not end; fix the template or use "
+    assert done.stderr.strip().splitlines() == [line + "--prompt_format dschat"]
+
+
+def test_memory_is_free_again_after_a_template(byte_tokenizer):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="2 GB"):
+        set_format(with_template(byte_tokenizer, Family("{{ ('a' * 9000000000)|length }}", "")))
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_a_long_row_and_another_thread_are_no_runaways(byte_tokenizer):

@@ -19,6 +19,7 @@ from dschat.models.reward_model import create_critic_model
 from dschat.models.save import save_hf_format
 from dschat.models.save_plan import MERGED, plan_saving
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.utils.module import adapter_config
 from dschat.utils.module import model_source as source
 from dschat.utils.module.lora_config import LoraConfig
 from dschat.utils.module.model_source import resolve_model
@@ -102,6 +103,8 @@ def assert_one_line(call, *words: str) -> None:
         ("rank_pattern", {"q_proj": "x"}, "malformed (lora_dim is x: give 0 or more)"),
         ("alpha_pattern", {"q_proj": float("inf")}, "malformed (lora_alpha is inf: give a number"),
         ("rank_pattern", {"(q": 2}, "malformed ('(q' is no pattern of names: missing ), un"),
+        ("rank_pattern", {"q{1,99999999999}": 2}, "is no pattern of names: the repetition numb"),
+        ("alpha_pattern", {"(" * 9999 + ")" * 9999: 2}, "is no pattern of names: maximum recurs"),
         ("base_model_name_or_path", ["base"], "names no base; set base_model_name_or_path in"),
         ("use_rslora", "no", "malformed (use_rslora is no: give True or False)"),
     ],
@@ -123,6 +126,14 @@ def test_a_key_that_stands_twice(folder: Path):
 def test_a_config_nested_without_end(folder: Path):
     (folder / "adapter_config.json").write_text('{"r": ' + "[" * 100_000)
     assert_one_line(lambda: load_config(str(folder)), str(folder), "cannot be read (not a JSON ob")
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_backtracks_without_end(folder: Path, monkeypatch, key: str):
+    monkeypatch.setattr(adapter_config, "_SECONDS", 0.2)
+    set_config(folder, **{key: {r"(([a-z._0-9])+)+!": 2}})
+    reason = "rank_pattern or alpha_pattern of adapter_config.json does not come to an end for "
+    assert_one_line(lambda: load_model(folder), str(folder), reason, "write simpler ones")
 
 
 def test_starts_that_leave_the_base_alone_are_read(folder: Path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dschat.errors import RepeatedKeyError, UserError, parse_json
+from dschat.utils.bounded import TooMuchError, bounded
 from dschat.utils.module.adapter_rows import TokenIndices, read_indices
 from dschat.utils.module.lora_config import LoraConfig
 
@@ -19,6 +20,7 @@ WEIGHT_FILE = "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHT_FILE, "adapter_model.bin")
 CAUSAL_LM, REWARD = "CAUSAL_LM", "SEQ_CLS"
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_SECONDS, _BYTES = 5.0, 1e9  # for all patterns and one layer, which takes microseconds
 UNDERSTOOD = {
     *("peft_type", "task_type", "base_model_name_or_path", "init_lora_weights"),
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
@@ -73,13 +75,25 @@ class AdapterConfig:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no pattern of names: {error}") from error
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{pattern!r:.80} is no pattern of names: {error}") from error
 
     def of_layer(self, layer: str) -> LoraConfig:
-        """Return the settings of the layer of this name: its own rank and alpha."""
-        rank = _by_pattern(self.rank_pattern, layer, self.lora.lora_dim)
-        alpha = _by_pattern(self.alpha_pattern, layer, self.lora.lora_alpha)
+        """Return the settings of the layer of this name: its own rank and alpha.
+
+        Raises:
+            UserError: a pattern takes without end to match it.
+        """
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self.lora
+        problem = f"adapter {self.name}: rank_pattern or alpha_pattern of {CONFIG_FILE} does not"
+        problem += f" come to an end for {layer}; write simpler ones, or save the adapter again"
+        try:
+            with bounded(_SECONDS, _BYTES, problem):
+                rank = _by_pattern(self.rank_pattern, layer, self.lora.lora_dim)
+                alpha = _by_pattern(self.alpha_pattern, layer, self.lora.lora_alpha)
+        except TooMuchError as error:
+            raise UserError(problem) from error
         return replace(self.lora, lora_dim=rank, lora_alpha=alpha)
 
     def targets_parameter(self, name: str) -> bool:
