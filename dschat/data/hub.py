@@ -14,6 +14,9 @@ ON_THE_HUB = {
     "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
 }
 
+# Names of readers in `datasets`, which would read whatever lies in the current folder.
+PACKAGED = frozenset(datasets.packaged_modules._PACKAGED_DATASETS_MODULES)
+
 # Raised for damaged folders; of what a damaged description of the columns says, anything may fail.
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
 
@@ -51,6 +54,8 @@ def fetch(
     Raises:
         UserError: the Hub does not give it; `setting` is what names it.
     """
+    if name in PACKAGED:
+        raise UserError(f"{setting} {name}: names no set; give a file, a folder or a hub id")
     options = {"streaming": True} if streaming else {}
     arguments = (name, config) if config else ON_THE_HUB.get(name, (name,))
     try:

@@ -1,4 +1,6 @@
 import json
+import pickle
+import re
 
 import datasets
 import pyarrow as pa
@@ -8,6 +10,7 @@ import pytest
 from dschat.data import sources as raw_datasets
 from dschat.data.store import load_source
 from dschat.errors import UserError
+from tests.helpers.doors import Payload, code_of, mark
 
 PAIR = {"prompt": "hi", "chosen": " we", "rejected": " lo"}
 ROWS = [{**PAIR, "prompt": f"hi {number}"} for number in range(20)]
@@ -254,6 +257,30 @@ def test_scores_are_finite_numbers(score, write_rows, tmp_path):
         assert "fewer than two scored" in _error(name, tmp_path)
     else:
         assert "needs a number" in _error(name, tmp_path)
+
+
+def test_a_parquet_file_that_unpacks_without_end_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["hi"] * 10**6}), file, compression="zstd")
+    monkeypatch.setattr(raw_datasets, "GROWTH", 20)
+    monkeypatch.setattr(raw_datasets, "MANY_ROWS", 10**5)
+    assert re.match(
+        r"a.parquet: says 1,000,000 rows in [\d,]+ bytes; write", _error(file, tmp_path)
+    )
+    text = pa.table({"prompt": ["x" * 10**7]})
+    pq.write_table(text, file, compression="zstd", use_dictionary=False, write_statistics=False)
+    monkeypatch.setattr(raw_datasets, "MANY_BYTES", 10**6)
+    found = r"a.parquet: column 'prompt' unpacks [\d,]+ bytes to 10,000,\d+; write it again"
+    assert re.match(found, _error(file, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pandas", "json", "webdataset"])
+def test_no_reader_of_what_lies_here_is_taken_for_a_set(tmp_path, monkeypatch, name):
+    """`datasets` would read the current folder; older versions pickles as well."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Payload(code_of(tmp_path))))
+    assert "names no set; give a file, a folder or a hub id" in _error(name, tmp_path / "cache")
+    assert not mark(tmp_path).exists()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
