@@ -44,26 +44,24 @@ def answer_logprobs(
         sequences: (B, P + A), prompts padded on the left. attention_mask: the same shape, bool.
         temperature: logits are divided by it, as in sampling.
     """
-    split = split_of(model, sequences)
-    columns: Sequence[torch.Tensor]
+    split, mask = split_of(model, sequences), attention_mask[:, -answer_length:]
+    scores: Sequence[torch.Tensor]
     if split is None:
         columns = _from_logits(
             model, sequences, attention_mask, answer_length, temperature, with_entropy
         )
+        scores = [column.where(mask, 0.0) for column in columns]
     else:
-        targets = sequences[:, -answer_length:].flatten()  # (B * A,)
+        targets = sequences[:, -answer_length:][mask]  # (N,)
 
         def score(head: HeadBlocks, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            before = states[:, -answer_length - 1 : -1].flatten(0, 1)  # (B * A, H)
+            before = states[:, -answer_length - 1 : -1][mask]  # (N, H)
             head = dataclasses.replace(head, temperature=temperature, with_entropy=with_entropy)
             return head.columns(before, targets)
 
         inputs = forward_inputs(split.trunk, sequences, attention_mask)
-        columns = pass_through(model, split, inputs, score)
-    # Padding was scored as well: the shapes of a pass, and with them its rounding, depend on the
-    # batch's own shape alone, so that the first ratio of a rollout is 1 in every dtype.
-    mask = attention_mask[:, -answer_length:]
-    scores = [column.reshape(mask.shape).where(mask, 0.0) for column in columns]
+        found = pass_through(model, split, inputs, score)
+        scores = [found[0].new_zeros(mask.shape).masked_scatter(mask, column) for column in found]
     return AnswerScores(scores[0], scores[1] if with_entropy else None)
 
 

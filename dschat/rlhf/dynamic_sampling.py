@@ -18,6 +18,7 @@ from dschat.data.collators import PromptCollator
 from dschat.data.datasets import PromptData
 from dschat.data.stream import StreamLoader
 from dschat.rlhf.experience import Experience, filled, stacked
+from dschat.rlhf.micro_batches import RowLengths
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.train.run_context import RunContext
 from dschat.utils.distributed import all_reduce_max, all_reduce_sum
@@ -141,8 +142,9 @@ def _exchanged(
     for vacant, found in pairs:
         index[vacant : vacant + size] = torch.arange(found, found + size)
     group = everything.group[: len(index)].split(sizes)
+    lengths = RowLengths.of(everything.attention_mask, everything.prompt_length, everything.real)
     return [
-        replace(everything.rows(rows.to(numbers.device)).narrowed(), group=numbers)
+        replace(everything.micro_batch(lengths.micro_batch(rows)), group=numbers)
         for rows, numbers in zip(index.split(sizes), group, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 from dschat.data.columns import OwnColumns, picked
 from dschat.lazy import torch
 from dschat.rlhf.kept_pass import KeptPass
+from dschat.rlhf.micro_batches import MicroBatch, RowLengths, dealt, in_turn
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,8 @@ class Experience:
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
     staleness: int = 0  # updates of the policy since its answers were begun
-    # The only step on it is made before the policy changes: `logprobs` are the sampler's, the ratio
-    # is 1.
-    fresh: bool = False
+    told: bool = False  # `logprobs` are the sampler's: the policy was not run over the answers
+    micro_batches: list[MicroBatch] | None = None  # that scoring was over, and epoch one is
     kept: KeptPass | None = None  # the critic's pass, where its only step can do with that one
     columns: OwnColumns | None = None  # (B,) the rows' own, by name; None: none are kept
 
@@ -47,8 +47,8 @@ class Experience:
         return len(self.real)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the critic's pass out of files and copies."""
-        return {**vars(self), "kept": None}
+        """Leave the critic's pass, and the plan of the update, out of files and copies."""
+        return {**vars(self), "kept": None, "micro_batches": None}
 
     @property
     def prompt_length(self) -> int:
@@ -78,12 +78,20 @@ class Experience:
 
     def rows(self, index: torch.Tensor) -> Experience:
         """Pick the rows of `index`, in its order."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: dict[str, Any] = {
-            n: c[index] for n, c in columns.items() if isinstance(c, torch.Tensor)
+            n: c[index] for n, c in own.items() if isinstance(c, torch.Tensor)
         }
         kept = None if self.kept is None else self.kept.rows(index)
-        return replace(self, **tensors, kept=kept, columns=picked(self.columns, index))
+        columns = picked(self.columns, index)
+        return replace(self, **tensors, kept=kept, micro_batches=None, columns=columns)
+
+    def micro_batch(self, chosen: MicroBatch) -> Experience:
+        """Pick the rows of a micro-batch, no wider than they need."""
+        rows = self.rows(chosen.index.to(self.real.device))
+        if (chosen.prompt, chosen.answer) == (self.prompt_length, self.answer_mask.shape[1]):
+            return rows  # with the pass that was kept for it
+        return rows.narrowed(chosen.prompt, chosen.answer)
 
     def widened(self, prompt: int, answer: int, pad_token_id: int) -> Experience:
         """Pad prompts on the left to `prompt` tokens, and answers on the right to `answer`."""
@@ -96,21 +104,20 @@ class Experience:
         }
         columns["sequences"] = _padded(self.sequences, sides, pad_token_id)
         columns["attention_mask"] = _padded(self.attention_mask, sides, 0)
-        return replace(self, **columns, kept=None)
+        return replace(self, **columns, kept=None, micro_batches=None)
 
-    def narrowed(self) -> Experience:
-        """Leave out columns of padding alone, before the prompts and after the answers."""
-        seen, length = self.attention_mask, self.prompt_length
-        answer = int(seen[:, length:].sum(-1).max())
-        prompt = int(seen[:, :length].sum(-1).max())
+    def narrowed(self, prompt: int, answer: int) -> Experience:
+        """Leave out padding before prompts and after answers of that many tokens at most."""
+        length = self.prompt_length
         columns: dict[str, Any] = {
             name: column[:, :answer]
             for name in OF_ANSWERS
             if (column := getattr(self, name)) is not None
         }
         inside = slice(length - prompt, length + answer)
-        columns |= {"sequences": self.sequences[:, inside], "attention_mask": seen[:, inside]}
-        return replace(self, **columns, kept=None)
+        columns["sequences"] = self.sequences[:, inside]
+        columns["attention_mask"] = self.attention_mask[:, inside]
+        return replace(self, **columns, kept=None, micro_batches=None)
 
 
 OF_ANSWERS = {
@@ -155,32 +162,23 @@ def filled(column: torch.Tensor | None) -> torch.Tensor:
 
 
 def minibatches(
-    experiences: list[Experience], size: int, accumulated: int, generator: torch.Generator
+    experiences: list[Experience],
+    size: int,
+    accumulated: int,
+    generator: torch.Generator,
+    *,
+    is_first: bool = False,
 ) -> Iterator[Experience]:
-    """Yield every row once, in shuffled mini-batches of `size` rows of one rollout each.
+    """Yield every row once, in micro-batches as `dealt`, each as narrow as its rows allow.
 
-    Filler rows are kept together, and real ones are spread evenly over the accumulation groups (of
-    `accumulated` mini-batches) that they need: no optimizer step is made of a few rows left over.
-    Mini-batches have the same sizes on every rank, whatever its share of real rows.
+    Args:
+        size: rows. accumulated: micro-batches of an optimizer step.
+        is_first: an epoch over answers that were just scored has the micro-batches of scoring.
     """
-    # A rollout that is short of real rows begins a group, which the next rollout then fills up.
-    for e in sorted(experiences, key=lambda e: int(e.real.sum())):
-        order = torch.randperm(len(e), generator=generator)
-        is_real = e.real.cpu()[order]
-        if not is_real.all():
-            order = _spread(
-                torch.cat([order[is_real], order[~is_real]]), is_real, size * accumulated
-            )
-        for chunk in order.split(size):
-            yield e.rows(chunk.to(e.real.device))
-
-
-def _spread(order: torch.Tensor, is_real: torch.Tensor, group_rows: int) -> torch.Tensor:
-    """Deal rows to groups of `group_rows` places, one to each in turn; real rows come first."""
-    place = torch.arange(len(order))
-    group, turn = place // group_rows, place % group_rows
-    needed = -(-int(is_real.sum()) // group_rows)  # groups; those after them get filler rows alone
-    turn = torch.where(group < needed, turn * needed + group, len(order) + place)
-    spread = torch.empty_like(order)
-    spread[turn.argsort()] = order
-    return spread
+    lengths = [RowLengths.of(e.attention_mask, e.prompt_length, e.real) for e in experiences]
+    planned = [e.micro_batches for e in experiences]
+    if not is_first or any(plan is None for plan in planned):
+        planned = [*dealt(lengths, size, accumulated, generator)]
+    for number in in_turn(lengths):
+        for micro_batch in planned[number] or ():
+            yield experiences[number].micro_batch(micro_batch)

@@ -35,15 +35,19 @@ def policy_objective(
     entropy: torch.Tensor,
     config: PPOConfig,
     kl_coef: float,
+    *,
+    moved: bool = False,
 ) -> tuple[torch.Tensor, Sums]:
     """Policy loss, summed over what it is a mean over, and sums to report.
 
     Args:
         logprobs, entropy: (B, A), of the present policy.
         kl_coef: of k3 in the loss, for estimators that have it there.
+        moved: the policy has made steps since the answers were sampled.
     """
     mask, policy = e.loss_mask, config.policy
-    old = logprobs.detach() if e.fresh else e.logprobs
+    is_sampler = e.told and not moved  # the ratio is 1 by construction
+    old = logprobs.detach() if is_sampler else e.logprobs
     weights = answer_weights(mask, policy.loss_aggregation, config.sampling.max_answer_seq_len)
     ratio = RATIOS[policy.importance_level](logprobs, old, mask)
     cap, importance = config.rollout_importance_cap, None
@@ -63,9 +67,9 @@ def policy_objective(
             "entropy": entropy.where(mask, 0.0).sum(),
         }
         sums |= clip_sums(ratio - 1.0, mask, config)
-        if e.fresh:
+        if is_sampler:
             gap = (filled(e.sampler_logprobs) - logprobs).abs()
-            sums["decode_gap"] = gap.where(mask, 0.0).sum()
+            sums |= {"decode_gap": gap.where(mask, 0.0).sum(), "gap_tokens": mask.sum()}
         if importance is not None:
             sums["importance_capped"] = ((importance >= cap) & mask).sum()
         if policy.loss_aggregation != "token":

@@ -29,7 +29,7 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
     gaps = [
         (e.sampler_logprobs - e.logprobs).abs().where(e.answer_mask, 0.0)
         for e in experiences
-        if e.sampler_logprobs is not None and not e.fresh  # else the step measures it
+        if e.sampler_logprobs is not None and not e.told  # else the first step measures it
     ]
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
     groups = torch.cat([e.group for e in experiences])
@@ -130,7 +130,8 @@ class StepMeans:
     def add(self, sums: dict[str, float]) -> None:
         """Add sums over one mini-batch's tokens; their number is `tokens`.
 
-        The loss is over `loss_count` of something else, where that is given.
+        The loss is over `loss_count` of something else where that is given, `decode_gap` over
+        `gap_tokens`.
         """
         for name, value in sums.items():
             self._sums[name] += value
@@ -145,10 +146,11 @@ class StepMeans:
         names = sorted(self._sums)
         totals = dict(zip(names, all_reduce_sum([self._sums[n] for n in names]), strict=True))
         tokens = max(totals.pop("tokens", 0.0), 1.0)
-        losses, loss = totals.pop("loss_count", tokens), f"{self.role}_loss"
-        means = {name: total / tokens for name, total in totals.items()}
-        if loss in totals:
-            means[loss] = totals[loss] / losses
+        counts = {
+            f"{self.role}_loss": totals.pop("loss_count", tokens),
+            "decode_gap": max(totals.pop("gap_tokens", 0.0), 1.0),
+        }
+        means = {name: total / counts.get(name, tokens) for name, total in totals.items()}
         if self._norms:
             means[f"{self.role}_grad_norm"] = sum(self._norms) / len(self._norms)
         return means

@@ -24,7 +24,7 @@ from dschat.data.batches import PromptBatch
 from dschat.errors import UserError
 from dschat.rlhf.advantages import KLController, whitened, with_advantages
 from dschat.rlhf.ahead import RolloutsAhead
-from dschat.rlhf.answering import begin, ready
+from dschat.rlhf.answering import Generated, begin, ready
 from dschat.rlhf.dynamic_sampling import Resampled, SparePrompts, resampled
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_config import PPOConfig
@@ -118,12 +118,7 @@ class DeepSpeedPPOTrainer:
         """
         roles, answers = self.roles, answers_per_prompt or self.config.answers_per_prompt
         engine = self.engine or TransformersRollout(roles.actor, roles.tokenizer, roles.synced_gpus)
-        accumulated = roles.actor.gradient_accumulation_steps()
         is_update = answers_per_prompt is None and self.spare is None
-        only = {
-            "fresh": is_update and self.config.first_ratio_is_last(len(batches), accumulated),
-            "keeps_pass": is_update and self.config.first_pass_is_last(len(batches)),
-        }
         beginning = functools.partial(begin, roles, engine, config=self.config)
         start, begun = time.perf_counter(), None
         if self.ahead is not None and answers_per_prompt is None:
@@ -137,7 +132,16 @@ class DeepSpeedPPOTrainer:
                 beginning(coming, answers_per_prompt=answers, updates=updates, ahead=True)
             )
         seconds = time.perf_counter() - start
-        first, *others = scored(roles, begun.batches, generated, self.config, answers, **only)
+        first, *others = scored(
+            roles,
+            begun.batches,
+            generated,
+            self.config,
+            answers,
+            generator=self.generator if is_update else None,
+            told=is_update and self.tells_enough(generated, len(batches)),
+            keeps_pass=is_update and self.config.first_pass_is_last(len(batches)),
+        )
         late = self.iterations - begun.updates
         first = replace(first, generation_seconds=seconds, staleness=late)
         if self.config.rollout_importance_cap and first.sampler_logprobs is None:
@@ -146,6 +150,18 @@ class DeepSpeedPPOTrainer:
                 "log-probabilities that it samples by; drop rollout_importance_cap"
             )
         return [self.rewards.applied(e, roles.tokenizer) for e in (first, *others)]
+
+    def tells_enough(self, generated: Generated, batches: int) -> bool:
+        """Tell whether the engine's log-probabilities can stand for the policy's in an update.
+
+        They can where they are the same but for rounding in fp32. Others can, unless they enter the
+        reward, where one step is made: its ratio is 1 by construction, and no other needs them.
+        """
+        if generated.logprobs is None or self.config.rollout_importance_cap:
+            return False  # the cap compares both
+        accumulated = self.roles.actor.gradient_accumulation_steps()
+        makes_one_step = self.config.first_ratio_is_last(batches, accumulated)
+        return generated.exact or (makes_one_step and self.config.estimator.kl_in_loss)
 
     def resampled(self, rollouts: list[Experience]) -> Resampled:
         """Have prompts without spread give way to others, where dynamic sampling is on."""

@@ -66,7 +66,8 @@ class Updates:
             if roles.critic is not None:
                 self.critic_step(roles.critic, group, mean_scale(tokens, self.world_size), critic)
             if goes_on:
-                self.actor_step(group, mean_scale(losses, self.world_size), actor)
+                scale = mean_scale(losses, self.world_size)
+                self.actor_step(group, scale, actor, moved=actor_steps > 0)
                 actor_steps += 1
             elif self.trains_actor:
                 pass_over(roles.actor)
@@ -89,8 +90,10 @@ class Updates:
         """Yield the mini-batches of each optimizer step, shuffled anew in every epoch."""
         size = self.config.per_device_training_batch_size
         accumulated = self.roles.actor.gradient_accumulation_steps()
-        for _ in range(self.config.ppo_epochs):
-            shuffled = minibatches(experiences, size, accumulated, self.generator)
+        for epoch in range(self.config.ppo_epochs):
+            shuffled = minibatches(
+                experiences, size, accumulated, self.generator, is_first=epoch == 0
+            )
             yield from accumulation_groups(shuffled, accumulated)
 
     @torch.no_grad()
@@ -107,14 +110,16 @@ class Updates:
         (moved,) = all_reduce_sum([sum(numbers(parts))])
         return moved / tokens
 
-    def actor_step(self, group: list[Experience], scale: float, means: StepMeans) -> None:
-        """Make one step of the policy over an accumulation group."""
+    def actor_step(
+        self, group: list[Experience], scale: float, means: StepMeans, *, moved: bool = False
+    ) -> None:
+        """Make one step of the policy over an accumulation group; `moved` as `policy_objective`."""
         actor = self.roles.actor
         if self.ptx is not None:
             self.ptx.backward(actor, [len(e) for e in group])
         parts = []
         for i, e in enumerate(group):
-            loss, sums = self.actor_loss(e)
+            loss, sums = self.actor_loss(e, moved)
             backward(actor, loss * scale, last=i == len(group) - 1)
             parts.append(sums)
         if self.step(actor, "actor", parts, means) and self.roles.ema is not None:
@@ -167,11 +172,17 @@ class Updates:
             temperature=temperature,
         )
 
-    def actor_loss(self, e: Experience) -> tuple[torch.Tensor, Sums]:
-        """Policy loss of one mini-batch, summed, and sums to report."""
+    def actor_loss(self, e: Experience, moved: bool = False) -> tuple[torch.Tensor, Sums]:
+        """Policy loss of one mini-batch, summed, and sums to report; see `policy_objective`."""
         scored = self.policy_scores(e, with_entropy=True)
-        entropy = filled(scored.entropy)
-        return policy_objective(e, scored.logprobs, entropy, self.config, self.kl_coefficient)
+        return policy_objective(
+            e,
+            scored.logprobs,
+            filled(scored.entropy),
+            self.config,
+            self.kl_coefficient,
+            moved=moved,
+        )
 
     def critic_loss(self, critic: Engine, e: Experience) -> tuple[torch.Tensor, Sums]:
         """Value loss of one mini-batch, summed over its tokens, and sums to report."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from dschat.data.batches import PromptBatch
 from dschat.models.logprobs import answer_logprobs
@@ -14,6 +17,7 @@ from dschat.rlhf.answering import Generated
 from dschat.rlhf.experience import Experience, filled
 from dschat.rlhf.generation import answer_ends
 from dschat.rlhf.kept_pass import KeptPass
+from dschat.rlhf.micro_batches import MicroBatch, RowLengths, by_length, dealt
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.train.engine import Engine
@@ -49,6 +53,42 @@ def critic_values(
     return values.detach(), KeptPass.of(critic, values)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Prompts and the answers to them, no wider than the longest answer."""
+
+    sequences: torch.Tensor  # (B, P + A)
+    attention_mask: torch.Tensor  # (B, P + A) bool
+    answer_mask: torch.Tensor  # (B, A) bool
+    ended: torch.Tensor  # (B,) bool
+
+    @classmethod
+    def of(
+        cls,
+        prompts: PromptBatch,
+        answers: torch.Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str],
+    ) -> Texts:
+        """Join prompts and the (B, A) ids generated for them, and cut these at their ends."""
+        mask, ended = answer_ends(answers, tokenizer, stop_strings)
+        length = int(mask.sum(dim=-1).max())
+        mask, answers = mask[:, :length], answers[:, :length]
+        return cls(
+            torch.cat([prompts.input_ids, answers], dim=1),
+            torch.cat([prompts.attention_mask, mask], dim=1),
+            mask,
+            ended,
+        )
+
+    def part(self, chosen: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Sequences and mask of a micro-batch, and the length of its answers, in tokens."""
+        index, length = chosen.index.to(self.ended.device), self.answer_mask.shape[1]
+        start = self.sequences.shape[1] - length
+        inside = slice(start - chosen.prompt, start + chosen.answer)
+        return self.sequences[index, inside], self.attention_mask[index, inside], chosen.answer
+
+
 @torch.no_grad()
 def scored(
     roles: DeepSpeedRLHFEngine,
@@ -57,15 +97,18 @@ def scored(
     config: PPOConfig,
     answers_per_prompt: int,
     *,
-    fresh: bool = False,
+    generator: torch.Generator | None = None,
+    told: bool = False,
     keeps_pass: bool = False,
 ) -> list[Experience]:
     """Score answers by every role's forward passes in eval mode.
 
     Args:
         batches: of prompts, `ready`.
-        fresh: the only step on the answers is made before the policy changes; it is not run over
-            them beforehand where the engine tells log-probabilities that serve as well.
+        generator: of the order of micro-batches in the update that follows; passes are made over
+            those of its first epoch. None: over rows of like length.
+        told: the engine's log-probabilities stand for the policy's, which is not run over the
+            answers.
         keeps_pass: the critic's only step on them is over all of them at once, and can do with the
             pass that gives their values.
 
@@ -79,87 +122,77 @@ def scored(
     answers, logprobs = generated.answers.split(sizes), [None] * len(sizes)
     if generated.logprobs is not None:
         logprobs = generated.logprobs.split(sizes)
-    columns = zip(batches, answers, logprobs, groups.split(sizes), strict=True)
-    # Where the KL penalty is in the loss they are but reported.
-    serves = generated.exact or config.estimator.kl_in_loss
-    fresh = fresh and generated.logprobs is not None and serves
-    experiences = [
-        score(roles, *column, config, fresh=fresh, keeps_pass=keeps_pass) for column in columns
+    stops, size = config.sampling.stop_strings, config.per_device_training_batch_size
+    pairs = zip(batches, answers, strict=True)
+    texts = [Texts.of(batch, ids, roles.tokenizer, stops) for batch, ids in pairs]
+    lengths = [
+        RowLengths.of(text.attention_mask, batch.input_ids.shape[1], batch.real)
+        for text, batch in zip(texts, batches, strict=True)
     ]
-    return [replace(experiences[0], generation_steps=generated.steps), *experiences[1:]]
+    if generator is None:
+        planned = [by_length(rows, size) for rows in lengths]
+    else:
+        accumulated = roles.actor.gradient_accumulation_steps()
+        planned = dealt(lengths, size, accumulated, generator)
+    columns = zip(batches, texts, logprobs, groups.split(sizes), planned, strict=True)
+    first, *others = (
+        score(roles, *column, config, told=told, keeps_pass=keeps_pass) for column in columns
+    )
+    return [replace(first, generation_steps=generated.steps), *others]
 
 
 def score(
     roles: DeepSpeedRLHFEngine,
     prompts: PromptBatch,
-    answers: torch.Tensor,
+    text: Texts,
     sampler_logprobs: torch.Tensor | None,
     group: torch.Tensor,
+    planned: list[MicroBatch],
     config: PPOConfig,
     *,
-    fresh: bool = False,
+    told: bool = False,
     keeps_pass: bool = False,
 ) -> Experience:
-    """Score one batch of prompts and the (B, A) ids generated for it under every role.
+    """Score one batch of prompts and their answers under every role, by `planned` passes."""
+    mask, temperature = text.answer_mask, config.sampling.temperature
+    length = mask.shape[1]
+    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+    kept: KeptPass | None = None
 
-    The experience is no wider than its longest answer. Passes have the shape of training passes.
-    """
-    mask, ended = answer_ends(answers, roles.tokenizer, config.sampling.stop_strings)
-    length = int(mask.sum(dim=-1).max())
-    mask, answers = mask[:, :length], answers[:, :length]
-    sequences = torch.cat([prompts.input_ids, answers], dim=1)
-    attention_mask = torch.cat([prompts.attention_mask, mask], dim=1)
-    joint, kept = _passes(roles, sequences, attention_mask, length, config, fresh, keeps_pass)
-    if sampler_logprobs is not None:
-        sampler_logprobs = sampler_logprobs[:, :length]
-    if fresh:
-        joint["logprobs"] = filled(sampler_logprobs).where(mask, 0.0)
+    def add(name: str, column: torch.Tensor) -> None:
+        wide = column if column.dim() == 1 else F.pad(column, (0, length - column.shape[1]))
+        columns[name].append(wide)
+
+    for chosen in planned:
+        part = text.part(chosen)
+        if not told:
+            policy = answer_logprobs(roles.actor, *part, temperature=temperature)
+            add("logprobs", policy.logprobs)
+        add("ref_logprobs", roles.reference_logprobs(*part, temperature=temperature))
+        if roles.has_reward_model:
+            add("model_scores", roles.reward_scores(*part))
+        if roles.critic is not None:  # last: a pass that is kept holds its activations
+            values, kept = critic_values(roles.critic, *part, keeps_pass=keeps_pass)
+            add("values", values)
+    back = torch.cat([chosen.index for chosen in planned]).argsort().to(mask.device)
+    joint = {name: torch.cat(parts)[back] for name, parts in columns.items()}
+    sampled = None if sampler_logprobs is None else sampler_logprobs[:, :length]
+    if told:
+        joint["logprobs"] = filled(sampled).where(mask, 0.0)
     return Experience(
-        sequences,
-        attention_mask,
+        text.sequences,
+        text.attention_mask,
         mask & prompts.real.unsqueeze(-1),
-        ended,
+        text.ended,
         prompts.real,
         joint["logprobs"],
         joint["ref_logprobs"],
         values=joint["values"] * mask if "values" in joint else None,
         model_scores=joint.get("model_scores"),
         group=group,
-        sampler_logprobs=sampler_logprobs,
-        fresh=fresh,
-        kept=kept,
+        sampler_logprobs=sampled,
+        told=told,
+        kept=None if kept is None else kept.rows(back),
+        micro_batches=planned,
         columns=prompts.columns,
     )
-
-
-def _passes(
-    roles: DeepSpeedRLHFEngine,
-    sequences: torch.Tensor,
-    attention_mask: torch.Tensor,
-    length: int,
-    config: PPOConfig,
-    fresh: bool,
-    keeps_pass: bool,
-) -> tuple[dict[str, torch.Tensor], KeptPass | None]:
-    """Run every role over (B, P + A) ids, so many rows at a time as in training.
-
-    Returns:
-        (B, A) logprobs (not where `fresh`), ref_logprobs and values, (B,) model_scores, as far as
-        there are such roles; and the critic's pass, if it is kept.
-    """
-    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
-    kept: KeptPass | None = None
-    size, temperature = config.per_device_training_batch_size, config.sampling.temperature
-    for ids, seen in zip(sequences.split(size), attention_mask.split(size), strict=True):
-        if not fresh:
-            scored = answer_logprobs(roles.actor, ids, seen, length, temperature=temperature)
-            columns["logprobs"].append(scored.logprobs)
-        columns["ref_logprobs"].append(
-            roles.reference_logprobs(ids, seen, length, temperature=temperature)
-        )
-        if roles.has_reward_model:
-            columns["model_scores"].append(roles.reward_scores(ids, seen, length))
-        if roles.critic is not None:  # last: a pass that is kept holds its activations
-            values, kept = critic_values(roles.critic, ids, seen, length, keeps_pass=keeps_pass)
-            columns["values"].append(values)
-    return {name: torch.cat(parts) for name, parts in columns.items()}, kept

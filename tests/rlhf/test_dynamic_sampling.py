@@ -117,7 +117,7 @@ def test_stacked_rows_are_padded_outside_of_prompt_and_answer():
     one, other = rollout([1, 0, 1, 0], 1, 2, 3), rollout([1, 0, 1, 0], 2, 3, 1)
     both = stacked([one, other], PAD)
     assert both.sequences.shape == (8, 6) and both.generation_seconds == 0.0
-    again = both.rows(torch.arange(4)).narrowed()
+    again = both.rows(torch.arange(4)).narrowed(one.prompt_length, one.answer_mask.shape[1])
     for field in dataclasses.fields(one):
         before, after = getattr(one, field.name), getattr(again, field.name)
         if isinstance(before, torch.Tensor):

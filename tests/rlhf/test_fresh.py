@@ -1,4 +1,4 @@
-"""No pass of the policy over answers whose first ratio is 1 by construction: the same step."""
+"""No pass of the policy over answers whose log-probabilities the engine tells: the same steps."""
 
 import copy
 from unittest.mock import patch
@@ -8,10 +8,11 @@ import torch
 
 from dschat.rlhf import rollout
 from dschat.rlhf.ppo_config import PPOConfig
+from dschat.rlhf.ppo_trainer import DeepSpeedPPOTrainer
 from dschat.rlhf.static_model import StaticModel
 from dschat.rlhf.static_rollout import StaticRollout
 from tests.helpers.tiers import tiers
-from tests.rlhf.tiny_roles import LORA, Setting, ppo_trainer, prompts, without_critic
+from tests.rlhf.tiny_roles import FULL, LORA, Setting, ppo_trainer, prompts, without_critic
 
 SETTING = Setting(micro_batch=8)
 
@@ -47,7 +48,7 @@ def test_the_step_is_that_of_scored_answers_and_its_gap_is_told(load_roles):
         assert trainer.config.first_ratio_is_last(1, 1)
         torch.manual_seed(0)
         with (
-            patch.object(PPOConfig, "first_ratio_is_last", lambda *_, fresh=fresh: fresh),
+            patch.object(DeepSpeedPPOTrainer, "tells_enough", lambda *_, fresh=fresh: fresh),
             patch.object(rollout, "answer_logprobs", wraps=rollout.answer_logprobs) as scored,
         ):
             for _ in range(2):
@@ -89,7 +90,7 @@ def test_ppo_makes_one_pass_of_actor_and_critic_where_one_is_enough(load_roles, 
         )
         torch.manual_seed(0)
         with (
-            patch.object(PPOConfig, "first_ratio_is_last", lambda *_, once=once: once),
+            patch.object(DeepSpeedPPOTrainer, "tells_enough", lambda *_, once=once: once),
             patch.object(PPOConfig, "first_pass_is_last", lambda *_, once=once: once),
             patch.object(rollout, "answer_logprobs", wraps=rollout.answer_logprobs) as scored,
         ):
@@ -110,6 +111,43 @@ def test_ppo_makes_one_pass_of_actor_and_critic_where_one_is_enough(load_roles, 
     assert statistics[True] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_an_exact_engine_spares_the_pass_before_several_steps_too(load_roles, estimator):
+    """Two epochs of two steps; the gap is that of the first step, whose ratio is 1."""
+    lora = LORA if estimator == "gae" else FULL
+    setting = Setting(micro_batch=2 if estimator == "gae" else 4, lora=lora)
+    answers = 1 if estimator == "gae" else 2
+    weights, passes, statistics = {}, {}, {}
+    for told in (True, False):
+        roles = load_roles(setting)
+        if estimator != "gae":
+            roles = without_critic(roles)
+        trainer = ppo_trainer(
+            roles,
+            setting,
+            advantage_estimator=estimator,
+            answers_per_prompt=answers,
+            ppo_epochs=2,
+        )
+        trainer.engine = StaticRollout(StaticModel(roles.actor.module), roles.tokenizer, 4)
+        torch.manual_seed(0)
+        with patch.object(rollout, "answer_logprobs", wraps=rollout.answer_logprobs) as scored:
+            if not told:
+                trainer.tells_enough = lambda *_: False
+            for _ in range(2):
+                (e,) = trainer.rollout([prompts()])
+                assert e.told == told
+                statistics[told] = trainer.train_rlhf([e])
+        passes[told] = scored.call_count
+        weights[told] = [p.detach().clone() for p in roles.actor.module.parameters()]
+    assert passes == {True: 0, False: 4}
+    for one, other in zip(weights[True], weights[False], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+    assert 0 < statistics[True]["decode_gap"] < 1e-5
+    expected = {n: v for n, v in statistics[False].items() if n != "decode_gap_max"}
+    assert statistics[True] == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_is_only_nearly_the_policys_is_not_taken_for_its_own(load_roles):
     """In bf16 the sampler's log-probabilities are others: they may not become the KL penalty."""
     setting = Setting(dtype="bf16")
@@ -117,7 +155,7 @@ def test_what_is_only_nearly_the_policys_is_not_taken_for_its_own(load_roles):
     trainer = ppo_trainer(roles, setting)
     trainer.engine = StaticRollout(StaticModel(roles.actor.module), roles.tokenizer, 4)
     (e,) = trainer.rollout([prompts()])
-    assert not e.fresh and e.kept is not None
+    assert not e.told and e.kept is not None
 
 
 def test_a_kept_pass_serves_once_and_by_the_weights_that_made_it(load_roles):

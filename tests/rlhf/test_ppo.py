@@ -6,6 +6,7 @@ import torch
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import create_critic_model, scores_at_end
+from dschat.rlhf.experience import minibatches
 from dschat.rlhf.rollout import answer_values
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import (
@@ -46,10 +47,13 @@ def test_on_fresh_experience_the_ratio_is_one(load_roles, family, setting):
         e = rollout(trainer, seed)
         roles.train()
         assert roles.actor.module.training
-        logprobs = answer_logprobs(roles.actor, e.sequences, e.attention_mask, 6).logprobs
-        values = answer_values(roles.critic, e.sequences, e.attention_mask, 6)
-        for now, old in ((logprobs, e.logprobs), (values * e.answer_mask, e.values)):
-            torch.testing.assert_close(now.detach(), old, atol=1e-6, rtol=0)
+        sizes = setting.micro_batch, setting.accumulation
+        for part in minibatches([e], *sizes, trainer.generator, is_first=True):
+            text = part.sequences, part.attention_mask, part.answer_mask.shape[1]
+            logprobs = answer_logprobs(roles.actor, *text).logprobs
+            values = answer_values(roles.critic, *text)
+            for now, old in ((logprobs, part.logprobs), (values * part.answer_mask, part.values)):
+                torch.testing.assert_close(now.detach(), old, atol=1e-6, rtol=0)
         statistics = trainer.train_rlhf([e])
         assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)
         assert statistics["approx_kl"] == pytest.approx(0.0, abs=1e-9)
