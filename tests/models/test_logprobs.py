@@ -118,7 +118,7 @@ def test_no_family_here_falls_back_on_its_own_logits(family, capsys):
     plain = head.forward
     head.forward = lambda states: sizes.append(states.shape[:-1].numel()) or plain(states)
     answer_logprobs(model, ids, mask, 7)
-    assert sizes == [5, 5, 5, 5, 5, 3]  # four answers of up to 7 tokens, no prompt
+    assert sizes == [5, 5, 5, 5, 3] and mask[:, -7:].sum() == 23  # no prompt, no padding
     assert capsys.readouterr().out == ""
 
 
@@ -394,7 +394,7 @@ def test_a_frozen_head_is_not_called_in_the_backward_pass():
     plain = head.forward
     head.forward = lambda states: rows.append(len(states)) or plain(states)
     answer_logprobs(model, ids, mask, 7).logprobs.sum().backward()
-    assert sum(rows) == 28
+    assert sum(rows) == mask[:, -7:].sum() == 23
 
 
 def test_sums_of_a_head_gradient_do_not_round_from_block_to_block():

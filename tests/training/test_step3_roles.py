@@ -135,7 +135,8 @@ def test_without_a_critic_it_resumes_bit_for_bit(ran):
     assert_loads(folder / "groups-complete", "actor", "actor_ema")
     assert not (folder / "groups-complete" / "critic").exists()
     first, second = (f for f in figures(folder / "groups-complete") if f["kind"] == "train")
-    assert first["ratio"] == 1.0 and first["kl"] == 0.0  # before temperature and fusing mattered
+    # Before temperature and folding mattered; the decoder's log-probabilities round by themselves.
+    assert first["ratio"] == 1.0 and abs(first["kl"]) < 1e-5
     assert second["kl_coefficient"] != first["kl_coefficient"]
     assert first["update_kl"] > 1e-4 and first["actor_updates"] < 1
     assert not any("critic" in name or "value" in name for name in first)
