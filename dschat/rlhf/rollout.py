@@ -122,23 +122,34 @@ def scored(
     answers, logprobs = generated.answers.split(sizes), [None] * len(sizes)
     if generated.logprobs is not None:
         logprobs = generated.logprobs.split(sizes)
-    stops, size = config.sampling.stop_strings, config.per_device_training_batch_size
-    pairs = zip(batches, answers, strict=True)
-    texts = [Texts.of(batch, ids, roles.tokenizer, stops) for batch, ids in pairs]
+    stops = config.sampling.stop_strings
+    texts = [
+        Texts.of(batch, ids, roles.tokenizer, stops)
+        for batch, ids in zip(batches, answers, strict=True)
+    ]
     lengths = [
         RowLengths.of(text.attention_mask, batch.input_ids.shape[1], batch.real)
         for text, batch in zip(texts, batches, strict=True)
     ]
-    if generator is None:
-        planned = [by_length(rows, size) for rows in lengths]
-    else:
-        accumulated = roles.actor.gradient_accumulation_steps()
-        planned = dealt(lengths, size, accumulated, generator)
+    planned = _planned(lengths, config, roles.actor.gradient_accumulation_steps(), generator)
     columns = zip(batches, texts, logprobs, groups.split(sizes), planned, strict=True)
     first, *others = (
         score(roles, *column, config, told=told, keeps_pass=keeps_pass) for column in columns
     )
     return [replace(first, generation_steps=generated.steps), *others]
+
+
+def _planned(
+    lengths: list[RowLengths],
+    config: PPOConfig,
+    accumulated: int,
+    generator: torch.Generator | None,
+) -> list[list[MicroBatch]]:
+    """Plan the passes over each batch: those of the first epoch, or of rows of like length."""
+    size = config.per_device_training_batch_size
+    if generator is None:
+        return [by_length(rows, size) for rows in lengths]
+    return dealt(lengths, size, accumulated, generator)
 
 
 def score(
@@ -154,29 +165,9 @@ def score(
     keeps_pass: bool = False,
 ) -> Experience:
     """Score one batch of prompts and their answers under every role, by `planned` passes."""
-    mask, temperature = text.answer_mask, config.sampling.temperature
-    length = mask.shape[1]
-    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
-    kept: KeptPass | None = None
-
-    def add(name: str, column: torch.Tensor) -> None:
-        wide = column if column.dim() == 1 else F.pad(column, (0, length - column.shape[1]))
-        columns[name].append(wide)
-
-    for chosen in planned:
-        part = text.part(chosen)
-        if not told:
-            policy = answer_logprobs(roles.actor, *part, temperature=temperature)
-            add("logprobs", policy.logprobs)
-        add("ref_logprobs", roles.reference_logprobs(*part, temperature=temperature))
-        if roles.has_reward_model:
-            add("model_scores", roles.reward_scores(*part))
-        if roles.critic is not None:  # last: a pass that is kept holds its activations
-            values, kept = critic_values(roles.critic, *part, keeps_pass=keeps_pass)
-            add("values", values)
-    back = torch.cat([chosen.index for chosen in planned]).argsort().to(mask.device)
-    joint = {name: torch.cat(parts)[back] for name, parts in columns.items()}
-    sampled = None if sampler_logprobs is None else sampler_logprobs[:, :length]
+    mask = text.answer_mask
+    joint, kept = _passes(roles, text, planned, config, told, keeps_pass)
+    sampled = None if sampler_logprobs is None else sampler_logprobs[:, : mask.shape[1]]
     if told:
         joint["logprobs"] = filled(sampled).where(mask, 0.0)
     return Experience(
@@ -192,7 +183,44 @@ def score(
         group=group,
         sampler_logprobs=sampled,
         told=told,
-        kept=None if kept is None else kept.rows(back),
+        kept=kept,
         micro_batches=planned,
         columns=prompts.columns,
     )
+
+
+def _passes(
+    roles: DeepSpeedRLHFEngine,
+    text: Texts,
+    planned: list[MicroBatch],
+    config: PPOConfig,
+    told: bool,
+    keeps_pass: bool,
+) -> tuple[dict[str, torch.Tensor], KeptPass | None]:
+    """Run every role over the micro-batches.
+
+    Returns:
+        (B, A) logprobs (not where `told`), ref_logprobs and values, (B,) model_scores, as far as
+        there are such roles; and the critic's pass, if it is kept.
+    """
+    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+    kept: KeptPass | None = None
+    length, temperature = text.answer_mask.shape[1], config.sampling.temperature
+
+    def add(name: str, column: torch.Tensor) -> None:
+        wide = column if column.dim() == 1 else F.pad(column, (0, length - column.shape[1]))
+        columns[name].append(wide)
+
+    for chosen in planned:
+        part = text.part(chosen)
+        if not told:
+            add("logprobs", answer_logprobs(roles.actor, *part, temperature=temperature).logprobs)
+        add("ref_logprobs", roles.reference_logprobs(*part, temperature=temperature))
+        if roles.has_reward_model:
+            add("model_scores", roles.reward_scores(*part))
+        if roles.critic is not None:  # last: a pass that is kept holds its activations
+            values, kept = critic_values(roles.critic, *part, keeps_pass=keeps_pass)
+            add("values", values)
+    back = torch.cat([chosen.index for chosen in planned]).argsort().to(text.ended.device)
+    joint = {name: torch.cat(parts)[back] for name, parts in columns.items()}
+    return joint, None if kept is None else kept.rows(back)
