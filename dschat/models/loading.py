@@ -55,6 +55,11 @@ def load_weights(
         raise
 
 
+def fits(info: dict) -> bool:
+    """Tell whether checkpoint and architecture have the same keys and shapes."""
+    return not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+
+
 def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
     """Stop unless checkpoint and architecture have the same keys and shapes."""
     unexpected = [

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,6 +29,7 @@ from dschat.models.loading import (
     adopt_special_tokens,
     check_finite,
     check_loading,
+    fits,
     load_weights,
     quiet_transformers,
 )
@@ -44,7 +46,7 @@ from dschat.models.weight_files import (
 )
 from dschat.utils import zero
 from dschat.utils.module.adapter_merge import merge_adapter
-from dschat.utils.module.model_source import resolve_model
+from dschat.utils.module.model_source import ModelSource, resolve_model
 from dschat.utils.predecessor import changed, changed_class
 
 TRUNK = "rwtransformer"
@@ -162,10 +164,7 @@ def create_critic_model(
     if head is None and not init_head:
         raise UserError(no_head(model_name_or_path))
     with zero.init_context(ds_config), quiet_transformers():
-        base, info = load_weights(
-            trunk_class(config), source.base, state_dict=old_state, config=config, dtype=dtype
-        )
-        check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD, HEAD))
+        base = _load_trunk(source, config, dtype, old_state)
         for adapter in adapters:
             merge_adapter(base, adapter, trunk=base.base_model_prefix)
         grow_vocabulary(base, len(tokenizer))
@@ -173,6 +172,32 @@ def create_critic_model(
     model = with_head(base, head, model_name_or_path)
     check_finite(model, model_name_or_path)
     return model
+
+
+def _load_trunk(
+    source: ModelSource,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    state_dict: dict[str, torch.Tensor] | None,
+) -> PreTrainedModel:
+    """Load a trunk, whose folder may hold an output head as well.
+
+    Transformers renames the tensors of some families (`deepseek_v4`) rightly for the language model
+    alone: where the trunk lacks tensors, it is taken out of that.
+
+    Raises:
+        UserError: the weights do not fit, as the trunk's class reads them.
+    """
+    kind = trunk_class(config)
+    shape: dict[str, Any] = {"config": config, "dtype": dtype}
+    base, info = load_weights(kind, source.base, state_dict=state_dict, **shape)
+    is_known = type(config) in AutoModelForCausalLM._model_mapping
+    if info["missing_keys"] and state_dict is None and is_known:
+        model, whole = load_weights(AutoModelForCausalLM, source.base, **shape)
+        if type(model.base_model) is kind and fits(whole):
+            return model.base_model
+    check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD, HEAD))
+    return base
 
 
 def trunk_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -17,6 +17,12 @@ _GEMMA4 = {
     "hidden_size_per_layer_input": 8,
 }
 _LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+_DEEPSEEK4 = {
+    **{"head_dim": 8, "num_key_value_heads": 1, "q_lora_rank": 8, "qk_rope_head_dim": 4},
+    **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"layer_types": ["sliding_attention", "sliding_attention"], "index_n_heads": 2},
+    **{"o_groups": 2, "o_lora_rank": 8, "index_head_dim": 8},
+}
 # Without a classifier.
 FAMILIES: dict[str, tuple[str, dict]] = {
     "granite": ("GraniteConfig", {}),
@@ -28,6 +34,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "Lfm2Config",
         {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
     ),
+    "deepseek_v4": ("DeepseekV4Config", _DEEPSEEK4),
 }
 
 _WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}

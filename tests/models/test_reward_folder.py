@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -132,6 +133,20 @@ def test_families_without_a_classifier_save_trunk_and_head(
     save_hf_format(ours, tiny_tokenizer, out, ALONE)  # as the critic of step 3
     again = create_critic_model(str(out), tiny_tokenizer, torch.float32).eval()
     assert_equal(expected_scores(again, tiny_tokenizer), expected)
+
+
+def test_a_trunk_is_taken_out_of_its_language_model(tmp_path: Path, tiny_tokenizer):
+    """transformers finds no final norm of DeepSeek V4 where it looks for the trunk alone."""
+    model = AutoModelForCausalLM.from_config(family_config("deepseek_v4"))
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 2.0)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    trunk = create_critic_model(str(tmp_path), tiny_tokenizer, torch.float32, init_head=True)
+    expected = model.model.state_dict()
+    found = trunk.rwtransformer.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 BERT = {"is_decoder": True, "num_hidden_layers": 1}
