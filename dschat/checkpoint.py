@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, nargs="?", help="folder to write (convert)")
     args = parser.parse_args(argv)
     if args.target is not None and args.command != "convert":
-        raise UserError(f"target {args.target}: {args.command} writes none; drop it")
+        raise UserError(f"target {args.target}: {args.command} writes no checkpoint; drop it")
     checkpoint_folder.read_record(args.folder)
     if args.command == "inspect":
         print("\n".join(map(printable, describe(args.folder))))

@@ -86,6 +86,8 @@ class CompareSettings(AnsweringSettings):
         if self.live and self.prompts is not None:
             raise UserError("live and prompts contradict: you type the prompts; drop one")
         if self.live and self.reward_model is not None:
-            raise UserError("live and reward_model contradict: the live page scores nothing")
+            raise UserError(
+                "live and reward_model contradict: the live page scores nothing; drop one"
+            )
         if not self.live and self.prompts is None:
             raise UserError("prompts is required: a file of them; or add live, and type them")

@@ -21,7 +21,9 @@ def check_streaming(
     if not data.streaming:
         return
     if max_steps < 1:
-        raise UserError("streaming: nobody knows how many rows there are; give max_steps")
+        raise UserError(
+            "streaming: the number of rows, and so of steps, is not known; give max_steps"
+        )
     refused = {
         "max_train_samples": (data.max_train_samples is not None, "give max_steps alone"),
         "preprocessing_num_workers": (

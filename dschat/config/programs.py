@@ -8,7 +8,7 @@ from typing import ClassVar
 from dschat.config.answering import AnsweringSettings
 from dschat.data.config import SHORTEST, DataConfig, SFTDataConfig
 from dschat.errors import UserError
-from dschat.settings import Settings, group, setting
+from dschat.settings import Settings, given_flags, group, setting
 from dschat.train.run_config import StartConfig
 from dschat.utils.addresses import check_address, is_address
 from dschat.utils.ds_utils import DTYPES
@@ -79,15 +79,21 @@ class RewardEvaluation(StartConfig):
         super().__post_init__()
         if self.all_rows and self.data.streaming:
             raise UserError("all_rows: streamed rows are not kept; drop streaming")
-        if self.stdin and (self.all_rows or self.output_dir is not None):
-            other = "all_rows" if self.all_rows else "output_dir"
-            raise UserError(f"stdin and {other} contradict: lines are scored one by one; drop one")
+        given = {flag.name for flag in given_flags(self)}
+        for other in ("all_rows", "output_dir", "data_path"):
+            if self.stdin and other in given:
+                raise UserError(
+                    f"stdin and {other} contradict: lines are scored one by one; drop one"
+                )
 
     @property
     def no_use(self) -> dict[str, str]:
         """Flags without effect, each with the reason."""
-        reason = "the rows that are held out are scored, all of them"
-        return dict.fromkeys(("data_split", "max_train_samples"), reason)
+        names, reason = ("data_split", "max_train_samples"), "all rows that are held out are scored"
+        if self.stdin:
+            names += ("max_eval_samples", "streaming", "batch_size", "show", "without_end")
+            reason = "lines of standard input are scored one by one, as they stand"
+        return dict.fromkeys(names, reason)
 
 
 @dataclass(frozen=True, kw_only=True)

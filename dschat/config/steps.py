@@ -98,7 +98,9 @@ class RewardSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_head_only and self.model.lora.lora_dim:
-            raise UserError("train_head_only and lora_dim contradict: adapters change the trunk")
+            raise UserError(
+                "train_head_only and lora_dim contradict: adapters change the trunk; drop one"
+            )
         self.batch.check_sampler(sequences=2)
         check_streaming(self.data, self.run, self.max_steps, self.batch.own_batching)
 

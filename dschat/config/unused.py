@@ -120,6 +120,11 @@ def _of_ppo(settings: RLHFSettings) -> Iterator[str]:
             "--reward_clip does nothing: it clips a reward model's scores, and none of them count; "
             "a reward function's values are taken as they are"
         )
+    if "reward_scaling" in given and not is_rewarded:
+        yield (
+            "--reward_scaling does nothing: it scales a reward model's scores, and none of them "
+            "count"
+        )
     answers = settings.ppo.per_device_generation_batch_size * settings.ppo.answers_per_prompt
     if settings.ppo.generation_chunk_size >= answers:
         yield f"--generation_chunk_size does nothing: a device samples {answers} answers at a time"

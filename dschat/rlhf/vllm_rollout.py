@@ -100,7 +100,9 @@ class VLLMRollout:
         self, ids: tuple[int, ...], answers: int, config: SamplingConfig, model: str
     ) -> dict[str, Any]:
         if config.top_k or config.top_p < 1:
-            raise UserError("rollout_engine vllm samples the policy itself: drop top_p and top_k")
+            raise UserError(
+                "rollout_engine vllm samples from the whole distribution: drop top_p and top_k"
+            )
         return PLAIN | {
             "model": model,
             "prompt": list(ids),

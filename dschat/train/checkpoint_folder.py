@@ -172,7 +172,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise UserError(f"resume {folder}: {name} is missing; {_REMEDY}")
     for name in names_in(folder):  # DeepSpeed looks for files by their names
         if "/" in name and name not in record["files"]:
-            raise UserError(f"resume {folder}: {name} is not of it; remove it")
+            raise UserError(f"resume {folder}: {name} is no file of this checkpoint; remove it")
     return record
 
 

@@ -33,7 +33,9 @@ def named_tokens(
         if name.isdecimal() and int(name) < len(tokenizer):
             tokens[int(name)] = str(tokenizer.convert_ids_to_tokens(int(name)))
         elif name.isdecimal():
-            raise UserError(f"{setting} {name}: the tokenizer has ids below {len(tokenizer)}")
+            raise UserError(
+                f"{setting} {name}: no such id; the tokenizer's are below {len(tokenizer)}"
+            )
         elif name in vocabulary:
             tokens[vocabulary[name]] = name
         else:

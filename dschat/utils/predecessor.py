@@ -81,5 +81,5 @@ def _misfit(
         return str(error)
     for name, wanted in types.items():
         if name in given and not isinstance(given[name], wanted):
-            return f"{name} is a {type(given[name]).__name__}"
+            return f"{name} is of type {type(given[name]).__name__}"
     return None

@@ -475,6 +475,10 @@ RLOO = ["--advantage_estimator", "rloo", "--answers_per_prompt", "2"]
             ["--reward_clip does nothing: it clips a reward model's scores, and none of"],
         ),
         (
+            ["--reward_model_weight", "0", "--reward_function", "m:f", "--reward_scaling", "none"],
+            ["--reward_scaling does nothing: it scales a reward model's scores, and none of"],
+        ),
+        (
             ["--cliprange", "0.1", "--update_kl_limit", "0.2"],
             ["--cliprange does nothing: an iteration", "--update_kl_limit does nothing: an iter"],
         ),

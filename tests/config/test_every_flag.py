@@ -4,6 +4,7 @@ The tables at the top are all that is valid among zero, negative and huge number
 other case must be refused, and every case in them accepted.
 """
 
+import argparse
 import contextlib
 import importlib
 import math
@@ -222,7 +223,22 @@ CONTRADICTIONS = {
         "--data_split 0,0,0": "data_split",
         "--wandb_project x": "wandb is not installed",
     },
-    "step2": {"--max_tokens_per_batch 1000": "a pair may have 1024"},
+    "step2": {
+        "--max_tokens_per_batch 1000": "a pair may have 1024",
+        "--train_head_only --lora_dim 4": "contradict: adapters change the trunk; drop one",
+    },
+    "rw_eval": {
+        "--stdin --data_path x": "stdin and data_path contradict",
+        "--stdin --all_rows": "stdin and all_rows contradict",
+        "--stdin --output_dir x": "stdin and output_dir contradict",
+        "--all_rows --data_path x --streaming": "drop streaming",
+    },
+    "compare": {
+        "--models m n --prompts p --live": "live and prompts contradict",
+        "--models m n --reward_model m --live": "the live page scores nothing; drop one",
+    },
+    "inspect": {"--streaming": "inspect looks at all rows"},
+    "run": {"--ranks 2 --hostfile x --hardware multi_node": "ranks 2: the hostfile decides them"},
     "dpo": {
         "--max_tokens_per_batch 1000": "a pair may have 1024",
         "--reference adapters_off": "nothing can be switched off; use precomputed",
@@ -275,58 +291,68 @@ def _has(package: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--step", "4"], "argument --step: invalid choice: 4"),
-        (["--step", "one"], "argument --step: invalid int value"),
-        (["--actor-zero-stage", "7"], "invalid choice: '7'"),
-        (["--seed", "nan"], "argument --seed: invalid int value"),
-        (["--num-warmup-steps", "1.5"], "argument --num-warmup-steps: invalid int value"),
-        (["--gradient-accumulation-steps", "inf"], "invalid int value: 'inf'"),
-        (["--deployment-type", ""], "argument --deployment-type: invalid choice: ''"),
-        (["--output-dir", ""], "argument --output-dir: it is empty"),
-        (["--actor-model", ""], "argument --actor-model: it is empty"),
-        (["--actor-model", "m", "--reward-model", ""], "argument --reward-model: it is empty"),
-        (["--actor-model", "m", "--data-path", ""], "argument --data-path: it is empty"),
-        (["--reward-model", "350m"], "--reward-model needs --actor-model"),
-        (["--data-path", "x"], "--data-path needs --actor-model"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    ],
-)
+E2E_REFUSES = [
+    (["--step", "4"], "argument --step: invalid choice: 4"),
+    (["--step", "one"], "argument --step: invalid int value"),
+    (["--actor-zero-stage", "7"], "invalid choice: '7'"),
+    (["--seed", "nan"], "argument --seed: invalid int value"),
+    (["--num-warmup-steps", "1.5"], "argument --num-warmup-steps: invalid int value"),
+    (["--gradient-accumulation-steps", "inf"], "invalid int value: 'inf'"),
+    (["--deployment-type", ""], "argument --deployment-type: invalid choice: ''"),
+    (["--output-dir", ""], "argument --output-dir: it is empty"),
+    (["--actor-model", ""], "argument --actor-model: it is empty"),
+    (["--actor-model", "m", "--reward-model", ""], "argument --reward-model: it is empty"),
+    (["--actor-model", "m", "--data-path", ""], "argument --data-path: it is empty"),
+    (["--reward-model", "350m"], "--reward-model needs --actor-model"),
+    (["--data-path", "x"], "--data-path needs --actor-model"),
+    (["--reward-zero-stage", "-1"], "invalid choice: '-1'"),
+    (["--hostfile", ""], "argument --hostfile: it is empty"),
+    (["--hostfile", "x"], "--hostfile needs --actor-model"),
+    (["--num-train-epochs", "all"], "argument --num-train-epochs: invalid int value: 'all'"),
+    (["--save-steps", "0.5"], "--save_steps: invalid int value: '0.5'"),
+    (["--overwrite-output-dir=yes"], "--overwrite-output-dir: ignored explicit argument"),
+    (["--resume=last"], "argument --resume: ignored explicit argument 'last'"),
+    (["--dry-run=no"], "argument --dry-run: ignored explicit argument 'no'"),
+    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), E2E_REFUSES)
 def test_what_e2e_rlhf_refuses(argv: list[str], words: str):
     with pytest.raises(UserError) as error:
         script("e2e_rlhf.py")["parse_args"](argv)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "command, argv, words",
-    [
-        ("merge", "", "the following arguments are required: adapter, output_dir"),
-        ("merge", "a b --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
-        ("merge", "./nowhere b", "./nowhere"),
-        ("merge", "a b c", "unrecognized arguments: c"),
-        ("push", "", "the following arguments are required: folder, repository"),
-        ("push", "a b c", "unrecognized arguments: c"),
-        ("report", "", "the following arguments are required: output_dir"),
-        ("report", "nowhere", "nowhere: holds no metrics.jsonl; give"),
-        ("report", "nowhere --outputdir x", "unrecognized arguments: --outputdir"),
-        ("checkpoint", "", "the following arguments are required: command, folder"),
-        ("checkpoint", "verfy x", "invalid choice: 'verfy'"),
-        ("checkpoint", "verify nowhere", "nowhere: has no state.json, so it is no checkpoint"),
-        ("checkpoint", "convert nowhere", "nowhere: has no state.json, so it is no checkpoint"),
-        ("checkpoint", "inspect a b", "target b: inspect writes none; drop it"),
-        ("checkpoint", "verify a b", "target b: verify writes none; drop it"),
-        ("checkpoint", "convert a b c", "unrecognized arguments: c"),
-        ("doctor", "--gpu", "unrecognized arguments: --gpu"),
-        ("completion", "", "the following arguments are required: shell"),
-        ("completion", "tcsh", "argument shell: invalid choice: 'tcsh'"),
-        ("run", "", "name a pipeline first"),
-        ("run", "nowhere.yaml", "nowhere.yaml: no such file or pipeline"),
-        ("run", "quickstart --rank 2", "unknown flag --rank; did you mean --ranks?"),
-    ],
-)
+REFUSED = [
+    ("merge", "", "the following arguments are required: adapter, output_dir"),
+    ("merge", "a b --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
+    ("merge", "./nowhere b", "./nowhere"),
+    ("merge", "a b --overwrite_output_dir=no", "--overwrite_output_dir: ignored explicit"),
+    ("merge", "a b c", "unrecognized arguments: c"),
+    ("push", "", "the following arguments are required: folder, repository"),
+    ("push", "a b c", "unrecognized arguments: c"),
+    ("push", "a b --public=yes", "argument --public: ignored explicit argument 'yes'"),
+    ("report", "", "the following arguments are required: output_dir"),
+    ("report", "nowhere", "nowhere: holds no metrics.jsonl; give"),
+    ("report", "nowhere --outputdir x", "unrecognized arguments: --outputdir"),
+    ("checkpoint", "", "the following arguments are required: command, folder"),
+    ("checkpoint", "verfy x", "invalid choice: 'verfy'"),
+    ("checkpoint", "verify nowhere", "nowhere: has no state.json, so it is no checkpoint"),
+    ("checkpoint", "convert nowhere", "nowhere: has no state.json, so it is no checkpoint"),
+    ("checkpoint", "inspect a b", "target b: inspect writes no checkpoint; drop it"),
+    ("checkpoint", "verify a b", "target b: verify writes no checkpoint; drop it"),
+    ("checkpoint", "convert a b c", "unrecognized arguments: c"),
+    ("doctor", "--gpu", "unrecognized arguments: --gpu"),
+    ("completion", "", "the following arguments are required: shell"),
+    ("completion", "tcsh", "argument shell: invalid choice: 'tcsh'"),
+    ("run", "", "name a pipeline first"),
+    ("run", "nowhere.yaml", "nowhere.yaml: no such file or pipeline"),
+    ("run", "quickstart --rank 2", "unknown flag --rank; did you mean --ranks?"),
+]
+
+
+@pytest.mark.parametrize(("command", "argv", "words"), REFUSED)
 def test_what_programs_without_settings_refuse(
     command: str, argv: str, words: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -335,6 +361,32 @@ def test_what_programs_without_settings_refuse(
     with pytest.raises(UserError) as error:
         main()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["e2e", "merge", "push", "report", "checkpoint", "completion"])
+def test_every_flag_of_a_parser_of_its_own_has_a_case(command: str, monkeypatch):
+    """Those of settings are walked through above; these would be forgotten."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    class SeenError(Exception):
+        pass
+
+    def see(parser: argparse.ArgumentParser, *_: object) -> None:
+        parsers.append(parser)
+        raise SeenError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", see)
+    if command == "e2e":
+        main = script("e2e_rlhf.py")["parse_args"]
+    else:
+        main = importlib.import_module(MODULES[command]).main
+    with pytest.raises(SeenError):
+        main()
+    cases = E2E_REFUSES if command == "e2e" else [c[1:] for c in REFUSED if c[0] == command]
+    tried = " ".join(f"{argv} {words}" for argv, words in cases)
+    for action in parsers[0]._actions:
+        names = action.option_strings or [action.dest]
+        assert "--help" in names or any(name in tried for name in names), names
 
 
 def test_every_command_is_in_one_of_the_tables():

@@ -164,4 +164,6 @@ def test_other_pairs_and_lines_are_scored_in_the_precision_of_training(tmp_path,
     assert recorded(folder | {"stdin": True}) == {"dtype": "fp32"}
     assert capsys.readouterr() == ("", 'as in training: dtype "fp32"\n')
     assert recorded(folder | {"data_path": ("b.jsonl",)}) == {"dtype": "fp32"}
+    with pytest.raises(UserError, match=r"^all_rows: without data_path these are the rows"):
+        recorded(folder | {"all_rows": True})
     assert recorded(folder | {"stdin": True, "dtype": "bf16"}) == {}

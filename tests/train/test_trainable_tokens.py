@@ -61,7 +61,7 @@ def test_named_tokens_are_looked_up_once(tokenizer):
     ("name", "message"),
     [
         ("<im_start>", r"trainable_tokens '<im_start>': .* no such token; did you mean '<\|im_st"),
-        ("261", "trainable_tokens 261: the tokenizer has ids below 261"),
+        ("261", "trainable_tokens 261: no such id; the tokenizer's are below 261"),
         ("-1", "trainable_tokens '-1': the tokenizer has no such token"),
     ],
 )

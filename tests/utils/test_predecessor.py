@@ -120,7 +120,9 @@ def test_a_call_that_fits_goes_through():
         return x + y
 
     assert f(1) == 1 and f(1, y=2) == 3 and f.__doc__ == "Add."
-    with pytest.raises(TypeError, match=r"^x is a str; DeepSpeed-Chat's arguments changed to f\(x"):
+    with pytest.raises(
+        TypeError, match=r"^x is of type str; DeepSpeed-Chat's arguments changed to f\(x"
+    ):
         f("1")
     with pytest.raises(TypeError, match=r"^missing a required argument: 'x'; "):
         f()

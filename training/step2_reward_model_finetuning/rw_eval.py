@@ -65,6 +65,11 @@ def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     if report is None:
         return {}
     settings = report["settings"]
+    if given.get("all_rows") and "data_path" not in given:
+        raise UserError(
+            "all_rows: without data_path these are the rows of training, most of which the model "
+            "was trained on; give data_path, or drop all_rows"
+        )
     if "data_path" in given or given.get("stdin"):
         settings = {name: settings[name] for name in ("dtype",) if name in settings}
     if "dataset_function" in settings and "dataset_function" not in given:
