@@ -89,7 +89,8 @@ class RewardEvaluation(StartConfig):
     @property
     def no_use(self) -> dict[str, str]:
         """Flags without effect, each with the reason."""
-        names, reason = ("data_split", "max_train_samples"), "all rows that are held out are scored"
+        names: tuple[str, ...] = ("data_split", "max_train_samples")
+        reason = "the rows that are held out are scored, all of them"
         if self.stdin:
             names += ("max_eval_samples", "streaming", "batch_size", "show", "without_end")
             reason = "lines of standard input are scored one by one, as they stand"

@@ -55,13 +55,8 @@ def load_weights(
         raise
 
 
-def fits(info: dict) -> bool:
-    """Tell whether checkpoint and architecture have the same keys and shapes."""
-    return not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
-
-
-def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
-    """Stop unless checkpoint and architecture have the same keys and shapes."""
+def misfits(info: dict, allowed_unexpected: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """List the keys in which checkpoint and architecture differ, by kind; empty where they fit."""
     unexpected = [
         k for k in info["unexpected_keys"] if not k.startswith(allowed_unexpected or "\0")
     ]
@@ -70,8 +65,14 @@ def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = (
         "unexpected": sorted(unexpected),
         "mismatched": sorted(str(k) for k in info["mismatched_keys"]),
     }
-    lines = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
-    if lines:
+    return {kind: keys for kind, keys in problems.items() if keys}
+
+
+def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
+    """Stop unless checkpoint and architecture have the same keys and shapes."""
+    problems = misfits(info, allowed_unexpected)
+    if problems:
+        lines = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items()]
         total = sum(len(keys) for keys in problems.values())
         raise UserError(
             f"model {name}: weights do not fit the architecture ({total} keys: {'; '.join(lines)})"

@@ -29,8 +29,8 @@ from dschat.models.loading import (
     adopt_special_tokens,
     check_finite,
     check_loading,
-    fits,
     load_weights,
+    misfits,
     quiet_transformers,
 )
 from dschat.models.reward_head import last_head, no_head
@@ -50,6 +50,7 @@ from dschat.utils.module.model_source import ModelSource, resolve_model
 from dschat.utils.predecessor import changed, changed_class
 
 TRUNK = "rwtransformer"
+HEADS = ("lm_head", "embed_out", DISK_HEAD, HEAD)  # that a trunk leaves in its folder
 
 
 @changed_class("RewardModel(trunk)")
@@ -182,8 +183,9 @@ def _load_trunk(
 ) -> PreTrainedModel:
     """Load a trunk, whose folder may hold an output head as well.
 
-    Transformers renames the tensors of some families (`deepseek_v4`) rightly for the language model
-    alone: where the trunk lacks tensors, it is taken out of that.
+    Some families' language models name their head in a way of their own (`rwkv`), or have tensors
+    that transformers renames rightly for the whole alone (`deepseek_v4`): where the trunk does not
+    fit by itself, it is taken out of the language model.
 
     Raises:
         UserError: the weights do not fit, as the trunk's class reads them.
@@ -192,11 +194,11 @@ def _load_trunk(
     shape: dict[str, Any] = {"config": config, "dtype": dtype}
     base, info = load_weights(kind, source.base, state_dict=state_dict, **shape)
     is_known = type(config) in AutoModelForCausalLM._model_mapping
-    if info["missing_keys"] and state_dict is None and is_known:
+    if misfits(info, HEADS) and state_dict is None and is_known:
         model, whole = load_weights(AutoModelForCausalLM, source.base, **shape)
-        if type(model.base_model) is kind and fits(whole):
+        if type(model.base_model) is kind and not misfits(whole):
             return model.base_model
-    check_loading(source.label, info, ("lm_head", "embed_out", DISK_HEAD, HEAD))
+    check_loading(source.label, info, HEADS)
     return base
 
 

@@ -135,15 +135,23 @@ def test_families_without_a_classifier_save_trunk_and_head(
     assert_equal(expected_scores(again, tiny_tokenizer), expected)
 
 
-def test_a_trunk_is_taken_out_of_its_language_model(tmp_path: Path, tiny_tokenizer):
-    """transformers finds no final norm of DeepSeek V4 where it looks for the trunk alone."""
-    model = AutoModelForCausalLM.from_config(family_config("deepseek_v4"))
+RWKV = AutoConfig.for_model("rwkv", **tiny.SHAPE, attention_hidden_size=32)
+
+
+@pytest.mark.parametrize("config", [family_config("deepseek_v4"), RWKV])
+def test_a_trunk_is_taken_out_of_its_language_model(tmp_path: Path, tiny_tokenizer, config):
+    """transformers finds no final norm of DeepSeek V4 where it looks for the trunk alone.
+
+    RWKV calls its head `head`.
+    """
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        model.model.norm.weight.uniform_(0.5, 2.0)
+        for parameter in model.base_model.parameters():
+            parameter.uniform_(0.5, 2.0)
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     trunk = create_critic_model(str(tmp_path), tiny_tokenizer, torch.float32, init_head=True)
-    expected = model.model.state_dict()
+    expected = model.base_model.state_dict()
     found = trunk.rwtransformer.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
