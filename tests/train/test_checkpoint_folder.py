@@ -212,7 +212,10 @@ def with_digest(**changes: object) -> Callable[[Path], None]:
         (with_digest(engines={"model": 3}), "state.json holds an engine without its rates; remo"),
         (with_digest(files={"../x": ""}), "state.json names ../x, which is outside; remove"),
         (with_digest(files={}), "model/weights.pt is no file of this checkpoint; remove it"),
-        (lambda s: (s / "model/layer_00.pt").write_text(""), "model/layer_00.pt is not of it; r"),
+        (
+            lambda s: (s / "model/layer_00.pt").write_text(""),
+            "model/layer_00.pt is no file of this checkpoint; r",
+        ),
         (lambda s: make_pipe(s / "state.json"), "state.json cannot be read; remove"),
         (lambda s: (s / "state.json").unlink(), "has no state.json, so it is no checkpoint"),
         (lambda s: (s / "state.json").write_text("{"), "state.json cannot be read; remove"),
