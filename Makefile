@@ -6,6 +6,7 @@
 # make gpu-day      speed and memory of every program on the first GPU: build/gpu_day
 # make faults       kill, fill up, damage and stop hundreds of runs: an hour, it may be interrupted
 # make docs         the documentation as a site: build/site; stops at a broken link
+# make release-check  wheel and sdist, and the quickstart from the wheel alone: build/release
 # make lint         check format, style and types
 # make format       rewrite the sources in the house format
 # make clean        remove builds and caches; the environment stays, `rm -r .venv` removes it
@@ -22,7 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
 # Processes for the tests, a file by one of them; each takes about 1 GB.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-slow test-all test-gpu gpu-day faults docs lint format clean
+.PHONY: quickstart test test-slow test-all test-gpu gpu-day faults docs release-check lint format clean
 .DEFAULT_GOAL := quickstart
 
 # torch first and pinned, so that nothing after it asks for another build. DeepSpeed comes as
@@ -64,6 +65,10 @@ docs: $(VENV)/.docs
 $(VENV)/.docs: $(STAMP)
 	$(PIP_INSTALL) -e '.[docs]'
 	touch $@
+
+# Some ten minutes: another environment, and a training in it.
+release-check: $(STAMP)
+	PYTHON=$(abspath $(BIN))/python PIP_OPTIONS="$(PIP_OPTIONS)" .ci/release
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     keywords="rlhf sft dpo ppo grpo reward-model lora lora-plus deepspeed llm",
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 5 - Production/Stable",
         "Environment :: Console",
         "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Developers",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dschat.api.steps import DPO, PPO, SFT, RewardModel
     from dschat.errors import UserError
 
-__version__ = "1.0.0.dev0"
+__version__ = "1.0.0"
 __all__ = ["DPO", "PPO", "SFT", "RewardModel", "UserError", "__version__"]
 
 

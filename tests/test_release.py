@@ -1,6 +1,7 @@
 """What is released: declared dependencies, the contents of wheel and sdist, files for GitHub."""
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,7 +24,6 @@ PROGRAMS = [*ROOT.glob("training/step*/*.py"), *ROOT.glob("inference/*.py")]
 OPTIONAL = {"gradio": "live", "bitsandbytes": "quantize"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name differs from the module's
 OWN = {"dschat", *(path.stem for path in PROGRAMS)}
-CARRIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "dschat", "training", "inference")
 
 
 def packages_imported() -> dict[str, str]:
@@ -71,15 +71,20 @@ def test_the_tests_run_on_versions_within_the_declared_ranges(monkeypatch: pytes
 def test_wheel_and_sdist_hold_the_same(tmp_path: Path):
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in (*CARRIED, *files()):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(tree)], check=True, timeout=TIME_LIMIT)
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, capture_output=True, text=True, timeout=TIME_LIMIT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    tracked = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    copy = ["cp", "--parents", "-t", str(tree), *tracked]
+    subprocess.run(copy, cwd=ROOT, check=True, timeout=TIME_LIMIT)
     wheel = built(tree, "wheel", tmp_path / "from_tree")
     sdist = built(tree, "sdist", tmp_path)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
-    assert all((unpacked / name).is_file() for name in files())
-    assert not (unpacked / "tests").exists()
+    missing = [name for name in tracked if not (unpacked / name).is_file()]
+    assert {*missing} <= {".gitignore"}  # so that all of it can be tested
     contents = entries(wheel)
     assert contents == entries(built(unpacked, "wheel", tmp_path / "from_sdist"))
 
@@ -103,13 +108,6 @@ def test_wheel_and_sdist_hold_the_same(tmp_path: Path):
     assert all(".dist-info/" in name or name.startswith("dschat/programs/") for name in about)
 
 
-def files() -> list[str]:
-    """Files beside the packages that an sdist carries."""
-    manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
-    (line,) = (line for line in manifest.splitlines() if line.startswith("include "))
-    return ["LICENSE", "README.md", *line.split()[1:]]
-
-
 def built(tree: Path, kind: str, target: Path) -> Path:
     """Build with the setuptools that is installed: no network."""
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
@@ -130,7 +128,9 @@ def entries(wheel: Path) -> dict[str, int]:
 def test_the_citation_and_the_issue_forms_can_be_read():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "title", "message", "authors", "license"} <= citation.keys()
-    assert "version" not in citation or citation["version"] == dschat.__version__
+    assert citation["version"] == dschat.__version__
+    newest = re.search(r"^## (\S+) \((\S+)\)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert newest.groups() == (dschat.__version__, str(citation["date-released"]))
     forms = {
         path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")
@@ -143,3 +143,19 @@ def test_the_citation_and_the_issue_forms_can_be_read():
     asked = {f["id"]: f for f in forms["bug"]["body"] if f["type"] != "markdown"}
     assert "dschat doctor" in asked["doctor"]["attributes"]["label"]
     assert asked["doctor"]["validations"]["required"]
+
+
+def test_ci_runs_the_tests_the_docs_and_of_a_tag_the_release_check():
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    commands = {name: [s["run"] for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    assert commands == {
+        "tests": [".ci/run"],
+        "docs": ["make docs"],
+        "release": ["make release-check"],
+    }
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in ("docs", "release-check"))
+    for script in (ROOT / ".ci").iterdir():
+        assert script.stat().st_mode & 0o111
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0, script
