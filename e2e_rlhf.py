@@ -21,8 +21,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # first: signals may come during the imports, which take seconds
     from dschat.train import signals
+    from dschat.utils.printable import step_of_start
 
     signals.start()
+    step_of_start("starting: libraries, then the checks of all steps")
 
 import argparse
 import os
@@ -46,6 +48,7 @@ from dschat.pipeline.scripts import (
 )
 from dschat.pipeline.stage import FOLDERS, PASSED, RESUME, Stage
 from dschat.utils.hostfile import read_hostfile
+from dschat.utils.printable import step_of_start
 
 ROOT = Path(__file__).resolve().parent
 STEP_DIRS = {
@@ -239,6 +242,7 @@ def main() -> None:
     if args.actor_model is None:
         from dschat.quickstart import build
 
+        step_of_start("making a small model and its data")
         build(args.output_dir, args.seed)
     if args.resume:
         steps = unfinished(steps)

@@ -42,7 +42,9 @@ def execute(pipeline: Pipeline) -> None:
     hold_output(out, stages, settings.overwrite_output_dir or settings.resume, dash="_")
     if settings.model == EMBEDDED:
         from dschat.quickstart import build
+        from dschat.utils.printable import step_of_start
 
+        step_of_start("making a small model and its data")
         build(out, settings.seed)
     left = unfinished(stages) if settings.resume else stages
     fixed = [name for name in PASSED if getattr(settings, name) is not None]

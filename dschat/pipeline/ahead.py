@@ -37,6 +37,7 @@ def check_ahead(
     from dschat.train.disk import check_disk
     from dschat.utils.distributed import Distributed
     from dschat.utils.files import free_bytes, in_words
+    from dschat.utils.printable import fitted, window
 
     count = ranks or max(torch.cuda.device_count(), 1)
     process = Distributed(0, count, 0, torch.device("cpu"))
@@ -57,15 +58,15 @@ def check_ahead(
         found.append(ahead)
         stand_ins[str(stage.model)] = ahead.model
         steps = ahead.length.steps
-        print(f"{stage.name}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps")
-        if stage.remark:
-            print(f"  {stage.remark}")
-        if flags:
-            print(f"  chosen by rows and model: {' '.join(flags)}")
-        for line in ahead.length.advice():
-            print(f"  {line}")
+        lines = [f"{stage.name}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps"]
+        lines += [f"  {stage.remark}"] if stage.remark else []
+        lines += [f"  chosen by rows and model: {' '.join(flags)}"] if flags else []
+        lines += [f"  {line}" for line in ahead.length.advice()]
+        for line in lines:
+            print(fitted(line, window()))
     written = [one for ahead in found for one in ahead.written]
     check_disk(str(output_dir), written, checkpoints=0)
     size, free = in_words(sum(w.folders for w in written)), in_words(free_bytes(output_dir))
-    print(f"model folders: {size}, of {free} free in {output_dir}", flush=True)
+    told = f"model folders: {size}, of {free} free in {output_dir}"
+    print(fitted(told, window()), flush=True)
     return result

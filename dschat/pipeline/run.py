@@ -57,8 +57,9 @@ def run_stage(stage: Stage, log: Path | None = None) -> float:
         log: a file that gets what it prints as well.
     """
     command = shlex.join(stage.command)
-    if window() is not None and log is not None:  # the log begins with the command
-        command = f"what follows is in {os.path.relpath(log)}"
+    if window() is not None:  # a script's command is longer than any window
+        its_log = stage.folder / "training.log" if log is None else log
+        command = f"what follows is in {os.path.relpath(its_log)}"
     print(f"\n== {stage.name}: {printable(command, keep='')}", flush=True)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)

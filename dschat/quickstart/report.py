@@ -20,6 +20,7 @@ from dschat.rlhf.generation import generate
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.text.encoding import decode
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.utils.printable import cut, window
 
 SHOWN_PROMPTS = 3
 ANSWERS_PER_PROMPT = 5
@@ -104,7 +105,7 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
     for i in range(min(SHOWN_PROMPTS, len(questions))):
         print(f"\n{prompts[i].strip()}")
         for name, model in judged.items():
-            print(f"  {name:>4}: {model.answers[i].strip()!r}")
+            print(cut(f"  {name:>4}: {model.answers[i].strip()!r}", window()))
     print("\nwritten:")
     for folder in ("model", "data", "sft", "actor-models", "reward-models", "step3-models"):
         print(f"  {output_dir / folder}")

@@ -20,7 +20,7 @@ from dschat.train.line_files import keep_longest, restore_lines, set_aside
 from dschat.train.run_page import RunPage
 from dschat.train.trackers import LogConfig
 from dschat.utils.distributed import print_rank_0
-from dschat.utils.plain_bar import EVERY, PlainBar
+from dschat.utils.plain_bar import EVERY, EVERY_SEEN, PlainBar
 from dschat.utils.printable import window
 
 
@@ -180,6 +180,7 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
     It takes figures by `set_postfix_str(...)`. In a file it is a line now and then.
     """
     is_seen, columns = sys.stderr.isatty(), window()
+    every = EVERY if columns is None else EVERY_SEEN
     return StepBar(
         total=total,
         desc=desc,
@@ -187,6 +188,6 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
         dynamic_ncols=is_seen,
         ncols=None if columns is None else columns - 1,
         initial=metrics.first_step,
-        file=sys.stderr if is_seen else PlainBar(sys.stderr),
-        mininterval=0.1 if is_seen else EVERY,
+        file=sys.stderr if is_seen else PlainBar(sys.stderr, every),
+        mininterval=0.1 if is_seen else every,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TypeVar
 
 Batch = TypeVar("Batch")
@@ -43,6 +43,15 @@ class StepPlan:
     def epochs(self) -> int:
         """Epochs at most; the run ends after `total_steps` anyway."""
         return len(self.epoch_steps) or self.total_steps
+
+    def is_evaluated_between(self, step: int, interval: int) -> bool:
+        """Tell whether the interval asks for an evaluation that no end does: an epoch's, the run's.
+
+        Args:
+            interval: steps from one to the next; 0: none.
+        """
+        ends = {*accumulate(self.epoch_steps), self.total_steps}
+        return interval > 0 and step % interval == 0 and step not in ends
 
     def batches_of(self, step: int, epoch: int) -> int:
         """Batches of this epoch that are used up after a step in it."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from typing import IO
 
-EVERY = 10.0  # seconds between lines
+EVERY = 10.0  # seconds between lines of a file
+EVERY_SEEN = 4.0  # and of one that a terminal shows meanwhile
 
 
 class PlainBar:
     """The stream that a bar of tqdm draws on; what it draws becomes lines of another one.
 
     The last state is always written, at the line's end that tqdm closes a bar with.
+
+    Args:
+        every: seconds between lines.
     """
 
-    def __init__(self, stream: IO[str]):
-        self._stream, self._drawn, self._next = stream, "", 0.0
+    def __init__(self, stream: IO[str], every: float = EVERY):
+        self._stream, self._every, self._drawn, self._next = stream, every, "", 0.0
 
     @property
     def encoding(self) -> str:
@@ -38,4 +42,4 @@ class PlainBar:
     def _tell(self) -> None:
         if self._drawn:
             self._stream.write(self._drawn + "\n")
-            self._drawn, self._next = "", time.monotonic() + EVERY
+            self._drawn, self._next = "", time.monotonic() + self._every

@@ -53,6 +53,15 @@ def fitted(text: str, columns: int | None) -> str:
     return "\n".join(_broken(line, columns) for line in text.split("\n"))
 
 
+def cut(line: str, columns: int | None) -> str:
+    """Shorten a line that a window cuts; its end becomes an ellipsis.
+
+    Args:
+        columns: of the window; None leaves it as it is.
+    """
+    return line if columns is None or len(line) <= columns else line[: columns - 1] + "…"
+
+
 def _broken(line: str, columns: int) -> str:
     if len(line) <= columns:
         return line

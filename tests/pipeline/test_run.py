@@ -13,6 +13,7 @@ from dschat.pipeline import __main__ as program
 from dschat.pipeline.closing import close
 from dschat.pipeline.run import run_stage, unfinished
 from dschat.pipeline.stage import Stage
+from dschat.utils.printable import WINDOW
 from tests.helpers.steps import preference_rows, write_rows
 from tests.helpers.tiny import save_llama_folder
 
@@ -34,6 +35,18 @@ def test_a_stage_is_logged_and_timed(tmp_path: Path, capfd):
     seconds = run_stage(stage(tmp_path, "print('hello')"), tmp_path / "sft" / "training.log")
     assert (tmp_path / "sft" / "training.log").read_text() == "hello\n" and seconds > 0
     assert "== sft: " in capfd.readouterr().out
+
+
+def test_in_a_window_a_stage_is_named_by_its_log(tmp_path: Path, monkeypatch, capfd):
+    """A script's command is longer than any window; without one it is told in full."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(WINDOW, "80")
+    long = stage(tmp_path, f"pass # {'x' * 80}")
+    run_stage(long)
+    assert capfd.readouterr().out == "\n== sft: what follows is in sft/training.log\n"
+    monkeypatch.delenv(WINDOW)
+    run_stage(long)
+    assert "x" * 80 in capfd.readouterr().out
 
 
 def test_all_gpus_of_a_machine_without_one(tmp_path: Path, monkeypatch):

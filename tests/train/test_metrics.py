@@ -209,3 +209,13 @@ def test_a_bar_that_ends_in_a_window_fits_it(tmp_path, capsys, monkeypatch):
             bar.close()
         widths.append(max(len(line) for line in capsys.readouterr().err.splitlines()))
     assert widths[0] == 59 and widths[1] > 80
+
+
+def test_who_watches_a_bar_waits_five_seconds_at_most(tmp_path, monkeypatch):
+    """Of a log a line each ten seconds will do."""
+    for columns, at_most in (("80", 5.0), ("", 10.0)):
+        monkeypatch.setenv(WINDOW, columns)
+        with logger_in(tmp_path) as logger:
+            bar = progress_bar(2, "train", logger)
+            assert bar.mininterval == bar.fp._every <= at_most
+            bar.close()

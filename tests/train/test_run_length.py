@@ -119,3 +119,14 @@ def test_what_lies_beyond_the_end_of_a_run_is_said(flags: dict[str, int], said: 
     assert settings.run.remarks(steps, settings.eval_interval) == said
     streamed = StepPlan.of([None], 1, 12)
     assert settings.run.remarks(streamed, 0) == [line for line in said if "save_steps" in line]
+
+
+def test_an_interval_evaluates_where_no_end_does():
+    """Two epochs of six steps, the second cut short: each model is evaluated once."""
+    steps = StepPlan.of([6, 6], 1, 11)
+    between = [step for step in range(1, 12) if steps.is_evaluated_between(step, 2)]
+    assert between == [2, 4, 8, 10]  # 6 ends an epoch; 11 ends the run
+    assert [s for s in range(1, 12) if steps.is_evaluated_between(s, 11)] == []
+    assert not any(steps.is_evaluated_between(step, 0) for step in range(1, 12))
+    streamed = StepPlan.of([None], 1, 12)
+    assert [s for s in range(1, 13) if streamed.is_evaluated_between(s, 4)] == [4, 8]

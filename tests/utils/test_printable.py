@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from dschat.utils.printable import WINDOW, fitted, guard_terminal, step_of_start
+from dschat.utils.printable import WINDOW, cut, fitted, guard_terminal, step_of_start
 
 EVALUATION = "eval step 0/6 | loss 0.6931 | accuracy 0.5 | margin 0 | logprob_chosen -4.264"
 
@@ -84,3 +84,8 @@ def test_libraries_are_heard_with_verbose_alone(monkeypatch, verbose):
     finally:
         parent.setLevel(level)
         logging.setLogRecordFactory(factory)
+
+
+def test_a_line_is_cut_to_the_window_where_there_is_one():
+    assert cut("abcdef", 6) == "abcdef" and cut("abcdefg", 6) == "abcde…"
+    assert cut("abcdefg", None) == "abcdefg"

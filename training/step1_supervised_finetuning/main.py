@@ -95,7 +95,7 @@ def main(settings: SFTSettings | None = None) -> None:
             if settings.print_loss:
                 mean = loss_sum / max(counts[0], 1.0)
                 print_rank_0(f"step {step}/{steps.total_steps} | loss {mean:.4f}")
-            if settings.eval_interval and step % settings.eval_interval == 0:
+            if steps.is_evaluated_between(step, settings.eval_interval):
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
             run.checkpointer.save_if_due(step, epoch)
         log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))

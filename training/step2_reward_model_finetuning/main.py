@@ -102,7 +102,7 @@ def main(settings: RewardSettings | None = None) -> None:
             loss_sum = finite_loss(step, losses, counts[0], engine.gradients)
             engine.step()
             log.step(step, loss_sum, counts)
-            if settings.eval_interval and step % settings.eval_interval == 0:
+            if steps.is_evaluated_between(step, settings.eval_interval):
                 log.evaluation(step, *timed(evaluate_pairs, engine, sample_loader, device))
             run.checkpointer.save_if_due(step, epoch)
         scored, seconds = timed(score_pairs, engine, eval_loader, device)

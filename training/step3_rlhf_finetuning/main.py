@@ -92,7 +92,7 @@ def main(settings: RLHFSettings | None = None) -> None:
             iteration += 1
             trained = resampled.trained
             log.iteration(iteration, statistics, resampled.drawn, config.ppo_epochs, trained)
-            if settings.eval_interval and iteration % settings.eval_interval == 0:
+            if run.steps.is_evaluated_between(iteration, settings.eval_interval):
                 log.evaluation(iteration, *trainer.evaluated(held_out))
             run.checkpointer.save_if_due(iteration, epoch)
         log.evaluation(iteration, *trainer.evaluated(held_out))
