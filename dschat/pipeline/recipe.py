@@ -27,6 +27,8 @@ KINDS: dict[str, type[Settings]] = {
 MODEL, CRITIC = "model_name_or_path", "critic_model_name_or_path"
 FOLDER = "output_dir"
 CONFIG = "config"  # of a stage: a file of its settings, beside the pipeline's or in RECIPES
+# Of a stage: the hidden size that its rates are meant for; fit_to_rows fits them to the model.
+WIDTH, CRITIC_WIDTH = "rates_of_width", "critic_rates_of_width"
 EMBEDDED = "embedded"  # the model that is generated, with its data
 
 
@@ -189,7 +191,7 @@ def _stage(
 ) -> tuple[Stage, Settings]:
     """Make a stage; its settings are checked, its models and data not yet."""
     place, cls = f"config {path}: stages: {kind}", KINDS[kind]
-    own = {key: value for key, value in given.items() if key != CONFIG}
+    own = {k: value for k, value in given.items() if k not in (CONFIG, WIDTH, CRITIC_WIDTH)}
     if FOLDER in own:
         raise UserError(f"{place}: {FOLDER}: the pipeline gives each stage its folder; drop it")
     words: list[str] = []
@@ -203,8 +205,23 @@ def _stage(
         parsed = parse(cls, words, None)
     except UserError as error:
         raise UserError(f"{kind}: {error}") from error
-    stage = Stage(kind, kind, (*settings.launcher, kind, *words), tuple(words), folder)
+    command = (*settings.launcher, kind, *words)
+    stage = Stage(kind, kind, command, tuple(words), folder, _widths(kind, given, place))
     return stage, parsed
+
+
+def _widths(kind: str, given: Mapping[Any, Any], place: str) -> dict[str, int]:
+    """Read the widths that a stage's rates are meant for, by the prefix of their flags."""
+    prefixes = {WIDTH: "actor_", CRITIC_WIDTH: "critic_"} if kind == "ppo" else {WIDTH: ""}
+    found = {}
+    for key in (WIDTH, CRITIC_WIDTH):
+        if key in given:
+            if key not in prefixes:
+                raise UserError(f"{place}: {key} is of ppo; drop it")
+            if not (isinstance(given[key], int) and given[key] > 0):
+                raise UserError(f"{place}: {key} is {SHORT.repr(given[key])}: give a hidden size")
+            found[prefixes[key]] = given[key]
+    return found
 
 
 def _config(name: str, path: Path, place: str) -> Path:

@@ -85,6 +85,11 @@ def test_a_reward_model_starts_from_sft_unless_one_is_named(tmp_path: Path):
         ("model: m\nranks: 0\nstages: {sft: }\n", "ranks is 0: give at least 1"),
         ("model: m\nstages: {sft: {output_dir: x}}\n", "output_dir: the pipeline gives each stage"),
         ("hardware: multi_node\nhostfile: none\nstages: {sft: }\n", "hostfile none: no such file"),
+        ("model: m\nstages: {sft: {rates_of_width: wide}}\n", "rates_of_width is 'wide': give a"),
+        (
+            "model: m\nstages: {sft: {critic_rates_of_width: 8}}\n",
+            "critic_rates_of_width is of ppo",
+        ),
         ("hardware: multi_node\nhostfile: .\nstages: {sft: }\n", "hostfile .: no such file"),
     ],
 )
@@ -155,7 +160,7 @@ def test_every_pipeline_of_the_library_is_whole(name: str, tmp_path: Path):
     stages = settings(made)
     assert {*stages} <= {*SETTINGS}
     folder, size = find(name).parent.name, find(name).stem.removeprefix("run_").split("_")[0]
-    if made.settings.model != EMBEDDED:
+    if made.settings.model not in (EMBEDDED, None):
         assert made.settings.hardware == folder
         assert size in stages["sft"].model_name_or_path.lower()
 
@@ -172,4 +177,19 @@ def test_the_embedded_default_makes_its_model_and_data(tmp_path: Path):
     assert sft.model_name_or_path == str(tmp_path / "model")
     assert sft.data.data_path == (str(tmp_path / "sft"),)
     assert reward.data.data_path == ppo.data.data_path == (str(tmp_path / "data"),)
+    assert reward.model_name_or_path == str(tmp_path / "actor-models")
+
+
+def test_a_model_of_one_s_own_has_the_rates_of_its_width(tmp_path: Path):
+    argv = ["--model", "m", "--data_path", "d", "--output_dir", str(tmp_path)]
+    made = read(find("own"), argv, "")
+    assert made.settings.fit_to_rows
+    widths = {stage.kind: stage.widths for stage in made.stages}
+    assert widths == {
+        **{"sft": {"": 2048}, "reward": {"": 1024}},
+        "ppo": {"actor_": 2048, "critic_": 1024},
+    }
+    sft, reward, ppo = settings(made).values()
+    assert (sft.model_name_or_path, sft.data.data_path) == ("m", ("d",))
+    assert reward.model_name_or_path == ppo.roles.actor_model_name_or_path
     assert reward.model_name_or_path == str(tmp_path / "actor-models")
