@@ -150,15 +150,7 @@ class PPOLog:
             passes = dict.fromkeys(self.works, float(ppo_epochs))
             passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
             self._show_throughput(rollout, learnt, passes, times)
-        if iteration == 1 and statistics["ended"] < NO_ENDS:
-            self._print(
-                "note: no answer of the first iteration ended, so that they are scored as they "
-                "break off; raise max_answer_seq_len, or check that step 1 trained with this end "
-                f"token, {self.roles.tokenizer.eos_token}"
-            )
-        for warning in self.health.observe(iteration, statistics):
-            self._print(f"warning, iteration {iteration}: {warning}")
-            self.metrics.warn(iteration, warning)
+        self._warn(iteration, statistics)
         self._show_answers(iteration, experiences)
 
     def _show_throughput(
@@ -203,6 +195,18 @@ class PPOLog:
             answers = choose_answers(rollouts, HELD_OUT_ROWS, tokenizer, iteration, names)
             self._held_out.replace(iteration, answers)
         self.metrics.log(iteration, statistics, kind="eval")
+
+    def _warn(self, iteration: int, statistics: dict[str, float]) -> None:
+        """Show what is wrong with an iteration; warnings are kept in the metrics too."""
+        if iteration == 1 and statistics["ended"] < NO_ENDS:
+            self._print(
+                "note: no answer of the first iteration ended, so that they are scored as they "
+                "break off; raise max_answer_seq_len, or check that step 1 trained with this end "
+                f"token, {self.roles.tokenizer.eos_token}"
+            )
+        for warning in self.health.observe(iteration, statistics):
+            self._print(f"warning, iteration {iteration}: {warning}")
+            self.metrics.warn(iteration, warning)
 
     def _print(self, text: str) -> None:
         self.bar.clear()

@@ -109,14 +109,14 @@ class Matrices:
     """Parameters of a decoder's matrices that a token meets, by the way they are computed with.
 
     Attributes:
-        body: all but the head's, frozen or not. adapters: LoRA's A and B. head: the output head,
+        trunk: all but the head's, frozen or not. adapters: LoRA's A and B. head: the output head,
             tied or not (the lookup of an embedding costs nothing).
         trained: those of the three above that train.
         attention: layers · heads · head_dim, which every pair of positions multiplies twice.
         mixture: of experts, so that several tokens meet more than one does.
     """
 
-    body: int
+    trunk: int
     adapters: int
     head: int
     trained: int
@@ -130,13 +130,13 @@ class Matrices:
         That is the case with convolutions, with experts of which the config does not say how many
         a token meets, and without attention heads.
         """
-        sizes, trained, mixture = {"body": 0, "adapters": 0, "head": 0}, 0, False
+        sizes, trained, mixture = {"trunk": 0, "adapters": 0, "head": 0}, 0, False
         modules = dict(model.named_modules())
         output_heads = [output_head(m) for m in modules.values()]
         bare, active = bare_weights(modules), _size(hf_config, *EXPERTS_PER_TOKEN, default=0)
         for name, layer in modules.items():
             is_head = name.split(".")[-1] in HEAD_NAMES or layer in output_heads
-            kind = "head" if is_head else "body"
+            kind = "head" if is_head else "trunk"
             if isinstance(layer, QuantizedLoRALinear):
                 sizes[kind] += layer.weight_numel
             of_layer = isinstance(layer, (nn.Linear, Conv1D, LoRALinear))
@@ -174,8 +174,8 @@ def forward_flops(
     head, and without `adapters` they are off. Sliding windows count as full attention; element-wise
     work (norms, activations, softmax) is not counted.
     """
-    body = m.body + (m.adapters if adapters else 0)
-    return 2 * body * tokens + 4 * m.attention * pairs + 2 * m.head * head_tokens
+    trunk = m.trunk + (m.adapters if adapters else 0)
+    return 2 * trunk * tokens + 4 * m.attention * pairs + 2 * m.head * head_tokens
 
 
 def training_flops(m: Matrices, tokens: float, pairs: float) -> tuple[float, float]:
@@ -185,7 +185,7 @@ def training_flops(m: Matrices, tokens: float, pairs: float) -> tuple[float, flo
     trains, for that one's own.
     """
     forward = forward_flops(m, tokens, pairs, tokens)
-    frozen = m.body + m.adapters + m.head - m.trained
+    frozen = m.trunk + m.adapters + m.head - m.trained
     return forward, 2 * forward - 2 * frozen * tokens
 
 

@@ -164,7 +164,7 @@ def step3_throughput(
     training = sum(work.megatron_flops for work in works)
     weights = None
     if actor.matrices is not None and not actor.matrices.mixture:
-        read = (actor.matrices.body + actor.matrices.head) * gpus.dtype.itemsize
+        read = (actor.matrices.trunk + actor.matrices.head) * gpus.dtype.itemsize
         weights = read * rollout.steps / times.generation / 1e9
     return Step3Throughput(
         tflops_per_gpu=gpus.tflops(generation + training, times.end_to_end),

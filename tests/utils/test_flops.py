@@ -105,7 +105,7 @@ def test_get_hf_configs_reads_gpt2_names_and_unpacks():
 
 
 # q 16, k 8, v 8, o 16, gate, up, down 12 each: 84 parameters in the layer; 20 in the head.
-SMALL = Matrices(body=84, adapters=0, head=20, trained=104, attention=2 * 2)
+SMALL = Matrices(trunk=84, adapters=0, head=20, trained=104, attention=2 * 2)
 
 
 def test_sizes_are_those_of_the_part_that_reads_text():
@@ -196,11 +196,11 @@ def test_generation_with_cache_agrees_with_pytorch():
 def test_a_reward_model_trains_its_head_beside_the_adapters():
     base = tiny.tiny_llama()
     width = base.config.hidden_size
-    body = Matrices.of(base, base.config).body
+    trunk = Matrices.of(base, base.config).trunk
     model = tiny.adapted(RewardModel(base.model))
     only_optimize_lora_parameters(model)
     matrices = Matrices.of(model, model.config)
-    assert (matrices.body, matrices.head) == (body, width)
+    assert (matrices.trunk, matrices.head) == (trunk, width)
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert (matrices.adapters, matrices.trained) == (adapters, adapters + width)
 

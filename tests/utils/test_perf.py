@@ -20,7 +20,7 @@ from dschat.utils.perf import (
 
 # A layer of 4 matrices of 4 × 4 (attention) and 2 of 4 × 16 (MLP): 192 parameters. Head: 64.
 OPT = SimpleNamespace(model_type="opt", num_hidden_layers=1, hidden_size=4, vocab_size=16)
-MATRICES = Matrices(body=192, adapters=0, head=64, trained=256, attention=4)
+MATRICES = Matrices(trunk=192, adapters=0, head=64, trained=256, attention=4)
 A100X2 = Gpus(2, torch.bfloat16, "NVIDIA A100-SXM4-80GB")
 WORK = TrainingWork(OPT, MATRICES, tokens=12, samples=2)  # mean length 6: 21 causal pairs each
 

@@ -144,5 +144,5 @@ def test_packed_weights_are_counted_as_they_multiply():
     plain = tiny.tiny_llama()
     expected = Matrices.of(plain, plain.config)
     packed = Matrices.of(tiny.adapted(plain, quantize_base="4bit"), plain.config)
-    assert (packed.body, packed.attention) == (expected.body, expected.attention)
+    assert (packed.trunk, packed.attention) == (expected.trunk, expected.attention)
     assert packed.trained == packed.adapters
