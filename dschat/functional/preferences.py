@@ -37,11 +37,12 @@ class PreferenceLoss:
 
     Attributes:
         loss: (B,) scores of the chosen, (B,) of the rejected, coefficients by name -> (B,).
-        defaults: of its coefficients, the source's own.
+        defaults: of its coefficients, the source's own unless said.
         per_token: scores are means per token, not sums.
         needs_kl: takes `kl` too, the policy's distance to its reference (`kto_loss`).
         full_rate: learning rate that suits training all weights of a model of 2.8 billion
             parameters, of width 2,560 (docs/dpo.md).
+        holds: what holds the policy closer to where it began; empty: no coefficient does.
     """
 
     name: str
@@ -52,6 +53,7 @@ class PreferenceLoss:
     per_token: bool = False
     needs_kl: bool = False
     full_rate: float = 1e-6
+    holds: str = "a larger beta"
 
     def scores(self, pairs: PairLogprobs) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,) scores of the chosen and (B,) of the rejected answers; times beta the rewards."""
@@ -185,14 +187,16 @@ _ALL = (
         needs_reference=False,
         per_token=True,
         full_rate=5e-7,
+        holds="",
     ),
     PreferenceLoss(
         "orpo",
         orpo_loss,
-        {"beta": 0.1},
+        {"beta": 10.0},  # the paper's 0.1 is for a model that has not seen step 1 (docs/dpo.md)
         "arXiv:2403.07691",
         needs_reference=False,
         per_token=True,
+        holds="a smaller beta",
     ),
     PreferenceLoss(
         "kto",

@@ -16,8 +16,8 @@ from dschat.errors import UserError
 Check = Callable[..., list[float | None]]
 
 MARK = "####"  # GSM8K puts it before the result of a worked answer
-# A minus after a digit subtracts; thousands may be set off by commas.
-_NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+# A minus after a digit subtracts; thousands may be set off by commas; 1.5e3 is 1500.
+_NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b)?")
 
 
 def final_number(text: str) -> Decimal | None:

@@ -29,7 +29,7 @@ class PreferenceConfig(Settings):
     beta: float | None = setting(
         None,
         "scale of the rewards; the larger, the closer to the reference (default: 0.1; simpo 2); "
-        "of orpo the weight of the odds ratio",
+        "of orpo the weight of the odds ratio beside the chosen answers' own loss (10)",
         above=0,
     )
     label_smoothing: float | None = setting(

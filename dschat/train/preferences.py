@@ -18,6 +18,7 @@ from dschat.train.reference import Reference
 from dschat.utils.distributed import all_reduce_sum
 
 FALLEN = 0.3  # nats per token
+RAISES = "apo_zero"  # raises the chosen answers' own probability
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,17 @@ class FallWatch:
     """Tells once in a run when both sides' log-probabilities fall.
 
     Below the reference, or without one below the first figures.
+
+    Args:
+        loss: has its remedies.
     """
 
     per_rank = False
 
-    def __init__(self) -> None:
+    def __init__(self, loss: PreferenceLoss) -> None:
+        raises = "" if loss.name == RAISES else f"loss_type {RAISES}, which raises the chosen ones"
+        *some, last = filter(None, ("a lower learning rate", loss.holds, raises))
+        self._remedy = f"{', '.join(some)}{', or ' if some else ''}{last}"
         self.first: dict[str, float] = {}
         self.told = False
 
@@ -146,14 +153,13 @@ class FallWatch:
         return (
             f"the answers of both sides become less likely, the chosen by {falls['chosen']:.2f} "
             f"nats a token, the rejected by {falls['rejected']:.2f}: the policy leaves both for "
-            "text that nobody has compared; give a lower learning rate, a larger beta, or "
-            "loss_type apo_zero, which raises the chosen ones"
+            f"text that nobody has compared; give {self._remedy}"
         )
 
     def state_dict(self) -> dict[str, Any]:
         """State: the first figures, and whether it has told."""
-        return vars(self).copy()
+        return {"first": self.first, "told": self.told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
-        vars(self).update(state)
+        self.first, self.told = state["first"], state["told"]

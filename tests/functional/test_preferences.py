@@ -117,6 +117,15 @@ def test_losses_by_hand():
     close(one("kto", 1 + LOG3, 1.0, beta=1.0, undesirable_weight=3.0, kl=kl), [(1 / 4 + 3 / 2) / 2])
 
 
+def test_orpo_pushes_rejected_answers_away_about_as_much_as_it_learns_chosen_ones():
+    """By default: at a weight of 0.1 a step is nearly all supervised fine-tuning."""
+    scores = torch.full((2, 1), math.log(1 / 4), requires_grad=True)
+    loss = PREFERENCE_LOSSES["orpo"]
+    loss.loss(*scores, **loss.defaults).sum().backward()
+    # d log odds / d log p = 1 / (1 - p) = 4/3, sigmoid 1/2: 1 + 10 * 4/3 / 2 up, 10 * 4/3 / 2 down
+    close(scores.grad.flatten(), [-1 - 20 / 3, 20 / 3])
+
+
 def test_robust_is_unbiased_under_wrong_labels():
     """The mean over labels of which 0.3 are wrong is the loss of the right ones."""
     scores, e = (torch.tensor([1.7]), torch.tensor([-0.4])), 0.3

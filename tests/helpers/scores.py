@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from dschat.data.collators import PairCollator
 from dschat.models.reward_model import scores_at_end
@@ -75,6 +77,23 @@ def all_ways(model: nn.Module) -> torch.Tensor:
 def assert_scores(found: torch.Tensor, expected: torch.Tensor) -> None:
     """(ways, N) or (N,): scores of one text agree to 1e-5."""
     torch.testing.assert_close(found, expected.expand_as(found), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def classifier_scores(folder: Path) -> torch.Tensor:
+    """(paddings, N): by `transformers`' own class, padded with the token of its config."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    pad, ways = model.config.get_text_config().pad_token_id, []
+    for name in PADDINGS:
+        scores = []
+        for ids, mask in padded(name, fill=pad):
+            inputs = {"input_ids": ids, "attention_mask": mask.long()}
+            if takes_positions:
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+            scores.append(model(**inputs).logits.squeeze(-1))
+        ways.append(torch.cat(scores))
+    return torch.stack(ways)
 
 
 def noted_scores(folder: Path, texts: list[str]) -> torch.Tensor:

@@ -21,7 +21,14 @@ from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.families import CLASSIFIED, save_family
-from tests.helpers.scores import TEXTS, all_ways, assert_scores, noted_scores, scores_alone
+from tests.helpers.scores import (
+    TEXTS,
+    all_ways,
+    assert_scores,
+    classifier_scores,
+    noted_scores,
+    scores_alone,
+)
 from tests.helpers.steps import REWARD_EVALUATION, ROOT
 from tests.helpers.tiers import tiers
 
@@ -47,6 +54,9 @@ def test_scores_of_a_family_agree(tmp_path: Path, name: str, monkeypatch, capsys
     for folder in (out, merged, *([out / "adapter"] if name in CLASSIFIED else [])):
         assert_scores(noted_scores(folder, TEXTS), expected)
         assert_scores(torch.cat([noted_scores(folder, [text]) for text in TEXTS]), expected)
+    if name in CLASSIFIED:
+        for folder in (out, merged):
+            assert_scores(classifier_scores(folder), expected)
     argv = ["rw_eval.py", "--model_name_or_path", str(out), "--stdin", "--dtype", "fp32"]
     monkeypatch.setattr("sys.argv", [*argv, "--max_seq_len", "64"])
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in TEXTS)))

@@ -22,6 +22,9 @@ from dschat.settings import flags_of
         ("10 - \N{MINUS SIGN}3", "-3"),
         ("it is .5.", "0.5"),
         ("version 2.", "2"),
+        ("about 1.5e3, or 15E-1", "1.5"),
+        ("#### 1e99999 2", "1"),  # no exponent of sense
+        ("3em", "3"),
         ("no number", None),
         ("7 of them\n#### unknown", None),  # the result is what stands behind the mark
         ("", None),

@@ -262,7 +262,7 @@ def fallen(chosen: float, rejected: float, **more: float) -> dict[str, float]:
 
 
 def test_the_fall_of_both_sides_is_told_once():
-    watch = FallWatch()
+    watch = FallWatch(PREFERENCE_LOSSES["sigmoid"])
     figures = [
         fallen(-2.0, -2.1, drift_chosen=0.0, drift_rejected=0.0),
         fallen(-1.9, -2.6, drift_chosen=-0.1, drift_rejected=0.5),  # as it should be
@@ -271,17 +271,32 @@ def test_the_fall_of_both_sides_is_told_once():
     lines = [watch.advice(step, each) for step, each in enumerate(figures)]
     assert lines[:2] == [None, None]
     assert "the chosen by 0.60 nats a token, the rejected by 0.70" in lines[2]
-    resumed = FallWatch()
+    resumed = FallWatch(PREFERENCE_LOSSES["sigmoid"])
     resumed.load_state_dict(watch.state_dict())
     assert resumed.advice(9, figures[2]) is None
 
 
 def test_without_a_reference_it_is_a_fall_from_the_start():
-    watch = FallWatch()
+    watch = FallWatch(PREFERENCE_LOSSES["simpo"])
     assert watch.advice(0, fallen(-2.0, -2.5)) is None
-    resumed = FallWatch()
+    resumed = FallWatch(PREFERENCE_LOSSES["simpo"])
     resumed.load_state_dict(watch.state_dict())
     assert "by 0.75 nats a token, the rejected by 1.00" in resumed.advice(10, fallen(-2.75, -3.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedies"),
+    [
+        ("sigmoid", "a lower learning rate, a larger beta, or loss_type apo_zero, which raises"),
+        ("apo_zero", "give a lower learning rate, or a larger beta"),
+        ("simpo", "give a lower learning rate, or loss_type apo_zero"),  # nothing holds it
+        ("orpo", "a lower learning rate, a smaller beta, or loss_type apo_zero"),
+    ],
+)
+def test_remedies_are_those_of_the_loss(name: str, remedies: str):
+    watch = FallWatch(PREFERENCE_LOSSES[name])
+    watch.advice(0, fallen(-2.0, -2.0))
+    assert remedies in watch.advice(1, fallen(-3.0, -3.0))
 
 
 def test_means_of_differing_terms():

@@ -21,13 +21,12 @@ from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, with_adapter
 from tests.helpers.families import CLASSIFIED, save_family
 from tests.helpers.launch import run_ranks
-from tests.helpers.scores import all_ways, assert_scores, scores_alone
+from tests.helpers.scores import all_ways, assert_scores, classifier_scores, scores_alone
 from tests.helpers.tiers import by_tier, tiers
 
 WORKER = Path(__file__).with_name("scores_worker.py")
 FAMILIES = (*CLASSIFIED, "granite")
-# Stages 1 and 2 of one rank share nothing.
-WAYS = {1: ("0", "3", "3,adapter"), 2: ("0", "1", "2", "3", "3,adapter")}
+WAYS = dict.fromkeys((1, 2), ("0", "1", "2", "3", "3,adapter"))
 CELLS = {ranks: [f"{name},{way}" for name in FAMILIES for way in WAYS[ranks]] for ranks in WAYS}
 CORE = {1: set(), 2: {"gemma3,3"}}
 
@@ -87,3 +86,5 @@ def agree(result: Found, cell: str) -> None:
     for folder in (result.folder, *([] if only_merged else [result.folder / "adapter"])):
         loaded = create_critic_model(str(folder), tiny.byte_tokenizer(), torch.float32).eval()
         assert_scores(all_ways(loaded), after)
+    if cell.split(",")[0] in CLASSIFIED:
+        assert_scores(classifier_scores(result.folder), after)

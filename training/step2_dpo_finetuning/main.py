@@ -70,7 +70,7 @@ def main(settings: DPOSettings | None = None) -> None:
     engine, steps, device = run.engine, run.steps, ctx.device
     objective = prepare_objective(run, data, preference)
     evaluate = partial(evaluate_preferences, engine, eval_loader, device, objective)
-    log, position = run.start(FallWatch(), reference=objective.reference)
+    log, position = run.start(FallWatch(preference.loss), reference=objective.reference)
 
     # 3. train; evaluate before, at intervals, after each epoch
     step = position.step
