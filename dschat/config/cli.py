@@ -141,6 +141,7 @@ def _one_line() -> Iterator[None]:
         yield
     except UserError as error:
         _say(f"error: {error}")
+        rank_watch.tell(printable(f"error: {error}", keep=""), 2)  # it may be this rank's alone
         sys.exit(2)
     except signals.Stopped as stop:
         for bar in list(getattr(tqdm, "_instances", [])):

@@ -25,7 +25,7 @@ from dschat.models.reward_note import NOTE_FILE
 from dschat.models.reward_statistics import EVALUATION_FILE, VALUE_FILE
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.save_plan import ADAPTER_FOLDER, ENTRIES, LIST, READY
-from dschat.utils.files import remove, size_of, sync, sync_tree
+from dschat.utils.files import make_folder, remove, size_of, sync, sync_tree
 from dschat.utils.module.adapter_config import CONFIG_FILE
 
 PART = ".model.tmp"
@@ -43,7 +43,7 @@ _WEIGHTS = (".safetensors", ".bin")  # too large to compare
 def begin(folder: str | Path) -> Path:
     """Make an empty folder for a new model, which `commit` puts in place or `drop` removes."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     finish(folder)
     drop(folder)
     (folder / PART).mkdir()
@@ -89,7 +89,7 @@ def finish(folder: Path) -> bool:
         names = [Path(name) for name in json.loads((ready / LIST).read_text(encoding="utf-8"))]
         inner = {path.name for path in names if path.parent.name == ADAPTER_FOLDER}
         if inner:
-            (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+            make_folder(folder / ADAPTER_FOLDER)
             _place(ready / ADAPTER_FOLDER, folder / ADAPTER_FOLDER, inner)
         elif (folder / ADAPTER_FOLDER / CONFIG_FILE).is_file():
             _remove_adapter(folder / ADAPTER_FOLDER)

@@ -25,7 +25,7 @@ from dschat.models.reward_statistics import VALUE_FILE, RewardStatistics, write_
 from dschat.models.save_plan import ADAPTER_FOLDER, MERGED, SavePlan
 from dschat.models.stream import write_weights
 from dschat.utils.distributed import Distributed
-from dschat.utils.files import disk_errors_named
+from dschat.utils.files import disk_errors_named, make_folder
 from dschat.utils.module.adapter_config import CAUSAL_LM, CONFIG_FILE, REWARD
 from dschat.utils.module.adapter_write import (
     AdapterOrigin,
@@ -201,7 +201,7 @@ def check_output_dir(output_dir: str | None) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {output_dir}: is a file; give a folder")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
     except OSError as error:
         raise UserError(
             f"output_dir {output_dir}: {error.strerror}; give a writable one"

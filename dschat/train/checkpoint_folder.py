@@ -49,6 +49,11 @@ def unfinished_path(folder: Path, step: int) -> Path:
     return folder / f".step-{step:06d}.tmp"
 
 
+def _aside(name: str) -> str:
+    """Name of a checkpoint for the moment in which another takes its name."""
+    return f".{name}.aside.tmp"
+
+
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Map the steps of all complete checkpoints to their paths, the oldest first."""
     entries = folder.iterdir() if folder.is_dir() else ()
@@ -64,8 +69,13 @@ def repair(output_dir: str | Path) -> list[str]:
     Returns:
         A line for each thing that was removed.
     """
-    lines = []
-    for left in sorted(folder_of(output_dir).glob(".step-*.tmp")):
+    lines, folder = [], folder_of(output_dir)
+    for aside in sorted(folder.glob(_aside("step-*"))):
+        name = aside.name[1:].partition(".")[0]
+        if not (folder / name).exists():
+            aside.rename(folder / name)
+            lines.append(f"{folder / name}: brought back, a killed run had moved it aside")
+    for left in sorted(folder.glob(".step-*.tmp")):
         size = size_of(left)
         remove(left)
         lines.append(f"{left}: removed, a killed run left it unfinished ({size / 1e6:,.1f} MB)")
@@ -221,13 +231,14 @@ def publish(folder: Path, step: int, limit: int) -> None:
     """
     part, final = unfinished_path(folder, step), folder / f"step-{step:06d}"
     sync_tree(part)
-    if final.exists() and exchange(part, final):
-        remove(part)
-    else:
+    aside = folder / _aside(final.name)
+    if not (final.exists() and exchange(part, final)):
         if final.exists():
-            _remove(final)
+            final.rename(aside)
         part.rename(final)
     sync(folder)
+    for before in (part, aside):  # what stood there
+        remove(before)
     present = checkpoints_in(folder)
     newest = sorted(s for s in present if s <= step)[-limit:]
     for other in present.keys() - set(newest):

@@ -139,10 +139,13 @@ def _note(signum: int) -> None:
 
 
 def _end(line: str, code: int) -> None:
-    """Say a line on rank 0, and end the process from any thread."""
+    """Say a line on rank 0, and end the process from any thread, and with it the other ranks."""
     if rank_of(os.environ) == 0:
         last_line(line)
-    os._exit(report_exit(code))
+    own_code, watch = report_exit(code), sys.modules.get("dschat.utils.rank_watch")
+    if watch is not None and code == STOPPED:  # a second signal waits for nobody
+        watch.tell(line, own_code)
+    os._exit(own_code)
 
 
 def report_exit(code: int) -> int:

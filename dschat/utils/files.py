@@ -29,6 +29,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those that it lies in; the names of what is made are on the disk by then.
+
+    A folder without a name there would take all that is synced inside along with it.
+    """
+    missing = []
+    for place in (path, *path.parents):
+        if place.exists():
+            break
+        missing.append(place)
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        with contextlib.suppress(PermissionError):  # which others may pass through, and not read
+            sync(made.parent)
+
+
 def sync_tree(folder: Path) -> None:
     """Sync every file below a folder, then every folder, itself the last."""
     for place, _, files in os.walk(folder, topdown=False):

@@ -8,6 +8,7 @@ ends the process when
 - a rank has given no sign of life for that long: it was killed, or stopped
 - the main thread does work that the others wait for, and nothing of it has run for that long: its
   disk hangs, say
+- another rank has told that it ends for a reason of its own (`tell`), which is said by one rank
 
 Rank-dependent work of any length (a tokenisation, a large model being written) is no such wait:
 others wait for it in a `patient` place. The process group's own limit is further away.
@@ -30,6 +31,7 @@ from dschat.utils.cpu_time import cpu_time
 from dschat.utils.printable import last_line
 
 LOST = 1  # exit code
+_DONE = json.dumps(["done"])  # in place of a sign of life
 _SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 
 
@@ -97,6 +99,7 @@ class RankWatch:
         self._store.set_timeout(timedelta(days=1))
         self._leaves = threading.Lock()
         self._ended, self._last = threading.Event(), f"{key}/last word"
+        self._has_told = False
         self._beats: dict[int, str] = {}
         now = time.monotonic()
         self._heard = dict.fromkeys(range(ranks), now)
@@ -111,8 +114,33 @@ class RankWatch:
     def stop(self) -> None:
         """End the watch, and tell the others that this rank is not missed any more."""
         self._ended.set()
+        self._be_done()
+
+    def _be_done(self) -> None:
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"{self.key}/{self.rank}", json.dumps(["done"]))
+            self._store.set(f"{self.key}/{self.rank}", _DONE)
+
+    def tell(self, line: str, code: int) -> None:
+        """Tell the others to end with this code, as this rank does now; see the function `tell`."""
+        self._has_told = True
+        self._ended.set()
+        word = json.dumps([-1 if self.rank == 0 else 0, line, code])
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(self._last, "", word)
+        self._be_done()
+        if self.rank == 0:
+            self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """Keep the store, which is rank 0's, until the others have read the last word."""
+        keys = [f"{self.key}/{rank}" for rank in range(1, self.ranks)]
+        deadline = time.monotonic() + 4 * self.interval
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                present = [key for key in keys if self._store.check([key])]
+                if all(value.decode() == _DONE for value in self._store.multi_get(present)):
+                    return
+                time.sleep(0.05)
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks without a sign of life for so long."""
@@ -122,7 +150,7 @@ class RankWatch:
         return [
             rank
             for rank, heard in self._heard.items()
-            if now - heard > seconds and self._beats.get(rank) != '["done"]'
+            if now - heard > seconds and self._beats.get(rank) != _DONE
         ]
 
     def _exchange(self) -> None:
@@ -142,9 +170,13 @@ class RankWatch:
                     if self._beats.get(rank) != beat:
                         self._beats[rank], self._heard[rank] = beat, now
                 self._exchanged = self._heard[self.rank] = now
-                if self._store.check([self._last]):
-                    self._leave(self._store.get(self._last))
+                self.heed()
                 self._ended.wait(self.interval)
+
+    def heed(self) -> None:
+        """End this process where another rank has said the last word."""
+        if not self._has_told and self._store.check([self._last]):
+            self._leave(self._store.get(self._last))
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -184,12 +216,14 @@ class RankWatch:
 
     def _leave(self, word: bytes | str) -> None:
         self.leave_once()
-        first, line = json.loads(word)
+        first, line, *code = json.loads(word)
         if self.rank == first:
             last_line(line)
+        if code:  # from the store, which therefore answers
+            self._be_done()
         if self.rank == 0:
-            time.sleep(2 * self.interval)  # until the others have read it
-        os._exit(LOST)
+            self._wait_for_others()
+        os._exit(code[0] if code else LOST)
 
     def leave_once(self) -> None:
         """Let one thread alone end the process, and say why; the others wait here for that."""
@@ -229,6 +263,18 @@ def stop() -> None:
     _watch = None
 
 
+def tell(line: str, code: int) -> None:
+    """End all ranks with this code: one of them ends for a reason that the others do not know.
+
+    Rank 0 comes back when they have heard it. Where all know it, they need not.
+
+    Args:
+        line: said by rank 0, unless it is rank 0 that calls, which has said it.
+    """
+    if _watch is not None:
+        _watch.tell(line, code)
+
+
 def is_on() -> bool:
     """Tell whether this is one of several ranks that watch over each other."""
     return _watch is not None
@@ -241,6 +287,8 @@ def explain(error: Exception) -> str | None:
     """
     if _watch is None or not any(sign in str(error) for sign in _SIGNS):
         return None
+    with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
+        _watch.heed()
     ranks = set(range(_watch.ranks))
     missing = sorted(ranks - {_watch.rank}) if len(ranks) == 2 else []
     deadline = time.monotonic() + 4 * _watch.interval

@@ -9,7 +9,9 @@ import pytest
 
 from dschat.models import placing
 from dschat.models.placing import begin, commit, drop, repair
+from dschat.models.save import check_output_dir
 from dschat.models.save_plan import holds_model
+from dschat.utils.files import make_folder
 from tests.helpers.tiers import tiers
 
 OPERATIONS = ("rename", "unlink", "rmdir", "mkdir", "fsync")
@@ -186,6 +188,24 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch)
     assert synced >= {out, out / "adapter"}
     assert events[0] == ".model.new" and events[-1] == "config.json"
     assert events.index("adapter_config.json") > events.index("adapter_model.safetensors")
+
+
+def test_the_name_of_a_new_folder_is_on_the_disk_as_well(tmp_path: Path, monkeypatch):
+    """Of the output folder and of those above it that were made for it."""
+    synced, real_sync = set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    check_output_dir(str(tmp_path / "runs/one"))
+    assert synced == {tmp_path, tmp_path / "runs"}
+    synced.clear()
+    begin(tmp_path / "runs/one/actor")
+    assert synced == {tmp_path / "runs/one"}
+    make_folder(tmp_path / "runs/one/actor")  # is there
+    assert synced == {tmp_path / "runs/one"}
 
 
 def test_what_is_dropped_leaves_the_old_model_alone(tmp_path: Path):

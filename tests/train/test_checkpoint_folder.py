@@ -97,6 +97,48 @@ def test_a_step_that_is_there_is_exchanged(tmp_path, monkeypatch, can_exchange):
     assert renamed == ([] if can_exchange else ["step-000015", ".step-000015.tmp"])
 
 
+def test_a_kill_between_two_renames_loses_no_checkpoint(tmp_path, monkeypatch):
+    """Where the system has no exchange, as on NFS, and a step is saved once more."""
+    save(tmp_path, 15)
+    write_checkpoint(tmp_path, 15)
+    original = Path.rename
+
+    def rename(path, target):
+        if path.name == ".step-000015.tmp":
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    monkeypatch.setattr(checkpoint_folder, "exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint_folder.publish(tmp_path / "checkpoints", 15, limit=1)
+    monkeypatch.undo()
+    assert checkpoints_in(tmp_path / "checkpoints") == {}
+    back, removed = checkpoint_folder.repair(tmp_path)
+    assert back.endswith("step-000015: brought back, a killed run had moved it aside")
+    assert ".step-000015.tmp: removed" in removed
+    assert read_record(tmp_path / "checkpoints/step-000015")["step"] == 15
+
+
+def test_what_is_replaced_goes_when_the_disk_has_the_new_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("sync", "remove"):
+        original = getattr(checkpoint_folder, name)
+
+        def note(path, name=name, original=original):
+            done.append((name, path.name) if path.exists() else None)
+            original(path)
+
+        monkeypatch.setattr(checkpoint_folder, name, note)
+    save(tmp_path, 15)
+    done.clear()
+    save(tmp_path, 15)
+    assert [step for step in done if step] == [
+        ("sync", "checkpoints"),
+        ("remove", ".step-000015.tmp"),
+    ]
+
+
 def test_every_file_and_folder_is_synced_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
     part, synced = write_checkpoint(tmp_path, 1), set()
     original = os.fsync

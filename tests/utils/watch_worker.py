@@ -18,6 +18,7 @@ from pathlib import Path
 import deepspeed
 
 from dschat.config.cli import run_cli
+from dschat.errors import UserError
 from dschat.train import checkpoint_write, run_lock, signals
 from dschat.utils import rank_watch
 from dschat.utils.distributed import all_reduce_sum, barrier, from_main, init_distributed
@@ -56,6 +57,21 @@ def killed_in_release() -> None:
     run_lock.release = KILL
 
 
+def refuse(rank: int) -> Callable[[], object]:
+    """Meet an error of which the other ranks know nothing."""
+
+    def act() -> None:
+        raise UserError(f"a reason of rank {rank}")
+
+    return act
+
+
+def signalled() -> None:
+    """Be sent a signal, as the only rank, before the first step."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3600)
+
+
 KILL, STOP, HANG = send(signal.SIGKILL), send(signal.SIGSTOP), lambda: time.sleep(3600)
 # Name → what each rank does in step 4, in its order; None: it never starts.
 CASES: dict[str, list[Callable[[], object] | None]] = {
@@ -73,6 +89,10 @@ CASES: dict[str, list[Callable[[], object] | None]] = {
     "stuck in other work of rank 0": [lambda: from_waiting_main(stick)] * 2,
     "stuck on a file": [lambda: write_file("fifo"), print],
     "stopped in work of rank 0": [lambda: from_main(STOP)] * 2,
+    "own error": [refuse(0), print],
+    "own error of another": [print, print, refuse(2)],
+    "one signalled": [print, signalled],
+    "first signalled": [signalled, print],
     "never comes": [print, None],
     "first never comes": [None, print],
 }
