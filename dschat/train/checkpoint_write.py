@@ -21,7 +21,7 @@ from dschat.train.checkpoint_folder import disk_errors
 from dschat.train.engine import Engine
 from dschat.train.line_files import KEPT
 from dschat.utils.distributed import Distributed, all_gather, on_every_rank
-from dschat.utils.files import disk_error, make_folder
+from dschat.utils.files import disk_error, make_folder, remove
 from dschat.utils.rank_watch import working
 from dschat.utils.waiting import from_waiting_main
 
@@ -71,9 +71,8 @@ def write_checkpoint(
     def begin() -> str:
         if not Path(output_dir).is_dir():  # somebody removed it: what is written there is unwanted
             raise FileNotFoundError(errno.ENOENT, "removed", output_dir)
-        shutil.rmtree(part, ignore_errors=True)
-        make_folder(folder)
-        part.mkdir()
+        remove(part)
+        make_folder(part)
         return ""
 
     def complete() -> str:
