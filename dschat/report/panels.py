@@ -18,11 +18,13 @@ class Panel:
     Attributes:
         names: of figures; one that ends with `/` stands for all that begin so.
         log: the axis of the values is logarithmic.
+        least: figures that make it worth a place.
     """
 
     title: str
     names: tuple[str, ...]
     log: bool = False
+    least: int = 1
 
     @property
     def file(self) -> str:
@@ -48,7 +50,8 @@ PANELS = (
     Panel("Margin", ("margin",)),
     Panel("Log-probabilities", ("chosen_logprobs", "rejected_logprobs")),
     Panel("Reward", ("reward", "rewards/")),
-    Panel("Parts of the reward", ("reward_model", "reward_function")),
+    # One part alone is the reward again.
+    Panel("Parts of the reward", ("reward_model", "reward_function"), least=2),
     Panel("KL to the reference, nats a token", ("kl_per_token",)),
     Panel("Nats a token under the reference", ("ref_nats_per_token",)),
     Panel("Answer length, tokens", ("answer_length",)),
@@ -65,9 +68,10 @@ PANELS = (
 
 
 def drawn(records: Records) -> list[Panel]:
-    """Choose the panels of which the run has a figure at two steps."""
+    """Choose the panels of which the run has a figure, or their `least`, at two steps."""
     return [
         panel
         for panel in PANELS
-        if any(len(train) > 1 or len(held) > 1 for _, train, held in panel.lines(records))
+        if sum(len(train) > 1 or len(held) > 1 for _, train, held in panel.lines(records))
+        >= panel.least
     ]

@@ -149,6 +149,17 @@ def test_names_of_pictures_are_their_own():
     assert len({panel.file for panel in PANELS}) == len(PANELS)
 
 
+def test_one_part_of_the_reward_is_the_reward_again(tmp_path: Path):
+    for parts, panels in (
+        (["reward_model"], ["Reward"]),
+        (["reward_model", "reward_function"], ["Reward", "Parts of the reward"]),
+    ):
+        figures = dict.fromkeys(["reward", *parts], 1.0)
+        steps = [{"kind": "train", "step": i, **figures} for i in (1, 2)]
+        write_lines(tmp_path / "metrics.jsonl", steps)
+        assert [panel.title for panel in drawn(read(tmp_path))] == panels
+
+
 def test_equal_rewards_and_names_with_a_dollar_can_be_drawn(tmp_path: Path):
     assert svg(distributions([1.0, 1.0], [1.0])).startswith("<svg ")
     lines = [{"kind": "train", "step": i, "rewards/$x_$": float(i)} for i in (1, 2)]
