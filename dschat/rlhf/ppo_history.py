@@ -26,8 +26,8 @@ JUMP = 2.0  # nats a token, in one iteration
 NEAR, PACE = 0.25, 0.08  # nats a token; by how much they grow in an iteration on the way to `FAR`
 MOVED = 0.5  # of the first iteration's spread of rewards
 CERTAIN = 4.0  # standard errors
-FALLEN = 0.25  # of the first iteration's spread of rewards, by a steady fall
-EARNED = 0.1  # of the gain that a KL can buy at most; between FALLEN and MOVED in any case
+FALLEN = 0.2  # of the first iteration's spread of rewards, by a steady fall
+EARNED, SOME = 0.1, 0.25  # of the gain that a KL can buy at most; spreads, up to `MOVED`
 FEW_ENDS, LONGER = 0.5, 1.2  # times the first share and length
 SHORTENED, LENGTHENED = 0.22, 0.3  # of the first length, on the way
 ONE_STEP = 0.75  # of the whole way: what got there in one step is not on the way
@@ -65,9 +65,9 @@ class History(Series):
         """Tell whether the reward is below its start, or steadily gets there, beyond chance."""
         if self.reward_rise < -max(MOVED, self.chance):
             return True
-        chance = LIKELY * math.sqrt(1 + 1 / SHORT) * self.noise("reward")
+        chance = LIKELY * math.sqrt(2) * self.noise("reward")
         least = FALLEN * self.first.get("reward_std", 0.0)
-        if not self.mean("reward") < self.first.get("reward", math.nan) - max(least, chance):
+        if not self.mean("reward", 1) < self.first.get("reward", math.nan) - max(least, chance):
             return False
         trends = [self.trend("reward", count) for count in range(LONG + 1, REMEMBERED + 1)]
         return any(t.certainty < -CERTAIN and t.moved < -least for t in trends)
@@ -116,7 +116,7 @@ class History(Series):
         Of Gaussian rewards K nats an answer buy sqrt(2 K) spreads at most.
         """
         nats = self.mean("kl_per_token", 1) * self.mean("answer_length", 1)
-        return min(max(EARNED * math.sqrt(2 * nats), FALLEN), MOVED)
+        return min(max(EARNED * math.sqrt(2 * nats), SOME), MOVED)
 
     @property
     def is_gamed(self) -> bool:

@@ -83,7 +83,9 @@ PACES = {
     "gamed 0.4": ("gamed reward", lambda t: {"kl_per_token": 0.4 * t, "reward": 0.6 * t}, 64, 3),
     "still": ("standstill", lambda t: {"kl_k3": 1e-7, "kl_per_token": 0.0, "reward": 0.0}, 32, 3),
     "falls by 0.5": ("reward fell", lambda t: {"reward": -0.5 * t}, 64, 3),
-    "falls by 0.2, many answers": ("reward fell", lambda t: {"reward": -0.2 * t}, 1024, 4),
+    "falls by 0.2, many answers": ("reward fell", lambda t: {"reward": -0.2 * t}, 1024, 3),
+    "falls by 0.1, many answers": ("reward fell", lambda t: {"reward": -0.1 * t}, 1024, 3),
+    "falls by 0.35": ("reward fell", lambda t: {"reward": -0.35 * t}, 64, 4),
 }
 # What good runs do.
 GOOD = {
