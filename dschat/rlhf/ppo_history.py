@@ -22,7 +22,7 @@ WATCHED = (
 NO_SPREAD = 1e-6  # relative
 NEGATIVE_KL = 0.01  # nats a token
 FAR, FAR_ANSWER = 0.5, 5.0  # nats a token from the reference; a few words may cost more, not many
-JUMP = 2.0  # nats a token, in one iteration
+JUMP = 1.0  # nats a token, in one iteration
 NEAR, PACE = 0.25, 0.08  # nats a token; by how much they grow in an iteration on the way to `FAR`
 MOVED = 0.5  # of the first iteration's spread of rewards
 CERTAIN = 4.0  # standard errors
@@ -102,7 +102,9 @@ class History(Series):
         """Tell whether the policy got far at once, or without a gain, or is on its way there."""
         nats = [figures.get("kl_per_token", 0.0) for figures in self.recent]
         steps = [later - before for before, later in itertools.pairwise(nats)]
-        if self.is_far and (max(steps, default=0.0) > JUMP or not self.gains(MOVED)):
+        if self._is_beyond(FAR, self.recent[-1]) and max(steps, default=0.0) > JUMP:
+            return True
+        if self.is_far and not self.gains(MOVED):
             return True
         if not self._is_beyond(NEAR, self.recent[-1]) or not self.grows("kl_per_token"):
             return False
