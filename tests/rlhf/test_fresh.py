@@ -108,7 +108,8 @@ def test_ppo_makes_one_pass_of_actor_and_critic_where_one_is_enough(load_roles, 
         torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
     assert statistics[True]["ratio"] == 1.0 and statistics[True]["decode_gap"] < 1e-5
     expected = {n: v for n, v in statistics[False].items() if n != "decode_gap_max"}
-    assert statistics[True] == pytest.approx(expected, abs=1e-5)
+    # 1e-6 is eight units in the last place of fp32: explained variances of -14 round by so much.
+    assert statistics[True] == pytest.approx(expected, abs=1e-5, rel=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
