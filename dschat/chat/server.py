@@ -22,6 +22,7 @@ from dschat.utils.addresses import THIS_MACHINE, may_hear_a_key
 
 QUICK, PATIENCE = 30.0, 600.0  # seconds without a word: for the list of models, for an answer
 LONGEST = 1 << 20  # bytes of an answer in one piece, or of one piece
+MOST = 64 * LONGEST  # bytes of an answer in pieces, each of some hundred
 SHOWN = 5  # names of models in a message
 EVENT = b"data:"
 LAST = {"choices": [{"finish_reason": "stop"}]}  # without text
@@ -104,9 +105,13 @@ class Server:
             if "text/event-stream" not in response.headers.get("Content-Type", ""):
                 yield parse_json(_whole(response))
                 return
+            total = 0
             while line := response.readline(LONGEST):
+                total += len(line)
                 if len(line) == LONGEST:
                     raise self._problem("sends a piece of more than a megabyte")
+                if total > MOST:
+                    raise self._problem("sends an answer without end")
                 if line.startswith(EVENT) and (data := line[len(EVENT) :].strip()):
                     if data == b"[DONE]":
                         yield LAST

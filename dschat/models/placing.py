@@ -101,7 +101,7 @@ def finish(folder: Path) -> bool:
 
 def _place(source: Path, target: Path, names: set[str]) -> None:
     """Move these files from source to target, and remove an older model's from there."""
-    stale = _model_files(target) - names
+    stale = files_of_model(target) - names
     waiting = [name for name in names if (source / name).exists()]
     changed = [name for name in waiting if _differ(source / name, target / name)]
     gone = {*stale, *changed, *ENTRIES} if len(stale) + len(changed) > 1 else stale
@@ -118,13 +118,14 @@ def _place(source: Path, target: Path, names: set[str]) -> None:
 
 def _remove_adapter(folder: Path) -> None:
     """Remove an older model's adapter, its config last; what else lies in the folder stays."""
-    for name in sorted(_model_files(folder), key=lambda name: name in ENTRIES):
+    for name in sorted(files_of_model(folder), key=lambda name: name in ENTRIES):
         (folder / name).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _model_files(folder: Path) -> set[str]:
+def files_of_model(folder: Path) -> set[str]:
+    """Names of the files in a folder that are a model's."""
     return {path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
 
 
@@ -165,7 +166,7 @@ def _brought_back(aside: Path, folder: Path) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any((folder / name).exists() for name in ENTRIES):
-        for name in _model_files(aside):
+        for name in files_of_model(aside):
             (aside / name).unlink()
         if (aside / ADAPTER_FOLDER / CONFIG_FILE).is_file():
             _remove_adapter(aside / ADAPTER_FOLDER)

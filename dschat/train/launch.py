@@ -26,7 +26,7 @@ import psutil
 
 from dschat.errors import UserError
 from dschat.train.signals import CODE_FILE
-from dschat.utils.printable import WINDOW
+from dschat.utils.printable import WINDOW, printable
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Takes a group, then waits for a word; where its other end is gone without one, the group goes too.
@@ -188,7 +188,7 @@ def main() -> None:
     try:
         sys.exit(run(words, log))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}", keep=""), file=sys.stderr)
         sys.exit(2)
 
 

@@ -18,6 +18,7 @@ ROWS = {
     "damage only-checkpoint": "file of the only checkpoint",
     "damage model": "file of the model folder",
     "damage cache": "file of the tokenised data",
+    "damage output": "file that a resumed run appends to",
 }
 EVERY_FILE = "every-file"
 SWEEPS = {

@@ -172,7 +172,7 @@ def damage(case: Case, bench: Bench, verdict: Verdict) -> Workplace:
         if target in ("checkpoint", "cache"):
             verdict.complaints.append(f"refused: {judge.error_lines(outcome)}")
         return place
-    mended = "made again" if target == "cache" else "older one taken"
+    mended = {"cache": "made again", "output": "set aside"}.get(target, "older one taken")
     verdict.result = mended if named else "same results"
     reference = bench.reference(case.layout).results
     differences = judge.finished(place.folder, reference)

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dschat.chat import server
 from dschat.chat.remote import RemoteChatbot
 from dschat.chat.server import LONGEST
 from dschat.config.cli import run_cli
@@ -198,6 +199,16 @@ def test_streams_that_break_off(stub: Stub):
         with pytest.raises(UserError, match=words):
             said(chatbot)
     assert chatbot.turns == []
+
+
+def test_a_stream_without_end(stub: Stub, monkeypatch):
+    """Also where its pieces say nothing, so that nobody sees them."""
+    monkeypatch.setattr(server, "MOST", 2000)
+    for text in ("He", ""):
+        data = events(*[chunk(text)] * 100)
+        stub.answers["chat/completions"] = (200, "text/event-stream", data)
+        with pytest.raises(UserError, match="sends an answer without end"):
+            said(bot(stub))
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(stub: Stub):

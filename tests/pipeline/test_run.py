@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -66,6 +67,23 @@ def test_the_first_that_fails_ends_the_pipeline_with_its_code(code: int, tmp_pat
     assert stop.value.code == code
     told = capfd.readouterr().err
     assert told == ("" if code == 75 else "error: sft failed with exit code 2\n")
+
+
+def test_a_log_that_is_newer_makes_no_stage_finished(tmp_path: Path):
+    """Stopped over an older model: its log goes on after its checkpoint."""
+    one = stage(tmp_path, "", "sft")
+    finish(one, {"perplexity": 2.0}, {"perplexity": 1.0})
+    assert one.is_finished
+    newest = max(path.stat().st_mtime for path in one.folder.iterdir())
+    record = one.folder / "checkpoints/step-000002/state.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    (one.folder / "training.log").write_text("stopped by SIGTERM after step 2")
+    for path, later in ((record, 1), (one.folder / "training.log", 2)):
+        os.utime(path, (newest + later, newest + later))
+    assert not one.is_finished
+    os.utime(one.folder / "config.json", (newest + 3, newest + 3))
+    assert one.is_finished
 
 
 def test_finished_stages_are_skipped_and_told_in_the_table(tmp_path: Path, capsys):
