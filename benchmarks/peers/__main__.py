@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--width", type=int, default=256, help="of the model, in eights")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--updates", type=int, default=1, help="of the policy, a batch of answers")
     parser.add_argument("--model", default="", help="folder of a Llama; with --data")
     parser.add_argument("--data", default="", help="file of prompt, chosen, rejected")
     parser.add_argument(
@@ -191,7 +192,8 @@ def main() -> None:
     for kind in args.tasks:
         for vocabulary in args.vocabularies:
             size = args.steps, args.rounds, args.batch, args.length, args.width, args.layers
-            task = Task(kind, vocabulary, *size, model=args.model, data=args.data)
+            named = {"updates": args.updates, "model": args.model, "data": args.data}
+            task = Task(kind, vocabulary, *size, **named)
             print("\n".join(table(task, args.environments.resolve())), flush=True)
 
 

@@ -40,7 +40,7 @@ def write(folder: Path, task: Task) -> dict[str, Any]:
 
 
 def flags(task: Task, written: dict[str, Any]) -> dict[str, Any]:
-    """Flags of the recipe: one optimizer step an iteration, answers of one length."""
+    """Flags of the recipe: by default one optimizer step an iteration, answers of one length."""
     of_kind: dict[str, Any] = {
         "advantage_estimator": task.kind,
         "answers_per_prompt": ANSWERS,
@@ -63,7 +63,7 @@ def flags(task: Task, written: dict[str, Any]) -> dict[str, Any]:
         "max_prompt_seq_len": task.length,
         "max_answer_seq_len": ANSWER,
         "min_answer_seq_len": ANSWER,
-        "per_device_training_batch_size": task.batch,
+        "per_device_training_batch_size": task.batch // task.updates,
         "max_steps": task.all_steps,
         "actor_lora_dim": RANK,
         "actor_learning_rate": RATE,
@@ -99,14 +99,14 @@ def train(task: Task) -> None:
     """Run the recipe, and wait between turns."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    step, turns, engines = DeepSpeedEngine.step, Turns(task.steps), 1 + (task.kind == "ppo")
-    made = 0
+    step, turns, made = DeepSpeedEngine.step, Turns(task.steps), 0
+    calls = task.updates * (1 + (task.kind == "ppo"))  # a batch's, of all engines
 
     def told(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
         nonlocal made
         step(self, *args, **kwargs)
         made += 1
-        if made % engines == 0:
+        if made % calls == 0:
             turns.step_made()
 
     DeepSpeedEngine.step = told

@@ -41,6 +41,8 @@ class Task:
         batch: sequences a step; pairs count as two, answers to one prompt as `ANSWERS`.
         length: longest sequence, of a prompt alone where answers are sampled.
         width, layers: of the model's trunk.
+        updates: steps of the policy for one batch of answers, each on its share; turns count
+            batches.
         model, data: folder of a Llama, and a file of preferences, in place of random ones.
         output: folder that the trained model is written to, adapters merged, after a whole run
             (`benchmarks.peers.hh`) on data that holds ids of tokens.
@@ -55,6 +57,7 @@ class Task:
     length: int
     width: int = 256
     layers: int = 6
+    updates: int = 1
     model: str = ""
     data: str = ""
     output: str = ""
