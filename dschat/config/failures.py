@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -14,6 +15,7 @@ from dschat.train.metrics import StepBar
 from dschat.utils.files import OF_DISKS, disk_error
 from dschat.utils.waiting import LostRankError
 
+_REFUSED = (errno.EACCES, errno.EPERM)  # of a file or folder, such as a home or a temporary one
 _LESS_MEMORY = (
     "lower the micro-batch (--per_device_train_batch_size; in step 3 --per_device_training_batch_"
     "size and --generation_chunk_size) and raise --gradient_accumulation_steps by the same factor, "
@@ -35,10 +37,12 @@ def line_for(error: BaseException) -> str | None:
             "again with --resume"
         )
     found = disk_error(error)
-    if found is not None and found.errno in OF_DISKS:
+    refused = found is not None and found.errno in _REFUSED and found.filename is not None
+    if found is not None and (refused or found.errno in OF_DISKS):
         path = found.filename or _broken_stream()
         remedies = [last_good(folder) for folder in run_lock.held()]
-        remedy = next(iter(remedies), "free some space, and start again with --resume")
+        first = "let this user have it" if refused else "free some space"
+        remedy = next(iter(remedies), f"{first}, and start again with --resume")
         return f"{place}: {f'{path}: ' if path else ''}{found.strerror}; {remedy}"
     return None
 

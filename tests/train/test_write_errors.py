@@ -1,6 +1,7 @@
 """A disk that takes no more, or a folder that goes: one line, and older checkpoints stay."""
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import multiprocessing
@@ -358,3 +359,12 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(FileNotFoundError):
         run_cli(bug)
+
+
+def test_a_folder_that_this_user_may_not_have_is_one_line():
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/home/x/.cache")
+    line = line_for(error)
+    assert line is not None and line.endswith(
+        ": /home/x/.cache: Permission denied; let this user have it, and start again with --resume"
+    )
+    assert line_for(PermissionError(errno.EPERM, "of no file")) is None
