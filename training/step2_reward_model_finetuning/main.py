@@ -45,6 +45,7 @@ from dschat.train.pair_plot import report_files
 from dschat.train.prepare import plan_model, prepare
 from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.run_context import setup_run
+from dschat.train.saved_scores import check_saved_scores
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum
@@ -116,6 +117,8 @@ def main(settings: RewardSettings | None = None) -> None:
     files = report_files(report, settings.evaluation_flags(ctx.dtype_name), ctx.rank)
     output = settings.run.output_dir
     save_hf_format(engine, ctx.tokenizer, output, ctx, model.save, statistics, files)
+    first = for_evaluation([*data.eval.select(range(min(2, len(data.eval))))])
+    check_saved_scores(engine, output, first, scored)
     log.close()
     settings.run.hub.push(output, ctx.rank)
 
