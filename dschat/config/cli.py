@@ -168,5 +168,6 @@ def _one_line() -> Iterator[None]:
 def _say(line: str, everywhere: bool = False) -> None:
     if everywhere or launched_rank() == 0:
         line = printable(line, keep="")
-        tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # where nothing takes it, the exit code says it
+            tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar
+            sys.stderr.flush()

@@ -26,7 +26,7 @@ import psutil
 
 from dschat.errors import UserError
 from dschat.train.signals import CODE_FILE
-from dschat.utils.printable import WINDOW, printable
+from dschat.utils.printable import WINDOW, last_line, printable
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Takes a group, then waits for a word; where its other end is gone without one, the group goes too.
@@ -167,15 +167,23 @@ def _copied(source: IO[bytes] | None, log: str | Path | None) -> Iterator[None]:
 
 
 def _copy(source: IO[bytes], log: IO[bytes]) -> None:
-    screen = True
-    while data := os.read(source.fileno(), 65536):
-        log.write(data)
-        if screen:
+    """Copy to both while they take it; where neither does, the command meets a closed pipe."""
+    sys.stdout.flush()
+    targets = [sys.stdout.fileno(), log.fileno()]
+    while targets and (data := os.read(source.fileno(), 65536)):
+        for target in [*targets]:
             try:
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
-            except OSError:  # nobody reads any more; the log goes on
-                screen = False
+                _write(target, data)
+            except OSError as error:  # nobody reads any more, or the disk is full
+                targets.remove(target)
+                if target == log.fileno():
+                    last_line(printable(f"{log.name}: {error.strerror}; it ends here", keep=""))
+    source.close()
+
+
+def _write(target: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(target, data) :]
 
 
 def main() -> None:

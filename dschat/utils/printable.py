@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -151,7 +152,8 @@ def guard_terminal() -> None:
 
 
 def last_line(line: str) -> None:
-    """Print a process's last line, below any progress bar."""
+    """Print a process's last line, below any progress bar; nowhere, where nothing takes it."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
     above = "\n" if bars is not None and len(getattr(bars, "_instances", [])) else ""
-    os.write(2, f"{above}{line}\n".encode())
+    with contextlib.suppress(OSError):  # a full disk, a closed pipe: the process has yet to end
+        os.write(2, f"{above}{line}\n".encode())

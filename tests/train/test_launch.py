@@ -73,6 +73,19 @@ def test_output_goes_to_the_screen_and_the_log_and_the_code_comes_back(tmp_path:
     assert process.returncode == 2
 
 
+def test_a_log_on_a_full_disk_holds_nothing_up():
+    """The run would wait for a reader of what it prints; where nobody is left, it is told."""
+    command = ["sh", "-c", "yes | head -c 200000"]
+    process = start(command, "--log", "/dev/full")
+    out, err = process.communicate(timeout=TIME_LIMIT)
+    assert (len(out), process.returncode) == (200000, 0)
+    assert err == "/dev/full: No space left on device; it ends here\n"
+    command = [*LAUNCH, "--log", "/dev/full", "yes"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, env=ENV, stdout=full, stderr=full, timeout=TIME_LIMIT)
+    assert ended.returncode != 0
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_go_to_the_ranks_alone(name: str, tmp_path: Path):
     """The launcher would die of them, and with it their code."""

@@ -39,6 +39,11 @@ def test_before_the_loop_a_signal_ends_at_once(name):
     assert run(IN_A_LIBRARY, signal.Signals[name]) == (75, line)
 
 
+def test_a_signal_ends_it_also_where_nothing_takes_the_line():
+    full = "os.dup2(os.open('/dev/full', os.O_WRONLY), 2); "
+    assert run(full + IN_A_LIBRARY, signal.SIGTERM) == (75, "")
+
+
 def test_other_ranks_are_silent():
     assert run(IN_A_LIBRARY, signal.SIGTERM, rank="1") == (75, "")
 
