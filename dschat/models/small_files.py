@@ -5,6 +5,7 @@ Weights that do not train are compared by content instead, wherever they came fr
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -34,7 +35,7 @@ NAMES = (
     STATISTICS_FILE,
     VALUE_FILE,
 )
-
+TEMPLATES = "additional_chat_templates"  # a folder of more of them, by their names
 
 Digests = dict[str, str | None]  # SHA-256 of a file by its name, or that there is none
 
@@ -54,9 +55,20 @@ def small_file_digests(model_name_or_path: str) -> Digests:
 
 
 def _in_folder(folder: Path) -> Digests:
-    return {n: sha256(folder / n) if (folder / n).is_file() else None for n in NAMES}
+    digests = {n: sha256(folder / n) if (folder / n).is_file() else None for n in NAMES}
+    return digests | {TEMPLATES: _of_templates(folder)}
+
+
+def _of_templates(folder: Path) -> str | None:
+    """Digest the names and contents of a model's further chat templates."""
+    files = sorted(Path(folder, TEMPLATES).glob("*.jinja"))
+    together = "".join(f"{sha256(file)} {file.name}\n" for file in files)
+    return hashlib.sha256(together.encode()).hexdigest() if files else None
 
 
 def _in_cache(repository: str) -> Digests:
     found = {name: try_to_load_from_cache(repository, name) for name in NAMES}
-    return {name: sha256(Path(path)) for name, path in found.items() if isinstance(path, str)}
+    digests = {name: sha256(Path(path)) for name, path in found.items() if isinstance(path, str)}
+    config = found["config.json"]
+    more = _of_templates(Path(config).parent) if isinstance(config, str) else None
+    return digests if more is None else digests | {TEMPLATES: more}

@@ -52,12 +52,10 @@ class Stage:
         """Tell whether it has written its model, and no run of it was stopped after that."""
         from dschat.models.placing import files_of_model
         from dschat.models.save_plan import READY, holds_model
-        from dschat.train.checkpoint_folder import RECORD, checkpoints_in, folder_of
+        from dschat.train.run_end import has_ended
 
         if not holds_model(self.model):
             return False
         # The log of a run that was stopped over an older model is newer than its checkpoint.
         names = files_of_model(self.model) or {READY}
-        written = max((self.model / name).stat().st_mtime for name in names)
-        saved = checkpoints_in(folder_of(self.folder)).values()
-        return all((path / RECORD).stat().st_mtime <= written for path in saved)
+        return has_ended(self.folder, [self.model / name for name in names])

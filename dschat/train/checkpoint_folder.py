@@ -28,6 +28,7 @@ from dschat.utils.files import (
 )
 
 RECORD = "state.json"
+END = "finished"  # a file of the newest checkpoint: the run has written its model after it
 FORMAT = 3  # of the folder; raise it when older checkpoints cannot be resumed any more
 NEWEST = "newest"  # the value of --resume without one
 _NAME = re.compile(r"step-(\d{6,})")
@@ -151,7 +152,7 @@ def names_in(folder: Path) -> list[str]:
 
 def write_record(folder: Path, record: dict[str, Any], digests: Mapping[str, str]) -> None:
     """Write the record with the digest of every file beside it, and its own."""
-    record = {"format": FORMAT, **record, "files": dict(digests)}
+    record = {"format": FORMAT, "end": END, **record, "files": dict(digests)}
     record["digest"] = _digest_of(record)
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")

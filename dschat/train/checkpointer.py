@@ -18,7 +18,7 @@ from torch import nn
 from dschat.errors import UserError
 from dschat.report.records import METRICS
 from dschat.settings import flag_values
-from dschat.train import checkpoint_folder, phases, signals
+from dschat.train import checkpoint_folder, phases, run_end, signals
 from dschat.train.checkpoint_config import CheckpointConfig
 from dschat.train.checkpoint_source import Checkpoint, Position, find_checkpoint
 from dschat.train.checkpoint_write import Contents, Stateful, write_checkpoint
@@ -192,6 +192,11 @@ class Checkpointer:
         }
         contents, limit = Contents(self.engines, states, record), self.config.save_total_limit
         write_checkpoint(self.output_dir, position.step, contents, limit, self.distributed)
+
+    def mark_end(self) -> None:
+        """Note that the run's model is written; a pipeline passes over what has ended."""
+        if self.distributed.is_main:
+            run_end.mark_end(self.output_dir)
 
     def _file(self, name: str, other: Stateful) -> str:
         rank = f"-rank-{self.distributed.rank:04d}" if other.per_rank else ""

@@ -131,7 +131,15 @@ def step_of_start(text: str) -> None:
         print(text, flush=True)
 
 
-NOISY = ("transformers", "datasets", "bitsandbytes", "huggingface_hub", "torch", "accelerate")
+NOISY = (
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "huggingface_hub",
+    "torch",
+    "accelerate",
+    "matplotlib",
+)
 
 
 def guard_terminal() -> None:

@@ -14,6 +14,8 @@ from dschat.pipeline import __main__ as program
 from dschat.pipeline.closing import close
 from dschat.pipeline.run import run_stage, unfinished
 from dschat.pipeline.stage import Stage
+from dschat.train.checkpoint_folder import write_record
+from dschat.train.run_end import mark_end
 from dschat.utils.printable import WINDOW
 from tests.helpers.steps import preference_rows, write_rows
 from tests.helpers.tiny import save_llama_folder
@@ -83,6 +85,20 @@ def test_a_log_that_is_newer_makes_no_stage_finished(tmp_path: Path):
         os.utime(path, (newest + later, newest + later))
     assert not one.is_finished
     os.utime(one.folder / "config.json", (newest + 3, newest + 3))
+    assert one.is_finished
+
+
+@pytest.mark.parametrize("backward", [-3600, 3600])
+def test_a_clock_that_jumps_finishes_no_stage_and_none_again(backward: int, tmp_path: Path):
+    one = stage(tmp_path, "", "sft")
+    finish(one, {"perplexity": 1.0})
+    checkpoint = one.folder / "checkpoints/step-000002"
+    checkpoint.mkdir(parents=True)
+    write_record(checkpoint, {}, {})
+    time = (one.folder / "config.json").stat().st_mtime + backward
+    os.utime(checkpoint / "state.json", (time, time))
+    assert not one.is_finished
+    mark_end(one.folder)
     assert one.is_finished
 
 

@@ -106,6 +106,7 @@ def main(settings: DPOSettings | None = None) -> None:
 
     # 4. a model folder that transformers loads
     save_hf_format(engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save)
+    run.checkpointer.mark_end()
     log.close()
     settings.run.hub.push(settings.run.output_dir, ctx.rank)
 

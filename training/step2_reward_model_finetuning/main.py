@@ -119,6 +119,7 @@ def main(settings: RewardSettings | None = None) -> None:
     save_hf_format(engine, ctx.tokenizer, output, ctx, model.save, statistics, files)
     first = for_evaluation([*data.eval.select(range(min(2, len(data.eval))))])
     check_saved_scores(engine, output, first, scored)
+    run.checkpointer.mark_end()
     log.close()
     settings.run.hub.push(output, ctx.rank)
 

@@ -102,6 +102,7 @@ def main(settings: RLHFSettings | None = None) -> None:
     # 4. model folders that transformers loads
     output = Path(settings.run.output_dir)
     run.save(output)
+    run.checkpointer.mark_end()
     log.close()
     settings.run.hub.push(output / "actor", ctx.rank)
 
