@@ -55,7 +55,7 @@ def small_file_digests(model_name_or_path: str) -> Digests:
 
 
 def _in_folder(folder: Path) -> Digests:
-    digests = {n: sha256(folder / n) if (folder / n).is_file() else None for n in NAMES}
+    digests: Digests = {n: sha256(folder / n) if (folder / n).is_file() else None for n in NAMES}
     return digests | {TEMPLATES: _of_templates(folder)}
 
 
@@ -68,7 +68,7 @@ def _of_templates(folder: Path) -> str | None:
 
 def _in_cache(repository: str) -> Digests:
     found = {name: try_to_load_from_cache(repository, name) for name in NAMES}
-    digests = {name: sha256(Path(path)) for name, path in found.items() if isinstance(path, str)}
-    config = found["config.json"]
-    more = _of_templates(Path(config).parent) if isinstance(config, str) else None
+    paths = {name: path for name, path in found.items() if isinstance(path, str)}
+    digests: Digests = {name: sha256(Path(path)) for name, path in paths.items()}
+    more = _of_templates(Path(paths["config.json"]).parent) if "config.json" in paths else None
     return digests if more is None else digests | {TEMPLATES: more}

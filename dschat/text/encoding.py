@@ -1,13 +1,14 @@
 """Texts to token ids, prompt and answer split exactly; truncation; fingerprints of tokenizers."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.errors import UserError
+from dschat.errors import UserError, brief
 from dschat.text.formats import choose_format
 from dschat.text.ordinary import MARK, encode_marked, without_marks
 
@@ -27,18 +28,34 @@ def encode(
     plain = [text for text in texts if MARK not in text]
     marked = [text for text in texts if MARK in text]
     ids: list[list[int]] = []
-    if plain:
-        ids = tokenizer(
-            plain,
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # longer than model_max_length is normal: rows are truncated later
-        )["input_ids"]
-    if not marked:
-        return ids
-    of_plain, of_marked = iter(ids), iter(encode_marked(tokenizer, marked, special))
+    with _panics_named(tokenizer):
+        if plain:
+            ids = tokenizer(
+                plain,
+                add_special_tokens=special,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # longer than model_max_length is normal: rows are truncated later
+            )["input_ids"]
+        if not marked:
+            return ids
+        of_marked = iter(encode_marked(tokenizer, marked, special))
+    of_plain = iter(ids)
     return [next(of_marked if MARK in text else of_plain) for text in texts]
+
+
+@contextlib.contextmanager
+def _panics_named(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Make one line of a pattern that gives up, as one that backtracks without end does."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and no `Exception`
+            raise
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r}: gives up on a text ({brief(error)}); look at "
+            "the patterns of its normalizer and pre_tokenizer in tokenizer.json"
+        ) from error
 
 
 def decode(

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from tokenizers import normalizers, processors
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dschat.errors import UserError
 from dschat.text import tokenizer as module
@@ -194,3 +194,17 @@ def test_fingerprint_sees_the_vocabulary_not_the_last_call(byte_tokenizer):
     assert tokenizer_fingerprint(byte_tokenizer) == before
     byte_tokenizer.pad_token = "<eos>"
     assert tokenizer_fingerprint(byte_tokenizer) != before
+
+
+@pytest.mark.parametrize("place", ["normalizer", "pre_tokenizer"])
+def test_a_pattern_that_gives_up_is_one_line(place: str):
+    """Rust panics there, which no `except Exception` sees."""
+    inner = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    endless = Regex("(a+)+$")
+    if place == "normalizer":
+        inner.normalizer = normalizers.Replace(endless, "x")
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Split(endless, "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, name_or_path="base")
+    with pytest.raises(UserError, match="^tokenizer 'base': gives up on a text .*retry-limit"):
+        encode(tokenizer, ["a" * 40 + "b"])
