@@ -206,5 +206,5 @@ def test_a_pattern_that_gives_up_is_one_line(place: str):
     else:
         inner.pre_tokenizer = pre_tokenizers.Split(endless, "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, name_or_path="base")
-    with pytest.raises(UserError, match="^tokenizer 'base': gives up on a text .*retry-limit"):
+    with pytest.raises(UserError, match=r"^tokenizer 'base': gives up on a text .*retry-limit"):
         encode(tokenizer, ["a" * 40 + "b"])
