@@ -8,7 +8,7 @@ from typing import Any
 from dschat.errors import UserError, brief
 from dschat.models.placing import MODEL_FILES, PART
 from dschat.models.reward_statistics import EVALUATION_FILE
-from dschat.models.save_plan import READY
+from dschat.models.save_plan import READY, TEMPLATES
 from dschat.utils.module.adapter_config import CONFIG_FILE, read_config
 
 PAGES = ("README.md", "training_curve.png")  # the model card and its picture
@@ -91,7 +91,7 @@ def push(
         url = api.create_repo(repository, private=not public, exist_ok=True)
         is_public = not api.repo_info(repository).private
         if is_public == public:
-            files = [*MODEL_FILES, *PAGES]
+            files = [*MODEL_FILES, f"{TEMPLATES}/*.jinja", *PAGES]
             message = "Model trained with dschat"
             api.upload_folder(
                 repo_id=repository,

@@ -24,7 +24,7 @@ from pathlib import Path
 from dschat.models.reward_note import NOTE_FILE
 from dschat.models.reward_statistics import EVALUATION_FILE, VALUE_FILE
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
-from dschat.models.save_plan import ADAPTER_FOLDER, ENTRIES, LIST, READY
+from dschat.models.save_plan import ADAPTER_FOLDER, ENTRIES, LIST, READY, TEMPLATES
 from dschat.utils.files import make_folder, remove, size_of, sync, sync_tree
 from dschat.utils.module.adapter_config import CONFIG_FILE
 
@@ -93,6 +93,8 @@ def finish(folder: Path) -> bool:
             _place(ready / ADAPTER_FOLDER, folder / ADAPTER_FOLDER, inner)
         elif (folder / ADAPTER_FOLDER / CONFIG_FILE).is_file():
             _remove_adapter(folder / ADAPTER_FOLDER)
+        templates = {path.name for path in names if path.parts[0] == TEMPLATES}
+        _place_templates(ready / TEMPLATES, folder / TEMPLATES, templates)
         _place(ready, folder, {path.name for path in names if path.parent.name == ""})
         (ready / LIST).unlink()
     shutil.rmtree(ready)
@@ -114,6 +116,23 @@ def _place(source: Path, target: Path, names: set[str]) -> None:
             sync(target)
         (source / name).rename(target / name)
     sync(target)
+
+
+def _place_templates(source: Path, target: Path, names: set[str]) -> None:
+    """Move a model's further chat templates from source to target, and remove an older model's."""
+    if target.is_symlink():  # nothing is written through it
+        target.unlink()
+    for stale in {path.name for path in target.glob("*.jinja")} - names:
+        (target / stale).unlink()
+    waiting = sorted(name for name in names if (source / name).exists())
+    if waiting:
+        make_folder(target)
+    for name in waiting:
+        (source / name).rename(target / name)
+    if target.is_dir():
+        sync(target)
+        if not any(target.iterdir()):
+            target.rmdir()
 
 
 def _remove_adapter(folder: Path) -> None:

@@ -16,6 +16,7 @@ from dschat.utils.module.model_source import ModelSource, place_of, resolve_mode
 
 ADAPTER_FOLDER = "adapter"  # inside a merged model's folder
 ENTRIES = ("config.json", CONFIG_FILE)  # by which readers recognise a model, or an adapter
+TEMPLATES = "additional_chat_templates"  # a folder of more of them, by their names
 READY, LIST = ".model.new", "files.json"  # a new model that is to be put in place; its files
 
 

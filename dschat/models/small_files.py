@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from dschat.models.reward_statistics import FILE as STATISTICS_FILE
 from dschat.models.reward_statistics import VALUE_FILE
+from dschat.models.save_plan import TEMPLATES
 from dschat.utils.files import sha256
 from dschat.utils.module.adapter_config import CONFIG_FILE
 from dschat.utils.module.model_source import resolve_model
@@ -35,8 +36,6 @@ NAMES = (
     STATISTICS_FILE,
     VALUE_FILE,
 )
-TEMPLATES = "additional_chat_templates"  # a folder of more of them, by their names
-
 Digests = dict[str, str | None]  # SHA-256 of a file by its name, or that there is none
 
 

@@ -10,7 +10,7 @@ import pytest
 from dschat.models import placing
 from dschat.models.placing import begin, commit, drop, repair
 from dschat.models.save import check_output_dir
-from dschat.models.save_plan import holds_model
+from dschat.models.save_plan import TEMPLATES, holds_model
 from dschat.utils.files import make_folder
 from tests.helpers.tiers import tiers
 
@@ -160,6 +160,24 @@ def test_what_is_not_the_models_is_not_touched(tmp_path: Path):
     place(out, ONE)
     assert nodes == {name: (out / name).stat().st_ino for name in nodes}
     assert read(out) == {**ONE, **USERS}
+
+
+@pytest.mark.parametrize("last", range(8, 24))
+def test_further_chat_templates_are_the_models(tmp_path: Path, last: int):
+    """They go with an older model, and those of the new one are there also after a kill."""
+    templates = {f"{TEMPLATES}/{name}.jinja": name for name in ("rag", "tool_use")}
+    place(tmp_path, {**ONE, f"{TEMPLATES}/old.jinja": "old"})
+    write(tmp_path, USERS)
+    with pytest.MonkeyPatch.context() as patch:
+        arm(patch, tmp_path, {**AGAIN, **templates}, last)
+    repair(tmp_path)
+    found = read(tmp_path)
+    old = {**ONE, f"{TEMPLATES}/old.jinja": "old"}
+    assert found in ({**old, **USERS}, {**AGAIN, **templates, **USERS})
+    place(tmp_path, {**AGAIN, **templates})
+    assert read(tmp_path) == {**AGAIN, **templates, **USERS}
+    place(tmp_path, ONE)
+    assert read(tmp_path) == {**ONE, **USERS} and not (tmp_path / TEMPLATES).exists()
 
 
 def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch):
