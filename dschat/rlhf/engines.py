@@ -13,13 +13,13 @@ from dschat.rlhf.gathered_rollout import GatheredRollout
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.rlhf.rollout_engine import RolloutEngine, TransformersRollout
 from dschat.rlhf.run_settings import PPORunSettings
-from dschat.rlhf.static_model import StaticModel
+from dschat.rlhf.static_model import IN_SHARDS, StaticModel
 from dschat.rlhf.static_proof import disproof
 from dschat.rlhf.static_rollout import StaticRollout
 from dschat.rlhf.vllm_setup import vllm_rollout
 from dschat.utils.distributed import Distributed, print_rank_0
 from dschat.utils.module.lora import fused_bytes
-from dschat.utils.zero import gathered_whole
+from dschat.utils.zero import gathered_whole, is_partitioned
 
 # Adapters are fused unasked where this takes less than an update of the model does, and where
 # fused weights are no other policy: in fp32.
@@ -51,9 +51,12 @@ def choose_engine(
         plain = GatheredRollout(TransformersRollout(unwrap(actor), tokenizer), actor)
     if asked == "generate":
         return plain
-    static = StaticModel(unwrap(actor))
-    with gathered_whole(actor) if is_whole else contextlib.nullcontext():
-        reason = disproof(static, settings.max_seq_len)
+    static, reason = StaticModel(unwrap(actor)), None
+    if not is_whole and any(map(is_partitioned, static.model.parameters())):
+        reason = IN_SHARDS  # though a pass may just have left them whole
+    if reason is None:
+        with gathered_whole(actor) if is_whole else contextlib.nullcontext():
+            reason = disproof(static, settings.max_seq_len)
     if reason is not None:
         if asked == "static":
             raise UserError(

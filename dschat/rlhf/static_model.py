@@ -23,6 +23,8 @@ from dschat.utils.zero import full_shape
 
 Step = Callable[..., torch.Tensor]
 
+IN_SHARDS = "ZeRO-3 holds its weights in shards; gather_for_rollouts makes them whole meanwhile"
+
 
 def obstacle(model: nn.Module) -> str | None:
     """Say why a static cache cannot serve this model; None: it may, if it passes the proof."""
@@ -37,7 +39,7 @@ def obstacle(model: nn.Module) -> str | None:
     if len({*windows} - {None}) > 1:
         return "its layers have windows of several sizes"
     if any(p.shape != full_shape(p) for p in model.parameters()):
-        return "ZeRO-3 holds its weights in shards; gather_for_rollouts makes them whole meanwhile"
+        return IN_SHARDS
     return None
 
 

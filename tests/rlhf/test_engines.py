@@ -8,6 +8,7 @@ from dschat.rlhf import engines
 from dschat.rlhf.engines import choose_engine
 from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.rlhf.static_rollout import StaticRollout
+from dschat.utils.zero import full_shape
 from tests.helpers.adapters import ALONE
 from tests.rlhf.tiny_roles import LORA, Setting
 
@@ -52,6 +53,15 @@ def test_a_model_that_fails_the_proof_is_generated_by_transformers(load_roles, m
     assert capsys.readouterr().out == said
     with pytest.raises(UserError, match="rollout_engine static: it takes no position_ids; use"):
         choose_engine(settings(rollout_engine="static"), roles, roles.tokenizer, ALONE)
+
+
+def test_shards_that_a_pass_has_just_left_whole_are_shards(load_roles, capsys):
+    """Small weights stay on every rank after a pass, until the next update lets them go."""
+    roles = load_roles(Setting(lora=LORA, zero_stage=3))
+    assert all(p.shape == full_shape(p) for p in roles.actor.module.parameters())
+    capsys.readouterr()
+    assert isinstance(choose_engine(settings(), roles, roles.tokenizer, ALONE), TransformersRollout)
+    assert "no static cache: ZeRO-3 holds its weights in shards" in capsys.readouterr().out
 
 
 def test_generate_is_as_before(load_roles, capsys):

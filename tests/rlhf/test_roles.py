@@ -1,7 +1,7 @@
 """Which roles are there, where their weights come from, and where they live."""
 
 import contextlib
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,7 +150,7 @@ def on_two_ranks(folders, distributed, tmp_path_factory) -> tuple[Folders, Exper
     out = tmp_path_factory.mktemp("two")
     one_base, setting = save_one_base(out / "base"), one_trunk(0, micro_batch=4)
     e = rollout(ppo_trainer(setting.load(one_base, distributed), setting))
-    torch.save({f.name: getattr(e, f.name) for f in fields(e)}, out / "rollout.pt")
+    torch.save(e.__getstate__(), out / "rollout.pt")
     places = [folders["llama"].actor.parent, one_base.actor.parent, out / "rollout.pt", out]
     worker = Path(__file__).with_name("roles_worker.py")
     run_ranks(worker, 2, [str(place) for place in places], log_dir=out)
