@@ -48,7 +48,7 @@ def check_saved_scores(
         return
     expected = torch.cat([scored.chosen[:count], scored.rejected[:count]])
     spread = torch.cat([scored.chosen, scored.rejected]).std().item()
-    of_spread, of_size = ROUNDING[next(module.parameters()).dtype]
+    of_spread, of_size = ROUNDING[module.v_head.weight.dtype]
     allowed = of_spread * spread + of_size * (1 + expected.abs().max().item())
 
     def check() -> str:
@@ -83,8 +83,7 @@ def _read_back(folder: Path, module: RewardModel, pairs: PairBatch) -> torch.Ten
     mask = pairs.attention_mask.cpu()
     if form.has_head and (folder / "config.json").is_file():
         return _by_transformers(folder, form, ids, mask)
-    dtype = next(module.parameters()).dtype
-    reader = create_critic_model(str(folder), tokenizer, dtype).eval()
+    reader = create_critic_model(str(folder), tokenizer, module.v_head.weight.dtype).eval()
     return scores_at_end(reader(ids, mask), mask).double()
 
 
