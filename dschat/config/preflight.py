@@ -7,12 +7,16 @@ find in the cache; no weights are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.data.datasets import PromptData
+from dschat.errors import UserError
 from dschat.models.config import Build, build_causal_lm, load_config, on_meta
 from dschat.models.reward_model import RewardModel
 from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
@@ -23,13 +27,18 @@ from dschat.train.adapter_ranks import adapted_shapes, fitting_dim
 from dschat.train.disk import Written
 from dschat.train.model_config import ModelConfig
 from dschat.train.prepare import plan_model
-from dschat.train.run_context import setup_run
+from dschat.train.run_context import RunContext, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
 
 # Optimizer steps that a critic takes to fit its values at the scripts' rates, and how much faster a
 # short run lets it learn at most: as fast as step 2 taught the same trunk (docs/ppo/update.md).
 STEPS_OF_A_CRITIC, MOST_HASTE = 360, 10
+
+# Answers of an evaluation by which a gain of a third of the rewards' spread shows: the standard error
+# of a difference is an eighth of it.
+ANSWERS_TO_JUDGE = 128
+MULTIPLE = 8  # of tokens, of an answer's limit
 
 OneModelSettings = SFTSettings | RewardSettings | DPOSettings
 OF_ONE_MODEL: dict[str, type[OneModelSettings]] = {
@@ -156,8 +165,13 @@ def _look_at_ppo(
         plan = plan_training(ctx, settings, names)
     else:
         plan = plan_roles(ctx, settings).training
+    if reward is not None and "max_answer_seq_len" not in fixed:
+        settings, more = _as_long_as_seen(ctx, settings)
+        flags |= more
     lengths = settings.max_seq_len, settings.max_prompt_seq_len
     data = ctx.load_data(settings.data, settings.PHASE, *lengths, later=plan.later)
+    if (answers := math.ceil(ANSWERS_TO_JUDGE / len(data.eval))) > settings.ppo.eval_answers_per_prompt:
+        flags["eval_answers_per_prompt"] = answers
     batch_size = settings.ppo.per_device_generation_batch_size
     batches = ctx.loader(data.train, list, batch_size, shuffle=True).batches_in(0)
     length = settings.length(settings.iterations(batches), batches)
@@ -165,6 +179,27 @@ def _look_at_ppo(
         factor = _factor(critic, widths["critic_"]) * _haste(_fitted(length, fixed).steps)
         flags |= {f"critic_{name}": rate for name, rate in _scaled_rates(given, factor).items()}
     return _ahead(actor, data, length, plan.written, flags, fixed)
+
+
+def _as_long_as_seen(
+    ctx: RunContext, settings: RLHFSettings
+) -> tuple[RLHFSettings, dict[str, int | float]]:
+    """Lower the limit of answers to the longest of the pairs that teach the reward model.
+
+    Beyond it a score is a guess, and a policy that seldom ends its answers would get no other.
+    """
+    try:
+        pairs = ctx.load_data(settings.data, RewardSettings.PHASE, settings.max_seq_len).train
+    except UserError:
+        return settings, {}  # prompts alone
+    answers = np.subtract(pairs["length"], pairs["prompt_len"])
+    longest = MULTIPLE * math.ceil(answers.max() / MULTIPLE)
+    sampling = settings.ppo.sampling
+    if longest >= sampling.max_answer_seq_len:
+        return settings, {}
+    sampling = replace(sampling, max_answer_seq_len=longest)
+    settings = replace(settings, ppo=replace(settings.ppo, sampling=sampling))
+    return settings, {"max_answer_seq_len": longest}
 
 
 def _haste(steps: int) -> float:

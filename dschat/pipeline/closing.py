@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dschat.pipeline.stage import Stage
 
 # The figure of an evaluation by which a kind of stage is told.
 FIGURES = {"sft": "perplexity", "reward": "accuracy", "dpo": "accuracy", "ppo": "reward"}
+NORMAL_95 = 1.96  # standard errors on each side of a mean that make a 95 % interval
 EMBEDDED = {"sft", "reward", "ppo"}  # stages that the embedded default's own report is about
 
 
@@ -32,7 +34,7 @@ def close(
         by_step = {1: took["sft"], 2: took["reward"], 3: took["ppo"]}
         print_report(output_dir, by_step, seed)
         return
-    print("\n" + "\n".join(table(stages, seconds)))
+    print("\n" + "\n".join([*table(stages, seconds), *changes(stages)]))
     print(f"everything is in {output_dir}")
     talks = [stage.model for stage in stages if stage.kind != "reward" and stage.is_finished]
     if talks:
@@ -52,6 +54,34 @@ def table(stages: Sequence[Stage], seconds: Mapping[str, float]) -> Iterator[str
     for name, figure, *cells in rows:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True))
         yield "  ".join([name.ljust(widths[0]), figure.ljust(widths[1]), *padded])
+
+
+def changes(stages: Sequence[Stage]) -> Iterator[str]:
+    """Yield a line for each stage whose figure has an error: what it changed by, and if by chance.
+
+    The interval is Newcombe's (1998, method 10) for the difference of two figures with intervals of
+    their own; as both are of the same rows, it is rather too wide.
+    """
+    for stage in stages:
+        figure = FIGURES[stage.kind]
+        ends = [record for record in evaluations(stage.folder) if figure in record]
+        if len(ends) < 2 or None in (found := [_interval(ends[i], figure) for i in (0, -1)]):
+            continue
+        (low, value, high), (new_low, new, new_high) = found
+        change = new - value
+        least = change - math.hypot(new - new_low, high - value)
+        most = change + math.hypot(new_high - new, value - low)
+        told = f"{figure} by {change:+.3f} (95 % interval {least:+.3f} to {most:+.3f})"
+        yield f"{stage.name}: {told}" + (", within noise" if least <= 0 <= most else "")
+
+
+def _interval(record: Mapping[str, float], figure: str) -> tuple[float, float, float] | None:
+    """Lower end, value and upper end of a figure; None where nothing tells its error."""
+    value, error = record[figure], record.get(f"{figure}_error")
+    if error is not None:
+        return value - NORMAL_95 * error, value, value + NORMAL_95 * error
+    low, high = record.get(f"{figure}_low"), record.get(f"{figure}_high")
+    return None if low is None or high is None else (low, value, high)
 
 
 def evaluations(folder: Path) -> list[dict]:

@@ -24,6 +24,9 @@ class PPOConfig(Settings):
     )
     generation_batches: int = setting(1, "rollouts between updates", at_least=1)
     answers_per_prompt: int = setting(1, "answers sampled for each prompt", at_least=1)
+    eval_answers_per_prompt: int = setting(
+        1, "answers sampled for each held-out prompt in an evaluation", at_least=1
+    )
     generation_chunk_size: int = setting(
         0,
         "answers that a device generates at a time, of prompts of like length; "

@@ -171,14 +171,18 @@ class DeepSpeedPPOTrainer:
         return resampled(rollouts, self.spare, self.rollout, self.config, pad)
 
     def evaluate(self, batches: Iterable[PromptBatch]) -> dict[str, float]:
-        """Statistics of one answer to each held-out prompt by the present policy; no update."""
+        """Statistics of answers to held-out prompts by the present policy; no update."""
         return self.evaluated(batches)[0]
 
     def evaluated(
         self, batches: Iterable[PromptBatch]
     ) -> tuple[dict[str, float], list[Experience]]:
-        """Evaluate; return the answers beside their statistics."""
-        rollouts = self.rollout(list(batches), answers_per_prompt=1)
+        """Evaluate; return the answers beside their statistics.
+
+        Each round takes one answer to every prompt, and with it the memory that one takes.
+        """
+        prompts, rounds = list(batches), range(self.config.eval_answers_per_prompt)
+        rollouts = [e for _ in rounds for e in self.rollout(prompts, answers_per_prompt=1)]
         return self.earned(rollouts), rollouts
 
     def earned(self, experiences: list[Experience]) -> dict[str, float]:
