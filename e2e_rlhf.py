@@ -11,7 +11,8 @@ output folder and go through the ordinary scripts.
 
 1. `commands`: the steps' shell scripts and their arguments
 2. `check`: settings, models, rows, folders and disk of every step; where the rows are few,
-   accumulation, epochs and warm-up that suit them; rates that suit the models' widths
+   accumulation, epochs and warm-up that suit them; answers no longer than the pairs', several to
+   a held-out prompt; rates that suit the models' widths
 3. `run_all`: one after the other, up to the first that fails
 
 It does not train: the scripts do. `dschat run FILE` does the same for stages that a file describes.

@@ -10,6 +10,7 @@ from dschat.errors import UserError
 from dschat.models.attention import is_flash
 from dschat.models.causal_lm import eval_mode, takes_argument, unwrap
 from dschat.models.config import build_causal_lm, load_config
+from dschat.utils.flops import layer_configs
 
 MASKED = ("sdpa", "eager")  # attention that takes a mask of its own for each query
 # Layers of other kinds carry a state from each token to the next, which no mask interrupts.
@@ -108,9 +109,10 @@ def obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> s
     if others:
         return f"has layers of {', '.join(sorted(others))}, whose state runs on from row to row"
     for name in ("sliding_window", "attention_chunk_size"):
-        reach = getattr(config, name, None)
+        reaches = [getattr(of_layer, name, None) for of_layer in layer_configs(config)]
+        reach = min((r for r in reaches if isinstance(r, int)), default=max_seq_len)
         in_use = name != "sliding_window" or getattr(config, "use_sliding_window", True)
-        if isinstance(reach, int) and in_use and reach < max_seq_len:
+        if in_use and reach < max_seq_len:
             return (
                 f"has {name} {reach}, which a mask between packed sequences would replace: "
                 f"it must reach over max_seq_len {max_seq_len}"

@@ -65,9 +65,10 @@ def changes(stages: Sequence[Stage]) -> Iterator[str]:
     for stage in stages:
         figure = FIGURES[stage.kind]
         ends = [record for record in evaluations(stage.folder) if figure in record]
-        if len(ends) < 2 or None in (found := [_interval(ends[i], figure) for i in (0, -1)]):
+        before, after = (_interval(ends[i], figure) for i in (0, -1)) if ends else (None, None)
+        if len(ends) < 2 or before is None or after is None:
             continue
-        (low, value, high), (new_low, new, new_high) = found
+        (low, value, high), (new_low, new, new_high) = before, after
         change = new - value
         least = change - math.hypot(new - new_low, high - value)
         most = change + math.hypot(new_high - new, value - low)

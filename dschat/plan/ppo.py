@@ -28,6 +28,7 @@ from dschat.rlhf.role_setup import FrozenConfig, RoleConfig
 from dschat.rlhf.static_rollout import LATE
 from dschat.train.engine import torch_dtype
 from dschat.train.model_config import ModelConfig
+from dschat.utils.flops import layer_configs
 
 SAMPLER_COPIES = 6  # (rows, vocabulary) in fp32, of one decoding step
 
@@ -93,9 +94,12 @@ def _with_start(states: States) -> States:
 
 def cache_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one token in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+    numbers = 0
+    for of_layer in layer_configs(config):
+        heads = of_layer.num_attention_heads
+        size = getattr(of_layer, "head_dim", None) or of_layer.hidden_size // heads
+        numbers += 2 * (getattr(of_layer, "num_key_value_heads", None) or heads) * size
+    return numbers * dtype.itemsize
 
 
 def _generation(settings: RLHFSettings, actor: Role) -> tuple[Phase, ...]:

@@ -112,7 +112,7 @@ class Matrices:
         trunk: all but the head's, frozen or not. adapters: LoRA's A and B. head: the output head,
             tied or not (the lookup of an embedding costs nothing).
         trained: those of the three above that train.
-        attention: layers · heads · head_dim, which every pair of positions multiplies twice.
+        attention: heads · head_dim of all layers, which every pair of positions multiplies twice.
         mixture: of experts, so that several tokens meet more than one does.
     """
 
@@ -151,13 +151,23 @@ class Matrices:
                 if multiplies or (of_layer and leaf == "weight"):
                     sizes["adapters" if is_adapter else kind] += size
                     trained += size if is_adapter or parameter.requires_grad else 0
-        layers, hidden, _ = get_hf_configs(hf_config)
-        heads = _size(hf_config, "num_attention_heads", "n_head", "num_heads", default=0)
-        if heads == 0:
-            return None
-        head_dim = _size(hf_config, "head_dim", default=hidden // heads)
-        attention = layers * heads * head_dim
+        _, hidden, _ = get_hf_configs(hf_config)
+        attention = 0
+        for of_layer in layer_configs(hf_config):
+            heads = _size(of_layer, "num_attention_heads", "n_head", "num_heads", default=0)
+            if heads == 0:
+                return None
+            attention += heads * _size(of_layer, "head_dim", default=hidden // heads)
         return cls(**sizes, trained=trained, attention=attention, mixture=mixture)
+
+
+def layer_configs(hf_config: Any) -> list[Any]:
+    """Return the text config as each layer has it: heads may differ among them (Gemma 4)."""
+    if hasattr(hf_config, "get_text_config"):
+        hf_config = hf_config.get_text_config()
+    if getattr(hf_config, "is_heterogeneous", False):
+        return list(hf_config.per_layer_config[:])
+    return [hf_config] * _size(hf_config, "num_hidden_layers", "n_layer", "num_layers")
 
 
 def causal_pairs(length: float) -> float:

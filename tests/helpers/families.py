@@ -12,7 +12,7 @@ from tests.helpers import tiny
 
 _GEMMA4 = {
     "head_dim": 8,
-    "global_head_dim": 8,
+    "global_head_dim": 16,  # layers differ in their heads, as in the real ones
     "vocab_size_per_layer_input": tiny.VOCABULARY,
     "hidden_size_per_layer_input": 8,
 }

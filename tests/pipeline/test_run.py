@@ -11,7 +11,7 @@ import pytest
 
 from dschat.errors import UserError
 from dschat.pipeline import __main__ as program
-from dschat.pipeline.closing import close
+from dschat.pipeline.closing import changes, close
 from dschat.pipeline.run import run_stage, unfinished
 from dschat.pipeline.stage import Stage
 from dschat.train.checkpoint_folder import write_record
@@ -118,6 +118,22 @@ def test_finished_stages_are_skipped_and_told_in_the_table(tmp_path: Path, capsy
         "ppo     reward       -4.450  -0.220       62",
         f"everything is in {tmp_path}",
         f"chat with it: dschat chat {tmp_path / 'ppo' / 'actor'}",
+    ]
+
+
+def test_a_change_within_noise_is_said(tmp_path: Path):
+    """Of a share by its interval, of a mean by its error; of a figure without either nothing."""
+    stages = [stage(tmp_path, "", kind) for kind in ("sft", "reward", "ppo")]
+    finish(stages[0], {"perplexity": 9.0}, {"perplexity": 8.0})
+    before, after = (
+        {"accuracy": share, "accuracy_low": low, "accuracy_high": high}
+        for share, low, high in ((0.43, 0.27, 0.61), (0.90, 0.74, 0.97))
+    )
+    finish(stages[1], before, after)
+    finish(stages[2], *({"reward": mean, "reward_error": 0.13} for mean in (-0.09, 0.5, 0.0)))
+    assert list(changes(stages)) == [
+        "reward: accuracy by +0.470 (95 % interval +0.229 to +0.645)",
+        "ppo: reward by +0.090 (95 % interval -0.270 to +0.450), within noise",
     ]
 
 

@@ -323,13 +323,22 @@ def test_an_experience_does_not_depend_on_the_chunks(load_roles, chunk):
     assert experiences[0].generation_steps > 0 == experiences[1].generation_steps
 
 
-def test_an_evaluation_takes_one_answer_to_a_prompt(load_roles):
-    trainer = ppo_trainer(load_roles(Setting()), Setting(), answers_per_prompt=3)
+@pytest.mark.parametrize("answers", [1, 3])
+def test_an_evaluation_takes_its_own_number_of_answers_to_a_prompt(load_roles, answers: int):
+    """One by default; more in rounds of one, in which answers to a prompt go together."""
+    changes = {"eval_answers_per_prompt": 3} if answers > 1 else {}
+    trainer = ppo_trainer(load_roles(Setting()), Setting(), answers_per_prompt=3, **changes)
     trainer.engine = Echo()
-    statistics = trainer.evaluate([left_padded(PROMPTS[:4]), left_padded(PROMPTS[4:7])])
-    assert sum(len(batch.real) for batch in trainer.engine.seen) == 8
-    lengths = LENGTHS[:7]
-    assert statistics["answer_length"] == pytest.approx(sum(n - 2 for n in lengths) / 7)
+    batches = [left_padded(PROMPTS[:4]), left_padded(PROMPTS[4:7])]
+    statistics, rollouts = trainer.evaluated(batches)
+    assert [len(batch.real) for batch in trainer.engine.seen] == [4] * 2 * answers
+    lengths = [n - 2 for n in LENGTHS[:7]]
+    assert statistics["answer_length"] == pytest.approx(sum(lengths) / 7)
+    groups = torch.cat([e.group[e.real] for e in rollouts])
+    assert groups.tolist() == [*range(7)] * answers and statistics["answers"] == 7 * answers
+    # The error is by what the seven prompts differ in, however often each is answered.
+    error = torch.tensor(lengths, dtype=torch.float64).std().item() / 7**0.5
+    assert statistics["answer_length_error"] == pytest.approx(error)
 
 
 def test_without_a_critic_there_are_no_values(load_roles):

@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dschat.config import preflight
+from dschat.config import fitting
 from dschat.config.cli import parse
 from dschat.errors import UserError
 from dschat.pipeline.recipe import KINDS, find, read
@@ -302,10 +302,13 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
         2: ["--learning_rate", "0.0016"],
         3: ["--actor_learning_rate", "5.8e-05"],
     }
+    # Answers of at most 10 tokens, and 13 held-out prompts.
+    judged = ["--max_answer_seq_len", "16", "--eval_answers_per_prompt", "10"]
+    ranks = ["--actor_lora_dim", "16"]
     assert ahead(e2e, inputs) == {
         1: [*rates[1], "--lora_dim", "16", *more],
         2: [*rates[2], *more],
-        3: [*rates[3], "--actor_lora_dim", "16", "--critic_learning_rate", "0.0016", *more],
+        3: [*rates[3], *ranks, "--critic_learning_rate", "0.0016", *judged, *more],
     }
     lines = capsys.readouterr().out.splitlines()
     model = inputs / "model"
@@ -318,7 +321,7 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
 
 def test_a_critic_of_few_steps_learns_faster():
     """At most at step 2's rate, ten times the scripts'; from 360 steps on at theirs."""
-    found = {steps: preflight._haste(steps) for steps in (1, 36, 120, 360, 5000)}
+    found = {steps: fitting.haste(steps) for steps in (1, 36, 120, 360, 5000)}
     assert found == {1: 10.0, 36: 10.0, 120: 3.0, 360: 1.0, 5000: 1.0}
 
 

@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from dschat.errors import UserError
+from dschat.models.packing import obstacle
 from dschat.models.reward_model import RewardModel
+from dschat.plan.ppo import cache_bytes
 from dschat.utils.flops import (
     Matrices,
     activation_factor,
@@ -25,6 +27,7 @@ from dschat.utils.flops import (
 from dschat.utils.module.lora import convert_linear_layer_to_lora, only_optimize_lora_parameters
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
+from tests.helpers.families import family_config
 
 BATCH, LENGTH = 2, 7
 
@@ -171,6 +174,14 @@ def test_other_families_agree_with_pytorch(model_type):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
     flops = training_flops(Matrices.of(model, config), BATCH * LENGTH, BATCH * LENGTH**2)
     assert counted_step(model) == flops
+
+
+def test_heads_that_differ_between_layers_are_added_up():
+    """Gemma 4: a layer of windows has 4 heads of 8, the other 4 of 16; keys and values half."""
+    config = family_config("gemma4")
+    assert Matrices.of(AutoModelForCausalLM.from_config(config), config).attention == 4 * (8 + 16)
+    assert cache_bytes(config, torch.float32) == 2 * 2 * (8 + 16) * 4
+    assert obstacle(AutoModelForCausalLM.from_config(config), config, 8) is None
 
 
 def test_opt_with_projected_embedding_agrees_with_pytorch():
