@@ -35,7 +35,8 @@ RECIPE_VERSION = 6
 # Proportions for sources of one's own, and for the sets that DeepSpeed-Chat names.
 ALL_ROWS, NAMED_SPLIT = "1", "2,4,4"
 
-# Below so many rows a further process takes longer to start than it saves.
+# Cores of this process; below so many rows a further process takes longer to start than it saves.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _ROWS_PER_WORKER = 5_000
 
 
@@ -78,7 +79,15 @@ def create_prompt_dataset(
     Raises:
         UserError: bad input, a disk that is too small, or no rows left.
     """
-    _check_lengths(phase, seed, max_seq_len, max_prompt_len)
+    if phase not in PHASES:
+        raise ValueError(f"phase {phase} is none of {PHASES}")
+    if phase == 3 and max_prompt_len is None:
+        raise UserError("phase 3 (PPO prompts) needs max_prompt_len: give its length in tokens")
+    lengths = {"max_seq_len": (max_seq_len, SHORTEST), "max_prompt_len": (max_prompt_len, 1)}
+    for name, (value, least) in {**lengths, "seed": (seed, 0)}.items():
+        if value is not None and value < least:
+            wanted = f"at least {least}" if least else "0 or more"
+            raise UserError(f"{name} is {value}: give {wanted}")
     form = choose_format(tokenizer)
     if form.name == "chat" and template_end(tokenizer) != tokenizer.eos_token:
         raise UserError(
@@ -89,20 +98,14 @@ def create_prompt_dataset(
     convert = Converter(
         tokenizer, form, phase, max_len, config.train_on, config.keep_special_tokens
     )
-    by_name = [NAMED_SPLIT if format_by_name(name) else ALL_ROWS for name in config.data_path]
-    splits = [config.data_split or usual for usual in by_name]
-    sources = list(zip(config.data_path, splits, strict=True))
+    sources = [
+        (name, config.data_split or (NAMED_SPLIT if format_by_name(name) else ALL_ROWS))
+        for name in config.data_path
+    ]
     if phase == 1:
         sources += [(name, ALL_ROWS) for name in config.sft_only_data_path]
     if config.streaming:
-        stream, evaluation, counts = stream_sources(
-            sources, config.read, convert, seed, config.max_eval_samples
-        )
-        if not len(evaluation):
-            raise UserError(nothing_left([counts], "eval", sources[0][1], phase))
-        report = DataReport(phase, (counts,), None, len(evaluation))
-        return PromptData(stream, evaluation, report, key="streamed")
-
+        return _stream(config, sources, convert, seed)
     numbers = [seed, [max_seq_len, max_prompt_len]]
     prepare = partial(_prepare, config, sources, convert, numbers, later)
     folder = Path(prepare() if once is None else once(prepare))
@@ -114,17 +117,17 @@ def create_prompt_dataset(
     return PromptData(train, evaluation, report, key=folder.name)
 
 
-def _check_lengths(phase: int, seed: int, max_seq_len: int, max_prompt_len: int | None) -> None:
-    if phase not in PHASES:
-        raise ValueError(f"phase {phase} is none of {PHASES}")
-    if phase == 3 and max_prompt_len is None:
-        raise UserError("phase 3 (PPO prompts) needs max_prompt_len: give its length in tokens")
-    if max_seq_len < SHORTEST:
-        raise UserError(f"max_seq_len is {max_seq_len}: give at least {SHORTEST}")
-    if max_prompt_len is not None and max_prompt_len < 1:
-        raise UserError(f"max_prompt_len is {max_prompt_len}: give at least 1")
-    if seed < 0:
-        raise UserError(f"seed is {seed}: give 0 or more")
+def _stream(
+    config: DataConfig, sources: list[tuple[str, str]], convert: Converter, seed: int
+) -> PromptData:
+    """Tokenise the evaluation rows; those of training while they are read."""
+    stream, evaluation, counts = stream_sources(
+        sources, config.read, convert, seed, config.max_eval_samples
+    )
+    if not len(evaluation):
+        raise UserError(nothing_left([counts], "eval", sources[0][1], convert.phase))
+    report = DataReport(convert.phase, (counts,), None, len(evaluation))
+    return PromptData(stream, evaluation, report, key="streamed")
 
 
 def _prepare(
@@ -216,7 +219,8 @@ def _write(
         for part in (part for part in parts if part.report.split == split):
             used, counts = 0, dict[str, Any]()
             if len(part.rows):
-                workers = choose_workers(config.preprocessing_num_workers, len(part.rows))
+                by_size = min(_CORES, len(part.rows) // _ROWS_PER_WORKER)
+                workers = config.preprocessing_num_workers or by_size
                 used, counts = tokenise(part.rows, convert, folder / part.file, workers)
             reports.append(replace(part.report, used=used, **counts))
         if not any(report.used for report in reports if report.split == split):
@@ -247,11 +251,3 @@ def _check_room(
             f"{in_words(needed)}{models}, and {in_words(free)} are free on that disk; free some, "
             "or give a data_output_path on another disk"
         )
-
-
-def choose_workers(workers: int | None, rows: int) -> int:
-    """Choose how many processes tokenise so many rows; `workers` is the user's number."""
-    if workers is not None:
-        return min(workers, rows)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, rows // _ROWS_PER_WORKER))

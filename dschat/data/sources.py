@@ -189,13 +189,13 @@ def read_rows(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".parquet":
             yield from _read_parquet(name, path)
         elif path.suffix == ".txt":
-            yield name, {TEXT_COLUMN: _decoded(path.read_bytes(), name, 1)}
+            yield name, {TEXT_COLUMN: _parse(path.read_bytes(), name, is_json=False)}
         else:
             with path.open("rb") as file:
                 start = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()
                 file.seek(0)
                 if path.suffix == ".json" and start.startswith(b"["):
-                    for number, row in enumerate(_parse(file.read(), name, 1), 1):
+                    for number, row in enumerate(_parse(file.read(), name), 1):
                         yield f"{name} row {number}", row
                     continue
                 for number, line in enumerate(file, 1):
@@ -203,15 +203,23 @@ def read_rows(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
                         yield f"{name} line {number}", _parse(line, name, number)
 
 
-def _parse(text: bytes, name: str, first_line: int) -> Any:
-    decoded = _decoded(text, name, first_line).rstrip()
-    line = first_line
+def _parse(data: bytes, name: str, line: int = 1, *, is_json: bool = True) -> Any:
+    """Parse the bytes of JSON or of a text, which begin in a line of the file `name`.
+
+    Raises:
+        UserError: with the line of the fault.
+    """
+    text = ""
     try:
-        return json.loads(decoded, object_pairs_hook=unique_keys)
+        text = data.decode("utf-8-sig")
+        return json.loads(text.rstrip(), object_pairs_hook=unique_keys) if is_json else text
+    except UnicodeDecodeError as error:
+        line += data[: error.start].count(b"\n")
+        problem, remedy = "not UTF-8 text", "save the file as UTF-8"
     except RepeatedKeyError as error:
         problem, remedy = f"{error} in one object", "drop one of them"
-        if decoded.lstrip().startswith("["):
-            line += _line_of_fault(decoded)
+        if text.lstrip().startswith("["):
+            line += _line_of_fault(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         problem = f"not JSON ({error.msg}, column {error.colno})"
@@ -231,14 +239,6 @@ def _line_of_fault(rows: str) -> int:
         except RepeatedKeyError:
             return rows.count("\n", 0, match.end())
     return 0
-
-
-def _decoded(text: bytes, name: str, first_line: int) -> str:
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = first_line + text[: error.start].count(b"\n")
-        raise UserError(f"{name} line {line}: not UTF-8 text; save the file as UTF-8") from error
 
 
 def _read_parquet(name: str, path: Path) -> Iterator[tuple[str, Any]]:

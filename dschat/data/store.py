@@ -108,7 +108,9 @@ def load_source(
         (part,) = parts
         if len(part) < 2:
             raise UserError(f"{name} has 1 row and no test set beside it: give at least 2 rows")
-        parts = [part.select(numbers) for numbers in holdout_split(len(part), seed)]
+        order = np.random.default_rng([seed, _HOLDOUT_STREAM]).permutation(len(part))
+        tenth = max(1, len(part) // 10)
+        parts = [part.select(order[:-tenth]), part.select(order[-tenth:])]
         contents.append(f"holdout {seed}")
     held_out = len(parts[1]) if "test" not in counts else 0
     train, test = parts
@@ -122,7 +124,11 @@ def _write(rows: Rows, name: str, options: ReadOptions, folder: Path) -> None:
     path = str(folder / _ROWS)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         while batch := list(islice(examples, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pydict(columns_of(batch), schema=SCHEMA))
+            stored = [vars(e) | {"whole": e.train_all_turns} for e in batch]
+            for row in stored:
+                if not isinstance(row["prompt"], str):
+                    row["turns"], row["prompt"] = [vars(turn) for turn in row["prompt"]], None
+            writer.write_batch(pa.RecordBatch.from_pylist(stored, SCHEMA))
             count += len(batch)
     if not count and skipped:
         reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
@@ -208,13 +214,6 @@ def _check_text(example: Example) -> None:
                 ) from error
 
 
-def holdout_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Train and test rows of a source without a test set: a tenth, at least one row, is test."""
-    order = np.random.default_rng([seed, _HOLDOUT_STREAM]).permutation(size)
-    cut = size - max(1, size // 10)
-    return order[:cut], order[cut:]
-
-
 def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) -> np.ndarray:
     """Rows of `phase` (1, 2 or 3) among `size`, as int64 indices in a seeded order.
 
@@ -233,24 +232,8 @@ def phase_split(size: int, seed: int, proportions: Sequence[float], phase: int) 
     return order[start:end]
 
 
-def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """Columns of `SCHEMA` for examples; `examples_of` reads them back."""
-    prompts = [e.prompt for e in examples]
-    return {
-        "prompt": [prompt if isinstance(prompt, str) else None for prompt in prompts],
-        "turns": [None if isinstance(p, str) else [vars(turn) for turn in p] for p in prompts],
-        "chosen": [e.chosen for e in examples],
-        "rejected": [e.rejected for e in examples],
-        "whole": [e.train_all_turns for e in examples],
-        "place": [e.place for e in examples],
-        "columns": [e.columns for e in examples],
-        "margin": [e.margin for e in examples],
-        "subset": [e.subset for e in examples],
-    }
-
-
 def examples_of(columns: Mapping[str, list[Any]]) -> list[Example]:
-    """Read stored columns back as examples."""
+    """Read stored columns as the examples that were written."""
     names = (
         *("prompt", "turns", "chosen", "rejected", "whole", "place"),
         *("columns", "margin", "subset"),

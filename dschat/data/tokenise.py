@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.store import examples_of
 from dschat.errors import UserError
-from dschat.text.conversations import Example
+from dschat.text.conversations import MARKER, Example
 from dschat.text.encoding import (
     encode,
     encode_answers,
@@ -75,9 +75,11 @@ class Converter:
         if not self.keep_special_tokens:
             examples, count = ordinary_examples(self.tokenizer, examples)
             counts["special_names"] += count
-        asked = [self.form.asks(e.prompt) for e in examples if isinstance(e.prompt, str)]
-        counts["questions"] += sum(asked)
-        counts["transcripts"] += len(asked) - sum(asked)
+        texts = [e.prompt for e in examples if isinstance(e.prompt, str)]
+        is_raw = self.form.name == "raw"  # which takes no text for a question
+        transcripts = sum(is_raw or MARKER.search(text) is not None for text in texts)
+        counts["transcripts"] += transcripts
+        counts["questions"] += len(texts) - transcripts
         make = {1: self._sft_rows, 2: self._pair_rows, 3: self._prompt_rows}[self.phase]
         # Lists of numbers by the thousand and no cycle: the collector would read them for nothing.
         collects = gc.isenabled()
@@ -214,7 +216,7 @@ def tokenise(
             # Always run: a reused result would leave the counts at zero.
             load_from_cache_file=False,
             new_fingerprint=arrow_file.stem,
-            num_proc=workers if workers > 1 else None,
+            num_proc=min(workers, len(rows)) if workers > 1 else None,
             desc="tokenising",
         )
     except RuntimeError as error:

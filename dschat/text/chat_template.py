@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dschat.errors import UserError, brief
-from dschat.text.conversations import Prompt, Turn, as_turns, has_markers
+from dschat.text.conversations import Prompt, Turn, as_turns
 from dschat.utils.bounded import TooMuchError, bounded
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ class ChatFormat:
     adds_special = False
     stop = None
     opening = " "
-
-    def asks(self, text: str) -> bool:
-        """Tell whether a prompt that is text is taken as one question."""
-        return not has_markers(text)
 
     def prompt(self, prompt: Prompt) -> str:
         """Write the text up to an open answer."""

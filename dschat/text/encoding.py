@@ -1,9 +1,8 @@
 """Texts to token ids, prompt and answer split exactly; truncation; fingerprints of tokenizers."""
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -24,11 +23,14 @@ def encode(
     """Encode each text, with the tokenizer's own BOS if `special`.
 
     Names of special tokens are the tokens, save those that `ordinary.as_ordinary` has marked.
+
+    Raises:
+        UserError: a pattern of the tokenizer gives up, as one that backtracks without end does.
     """
     plain = [text for text in texts if MARK not in text]
     marked = [text for text in texts if MARK in text]
     ids: list[list[int]] = []
-    with _panics_named(tokenizer):
+    try:
         if plain:
             ids = tokenizer(
                 plain,
@@ -40,15 +42,6 @@ def encode(
         if not marked:
             return ids
         of_marked = iter(encode_marked(tokenizer, marked, special))
-    of_plain = iter(ids)
-    return [next(of_marked if MARK in text else of_plain) for text in texts]
-
-
-@contextlib.contextmanager
-def _panics_named(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Make one line of a pattern that gives up, as one that backtracks without end does."""
-    try:
-        yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust, and no `Exception`
             raise
@@ -56,6 +49,8 @@ def _panics_named(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             f"tokenizer {tokenizer.name_or_path!r}: gives up on a text ({brief(error)}); look at "
             "the patterns of its normalizer and pre_tokenizer in tokenizer.json"
         ) from error
+    of_plain = iter(ids)
+    return [next(of_marked if MARK in text else of_plain) for text in texts]
 
 
 def decode(

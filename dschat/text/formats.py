@@ -34,10 +34,6 @@ class DschatFormat:
     stop: str | None = HUMAN  # who goes on to play the other side has ended the answer
     opening = ""  # between "Assistant:" on a screen and an answer
 
-    def asks(self, text: str) -> bool:
-        """Tell whether a prompt that is text is taken as one question."""
-        return MARKER.search(text) is None
-
     def prompt(self, prompt: Prompt) -> str:
         """Write the text up to an open answer; UserError where nothing is asked."""
         return "".join(self.earlier(prompt))
@@ -45,7 +41,7 @@ class DschatFormat:
     def earlier(self, prompt: Prompt) -> list[str]:
         """Divide the prompt's text into context, answer, context, …, ending in a context."""
         if isinstance(prompt, str):
-            if not self.asks(prompt):
+            if MARKER.search(prompt):
                 return _transcript_pieces(prompt)
             prompt = as_turns(prompt)
         if not prompt:
@@ -66,7 +62,8 @@ class DschatFormat:
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
         """Write the text of an answer to `prompt`, whose own text is `opened`."""
-        return text if isinstance(prompt, str) and not self.asks(prompt) else _spaced(text)
+        is_transcript = isinstance(prompt, str) and MARKER.search(prompt)
+        return text if is_transcript else _spaced(text)
 
 
 def _transcript_pieces(text: str) -> list[str]:
@@ -94,10 +91,6 @@ class RawFormat:
     adds_special = True
     stop = None
     opening = ""
-
-    def asks(self, text: str) -> bool:
-        """Never: it is taken as it stands."""
-        return False
 
     def prompt(self, prompt: Prompt) -> str:
         """Give the text; UserError for a conversation, which only a format can write."""

@@ -216,10 +216,24 @@ def test_several_processes_write_and_count_what_one_does(spec, write_rows, byte_
     assert len(list(data_utils.Path(out, "sets", one.key).glob("train-*.arrow"))) == 3
 
 
-def test_a_choice_of_processes():
-    assert [data_utils.choose_workers(None, rows) for rows in (1, 5_000)] == [1, 1]
-    assert data_utils.choose_workers(8, 5) == 5
-    assert data_utils.choose_workers(None, 10**9) == len(data_utils.os.sched_getaffinity(0))
+@pytest.mark.parametrize(
+    ("given", "rows_each", "processes"),
+    [(None, 11, 0), (None, 5, 2), (None, 1, 3), (7, 11, 7)],
+)
+def test_a_choice_of_processes(given, rows_each, processes, spec, byte_tokenizer, monkeypatch):
+    """By rows, and by cores where they are fewer; ten rows train here, three are evaluated on."""
+    chosen = []
+
+    def tokenise(rows, convert, file, workers):
+        chosen.append((len(rows), workers))
+        return real(rows, convert, file)
+
+    real = data_utils.tokenise
+    monkeypatch.setattr(data_utils, "tokenise", tokenise)
+    monkeypatch.setattr(data_utils, "_ROWS_PER_WORKER", rows_each)
+    monkeypatch.setattr(data_utils, "_CORES", 3)
+    spec.but(data_split="1", preprocessing_num_workers=given).make(byte_tokenizer, 1)
+    assert chosen[0] == (10, processes)
 
 
 def test_others_take_what_one_has_written(spec, byte_tokenizer):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dschat.data.config import parse_proportions
-from dschat.data.store import holdout_split, phase_split
+from dschat.data.store import load_source, phase_split
 from dschat.errors import UserError
 
 
@@ -34,11 +34,15 @@ def test_split_depends_on_the_seed_alone():
     assert set(first.tolist()) != set(other.tolist())
 
 
-def test_holdout_is_a_tenth_and_at_least_one_row():
-    for size, held in ((2, 1), (9, 1), (20, 2), (105, 10)):
-        train, test = holdout_split(size, 5)
-        assert len(test) == held
-        assert sorted([*train.tolist(), *test.tolist()]) == list(range(size))
+@pytest.mark.parametrize(("size", "held"), [(2, 1), (9, 1), (20, 2), (105, 10)])
+def test_holdout_is_a_tenth_and_at_least_one_row(size, held, write_rows, tmp_path):
+    path = write_rows([{"prompt": f"{n:03d}"} for n in range(size)])
+    source, again = (load_source(path, 5, tmp_path / "cache") for _ in range(2))
+    assert len(source.test) == source.held_out == held
+    assert sorted([*source.train["prompt"], *source.test["prompt"]]) == [
+        f"{n:03d}" for n in range(size)
+    ]
+    assert source.test["prompt"] == again.test["prompt"]
 
 
 def test_unknown_phase_is_an_error():
