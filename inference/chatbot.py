@@ -35,7 +35,7 @@ def converse(chatbot: Talker) -> None:
     """Read questions and print answers until `quit` or the end of input.
 
     Raises:
-        UserError: of an answer, where nobody types; a person is told, and may go on.
+        UserError: of an answer, where nobody types; a person sees the error and may go on.
     """
 
     def show(piece: str) -> None:

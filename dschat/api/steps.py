@@ -125,7 +125,7 @@ def _value(settings: Settings, name: str) -> Any:
 
 
 def _program(command: str) -> ModuleType:
-    """Load the program behind a command, once; it does not run by that."""
+    """Import the program of a command, once; it does not run yet."""
     name = f"dschat_step_{command}"
     if name not in sys.modules:
         file = COMMANDS[command].file

@@ -140,7 +140,8 @@ def compilers() -> Iterator[Finding]:
 def training() -> Iterator[Finding]:
     """Train the embedded model for some seconds."""
     result = training_check.train()
-    remedy = None if result.learnt else "run the quickstart to see all of it: dschat run quickstart"
+    quickstart = "run the quickstart to see all of it: dschat run quickstart"
+    remedy = None if result.learned else quickstart
     yield Finding("training", result.text, remedy)
 
 

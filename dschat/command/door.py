@@ -1,4 +1,4 @@
-"""`dschat COMMAND ...`: start the program behind a command, as if it were called by itself.
+"""`dschat COMMAND ...`: start the program of a command, as if it were called by itself.
 
     dschat sft --model_name_or_path facebook/opt-125m --data_path ./pairs.jsonl
     torchrun --nproc_per_node 8 -m dschat sft --config sft.yaml

@@ -1,4 +1,4 @@
-"""Every command of `dschat` and the program behind it; one line adds one."""
+"""Every command of `dschat` and its program; one line adds one."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ dist.destroy_process_group()
 class Result:
     """What a short training came to."""
 
-    learnt: bool
+    learned: bool
     text: str
 
 

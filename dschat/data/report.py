@@ -15,7 +15,7 @@ class SourceReport:
     beginning and so do not train. `special_names` are rows whose text names special tokens,
     `questions` and `transcripts` prompts that are text and not turns, `margins` pairs with one,
     `one_sided` pairs with an answer that says nothing.
-    `skipped` rows, by reason, were of no use to any phase and are not among `rows`; those of a
+    `skipped` rows, by reason, are unusable in any phase and are not among `rows`; those of a
     source without a test set all stand with its train rows. `left` are rows of the source that
     others get.
     """

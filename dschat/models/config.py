@@ -75,7 +75,7 @@ def load_config(
 
 
 def _check_counts(config: PretrainedConfig, label: str) -> None:
-    """Stop at layers or experts without end, which nobody would see being built."""
+    """Refuse numbers of layers or experts that no machine can build."""
     for name, value in config.get_text_config().to_dict().items():
         if isinstance(value, int) and _COUNT.fullmatch(name) and value > _MOST:
             raise UserError(

@@ -18,7 +18,7 @@ OTHERS = ["*/*", f"{Path(EVALUATION_FILE).stem}.*"]
 
 
 def check_access() -> None:
-    """Stop where this machine has no key to the Hub, or is told to leave it alone.
+    """Stop where this machine has no key to the Hub, or is set to stay offline.
 
     Raises:
         UserError: with the command that asks for a key.

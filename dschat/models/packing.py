@@ -101,7 +101,7 @@ def check_packing(
 def obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> str | None:
     """Say what keeps a model from serving several sequences in one row; None: nothing known."""
     if getattr(config, "alibi", False) or not takes_argument(module, "position_ids"):
-        return "takes no position_ids (ALiBi, or a recurrent state), so none can begin anew"
+        return "takes no position_ids (ALiBi, or a recurrent state), so none can restart"
     used = config._attn_implementation
     if used not in MASKED and not is_flash(used):
         return f"uses {used} attention; sequences are kept apart in sdpa, eager and flash attention"
@@ -128,7 +128,7 @@ def prove_packing(model: nn.Module, device: torch.device) -> None:
     tokens, on every rank.
 
     Raises:
-        UserError: neighbours are seen, or positions do not begin anew.
+        UserError: neighbours are seen, or positions do not restart.
     """
     logits_at = []  # of the same four tokens, (4, V)
     for before, after, first in ((5, 7, 10), (7, 5, 30)):

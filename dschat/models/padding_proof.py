@@ -1,7 +1,7 @@
 """Proof that padding beside a text changes nothing about it, by the real model before training.
 
 Some families of transformers look at no padding mask (`cpmant`), carry what they read of padding
-on to the text behind it (`rwkv`), or count positions from the row's beginning whatever stands there
+on to the text after it (`rwkv`), or count positions from the row's beginning, padding included
 (the decoders of `bart`). Their rows would train and score as their neighbours in a batch make them.
 """
 
@@ -36,7 +36,7 @@ def prove_padding(
     Args:
         model: a causal LM, a reward model, or an engine around one; on every rank.
         name: of the model, for the message.
-        left: there is padding in front of texts too, as in step 3; else behind them alone.
+        left: there is padding before texts too, as in step 3; else only after them.
 
     Raises:
         UserError: the model sees padding that is masked.
@@ -58,11 +58,11 @@ def prove_padding(
     dtype = next(unwrap(model).parameters()).dtype
     config = unwrap(model).config
     assert isinstance(config, PretrainedConfig)
-    where = "in front of a text" if left else "behind a text"
+    where = "in front of a text" if left else "after a text"
     if not difference <= TOLERANCE[dtype]:
         raise UserError(
             f"model {name}: a text gets other values beside padding than alone (by "
             f"{difference:.1%} of the largest), as {config.model_type} of transformers does not "
-            f"leave padding {where} out; batches would change what is learnt and scored, give a "
+            f"leave padding {where} out; batches would change what is learned and scored, give a "
             "model of another family"
         )

@@ -17,7 +17,7 @@ def shared_prompt_inputs(
 
     Args:
         input_ids: (B, T). segments: (B, T), `PROMPT` to `PADDING` in this order.
-        position_ids: (B, T), of the rejected answer beginning anew where the prompt ends.
+        position_ids: (B, T), of the rejected answer counted from the end of the prompt.
     """
     return masked_inputs(trunk, input_ids, tree_mask(segments), position_ids)
 

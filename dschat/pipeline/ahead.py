@@ -67,6 +67,6 @@ def check_ahead(
     written = [one for ahead in found for one in ahead.written]
     check_disk(str(output_dir), written, checkpoints=0)
     size, free = in_words(sum(w.folders for w in written)), in_words(free_bytes(output_dir))
-    told = f"model folders: {size}, of {free} free in {output_dir}"
-    print(fitted(told, window()), flush=True)
+    line = f"model folders: {size}, of {free} free in {output_dir}"
+    print(fitted(line, window()), flush=True)
     return result

@@ -1,4 +1,4 @@
-"""The passes of the steps, as the training programs call them, on rows of full length."""
+"""The passes of the steps, as the recipes call them, on rows of full length."""
 
 from __future__ import annotations
 

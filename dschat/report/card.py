@@ -199,7 +199,7 @@ def _name(path: str) -> str:
 
 
 def _shared(value: Any) -> Any:
-    """Settings as they may be told: of paths the last part."""
+    """Settings as a card may state them: of paths only the last part."""
     if isinstance(value, list | tuple):
         return [_shared(item) for item in value]
     is_path = isinstance(value, str) and Path(value).is_absolute()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dschat.data.batches import PromptBatch
-from dschat.rlhf.answering import Begun, Generated
+from dschat.rlhf.answering import Generated, PendingAnswers
 from dschat.utils.distributed import Distributed, all_reduce_max, print_rank_0
 
 
@@ -21,42 +21,42 @@ class RolloutsAhead:
 
     def __init__(self, process: Distributed):
         self.process = process
-        self._begun: Begun | None = None
+        self._pending: PendingAnswers | None = None
         self._saved: dict[str, Any] = {}
 
-    def put(self, begun: Begun) -> None:
-        """Keep what has been begun."""
-        self._begun = begun
+    def put(self, pending: PendingAnswers) -> None:
+        """Keep answers that are being sampled."""
+        self._pending = pending
 
-    def take(self, prepared: Callable[[], list[PromptBatch]]) -> Begun | None:
-        """Give what was begun for the next prompts, if anything was.
+    def take(self, prepared: Callable[[], list[PromptBatch]]) -> PendingAnswers | None:
+        """Return the pending answers to the next prompts, if there are any.
 
         Args:
             prepared: makes these prompts ready, for answers that a checkpoint held.
         """
-        begun, self._begun = self._begun, None
-        if begun is None and self._saved:
+        pending, self._pending = self._pending, None
+        if pending is None and self._saved:
             saved, self._saved, batches = self._saved, {}, prepared()
             device, logprobs = batches[0].real.device, saved["logprobs"]
             logprobs = None if logprobs is None else logprobs.to(device)
             held = Generated(saved["answers"].to(device), logprobs, saved["steps"])
-            begun = Begun(batches, lambda: held, saved["updates"])
-        return begun
+            pending = PendingAnswers(batches, lambda: held, saved["updates"])
+        return pending
 
     def state_dict(self) -> dict[str, Any]:
         """Answers, as ids, and what is known of them; empty where none are under way."""
-        if self._begun is None:
+        if self._pending is None:
             return self._saved
-        made = self._begun.wait()
+        made = self._pending.wait()
         logprobs = None if made.logprobs is None else made.logprobs.cpu()
         place = {"rank": self.process.rank, "ranks": self.process.world_size}
         made = replace(made, answers=made.answers.cpu(), logprobs=logprobs)
-        return {**vars(made), **place, "updates": self._begun.updates}
+        return {**vars(made), **place, "updates": self._pending.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with these answers; with another number of ranks, with none."""
         here = {"rank": self.process.rank, "ranks": self.process.world_size}
         (others,) = all_reduce_max([float(bool(state) and not here.items() <= state.items())])
-        self._begun, self._saved = None, {} if others else state
+        self._pending, self._saved = None, {} if others else state
         if others:
-            print_rank_0("resume: answers of other ranks were under way; they are sampled anew")
+            print_rank_0("resume: answers of other ranks were under way; they are sampled again")

@@ -1,4 +1,4 @@
-"""Answers to batches of prompts: begun by an engine, in chunks of like length, and waited for."""
+"""Answers to batches of prompts: an engine starts them, in chunks of similar length."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Begun:
+class PendingAnswers:
     """Answers to batches of prompts that are being sampled.
 
     Attributes:
         batches: as the engine has them, on the device. wait: returns the answers.
-        updates: of the policy, before they were begun.
+        updates: of the policy, before they were started.
     """
 
     batches: list[PromptBatch]
@@ -58,7 +58,7 @@ def begin(
     *,
     updates: int = 0,
     ahead: bool = False,
-) -> Begun:
+) -> PendingAnswers:
     """Begin to sample answers by the present policy, in eval mode.
 
     The number of passes depends on the number of batches alone, on every rank.
@@ -72,7 +72,7 @@ def begin(
     batches = ready(batches, config, answers_per_prompt, roles.device)
     prompts, rows = joined(batches), config.chunk_rows(answers_per_prompt)
     pad = roles.tokenizer.pad_token_id
-    return Begun(
+    return PendingAnswers(
         batches, start_sorted(engine, prompts, config.sampling, rows, pad, ahead=ahead), updates
     )
 
@@ -133,18 +133,18 @@ def start_sorted(
     order = torch.arange(len(lengths), device=lengths.device)
     if len(lengths) > chunk_rows:
         order = lengths.argsort(stable=True)
-    begun: list[tuple[int, Callable[[], Sampled]]] = []
+    waiting: list[tuple[int, Callable[[], Sampled]]] = []
     for index in order.split(chunk_rows):
         width = int(lengths[index].max())
         ids, mask = prompts.input_ids[index, -width:], prompts.attention_mask[index, -width:]
         # A model may look at the ids under padding: they are those of its own padding.
         ids = ids.masked_fill(~mask, pad_token_id)
         chunk = PromptBatch(ids, mask, prompts.real[index])
-        begun.append((width, started(engine, chunk, sampling, ahead)))
+        waiting.append((width, started(engine, chunk, sampling, ahead)))
     return lambda: _together(
         [
             replace(sampled, sequences=sampled.sequences[:, width:])
-            for width, sampled in ((width, wait()) for width, wait in begun)
+            for width, sampled in ((width, wait()) for width, wait in waiting)
         ],
         order,
         pad_token_id,

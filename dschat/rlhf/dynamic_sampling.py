@@ -27,7 +27,7 @@ BEYOND = 2**31  # epochs of a run; those of spare prompts come after it, in orde
 
 
 class SparePrompts:
-    """Batches of this rank's training prompts without end, as many on every rank.
+    """Endless batches of this rank's training prompts, as many on every rank.
 
     Args:
         loader: one of its own.

@@ -33,7 +33,7 @@ class Estimator:
 
     Attributes:
         advantages: adds `advantages`, and under a critic `returns`, to the experiences.
-        needs_critic: values are learnt; gamma, lambda and the critic's settings have a meaning.
+        needs_critic: values are learned; gamma, lambda and the critic's settings have a meaning.
         kl_in_loss: the KL penalty is k3 in the policy's loss, not a part of the reward.
         whitens: `whiten_advantages auto` whitens over the batch.
         is_normalised: advantages are in deviations of their group already; never whitened.

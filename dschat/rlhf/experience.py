@@ -1,4 +1,4 @@
-"""Experience: one rollout as a typed record with shapes; split into mini-batches."""
+"""Experience: one rollout as a typed record with shapes; split into micro-batches."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Experience:
     # Of a complete iteration's generation: its first experience alone holds them.
     generation_seconds: float = 0.0
     generation_steps: int = 0  # decoding steps, in sequence
-    staleness: int = 0  # updates of the policy since its answers were begun
-    told: bool = False  # `logprobs` are the sampler's: the policy was not run over the answers
+    staleness: int = 0  # updates of the policy since its answers were started
+    from_sampler: bool = False  # `logprobs` are the sampler's; the policy made no pass
     micro_batches: list[MicroBatch] | None = None  # that scoring was over, and epoch one is
     kept: KeptPass | None = None  # the critic's pass, where its only step can do with that one
     columns: OwnColumns | None = None  # (B,) the rows' own, by name; None: none are kept
@@ -161,7 +161,7 @@ def filled(column: torch.Tensor | None) -> torch.Tensor:
     return column
 
 
-def minibatches(
+def in_micro_batches(
     experiences: list[Experience],
     size: int,
     accumulated: int,

@@ -1,4 +1,4 @@
-"""Objectives of policy and critic on a mini-batch of experience, and what they report."""
+"""Objectives of policy and critic on a micro-batch of experience, and what they report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def policy_objective(
         moved: the policy has made steps since the answers were sampled.
     """
     mask, policy = e.loss_mask, config.policy
-    is_sampler = e.told and not moved  # the ratio is 1 by construction
+    is_sampler = e.from_sampler and not moved  # the ratio is 1 by construction
     old = logprobs.detach() if is_sampler else e.logprobs
     weights = answer_weights(mask, policy.loss_aggregation, config.sampling.max_answer_seq_len)
     ratio = RATIOS[policy.importance_level](logprobs, old, mask)

@@ -115,14 +115,14 @@ class PPOLog:
         """Show one iteration: its statistics, rates, stage times and throughput.
 
         Args:
-            experiences: all that was sampled. trained: what was learnt from, where that is less.
+            experiences: all that was sampled. trained: what was learned from, where that is less.
         """
         now = time.perf_counter()
         phases.mark(phases.TRAINING)
         generation = sum(e.generation_seconds for e in experiences)
         times = Step3Times(generation, now - self._rolled_out, now - self._start)
         tokens, answer_tokens, rows = token_counts(experiences)
-        learnt = (tokens, rows) if trained is None else token_counts(trained)[::2]
+        learned = (tokens, rows) if trained is None else token_counts(trained)[::2]
         seconds = {
             "seconds/generation": times.generation,
             "seconds/scoring": times.end_to_end - times.generation - times.training,
@@ -149,23 +149,23 @@ class PPOLog:
             )
             passes = dict.fromkeys(self.works, float(ppo_epochs))
             passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
-            self._show_throughput(rollout, learnt, passes, times)
+            self._show_throughput(rollout, learned, passes, times)
         self._warn(iteration, statistics)
         self._show_answers(iteration, experiences)
 
     def _show_throughput(
         self,
         rollout: RolloutWork,
-        learnt: Sequence[float],
+        learned: Sequence[float],
         passes: dict[str, float],
         times: Step3Times,
     ) -> None:
         """Show the throughput of an iteration.
 
         Args:
-            learnt: tokens and rows that were learnt from. passes: over them, by role.
+            learned: tokens and rows that were learned from. passes: over them, by role.
         """
-        tokens, rows = learnt
+        tokens, rows = learned
         works = {
             name: replace(work, tokens=int(tokens * passes[name]), samples=int(rows * passes[name]))
             for name, work in self.works.items()

@@ -29,7 +29,7 @@ def rollout_statistics(experiences: list[Experience]) -> dict[str, float]:
     gaps = [
         (e.sampler_logprobs - e.logprobs).abs().where(e.answer_mask, 0.0)
         for e in experiences
-        if e.sampler_logprobs is not None and not e.told  # else the first step measures it
+        if e.sampler_logprobs is not None and not e.from_sampler  # else the first step measures it
     ]
     k1 = [kl_k1(e.logprobs, e.ref_logprobs) for e in experiences]
     groups = torch.cat([e.group for e in experiences])
@@ -128,7 +128,7 @@ class StepMeans:
         self._norms: list[float] = []
 
     def add(self, sums: dict[str, float]) -> None:
-        """Add sums over one mini-batch's tokens; their number is `tokens`.
+        """Add sums over one micro-batch's tokens; their number is `tokens`.
 
         The loss is over `loss_count` of something else where that is given, `decode_gap` over
         `gap_tokens`.

@@ -58,7 +58,7 @@ class DeepSpeedPPOTrainer:
         ptx: language modelling, mixed into the actor's steps.
         spare: further prompts, for dynamic sampling.
         ahead: keeps answers that are sampled while the policy trains.
-        seed: of the order of mini-batches.
+        seed: of the order of micro-batches.
     """
 
     per_rank = True  # its state is a few numbers
@@ -89,7 +89,7 @@ class DeepSpeedPPOTrainer:
         self.iterations = 0  # finished ones
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the mini-batch order, the KL coefficient and the critic's warm-up."""
+        """State of the micro-batch order, the KL coefficient and the critic's warm-up."""
         return {
             "generator": self.generator.get_state(),
             "kl": self.kl.state_dict(),
@@ -120,12 +120,12 @@ class DeepSpeedPPOTrainer:
         engine = self.engine or TransformersRollout(roles.actor, roles.tokenizer, roles.synced_gpus)
         is_update = answers_per_prompt is None and self.spare is None
         beginning = functools.partial(begin, roles, engine, config=self.config)
-        start, begun = time.perf_counter(), None
+        start, pending = time.perf_counter(), None
         if self.ahead is not None and answers_per_prompt is None:
-            begun = self.ahead.take(lambda: ready(batches, self.config, answers, roles.device))
-        if begun is None:
-            begun = beginning(batches, answers_per_prompt=answers, updates=self.iterations)
-        generated = begun.wait() if self.ahead is None else on_every_rank(begun.wait)
+            pending = self.ahead.take(lambda: ready(batches, self.config, answers, roles.device))
+        if pending is None:
+            pending = beginning(batches, answers_per_prompt=answers, updates=self.iterations)
+        generated = pending.wait() if self.ahead is None else on_every_rank(pending.wait)
         if self.ahead is not None and coming is not None:
             updates = self.iterations
             self.ahead.put(
@@ -134,15 +134,15 @@ class DeepSpeedPPOTrainer:
         seconds = time.perf_counter() - start
         first, *others = scored(
             roles,
-            begun.batches,
+            pending.batches,
             generated,
             self.config,
             answers,
             generator=self.generator if is_update else None,
-            told=is_update and self.tells_enough(generated, len(batches)),
+            from_sampler=is_update and self.tells_enough(generated, len(batches)),
             keeps_pass=is_update and self.config.first_pass_is_last(len(batches)),
         )
-        late = self.iterations - begun.updates
+        late = self.iterations - pending.updates
         first = replace(first, generation_seconds=seconds, staleness=late)
         if self.config.rollout_importance_cap and first.sampler_logprobs is None:
             raise UserError(

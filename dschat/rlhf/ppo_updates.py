@@ -10,7 +10,7 @@ import torch
 from dschat.functional.losses import mean_scale
 from dschat.functional.returns import kl_k3
 from dschat.models.logprobs import AnswerScores, answer_logprobs
-from dschat.rlhf.experience import Experience, filled, minibatches
+from dschat.rlhf.experience import Experience, filled, in_micro_batches
 from dschat.rlhf.objectives import Sums, loss_count, policy_objective, value_objective
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_health import check_figures
@@ -30,7 +30,7 @@ class Updates:
     """Steps of actor and critic on an iteration's experiences.
 
     Attributes:
-        generator: of the order of mini-batches.
+        generator: of the order of micro-batches.
         iteration: its number, for messages. trains_actor: False in the critic's warm-up.
         kl_coefficient: of the KL penalty in the loss, for estimators that have it there.
     """
@@ -87,11 +87,11 @@ class Updates:
         return tokens, losses
 
     def groups(self, experiences: list[Experience]) -> Iterator[list[Experience]]:
-        """Yield the mini-batches of each optimizer step, shuffled anew in every epoch."""
+        """Yield the micro-batches of each optimizer step, shuffled again in every epoch."""
         size = self.config.per_device_training_batch_size
         accumulated = self.roles.actor.gradient_accumulation_steps()
         for epoch in range(self.config.ppo_epochs):
-            shuffled = minibatches(
+            shuffled = in_micro_batches(
                 experiences, size, accumulated, self.generator, is_first=epoch == 0
             )
             yield from accumulation_groups(shuffled, accumulated)
@@ -173,7 +173,7 @@ class Updates:
         )
 
     def actor_loss(self, e: Experience, moved: bool = False) -> tuple[torch.Tensor, Sums]:
-        """Policy loss of one mini-batch, summed, and sums to report; see `policy_objective`."""
+        """Policy loss of one micro-batch, summed, and sums to report; see `policy_objective`."""
         scored = self.policy_scores(e, with_entropy=True)
         return policy_objective(
             e,
@@ -185,7 +185,7 @@ class Updates:
         )
 
     def critic_loss(self, critic: Engine, e: Experience) -> tuple[torch.Tensor, Sums]:
-        """Value loss of one mini-batch, summed over its tokens, and sums to report."""
+        """Value loss of one micro-batch, summed over its tokens, and sums to report."""
         values = None if e.kept is None else e.kept.taken(critic)
         if values is None:
             values = answer_values(critic, e.sequences, e.attention_mask, e.answer_mask.shape[1])

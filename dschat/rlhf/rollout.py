@@ -98,7 +98,7 @@ def scored(
     answers_per_prompt: int,
     *,
     generator: torch.Generator | None = None,
-    told: bool = False,
+    from_sampler: bool = False,
     keeps_pass: bool = False,
 ) -> list[Experience]:
     """Score answers by every role's forward passes in eval mode.
@@ -107,8 +107,8 @@ def scored(
         batches: of prompts, `ready`.
         generator: of the order of micro-batches in the update that follows; passes are made over
             those of its first epoch. None: over rows of like length.
-        told: the engine's log-probabilities stand for the policy's, which is not run over the
-            answers.
+        from_sampler: the engine's log-probabilities stand for the policy's, which makes no pass
+            over the answers.
         keeps_pass: the critic's only step on them is over all of them at once, and can do with the
             pass that gives their values.
 
@@ -134,7 +134,8 @@ def scored(
     planned = _planned(lengths, config, roles.actor.gradient_accumulation_steps(), generator)
     columns = zip(batches, texts, logprobs, groups.split(sizes), planned, strict=True)
     first, *others = (
-        score(roles, *column, config, told=told, keeps_pass=keeps_pass) for column in columns
+        score(roles, *column, config, from_sampler=from_sampler, keeps_pass=keeps_pass)
+        for column in columns
     )
     return [replace(first, generation_steps=generated.steps), *others]
 
@@ -161,14 +162,14 @@ def score(
     planned: list[MicroBatch],
     config: PPOConfig,
     *,
-    told: bool = False,
+    from_sampler: bool = False,
     keeps_pass: bool = False,
 ) -> Experience:
     """Score one batch of prompts and their answers under every role, by `planned` passes."""
     mask = text.answer_mask
-    joint, kept = _passes(roles, text, planned, config, told, keeps_pass)
+    joint, kept = _passes(roles, text, planned, config, from_sampler, keeps_pass)
     sampled = None if sampler_logprobs is None else sampler_logprobs[:, : mask.shape[1]]
-    if told:
+    if from_sampler:
         joint["logprobs"] = filled(sampled).where(mask, 0.0)
     return Experience(
         text.sequences,
@@ -182,7 +183,7 @@ def score(
         model_scores=joint.get("model_scores"),
         group=group,
         sampler_logprobs=sampled,
-        told=told,
+        from_sampler=from_sampler,
         kept=kept,
         micro_batches=planned,
         columns=prompts.columns,
@@ -194,14 +195,14 @@ def _passes(
     text: Texts,
     planned: list[MicroBatch],
     config: PPOConfig,
-    told: bool,
+    from_sampler: bool,
     keeps_pass: bool,
 ) -> tuple[dict[str, torch.Tensor], KeptPass | None]:
     """Run every role over the micro-batches.
 
     Returns:
-        (B, A) logprobs (not where `told`), ref_logprobs and values, (B,) model_scores, as far as
-        there are such roles; and the critic's pass, if it is kept.
+        (B, A) logprobs (not where `from_sampler`), ref_logprobs and values, (B,) model_scores, as
+        far as there are such roles; and the critic's pass, if it is kept.
     """
     columns: dict[str, list[torch.Tensor]] = defaultdict(list)
     kept: KeptPass | None = None
@@ -213,7 +214,7 @@ def _passes(
 
     for chosen in planned:
         part = text.part(chosen)
-        if not told:
+        if not from_sampler:
             add("logprobs", answer_logprobs(roles.actor, *part, temperature=temperature).logprobs)
         add("ref_logprobs", roles.reference_logprobs(*part, temperature=temperature))
         if roles.has_reward_model:

@@ -53,7 +53,7 @@ class StaticRollout:
             return model(**inputs, use_cache=False).logits[:, -1]
 
     def weights_changed(self) -> None:
-        """See `RolloutEngine`; weights are read anew for each set of prompts."""
+        """See `RolloutEngine`; weights are read again for each set of prompts."""
 
     def _weights(self) -> contextlib.AbstractContextManager[None]:
         fuse = self.fuse_adapters

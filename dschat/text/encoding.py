@@ -25,7 +25,7 @@ def encode(
     Names of special tokens are the tokens, save those that `ordinary.as_ordinary` has marked.
 
     Raises:
-        UserError: a pattern of the tokenizer gives up, as one that backtracks without end does.
+        UserError: a pattern of the tokenizer gives up, for example one that backtracks forever.
     """
     plain = [text for text in texts if MARK not in text]
     marked = [text for text in texts if MARK in text]
@@ -143,8 +143,8 @@ def _encode_pairs(
 ) -> list[tuple[list[int], list[int]]]:
     contexts, answers = [context for context, _ in pairs], [answer for _, answer in pairs]
     ids = encode(tokenizer, contexts, special)
-    replies = encode_answers(tokenizer, contexts, ids, answers, special)
-    return list(zip(ids, replies, strict=True))
+    encoded = encode_answers(tokenizer, contexts, ids, answers, special)
+    return list(zip(ids, encoded, strict=True))
 
 
 def _encode_apart(
@@ -215,7 +215,7 @@ def truncate_left(ids: list[int], max_len: int, bos_id: int | None) -> list[int]
 def shift_spans(spans: list[int], shift: int) -> list[int]:
     """Move the spans of a prompt that lost `shift` tokens on the left; drop the incomplete ones.
 
-    An answer that lost its beginning is context like any other text: it would be learnt as the
+    An answer that lost its beginning is context like any other text: it would be learned as the
     answer to nothing. The token in front of an answer must be there too, since it predicts it.
     """
     if not shift:

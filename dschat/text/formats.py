@@ -139,7 +139,7 @@ def choose_format(
     if asked and stored and asked != stored and not teaches:
         raise UserError(
             f"--prompt_format {asked}: {tokenizer.name_or_path} was trained with the format "
-            f"{stored!r}; leave the flag out, or train step 1 anew with it"
+            f"{stored!r}; leave the flag out, or train step 1 again with it"
         )
     name = asked or stored or ("chat" if tokenizer.chat_template else "dschat")
     if name != "chat":

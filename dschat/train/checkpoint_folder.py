@@ -1,6 +1,6 @@
 """Folders of checkpoints: find, check, publish when complete, and remove old ones.
 
-OUTPUT_DIR/checkpoints holds `step-000040` and the like. One that is being written or removed has a
+OUTPUT_DIR/checkpoints holds `step-000040` and so on. One that is being written or removed has a
 name that begins with a dot, so a folder under its plain name is complete, whenever a process dies.
 """
 

@@ -170,6 +170,6 @@ class ModelConfig(Settings):
         except UserError as error:
             if self.tokens.always:
                 raise
-            print_rank_0(f"advice: {rows} cannot be learnt; {error}")
+            print_rank_0(f"advice: {rows} cannot be learned; {error}")
         else:
             print_rank_0(f"trainable tokens in {' and '.join(tables)}: {rows}")

@@ -1,4 +1,4 @@
-"""Who else is told the figures of a run, in the process that trains."""
+"""Observers of a run: callbacks that get its figures, in the process that trains."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class FallWatch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """State: the first figures, and whether it has told."""
+        """State: the first figures, and whether the advice was given."""
         return {"first": self.first, "told": self.told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ def precompute(
 ) -> Precomputed:
     """Read the reference's log-probabilities of all rows, computed first unless they are kept.
 
-    Every rank scores its share, before the first optimizer step. What is damaged is computed anew.
+    Every rank scores its share, before the first optimizer step. Damaged scores are computed again.
 
     Args:
         loaders: of training and evaluation rows; each gives every row once.

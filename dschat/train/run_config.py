@@ -55,7 +55,7 @@ class StartConfig(Settings):
 
 @dataclass(frozen=True)
 class RunConfig(StartConfig):
-    """Settings that every training program has."""
+    """Settings of every recipe."""
 
     output_dir: str = setting("./output", "where the trained model is written", may_change=True)
     overwrite_output_dir: bool = setting(

@@ -1,4 +1,4 @@
-"""Addresses of servers, and names on the Hub: what is one, and who may be told a key."""
+"""Addresses of servers, and names on the Hub: what is one, and which ones may get a key."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def lora_overhead_factor(lora_dim: int, hidden_size: int) -> float:
 
 
 def activation_factor(lora_dim: int, hidden_size: int, gradient_checkpointing: bool) -> float:
-    """Return the cost of a training step in forward passes: 3 or 4, less (1 − k) with LoRA.
+    """Return the cost of an optimizer step in forward passes: 3 or 4, less (1 − k) with LoRA.
 
     One pass forward, one for input gradients, one for weight gradients, and one more when
     checkpointing computes the forward twice. LoRA leaves k of the weight gradients.

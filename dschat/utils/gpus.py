@@ -100,6 +100,6 @@ def named_gpu(name: str) -> Gpu:
         UserError: an unknown one, with the nearest.
     """
     if name not in BY_NAME:
-        told = unknown("gpu", name, [*BY_NAME], "; known: " + ", ".join(BY_NAME))
-        raise UserError(f"{told}; for one that is not here give its like, and its memory")
+        reason = unknown("gpu", name, [*BY_NAME], "; known: " + ", ".join(BY_NAME))
+        raise UserError(f"{reason}; for one that is not here give its like, and its memory")
     return BY_NAME[name]

@@ -85,13 +85,13 @@ def _translated(environ: Mapping[str, str]) -> dict[str, str]:
         _check_lone(environ)
         return {}
     rank, size = environ[launcher.rank], environ[launcher.size]
-    for name, own, told, meaning in (
+    for name, own, given, meaning in (
         ("WORLD_SIZE", launcher.size, size, "the number of all processes"),
         ("RANK", launcher.rank, rank, "this process's place among them"),
     ):
-        if not is_whole and environ.get(name, told) != told:
+        if not is_whole and environ.get(name, given) != given:
             raise UserError(
-                f"{name} is {environ[name]} and {own} {told}: unset {name}, which is {meaning}"
+                f"{name} is {environ[name]} and {own} {given}: unset {name}, which is {meaning}"
             )
     found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": environ[launcher.local_rank]}
     found |= {"MASTER_ADDR": _first_host(launcher, environ), "MASTER_PORT": str(_port(environ))}

@@ -100,7 +100,7 @@ class RolloutWork:
 
 @dataclass(frozen=True)
 class Step3Times:
-    """Wall-clock seconds of one PPO step; scoring is what end_to_end has beside the two."""
+    """Wall-clock seconds of one PPO iteration; scoring is what end_to_end has beside the two."""
 
     generation: float
     training: float
@@ -119,7 +119,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Step3Throughput:
-    """Speed of one PPO step: end to end, generation, training.
+    """Speed of one PPO iteration: end to end, generation, training.
 
     Attributes:
         tflops_per_gpu: of generation and training; the exact count of `mfu` has scoring as well.
@@ -154,7 +154,7 @@ def step3_throughput(
     times: Step3Times,
     gpus: Gpus,
 ) -> Step3Throughput:
-    """Return the speed of one PPO step; the works are global, the times those of one rank.
+    """Return the speed of one PPO iteration; the works are global, the times those of one rank.
 
     A reward model counts as the critic's trunk does; without a critic it is left out.
     """
@@ -196,7 +196,7 @@ def print_throughput_step3(
     gpus: Gpus,
     rank: int = 0,
 ) -> str:
-    """Print the speed of one PPO step in one line on rank 0, and return the line."""
+    """Print the speed of one PPO iteration in one line on rank 0, and return the line."""
     speed = step3_throughput(actor, critic, rollout, times, gpus)
     weights = speed.weights_gb_per_s
     return _print(

@@ -8,7 +8,7 @@ ends the process when
 - a rank has given no sign of life for that long: it was killed, or stopped
 - the main thread does work that the others wait for, and nothing of it has run for that long: its
   disk hangs, say
-- another rank has told that it ends for a reason of its own (`tell`), which is said by one rank
+- another rank has announced (`tell`) that it ends for a reason of its own; one rank reports it
 
 Rank-dependent work of any length (a tokenisation, a large model being written) is no such wait:
 others wait for it in a `patient` place. The process group's own limit is further away.

@@ -155,7 +155,7 @@ def set_local_shard(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Overwrite what this rank owns of the parameter; every rank must do so.
 
     ZeRO-3 keeps small parameters gathered between steps, and those gathered copies would outlive
-    their shards: they are released, to be gathered anew where they are needed. So would a second
+    their shards: they are released, and gathered again where they are needed. So would a second
     shard, among the ranks of a machine.
     """
     local_shard(parameter).copy_(value)

@@ -88,11 +88,11 @@ def test_something_to_do_is_exit_code_1(remedy, code, monkeypatch, capsys):
 def test_a_training_that_fails_says_its_last_line(monkeypatch):
     monkeypatch.setattr(training_check, "BUILD", "raise SystemExit('no room')")
     result = training_check.train()
-    assert (result.learnt, result.text) == (False, "no room")
+    assert (result.learned, result.text) == (False, "no room")
 
 
 @pytest.mark.slow
 def test_the_embedded_model_learns(monkeypatch):
     monkeypatch.setattr(training_check, "STEPS", 60)
     result = training_check.train()
-    assert result.learnt and result.text.startswith("60 steps, held-out loss 6.")
+    assert result.learned and result.text.startswith("60 steps, held-out loss 6.")

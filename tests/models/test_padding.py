@@ -96,7 +96,7 @@ def test_a_model_that_sees_padding_is_found_out(family: str):
     device, tokenizer = torch.device("cpu"), tiny.byte_tokenizer()
     message = rf"^model m: a text gets other values .* as {family} of transformers does not leave"
     if is_seen_behind:
-        with pytest.raises(UserError, match=f"{message} padding behind a text out"):
+        with pytest.raises(UserError, match=f"{message} padding after a text out"):
             prove_padding(model, tokenizer, device, "m")
     else:
         prove_padding(model, tokenizer, device, "m")

@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from dschat.rlhf.experience import Experience, minibatches
+from dschat.rlhf.experience import Experience, in_micro_batches
 from dschat.train.steps import accumulation_groups
 
 
@@ -53,9 +53,9 @@ def test_rows_leave_missing_returns_missing():
 
 
 @pytest.mark.parametrize("size, sizes", [(1, [1] * 9), (2, [2, 2, 1, 2, 2]), (8, [5, 4])])
-def test_minibatches_hold_every_row_once(size, sizes):
+def test_micro_batches_hold_every_row_once(size, sizes):
     rollouts = [experience(5), experience(4, first=100, prompt=6, answer=2)]
-    batches = list(minibatches(rollouts, size, 1, torch.Generator().manual_seed(0)))
+    batches = list(in_micro_batches(rollouts, size, 1, torch.Generator().manual_seed(0)))
     assert [len(b) for b in batches] == sizes
     seen = sorted(row for b in batches for row in b.model_scores.tolist())
     assert seen == [0, 1, 2, 3, 4, 100, 101, 102, 103]
@@ -67,23 +67,23 @@ def test_minibatches_hold_every_row_once(size, sizes):
         assert torch.equal(b.ended, b.sequences[:, 0] % 2 == 0)
 
 
-def test_minibatches_are_drawn_anew_each_time():
+def test_micro_batches_are_drawn_anew_each_time():
     generator = torch.Generator().manual_seed(0)
     orders = [
         [
             row
-            for b in minibatches([experience(20)], 4, 1, generator)
+            for b in in_micro_batches([experience(20)], 4, 1, generator)
             for row in b.model_scores.tolist()
         ]
         for _ in range(2)
     ]
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
-    again = minibatches([experience(20)], 4, 1, torch.Generator().manual_seed(0))
+    again = in_micro_batches([experience(20)], 4, 1, torch.Generator().manual_seed(0))
     assert [row for b in again for row in b.model_scores.tolist()] == orders[0]
 
 
 def groups_of(rollouts: list[Experience], size: int, accumulated: int) -> list[list[Experience]]:
-    batches = minibatches(rollouts, size, accumulated, torch.Generator().manual_seed(3))
+    batches = in_micro_batches(rollouts, size, accumulated, torch.Generator().manual_seed(3))
     return list(accumulation_groups(batches, accumulated))
 
 
@@ -115,7 +115,9 @@ def test_the_rows_of_a_group_do_not_depend_on_the_micro_batch():
     ],
 )
 def test_real_rows_fill_as_few_groups_as_possible_evenly(rows, real, size, accumulated, expected):
-    full = [len(b) for b in minibatches([short(rows, rows)], size, accumulated, torch.Generator())]
+    full = [
+        len(b) for b in in_micro_batches([short(rows, rows)], size, accumulated, torch.Generator())
+    ]
     groups = groups_of([short(rows, real)], size, accumulated)
     assert [len(b) for group in groups for b in group] == full  # as on a rank without fillers
     assert [sum(int(b.real.sum()) for b in group) for group in groups] == expected

@@ -137,7 +137,7 @@ def test_an_exact_engine_spares_the_pass_before_several_steps_too(load_roles, es
                 trainer.tells_enough = lambda *_: False
             for _ in range(2):
                 (e,) = trainer.rollout([prompts()])
-                assert e.told == told
+                assert e.from_sampler == told
                 statistics[told] = trainer.train_rlhf([e])
         passes[told] = scored.call_count
         weights[told] = [p.detach().clone() for p in roles.actor.module.parameters()]
@@ -156,7 +156,7 @@ def test_what_is_only_nearly_the_policys_is_not_taken_for_its_own(load_roles):
     trainer = ppo_trainer(roles, setting)
     trainer.engine = StaticRollout(StaticModel(roles.actor.module), roles.tokenizer, 4)
     (e,) = trainer.rollout([prompts()])
-    assert not e.told and e.kept is not None
+    assert not e.from_sampler and e.kept is not None
 
 
 def test_a_kept_pass_serves_once_and_by_the_weights_that_made_it(load_roles):

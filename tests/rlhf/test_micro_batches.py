@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dschat.rlhf.experience import Experience, minibatches
+from dschat.rlhf.experience import Experience, in_micro_batches
 from dschat.rlhf.micro_batches import RowLengths, by_length, dealt
 from dschat.rlhf.static_model import StaticModel
 from dschat.rlhf.static_rollout import StaticRollout
@@ -52,7 +52,7 @@ def test_lengths_do_not_decide_which_rows_a_step_has(size, accumulated):
 
 
 def narrow(e: Experience, trainer, size: int) -> list[Experience]:
-    return list(minibatches([e], size, 1, trainer.generator, is_first=True))
+    return list(in_micro_batches([e], size, 1, trainer.generator, is_first=True))
 
 
 def test_padding_that_a_micro_batch_does_not_need_changes_nothing(load_roles):
@@ -69,7 +69,7 @@ def test_padding_that_a_micro_batch_does_not_need_changes_nothing(load_roles):
     )
     assert all(part.attention_mask.all() for part in alone)
     wide = replace(e, micro_batches=None)
-    for part in minibatches([wide], 4, 1, torch.Generator().manual_seed(0)):
+    for part in in_micro_batches([wide], 4, 1, torch.Generator().manual_seed(0)):
         text = part.sequences, part.attention_mask, part.answer_mask.shape[1]
         assert len(part) == 4
         torch.testing.assert_close(
@@ -93,7 +93,7 @@ def test_scoring_is_over_the_micro_batches_of_the_first_epoch(load_roles, dtype)
     for part in parts:
         assert torch.equal(trainer.updates.policy_scores(part).logprobs, part.logprobs)
     # A second epoch is dealt anew, and so is what was put together of several rollouts.
-    again = list(minibatches([e], 2, 1, trainer.generator))
+    again = list(in_micro_batches([e], 2, 1, trainer.generator))
     assert [p.group.tolist() for p in again] != [p.group.tolist() for p in parts]
     assert e.rows(torch.arange(8)).micro_batches is None
 

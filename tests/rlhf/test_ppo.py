@@ -6,7 +6,7 @@ import torch
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.logprobs import answer_logprobs
 from dschat.models.reward_model import create_critic_model, scores_at_end
-from dschat.rlhf.experience import minibatches
+from dschat.rlhf.experience import in_micro_batches
 from dschat.rlhf.rollout import answer_values
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import (
@@ -48,7 +48,7 @@ def test_on_fresh_experience_the_ratio_is_one(load_roles, family, setting):
         roles.train()
         assert roles.actor.module.training
         sizes = setting.micro_batch, setting.accumulation
-        for part in minibatches([e], *sizes, trainer.generator, is_first=True):
+        for part in in_micro_batches([e], *sizes, trainer.generator, is_first=True):
             text = part.sequences, part.attention_mask, part.answer_mask.shape[1]
             logprobs = answer_logprobs(roles.actor, *text).logprobs
             values = answer_values(roles.critic, *text)

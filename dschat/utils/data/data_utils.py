@@ -15,7 +15,7 @@ __getattr__ = _moved(
     {
         "DataCollatorRLHF": "dschat.data.collators.PromptCollator",
         "DataCollatorReward": "dschat.data.collators.PairCollator",
-        "MiniDataset": "dschat.rlhf.experience.minibatches",
+        "MiniDataset": "dschat.rlhf.experience.in_micro_batches",
         "PromptDataset": "dschat.data.datasets.PromptData",
         "create_dataset": "dschat.utils.data.data_utils.create_prompt_dataset",
         "create_dataset_split": "dschat.utils.data.data_utils.create_prompt_dataset",

@@ -82,7 +82,7 @@ class AdapterConfig:
         """Return the settings of the layer of this name: its own rank and alpha.
 
         Raises:
-            UserError: a pattern takes without end to match it.
+            UserError: matching a pattern to it does not end.
         """
         if not (self.rank_pattern or self.alpha_pattern):
             return self.lora

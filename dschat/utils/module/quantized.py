@@ -1,7 +1,7 @@
 """LoRA over frozen weights in 4 or 8 bits, with the formats and kernels of `bitsandbytes`.
 
 4bit is NF4 with double quantisation (QLoRA, arXiv:2305.14314), about half a byte a weight; 8bit
-keeps a scale for each row. The de-quantised weight is computed anew in the forward and in the
+keeps a scale for each row. The de-quantised weight is computed again in the forward and in the
 backward pass and never kept: saving, scoring and merging see the weight that trained.
 """
 
@@ -19,7 +19,7 @@ from dschat.utils.module.lora_layers import LoRALinear
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """x W^T with a frozen W that each pass unpacks anew; nothing of it is kept between them."""
+    """x W^T with a frozen W that each pass unpacks again; nothing of it is kept between passes."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, rows: Callable[[], torch.Tensor]) -> torch.Tensor:
