@@ -67,7 +67,7 @@ def own_folder() -> Path:
 
 
 def _check_owner(folder: Path, status: os.stat_result, is_own: bool) -> None:
-    """Stop at a folder in which another could write rows.
+    """Refuse a folder in which another user could write rows.
 
     A folder that its owner opened to a group of this user is one that the group shares.
     """
@@ -87,7 +87,7 @@ def _check_owner(folder: Path, status: os.stat_result, is_own: bool) -> None:
 
 
 def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None]) -> Path:
-    """Give the folder `root / kind / key`, which `write(folder)` fills unless it is there, intact.
+    """Return the folder `root / kind / key`; `write(folder)` fills it unless it exists, intact.
 
     Other processes of this machine that want it wait for the first one, and take over when that is
     killed. A damaged one is said and made again. What killed writers left is removed. What is made
@@ -133,7 +133,7 @@ def written_once(root: Path, kind: str, key: str, write: Callable[[Path], None])
 
 
 def damage_of(folder: Path) -> str | None:
-    """Say how a set differs from the one that was published there; None where it does not."""
+    """Describe how a set differs from the one that was published there; None where it does not."""
     try:
         record = json.loads(regular(folder / RECORD).read_text(encoding="utf-8"))
         key, digests = record["key"], dict(record["files"])

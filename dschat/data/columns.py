@@ -19,7 +19,7 @@ OwnColumns = tuple[dict[str, Any], ...]  # of each row of a batch, by name
 
 
 def pick(row: Row, path: str) -> Any:
-    """Take the value of a column, or of a field inside one: `question.full_text`, `answers.0.text`.
+    """Read the value of a column, or of a field inside one: `question.full_text`, `answers.0.text`.
 
     A list that is too short, or nothing where a field should be, gives None.
 
@@ -45,7 +45,7 @@ def pick(row: Row, path: str) -> Any:
 
 
 def pick_text(row: Row, path: str) -> str:
-    """Take the text at a path.
+    """Read the text at a path.
 
     Raises:
         Skip: nothing is there. UserError: something else than text is.
@@ -59,7 +59,7 @@ def pick_text(row: Row, path: str) -> str:
 
 
 def pick_number(row: Row, path: str) -> float:
-    """Take the number at a path, also where it is written as text; else a UserError."""
+    """Read the number at a path, also where it is written as text; else a UserError."""
     value = pick(row, path)
     try:
         number = float(value)

@@ -233,7 +233,7 @@ def _write(
 def _check_room(
     parts: Sequence[datasets.Dataset], convert: Converter, folder: Path, later: Reserve | None
 ) -> None:
-    """Stop where the disk of the cache is too small for rows that will be tokenised there.
+    """Check that the disk of the cache has room for the rows once they are tokenised.
 
     Args:
         later: what the run writes after them.

@@ -22,7 +22,7 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.Arrow
 
 
 def is_saved(path: Path) -> bool:
-    """Tell whether a folder was written by `save_to_disk`."""
+    """Return whether a folder was written by `save_to_disk`."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 

@@ -9,5 +9,5 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def is_spelt_as_path(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
-    """Tell whether a name means a file or folder by its spelling, whether or not it is there."""
+    """Return whether a name means a file or folder by its spelling, whether or not it is there."""
     return name.startswith((".", os.sep, "~")) or Path(name).suffix in suffixes

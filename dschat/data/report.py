@@ -59,7 +59,7 @@ class SourceReport:
 
 
 def reading_notes(name: str, splits: Sequence[SourceReport]) -> list[str]:
-    """Say how the texts of a source are read, where it may be otherwise than meant."""
+    """Describe how the texts of a source are read, where it may be otherwise than meant."""
     questions, transcripts, named, margins = (
         sum(getattr(split, count) for split in splits)
         for count in ("questions", "transcripts", "special_names", "margins")

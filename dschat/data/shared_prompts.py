@@ -10,7 +10,7 @@ from dschat.data.batches import Row, SharedPromptBatch
 
 
 def is_less_work(rows: Sequence[Row]) -> bool:
-    """Tell whether a batch of pairs costs less in rows of one pair than in rows of one answer.
+    """Return whether a batch of pairs costs less in rows of one pair than in rows of one answer.
 
     Where attention over all tokens of a row does: twice as many rows may be 1 / sqrt(2) as long.
     """

@@ -194,7 +194,7 @@ def choose_reader(options: ReadOptions, name: str, first: Row) -> Reader:
 
 
 def _check_text(example: Example) -> None:
-    """Stop at what is not text, naming the column."""
+    """Refuse what is not text, naming the column."""
     prompt = example.prompt
     columns = {"chosen": [example.chosen], "rejected": [example.rejected]}
     columns["prompt"] = [turn.text for turn in prompt] if isinstance(prompt, tuple) else [prompt]

@@ -153,7 +153,7 @@ class StreamLoader:
     _reported_skipped: int = 0
 
     def batches_in(self, epoch: int) -> None:
-        """Give None: nobody has counted the rows."""
+        """Return None: nobody has counted the rows."""
         return None
 
     def __iter__(self) -> Iterator[Any]:

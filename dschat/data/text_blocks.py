@@ -49,7 +49,7 @@ class TextBlocks:
     special_names: int = 0
 
     def lines(self) -> list[str]:
-        """Say how the texts are read, where it may be otherwise than meant."""
+        """Describe how the texts are read, where it may be otherwise than meant."""
         return [f"{SETTING}: {note}" for note in named_note(self.special_names)]
 
 

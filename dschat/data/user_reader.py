@@ -111,7 +111,7 @@ def _as_example(result: Any, place: str) -> Example:
 
 
 def _check(example: Example) -> None:
-    """Stop at turns that no conversation can have."""
+    """Refuse turns that no conversation can have."""
     if not isinstance(example.prompt, tuple):
         return
     for number, turn in enumerate(example.prompt, 1):

@@ -52,7 +52,7 @@ def _parse(answer: str) -> tuple[set[str], str] | None:
 
 
 def well_formed(answer: str) -> bool:
-    """Tell whether the answer follows the grammar of the world, true or not.
+    """Return whether the answer follows the grammar of the world, true or not.
 
     The answer is taken as the model continues the prompt, without the end token: one space before
     each sentence and nothing after the last.
@@ -61,7 +61,7 @@ def well_formed(answer: str) -> bool:
 
 
 def gold(prompt: str, answer: str) -> bool:
-    """Tell whether the answer is well-formed, courteous, and gives the fact in question alone.
+    """Return whether the answer is well-formed, courteous, and gives the fact in question alone.
 
     Courteous: a polite phrase at one end at least and a rude one at neither. Raises UserError for
     a prompt that is no question of the world, since no rule can judge its answer.

@@ -1,4 +1,4 @@
-"""Exponential moving average of the actor, also when it is sharded."""
+"""Exponential moving average of the actor's weights, sharded as they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dschat.utils.zero import (
 class EMA:
     """Exponential moving average of the trainable parameters, fp32, on the CPU.
 
-    Every rank keeps the average of what it owns, so ZeRO-3 needs no gathering to update.
+    Every rank averages its own shards, so an update under ZeRO-3 gathers nothing.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -47,7 +47,7 @@ class EMA:
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore averages, of this rank or whole; names and shapes must be those of the actor."""
+        """Restore averages, complete or this rank's shards, of the same parameters."""
         state = {name: self._own(name, average) for name, average in state.items()}
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self.shadow.items()}:
             raise RuntimeError("the saved moving average is not of this actor's parameters")
@@ -63,7 +63,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """Put the averaged weights into the module for the block; then its own, bit for bit."""
+        """Use the averaged weights inside the block, then the own ones again, bit for bit."""
         parameters = dict(self.module.named_parameters())
         own = {n: local_shard(parameters[n]).detach().clone() for n in self.shadow}
         for name, average in self.shadow.items():

@@ -56,7 +56,7 @@ class Example:
 
 
 def kind_of(value: Any) -> str:
-    """Say in plain words what a value of a row is."""
+    """Name the kind of a row's value in plain words."""
     kinds = {
         type(None): "missing or null",
         bool: "true or false",
@@ -79,7 +79,7 @@ def question(text: Any) -> tuple[Turn, ...]:
 
 
 def has_markers(text: str) -> bool:
-    """Tell whether a text is a transcript with `Human:` in it."""
+    """Return whether a text is a transcript with `Human:` in it."""
     return any(match[1] == "Human" for match in MARKER.finditer(text))
 
 
@@ -161,7 +161,7 @@ def parse_messages(
 
 
 def check_order(turns: Sequence[Turn], column: str) -> None:
-    """Stop unless user and assistant take turns, user first, after at most one system turn."""
+    """Check that user and assistant alternate, user first, after at most one system turn."""
     start = int(bool(turns) and turns[0].role == "system")
     for number, turn in enumerate(turns[start:], start):
         expected = ("user", "assistant")[(number - start) % 2]

@@ -93,7 +93,7 @@ class RawFormat:
     opening = ""
 
     def prompt(self, prompt: Prompt) -> str:
-        """Give the text; UserError for a conversation, which only a format can write."""
+        """Return the text; UserError for a conversation, which only a format can write."""
         if isinstance(prompt, str):
             return prompt
         if len(prompt) != 1:
@@ -104,11 +104,11 @@ class RawFormat:
         return prompt[0].text
 
     def earlier(self, prompt: Prompt) -> list[str]:
-        """Give the text in one piece."""
+        """Return the text in one piece."""
         return [self.prompt(prompt)]
 
     def answer(self, prompt: Prompt, opened: str, text: str) -> str:
-        """Give the text."""
+        """Return the text."""
         return text
 
 

@@ -98,7 +98,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def without_marks(text: str) -> str:
-    """Give the text as its author wrote it."""
+    """Remove the marks: the text as its author wrote it."""
     return text.replace(MARK, "")
 
 

@@ -102,14 +102,14 @@ def _set_special_tokens(
 
 
 def end_is_new(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether loading added the end token to the vocabulary: no model knows it yet."""
+    """Return whether loading added the end token to the vocabulary: no model knows it yet."""
     return tokenizer in _WITH_NEW_END
 
 
 def check_same_tokenizer(
     tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, eot_token: str | None = None
 ) -> None:
-    """Stop when a second model reads other token ids or another prompt format than the first.
+    """Check that two models have the same token ids and the same prompt format.
 
     Raises:
         UserError: the model's own tokenizer differs in vocabulary, special tokens or format, or

@@ -1,9 +1,9 @@
-"""A checkpoint by the names of parameters, from which any number of ranks and ZeRO stage resumes.
+"""Portable checkpoints: stored by parameter name, so that any ranks and ZeRO stage can resume.
 
-DeepSpeed's own files hold each rank's part of flat buffers. Here they are read, safely and without
-a process group, and put together: `ENGINE.safetensors` has the fp32 weight and the optimizer's
-state of every trained parameter, whole, and `ENGINE.pt` the rest. DeepSpeed's universal format is
-not used: it unpickles whatever is in a file, and knows no engine without ZeRO.
+DeepSpeed's own files hold each rank's part of flat buffers. This module reads them, safely and
+without a process group, and joins the parts: `ENGINE.safetensors` has the complete fp32 weight and
+optimizer state of every trained parameter, and `ENGINE.pt` the rest. DeepSpeed's universal format
+is not used: loading it unpickles arbitrary objects, and it does not support engines without ZeRO.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ State = dict[str, dict[str, torch.Tensor]]  # WEIGHT and the optimizer's keys â†
 
 
 def write_portable(folder: Path, record: Mapping[str, Any], target: Path) -> None:
-    """Write the checkpoint of this record in portable form; its name appears when it is complete.
+    """Convert the checkpoint of this record to portable form; `target` appears when complete.
 
     Raises:
         UserError: it is portable already, or of a version or an optimizer that this cannot convert.
@@ -89,7 +89,7 @@ def _copy_others(folder: Path, part: Path, engines: Mapping[str, Any]) -> None:
 
 
 def _joined(pieces: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    """Put pieces of all ranks together, without what fills the last one up."""
+    """Join the pieces of all ranks, without the padding of the last one."""
     flat = torch.cat([piece.flatten() for piece in pieces])
     count = torch.Size(shape).numel()
     return flat[:count].reshape(tuple(shape)).clone()
@@ -148,7 +148,7 @@ def _read_stage_0(
 def _read_stages_1_and_2(
     shards: Sequence[Mapping[str, Any]], groups: Mapping[str, Shapes]
 ) -> tuple[State, dict[str, float]]:
-    """Each rank holds a stretch of every group's flat buffer; a parameter may be in several."""
+    """Read shards of flat buffers, one buffer a group; a parameter may span several ranks."""
     state: State = {}
     steps: dict[str, float] = {}
     for number, shapes in enumerate(groups.values()):
@@ -171,7 +171,7 @@ def _read_stages_1_and_2(
 def _read_stage_3(
     shards: Sequence[Mapping[str, Any]], groups: Mapping[str, Shapes]
 ) -> tuple[State, dict[str, float]]:
-    """Each rank holds an equal part of every parameter, one after the other in flat buffers."""
+    """Read shards of parameters: each rank has an equal part of each, in flat buffers."""
     base = [shard["optimizer_state_dict"]["state"] for shard in shards]
     order = sorted(base[0])
     flats = {WEIGHT: [torch.cat([*shard["fp32_flat_groups"]]) for shard in shards]}
@@ -192,10 +192,10 @@ def _read_stage_3(
 
 
 def _keys(states: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Names of the optimizer's state that has a number for each weight.
+    """List the keys of optimizer state that has the shape of the weight.
 
     Raises:
-        UserError: an optimizer that keeps anything else beside its count of steps.
+        UserError: an optimizer with any other state but its step count.
     """
     found: dict[str, None] = {}
     for own in states.values():

@@ -18,7 +18,7 @@ def is_address(name: str) -> bool:
 
 
 def check_address(setting_name: str, url: str, example: str, key: str) -> None:
-    """Stop at what is no address of a server.
+    """Refuse what is no address of a server.
 
     Args:
         example: of a right one. key: the environment variable that holds the server's key.
@@ -42,13 +42,13 @@ def check_address(setting_name: str, url: str, example: str, key: str) -> None:
 
 
 def may_hear_a_key(url: str) -> bool:
-    """Tell whether a key sent there is read by nobody on the way: encrypted, or on this machine."""
+    """Return whether a key can be sent there safely: encrypted, or on this machine."""
     parts = urlsplit(url)
     return parts.scheme == "https" or parts.hostname in THIS_MACHINE
 
 
 def check_repository(name: str, setting_name: str) -> None:
-    """Stop at a name that no repository on the Hub can have.
+    """Refuse a name that no repository on the Hub can have.
 
     Raises:
         UserError: naming the setting.

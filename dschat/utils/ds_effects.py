@@ -45,7 +45,7 @@ REFUSED = {
 
 
 def check_numbers(user: Mapping[str, Any], place: str) -> None:
-    """Stop at numbers that DeepSpeed takes and cannot work with, in blocks of any depth.
+    """Refuse numbers that DeepSpeed takes and cannot work with, in blocks of any depth.
 
     Parameters of an optimizer are tried by making it.
 
@@ -65,7 +65,7 @@ def check_numbers(user: Mapping[str, Any], place: str) -> None:
 
 
 def check_effects(user: Mapping[str, Any], place: str) -> None:
-    """Stop at what would have DeepSpeed do another thing than the training loops count on.
+    """Refuse settings under which DeepSpeed does not do what the training loops rely on.
 
     Raises:
         UserError: it would.

@@ -67,7 +67,7 @@ def merge_into(base: dict, over: dict, place: str) -> None:
 
 
 def check_known(config: dict, user: dict, place: str) -> None:
-    """Stop at what the installed DeepSpeed does not take: it reads most unknown keys in silence.
+    """Refuse keys that the installed DeepSpeed does not know: it ignores most of them silently.
 
     Its own configuration is built from `config` by a dict that notes which keys are asked for.
 

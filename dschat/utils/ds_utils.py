@@ -188,7 +188,7 @@ def _merged(ours: dict, path: str, config: EngineConfig) -> dict:
 
 
 def _check_shards(zero: dict, path: str, world_size: int) -> None:
-    """Stop at kinds of shards that DeepSpeed does not make of these models.
+    """Refuse kinds of shards that DeepSpeed does not make of these models.
 
     Raises:
         UserError: a machine's shards that do not divide the ranks; frozen weights in 8 bits, which

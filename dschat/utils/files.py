@@ -66,7 +66,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def regular(path: Path) -> Path:
-    """Give the path back, unless it leads to a pipe or a device: reading one might never end.
+    """Return the path, unless it leads to a pipe or a device: reading one might never end.
 
     Raises:
         UserError: it does.

@@ -108,7 +108,7 @@ def rank_of(environ: Mapping[str, str]) -> int:
 
 
 def _check_place(place: Mapping[str, str]) -> None:
-    """Stop at a place that no process of a run can have, or that leads to no other process."""
+    """Refuse a place that no process of a run can have, or that leads to no other process."""
     size = _number(place, "WORLD_SIZE", 1)
     for name in ("RANK", "LOCAL_RANK"):
         if _number(place, name) >= size:
@@ -147,7 +147,7 @@ def _launcher_of(environ: Mapping[str, str]) -> Launcher | None:
 
 
 def _check_lone(environ: Mapping[str, str]) -> None:
-    """Stop where there seem to be several processes, and nothing tells them apart."""
+    """Check that several processes, if there seem to be some, have ranks of their own."""
     sizes = ["WORLD_SIZE", *(launcher.size for launcher in LAUNCHERS)]
     if environ.get(SRUN.size) != "1":
         sizes.append(SBATCH.size)
@@ -167,7 +167,7 @@ def _check_lone(environ: Mapping[str, str]) -> None:
 
 
 def _check_whole(environ: Mapping[str, str]) -> None:
-    """Stop where several launchers of one machine were started, each for a run of its own."""
+    """Check that the launchers of one machine do not each start a run of their own."""
     per_host = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
     tasks = _number(environ, SRUN.size)
     if per_host == environ["WORLD_SIZE"] and tasks > 1:

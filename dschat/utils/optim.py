@@ -90,7 +90,7 @@ def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def check_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
-    """Stop unless lr_B / lr_A is the configured ratio on the optimizer as it stands.
+    """Raise an error unless lr_B / lr_A is the configured ratio on the optimizer as it stands.
 
     Raises:
         RuntimeError: something between the groups and the optimizer has changed a rate.

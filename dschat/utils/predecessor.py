@@ -74,7 +74,7 @@ def _misfit(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> str | None:
-    """Say why these arguments do not fit; None where they do."""
+    """Explain why these arguments do not fit; None where they do."""
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:

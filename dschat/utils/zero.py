@@ -25,7 +25,7 @@ class ShardedParameter(nn.Parameter):
 
 
 def is_partitioned(parameter: torch.Tensor) -> TypeGuard[ShardedParameter]:
-    """Tell whether ZeRO-3 holds this parameter in shards; its own `shape` is then meaningless."""
+    """Return whether ZeRO-3 holds this parameter in shards; its own `shape` is then meaningless."""
     return hasattr(parameter, "ds_id")
 
 

@@ -97,11 +97,11 @@ class AdapterConfig:
         return replace(self.lora, lora_dim=rank, lora_alpha=alpha)
 
     def targets_parameter(self, name: str) -> bool:
-        """Tell whether a bare parameter is adapted."""
+        """Return whether a bare parameter is adapted."""
         return any(name == t or name.endswith(f".{t}") for t in self.target_parameters)
 
     def trains_fully(self, name: str) -> bool:
-        """Tell whether a module or parameter is, or is in, one of `modules_to_save`."""
+        """Return whether a module or parameter is, or is in, one of `modules_to_save`."""
         parts, trained = name.split("."), self.lora.modules_to_save
         ancestors = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         return any(a == m or a.endswith(f".{m}") for a in ancestors for m in trained)
@@ -168,7 +168,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
 
 
 def _refuse(raw: dict[str, Any], name: str) -> None:
-    """Stop at options by which a layer computes something else than W + s B A."""
+    """Refuse options by which a layer computes something else than W + s B A."""
     remedy = "merge it with PEFT and give the merged folder"
     start = raw.get("init_lora_weights")
     if not any(start is plain or start == plain for plain in PLAIN_STARTS):

@@ -19,8 +19,8 @@ from dschat.utils.zero import full_shape, gathered
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> None:
     """Merge an adapter into a model in place, in fp32 and cast once; also under ZeRO-3.
 
-    Tables with more rows than the model's grow it. Weights that two layers share are untied where
-    the adapter treats the two differently.
+    Larger embedding tables resize the model. A weight that two layers share is untied where the
+    adapter changes the two differently.
 
     Args:
         trunk: where `model` is the trunk alone, its name in the adapter's model (`model`); tensors
@@ -35,7 +35,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, trunk: str = "") -> 
     _check(model, adapter, trunk, updates, full_tensors, rows)
     trained = {n for n in full_tensors if adapter.config.trains_fully(_full_name(n, trunk))}
     for name, tensor in full_tensors.items():
-        if name not in trained:  # the base's table as it was in training, for all who share it
+        if name not in trained:  # the table that the adapter was trained on; tied layers share it
             _copy(model, name, tensor)
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -144,7 +144,7 @@ def _check(
 
 
 def _fits(module: nn.Module | None, shape: torch.Size, update: Update) -> bool:
-    """Tell whether A is (r, in), B (out, r), a magnitude (out,), and the layer of their kind.
+    """Return whether A is (r, in), B (out, r), a magnitude (out,), and the layer of the right kind.
 
     Args:
         module: None for a bare parameter. shape: the weight's; experts each have an A and a B.
@@ -224,7 +224,7 @@ def _embedding(model: PreTrainedModel) -> str:
 
 
 def _untie(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:
-    """Give these names parameters of their own (complete ones, which an engine may shard)."""
+    """Replace these names' parameters by separate, unsharded ones (an engine may shard them)."""
     for name, value in values.items():
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         setattr(module, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))

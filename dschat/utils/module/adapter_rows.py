@@ -27,7 +27,7 @@ class Rows:
         return table.index_copy(0, self.tokens.to(table.device), self.values.to(table))
 
     def misfit(self, name: str, table: nn.Module | None, shape: torch.Size) -> str | None:
-        """Say why these rows cannot be put into a table; None where they can.
+        """Explain why these rows cannot be put into a table; None where they can.
 
         Args:
             shape: of the table's weight, complete.

@@ -1,4 +1,4 @@
-"""Find the weights that no plain layer multiplies by: of experts and of the routers beside them."""
+"""Find weights outside plain linear layers: those of experts and of their routers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FUSED_INTO_KERNELS = ("x_proj", "dt_proj", "out_proj")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tell a layer that only multiplies from one that does more, such as Llama 4's router."""
+    """Return whether a layer only multiplies; one that does more is Llama 4's router."""
     plain = (nn.Linear.forward, Conv1D.forward)
     writes_it_out = type(module).__name__ == "FalconLinear"  # x @ W.T + b
     is_linear = isinstance(module, (nn.Linear, Conv1D))
@@ -25,7 +25,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Tell a module that holds experts' weights; transformers calls them `...Experts`."""
+    """Return whether a module holds experts' weights; transformers calls it `...Experts`."""
     is_layer = isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
     return not is_layer and "expert" in type(module).__name__.lower()
 
@@ -62,7 +62,7 @@ def _dimensions(module: nn.Module) -> dict[str, int]:
 
 
 def is_bypassed(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Tell whether a state-space mixer reads this layer's weight without calling the layer."""
+    """Return whether a state-space mixer reads this layer's weight without calling the layer."""
     parent, _, leaf = name.rpartition(".")
     mixer = modules[parent]
     is_state_space = re.search("mamba|mixer", type(mixer).__name__, re.IGNORECASE)
@@ -70,7 +70,7 @@ def is_bypassed(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def check_plain(config: LoraConfig, weight: str) -> None:
-    """Stop at settings that an adapter on a bare weight cannot follow, in PEFT's format neither.
+    """Refuse settings that an adapter on a bare weight cannot have, here or in PEFT's format.
 
     Raises:
         UserError: naming the setting and the weight.

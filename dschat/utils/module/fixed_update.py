@@ -1,8 +1,7 @@
 """Frozen, unmerged LoRA adapters: y + B (A x) beside a layer's own y.
 
-Where several models share the same weights, merging the adapter that one of them starts from would
-change the others. The adapter becomes a `FixedUpdate` of each layer instead, which acts whether the
-layer's trainable adapter is on or off.
+Where several models share weights, merging the adapter of one would change the others. Each layer
+gets a `FixedUpdate` instead, which acts whether the layer's trainable adapter is on or off.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ class FixedUpdate(nn.Module):
 
 
 class FixedParameters(nn.Module):
-    """A module with fixed updates of its own parameters, of experts for one, beside its class."""
+    """Mixin for modules whose own parameters, such as experts' weights, have fixed updates."""
 
     base_class: type[nn.Module]
     fixed: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, these parameters with their fixed updates."""
+        """Run the module's own forward on these parameters with their fixed updates added."""
         updates = {leaf: getattr(self, f"{CHILD}_{leaf}") for leaf in self.fixed}
         values = {leaf: updated(self, leaf, u.A, u.B, 1.0) for leaf, u in updates.items()}
         with reading(self, values):
@@ -68,7 +67,7 @@ def _put_on(layer: nn.Module, update: FixedUpdate) -> None:
 
 
 def add_fixed_updates(model: PreTrainedModel, updates: Sequence[Mapping[str, Update]]) -> None:
-    """Put the updates of adapters on their layers and parameters; the weights do not change.
+    """Add fixed updates to layers and parameters; their weights do not change.
 
     Args:
         updates: for each adapter, its updates by the name in `model`.
@@ -88,14 +87,14 @@ def add_fixed_updates(model: PreTrainedModel, updates: Sequence[Mapping[str, Upd
 
 
 def move_fixed_update(layer: nn.Module, successor: nn.Module) -> None:
-    """Put a layer's fixed update, if it has one, on the module that replaces it."""
+    """Move a layer's fixed update, if it has one, to the module that replaces it."""
     update = getattr(layer, CHILD, None)
     if update is not None:
         _put_on(successor, update)
 
 
 def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
-    """Stop at an adapter that holds more than updates of layers and experts, and a reward head.
+    """Refuse an adapter with tensors other than low-rank updates and a reward head.
 
     Args:
         setting: what keeps the adapter unmerged, for the message.
@@ -115,7 +114,7 @@ def check_can_stay_unmerged(adapter: Adapter, setting: str) -> None:
 
 
 def has_fixed_update(layer: nn.Module) -> bool:
-    """Tell whether a fixed update of a layer's, or of a module's own parameters, acts on it."""
+    """Return whether a fixed update of a layer's, or of a module's own parameters, acts on it."""
     return isinstance(layer, FixedParameters) or hasattr(layer, CHILD)
 
 

@@ -175,7 +175,7 @@ def fused_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapter_key(key: str) -> bool:
-    """Tell whether a state dict's key is an adapter's own tensor."""
+    """Return whether a state dict's key is an adapter's own tensor."""
     return key.split(".")[-1].startswith("lora_")
 
 

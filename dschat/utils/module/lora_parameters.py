@@ -1,9 +1,9 @@
 """Adapters on bare parameters: the 3-D weights of experts, and the routers beside them.
 
-A mixture of experts multiplies by one expert's slice, by gathered ones or by all in one grouped
-product, in code that belongs to the model. Its module keeps that code: it takes `LoRAParameters`
-beside its own class, and while it runs an adapted parameter reads as a `LowRankWeight`. Names, and
-so a state dict without its `lora_` entries, are the base model's.
+The code of the model multiplies by one expert's slice, by gathered slices, or by all experts in
+one grouped product. The module keeps that code: `LoRAParameters` is mixed into its class, and in
+its forward pass an adapted parameter reads as a `LowRankWeight`. Parameter names, and so a state
+dict without its `lora_` entries, are those of the base model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Mixin = TypeVar("Mixin", bound=nn.Module)
 
 
 def is_transposed(module: nn.Module, shape: Sequence[int]) -> bool:
-    """Tell whether a parameter of this shape is stored as (experts, in, out), by PEFT's rule."""
+    """Return whether a parameter of this shape is stored as (experts, in, out), by PEFT's rule."""
     return len(shape) == 3 and getattr(module, "is_transposed", False)
 
 
 def multiplies_by_torch(module: nn.Module) -> bool:
-    """Tell whether a forward uses torch's own products alone; all others must see a sum.
+    """Return whether a forward uses only torch's own matrix products; others need the dense sum.
 
-    Those are kernels for experts, and the `F.linear` that ZeRO-3 puts in the place of torch's.
+    Others are kernels for experts, and the `F.linear` that ZeRO-3 puts in place of torch's.
     """
     has_implementations = hasattr(module, "has_gate")  # transformers' mark
     config: Any = module.config if has_implementations else None
@@ -45,7 +45,7 @@ def multiplies_by_torch(module: nn.Module) -> bool:
 def updated(
     module: nn.Module, leaf: str, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> LowRankWeight | torch.Tensor:
-    """Return what a module's parameter reads as with an update, on top of what it reads as now."""
+    """Return a module's parameter with an update, added to what the parameter reads as now."""
     weight = getattr(module, leaf)
     if is_transposed(module, weight.shape):
         lora_B, lora_A = lora_A.mT, lora_B.mT
@@ -55,8 +55,8 @@ def updated(
 
 @contextlib.contextmanager
 def reading(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """Let a module's parameters read as other values inside the block."""
-    own = vars(module)  # found before the parameter of a name
+    """Replace what a module's parameters read as inside the block."""
+    own = vars(module)  # attributes here hide parameters of the same name
     before = {leaf: own[leaf] for leaf in values if leaf in own}
     own.update(values)
     try:
@@ -68,7 +68,7 @@ def reading(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def take_class(module: nn.Module, mixin: type[Mixin]) -> Mixin:
-    """Give a module a class beside its own, in place; `base_class` is its own."""
+    """Mix a class into a module's own class, in place; `base_class` keeps the own one."""
     if not isinstance(module, mixin):
         kind = type(module)
         name = f"{mixin.__name__}{kind.__name__}"
@@ -81,8 +81,8 @@ class LoRAParameters(LoRALayer):
     """A module with adapters on some of its own parameters, stored as (experts, out, in).
 
     The adapter of a parameter p is `lora_A_p` (experts, r, in) and `lora_B_p` (experts, out, r).
-    Without an axis of experts, as in a router's weight, all three are matrices. Where the module
-    says that it `is_transposed`, p is (experts, in, out).
+    Without an axis of experts, as in a router's weight, all three are matrices. In a module with
+    `is_transposed`, p is (experts, in, out).
     """
 
     base_class: type[nn.Module]
@@ -107,7 +107,7 @@ class LoRAParameters(LoRALayer):
         return getattr(self, f"lora_A_{leaf}"), getattr(self, f"lora_B_{leaf}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, its adapted parameters with their updates."""
+        """Run the module's own forward on its parameters with their updates added."""
         if not self.adapter_enabled:
             return super().forward(*args, **kwargs)
         values = {n: updated(self, n, *self._matrices(n), self.scaling) for n in self.adapted}
@@ -115,7 +115,7 @@ class LoRAParameters(LoRALayer):
             return super().forward(*args, **kwargs)
 
     def merged(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Merge, one expert after the other."""
+        """Merge one expert at a time."""
         return {
             leaf: merged_weight(
                 tensors[leaf],
@@ -128,7 +128,7 @@ class LoRAParameters(LoRALayer):
         }
 
     def without_adapter(self) -> nn.Module:
-        """Give the module its own class back, in place."""
+        """Restore the module's own class, in place."""
         for leaf in self.adapter:
             delattr(self, leaf)
         self.__class__ = self.base_class  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Arithmetic of a low-rank update: its start, x (W + s B A)^T in one product, W + s B A merged."""
+"""Arithmetic of a low-rank update: initialisation, x (W + s B A)^T in one product, merging."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def merged_weight(
 ) -> torch.Tensor:
     """Return W + s B A in fp32, with DoRA's (out,) magnitude rescaled row by row, cast once.
 
-    With an axis of experts in front of all three, one expert after the other.
+    Weights with a leading axis of experts are merged one expert at a time.
 
     Args:
         weight: (out, in), or (in, out) when `transposed`; the result has its layout and dtype.
@@ -65,10 +65,10 @@ def affine(
 
 
 class LoRAMatmul(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T with W and b frozen; keeps x and the (N, r) product, no more.
+    """x W^T + b + s (x A^T) B^T with W and b frozen; saves only x and the (N, r) product.
 
-    The update is added inside the matrix product (no second (N, out) tensor), in the backward pass
-    likewise for the gradient of x.
+    The update is added inside the matrix product, without a second (N, out) tensor; the backward
+    pass does the same for the gradient of x.
     """
 
     @staticmethod

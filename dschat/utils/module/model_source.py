@@ -47,7 +47,7 @@ class ModelSource:
         return [read_adapter(config) for config in self.adapters]
 
     def generation_config(self) -> GenerationConfig | None:
-        """Load the last adapter's own; None where the base model's holds."""
+        """Load the last adapter's own; None where none has one, and the base model's is used."""
         for adapter in reversed(self.adapters):
             if (adapter.folder / "generation_config.json").is_file():
                 return GenerationConfig.from_pretrained(adapter.folder)
@@ -58,7 +58,7 @@ def resolve_model(name: str) -> ModelSource:
     """Follow adapter folders down to their base model.
 
     Raises:
-        UserError: an adapter that cannot be used, a base folder that is gone, or a circle.
+        UserError: an adapter that cannot be used, a base folder that is missing, or a circle.
     """
     adapters: list[AdapterConfig] = []
     current = name
@@ -79,7 +79,7 @@ def resolve_model(name: str) -> ModelSource:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Tell whether two names mean one folder or hub id."""
+    """Return whether two names mean one folder or hub id."""
     return place_of(one) == place_of(other)
 
 
@@ -90,7 +90,7 @@ def place_of(name: str) -> Path | str:
 
 
 def wants_own_code(error: Exception) -> bool:
-    """Tell whether transformers stopped because it may not run code that comes with a model."""
+    """Return whether transformers failed because it may not run code that comes with a model."""
     return "trust_remote_code" in str(error)
 
 
@@ -99,7 +99,7 @@ def _repair(adapter: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Tell whether `name` means a folder: it is one, is spelt like one, or its parent is one."""
+    """Return whether `name` means a folder: it or its parent exists, or it is spelt like a path."""
     path = Path(name)
     spelt_as_path = name.startswith((".", os.sep, "~"))
     return path.is_dir() or spelt_as_path or (os.sep in name and path.parent.is_dir())

@@ -91,7 +91,7 @@ def _no_match(names: tuple[str, ...], usual: list[str], embeddings: list[str]) -
 
 
 def left_without_adapter(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Say in one line which matrices stay as they are; no line where there are none, or no LoRA.
+    """Describe in one line the matrices without adapters; None where there are none, or no LoRA.
 
     Args:
         model: with its adapters; embeddings and output heads do not count.

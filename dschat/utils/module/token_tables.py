@@ -37,7 +37,7 @@ def tables_of(model: nn.Module, trained: Sequence[str] = ()) -> dict[str, nn.Mod
 
 
 def obstacle(name: str, table: nn.Module) -> str | None:
-    """Say why rows of this table cannot train; None where they can."""
+    """Explain why rows of this table cannot train; None where they can."""
     kind = type(table)
     if isinstance(table, nn.Embedding):
         plain = kind.forward is nn.Embedding.forward or kind.__name__.endswith(SCALED)
@@ -50,7 +50,7 @@ def obstacle(name: str, table: nn.Module) -> str | None:
 
 
 def check_tables(tables: Mapping[str, nn.Module]) -> None:
-    """Stop where rows of these tables cannot train.
+    """Raise an error where rows of these tables cannot train.
 
     Raises:
         UserError: with the reason and the remedy.
