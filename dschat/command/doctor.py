@@ -1,4 +1,4 @@
-"""Tell whether this machine can train: a line for each thing, `ok`, or what to do about it.
+"""Check whether this machine can train: a line for each thing, `ok`, or what to do about it.
 
     dschat doctor
 

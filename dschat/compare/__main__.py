@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Stop at a page that cannot be written, before any model answers."""
+    """Refuse a page that cannot be written, before any model answers."""
     folder = path.parent
     if path.is_dir() or path.suffix != ".html":
         raise UserError(f"output {path}: give the name of a file that ends with .html")
@@ -82,7 +82,7 @@ def check_output(path: Path) -> None:
 
 
 def check_reward_model(name: str, limits: JudgeLimits) -> None:
-    """Stop at a model without a reward head, or one that cannot be loaded."""
+    """Refuse a model without a reward head, or one that cannot be loaded."""
     check_judge(name, limits)
     if read_head(name) is None:
         raise UserError(

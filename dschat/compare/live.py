@@ -62,7 +62,7 @@ def serve(settings: CompareSettings) -> None:
 
 
 def check_port(port: int) -> None:
-    """Stop where another program listens already."""
+    """Raise an error where another program listens already."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -51,7 +51,7 @@ def parse(
 def check_flags(
     cls: type[Settings], description: str | None, argv: Sequence[str] | None = None
 ) -> None:
-    """Stop at `--help`, at wrong flags and at files that are missing, as `run_cli(main)` would.
+    """Exit at `--help`, wrong flags and missing files, as `run_cli(main)` would.
 
     Programs call it before the imports of what they run, which take seconds: a fifth less where
     nobody looks for garbage among what they make, which stays. `run_cli` looks for it again.

@@ -10,7 +10,7 @@ from dschat.train.run_config import RunConfig
 def check_streaming(
     data: DataConfig, run: RunConfig, max_steps: int, batching: str | None = None
 ) -> None:
-    """Stop where rows that nobody has counted cannot serve.
+    """Raise an error where rows that nobody has counted cannot serve.
 
     Args:
         batching: the setting that asks for batches other than by rows.

@@ -15,7 +15,7 @@ MODELS = ("model_name_or_path", "actor_model_name_or_path", "path")
 
 
 def check_paths(settings: Settings) -> None:
-    """Stop at a path of data, or of the first model, where nothing is.
+    """Refuse a path of data, or of the first model, where nothing is.
 
     Raises:
         UserError: in the words of what reads them later.

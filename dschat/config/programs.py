@@ -159,7 +159,7 @@ class ChatSettings(Settings):
 
     @property
     def is_server(self) -> bool:
-        """Tell whether a server answers, not a folder's model."""
+        """Return whether a server answers, not a folder's model."""
         return is_address(str(self.path))
 
     @property

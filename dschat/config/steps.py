@@ -116,7 +116,7 @@ class RewardSettings(StepSettings):
 
     @property
     def trains_head_only(self) -> bool:
-        """Tell whether the trunk stays as it is."""
+        """Return whether the trunk stays as it is."""
         return self.train_head_only
 
     def sampler(self) -> BatchSampler:

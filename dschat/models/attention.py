@@ -45,7 +45,7 @@ IMPLEMENTATIONS = {
 
 
 def is_flash(name: str | None) -> bool:
-    """Tell whether kernels are meant that take the bounds of packed sequences and no mask."""
+    """Return whether kernels are meant that take the bounds of packed sequences and no mask."""
     return name is not None and name.startswith("flash_attention")
 
 
@@ -78,7 +78,7 @@ def choose_attention(config: PretrainedConfig, name: str, label: str) -> None:
 
 
 def check_attention_dtype(name: str | None, dtype: str) -> None:
-    """Stop at an implementation that does not compute in this dtype (fp32, bf16, fp16).
+    """Refuse an implementation that does not compute in this dtype (fp32, bf16, fp16).
 
     Raises:
         UserError: naming those that it computes in.

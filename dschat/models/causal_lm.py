@@ -35,7 +35,7 @@ from dschat.utils.predecessor import changed
 
 
 def check_context(model_name_or_path: str, tokens: int, settings: str) -> None:
-    """Stop when sequences may grow longer than the positions that the model has.
+    """Raise an error when sequences may grow longer than the positions that the model has.
 
     Args:
         tokens: of the longest sequence. settings: names of those that limit it, for the message.
@@ -57,7 +57,7 @@ def check_positions(config: PretrainedConfig, name: str, tokens: int, settings: 
 
 
 def check_model_folder(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Stop at a model that cannot be loaded; reads config and headers of its folder, no weights.
+    """Refuse a model that cannot be loaded; reads config and headers of its folder, no weights.
 
     Raises:
         UserError: naming the file and the remedy.
@@ -165,7 +165,7 @@ def forward_inputs(
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
-    """Tell whether the forward has this parameter (ALiBi models have no `position_ids`)."""
+    """Return whether the forward has this parameter (ALiBi models have no `position_ids`)."""
     return name in inspect.signature(unwrap(model).forward).parameters
 
 

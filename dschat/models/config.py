@@ -85,7 +85,7 @@ def _check_counts(config: PretrainedConfig, label: str) -> None:
 
 
 def check_attention(attn_implementation: str | None, dtype: str, *names: str) -> None:
-    """Stop at attention that these models do not have, or not in this dtype (fp32, bf16, fp16).
+    """Refuse attention that these models do not have, or not in this dtype (fp32, bf16, fp16).
 
     Raises:
         UserError: naming what can be given instead.
@@ -96,7 +96,7 @@ def check_attention(attn_implementation: str | None, dtype: str, *names: str) ->
 
 
 def _check_generation(folder: Path) -> None:
-    """Stop at a generation_config.json that is there and cannot be read."""
+    """Refuse a generation_config.json that is there and cannot be read."""
     file = folder / GENERATION_CONFIG_NAME
     if not file.is_file():
         return
@@ -109,7 +109,7 @@ def _check_generation(folder: Path) -> None:
 
 
 def _check_kernels(config: PretrainedConfig, label: str) -> None:
-    """Stop at a config that would have transformers fetch a kernel, which is code, from the hub."""
+    """Refuse a config that would have transformers fetch a kernel, which is code, from the hub."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
         for kind in ("_attn_implementation", "_experts_implementation"):
@@ -122,7 +122,7 @@ def _check_kernels(config: PretrainedConfig, label: str) -> None:
 
 
 def _check_quantised(config: PretrainedConfig, label: str) -> None:
-    """Stop at packed weights that cannot be read on this machine."""
+    """Refuse packed weights that cannot be read on this machine."""
     if getattr(config.get_text_config(), "quantization_config", None) is None:
         return
     try:
@@ -140,7 +140,7 @@ def build_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def check_kind(model_name_or_path: str) -> None:
-    """Stop at a folder of another kind of model, before its tokenizer is blamed for it.
+    """Refuse a folder of another kind of model, before its tokenizer is blamed for it.
 
     Raises:
         UserError: as `load_config` does; a folder without a config is left to other checks.
@@ -150,7 +150,7 @@ def check_kind(model_name_or_path: str) -> None:
 
 
 def _check_keys(file: Path) -> None:
-    """Stop at a key that stands twice, of which JSON readers take the last in silence."""
+    """Refuse a key that stands twice, of which JSON readers take the last in silence."""
     if not file.is_file():
         return
     try:

@@ -217,7 +217,7 @@ def _everything(module: nn.Module, state: State) -> Unit:
 
 
 def _same(made: list[dict[str, torch.Tensor]], final: State) -> bool:
-    """Tell whether the parts make the whole: each tensor once, of its shape and dtype."""
+    """Return whether the parts make the whole: each tensor once, of its shape and dtype."""
     parts = {name: (t.shape, t.dtype) for part in made for name, t in part.items()}
     whole = {name: (t.shape, t.dtype) for name, t in final.items()}
     return parts == whole and sum(map(len, made)) == len(whole)

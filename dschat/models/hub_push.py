@@ -18,7 +18,7 @@ OTHERS = ["*/*", f"{Path(EVALUATION_FILE).stem}.*"]
 
 
 def check_access() -> None:
-    """Stop where this machine has no key to the Hub, or is set to stay offline.
+    """Raise an error where this machine has no key to the Hub, or is set to stay offline.
 
     Raises:
         UserError: with the command that asks for a key.
@@ -32,7 +32,7 @@ def check_access() -> None:
 
 
 def check_finished(folder: str | Path) -> Path:
-    """Stop at a folder without a finished model, or one that others could not load.
+    """Refuse a folder without a finished model, or one that others could not load.
 
     Raises:
         UserError: with what to do.
@@ -59,7 +59,7 @@ def check_finished(folder: str | Path) -> Path:
 
 
 def check_base(base: str, place: str, remedy: str) -> None:
-    """Stop at an adapter whose base nobody else has.
+    """Refuse an adapter whose base nobody else has.
 
     Raises:
         UserError: with the remedy.

@@ -69,7 +69,7 @@ def misfits(info: dict, allowed_unexpected: tuple[str, ...] = ()) -> dict[str, l
 
 
 def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = ()) -> None:
-    """Stop unless checkpoint and architecture have the same keys and shapes."""
+    """Check that checkpoint and architecture have the same keys and shapes."""
     problems = misfits(info, allowed_unexpected)
     if problems:
         lines = [f"{kind} {', '.join(keys[:4])}" for kind, keys in problems.items()]
@@ -81,7 +81,7 @@ def check_loading(name: str, info: dict, allowed_unexpected: tuple[str, ...] = (
 
 @torch.no_grad()
 def check_finite(model: nn.Module, name: str) -> None:
-    """Stop at weights with NaN or infinity in them; one pass over them, on every rank.
+    """Refuse weights with NaN or infinity in them; one pass over them, on every rank.
 
     Raises:
         UserError: naming the tensors.

@@ -85,7 +85,7 @@ def sequence_bounds(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]
 def check_packing(
     model_name_or_path: str, max_seq_len: int, attn_implementation: str | None = None
 ) -> None:
-    """Stop when this model cannot keep packed sequences apart; reads the config alone.
+    """Raise an error when this model cannot keep packed sequences apart; reads the config alone.
 
     Raises:
         UserError: with what the model has that packing cannot serve.
@@ -122,7 +122,7 @@ def obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> s
 
 @torch.no_grad()
 def prove_packing(model: nn.Module, device: torch.device) -> None:
-    """Stop unless a sequence has the same logits at two places among different neighbours.
+    """Check that a sequence has the same logits at two places among different neighbours.
 
     It finds what the checks of the config cannot know of each architecture; two passes over 16
     tokens, on every rank.

@@ -29,7 +29,7 @@ def prove_padding(
     *,
     left: bool = False,
 ) -> None:
-    """Stop unless a text has the same values beside padding as alone; two short passes.
+    """Check that a text has the same values beside padding as alone; two short passes.
 
     Most of its tokens must agree: one whose experts are chosen by a hair may differ by rounding.
 

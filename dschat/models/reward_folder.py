@@ -95,7 +95,7 @@ def reward_form(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
 def _takes(
     classifier: type[PreTrainedModel], trunk: type[PreTrainedModel], config: PretrainedConfig
 ) -> bool:
-    """Tell whether a classifier's tensors are the trunk's and the head's weight, no others."""
+    """Return whether a classifier's tensors are the trunk's and the head's weight, no others."""
     with torch.device("meta"):
         theirs, ours = classifier(config).state_dict(), trunk(config).state_dict()
     prefix = classifier.base_model_prefix

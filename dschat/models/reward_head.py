@@ -32,7 +32,7 @@ def read_head(model_name_or_path: str) -> torch.Tensor | None:
 
 
 def check_language_model(model_name_or_path: str, remedy: str = "give a language model") -> None:
-    """Stop at a reward model in the place of a language model, before any model is built.
+    """Refuse a reward model in the place of a language model, before any model is built.
 
     Raises:
         UserError: naming the folder or the adapter.
@@ -49,7 +49,7 @@ def check_language_model(model_name_or_path: str, remedy: str = "give a language
 
 
 def check_reward_head(model_name_or_path: str) -> None:
-    """Stop when a checkpoint holds no head, before any model is built.
+    """Raise an error when a checkpoint holds no head, before any model is built.
 
     Raises:
         UserError: what `create_critic_model` raises without `init_head`.

@@ -38,7 +38,7 @@ class RewardStatistics:
 
     @property
     def usable(self) -> bool:
-        """Tell whether scores can be divided by the spread."""
+        """Return whether scores can be divided by the spread."""
         is_finite = math.isfinite(self.mean) and math.isfinite(self.std)
         # Equal scores have a spread of rounding alone.
         return is_finite and self.std > 1e-6 * abs(self.mean)

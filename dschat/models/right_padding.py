@@ -56,7 +56,7 @@ def right_padded_inputs(
 
 @torch.no_grad()
 def _is_causal(model: nn.Module, device: torch.device) -> bool:
-    """Tell whether a few rows come out alike, masked and padded one way, unmasked and another.
+    """Return whether a few rows come out alike, masked and padded one way, unmasked and another.
 
     The model's own padding token stands among the real ones too: a model that looks for it to find
     padding or positions is no longer the same without a mask.

@@ -32,7 +32,7 @@ MERGED = SavePlan()
 
 
 def holds_model(folder: Path) -> bool:
-    """Tell whether a folder holds a finished model or adapter, be it not in its place yet."""
+    """Return whether a folder holds a finished model or adapter, be it not in its place yet."""
     return any((folder / name).is_file() for name in (*ENTRIES, f"{READY}/{LIST}"))
 
 

@@ -36,7 +36,7 @@ def check_shared_prompts(
 
 @torch.no_grad()
 def prove_shared_prompts(model: nn.Module, device: torch.device) -> None:
-    """Stop unless both answers of a pair have the values that they have in rows of their own.
+    """Check that both answers of a pair have the values that they have in rows of their own.
 
     It finds what the checks of the config cannot know of each architecture; two passes over a few
     tokens, on every rank.

@@ -16,7 +16,7 @@ MOST_NEW_ROWS = 0.2  # share of its tokens without a row, up to which a tokenize
 
 
 def check_vocabulary(name: str, rows: int, tokens: int) -> None:
-    """Stop at a tokenizer of another model: many of its tokens have no row.
+    """Refuse a tokenizer of another model: many of its tokens have no row.
 
     Fewer tokens than rows are usual, since tables are padded, and so are a few added tokens.
 

@@ -23,7 +23,7 @@ FILES = (  # in the order in which transformers looks for them; an index names s
 
 
 def check_weight_files(model_name_or_path: str) -> None:
-    """Stop at weights that are missing, cut or damaged, or that could run code.
+    """Refuse weights that are missing, cut or damaged, or that could run code.
 
     Of safetensors the header is read, of others all but the values. Files of the hub are not
     looked at: its client checks them.

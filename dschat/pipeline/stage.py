@@ -49,7 +49,7 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        """Tell whether it has written its model, and no run of it was stopped after that."""
+        """Return whether it has written its model, and no run of it was stopped after that."""
         from dschat.models.placing import files_of_model
         from dschat.models.save_plan import READY, holds_model
         from dschat.train.run_end import has_ended

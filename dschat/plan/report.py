@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Tell whether the step fits a GPU."""
+        """Return whether the step fits a GPU."""
         return self.memory.total <= self.memory_of_gpu
 
     @property

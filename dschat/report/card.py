@@ -86,7 +86,7 @@ def models_of(output_dir: Path, records: Records) -> Iterator[Model]:
 
 
 def is_untouched(text: str) -> bool:
-    """Tell whether a card is as a run has written it."""
+    """Return whether a card is as a run has written it."""
     found = _DIGEST.search(text)
     return found is not None and _digest(text[: found.start()]) == found[1]
 

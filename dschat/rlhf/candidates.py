@@ -150,7 +150,7 @@ class Candidates:
 
 
 def check_candidate(name: str, limits: AnsweringLimits) -> None:
-    """Stop at a model that cannot answer, before any is loaded.
+    """Refuse a model that cannot answer, before any is loaded.
 
     Raises:
         UserError: no language model, or too few positions.

@@ -95,7 +95,7 @@ class JudgeLimits:
 
 
 def check_judge(name: str, limits: JudgeLimits) -> None:
-    """Stop at a judge that cannot be loaded, or has too few positions, before any model is.
+    """Refuse a judge that cannot be loaded, or has too few positions, before any model is.
 
     Raises:
         UserError: naming the folder and the remedy.

@@ -114,7 +114,7 @@ def _add_adapters(model: PreTrainedModel, source: ModelSource, trunk: str) -> No
 
 
 def check_one_trunk(names: Sequence[str]) -> None:
-    """Stop when these models are not adapters on one base, or that base itself.
+    """Raise an error when these models are not adapters on one base, or that base itself.
 
     Raises:
         UserError: two bases (both are named), an adapter that is more than low-rank updates, or

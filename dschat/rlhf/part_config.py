@@ -103,7 +103,7 @@ class RewardConfig(Settings):
         self._check_built_in()
 
     def _check_built_in(self) -> None:
-        """Stop at a built-in check without what it needs, or at what none of them uses."""
+        """Refuse a built-in check without what it needs, or settings that no check uses."""
         for name, flag, value in (
             ("pattern", "reward_pattern", self.reward_pattern),
             ("length", "reward_length", self.reward_length),

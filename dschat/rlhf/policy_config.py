@@ -45,7 +45,7 @@ class PolicyConfig(Settings):
     )
 
     def check(self, estimator: Estimator, missing_eos_penalty: float) -> None:
-        """Stop at what makes no sense with an estimator.
+        """Refuse what makes no sense with an estimator.
 
         Raises:
             UserError: naming the setting and the remedy.

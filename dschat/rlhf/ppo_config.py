@@ -110,7 +110,7 @@ class PPOConfig(Settings):
 
     @property
     def whitens(self) -> bool:
-        """Tell whether advantages are whitened over the global batch."""
+        """Return whether advantages are whitened over the global batch."""
         if self.whiten_advantages == "auto":
             return self.estimator.whitens
         return self.whiten_advantages == "always"
@@ -121,7 +121,7 @@ class PPOConfig(Settings):
         return rollouts * -(-rows // self.per_device_training_batch_size)
 
     def first_ratio_is_last(self, rollouts: int, accumulated: int) -> bool:
-        """Tell whether an iteration makes one step, whose ratio is 1 by construction.
+        """Return whether an iteration makes one step, whose ratio is 1 by construction.
 
         Args:
             rollouts: of an iteration, on each rank. accumulated: micro-batches of a step.
@@ -130,7 +130,7 @@ class PPOConfig(Settings):
         return is_single and not self.rollout_importance_cap
 
     def first_pass_is_last(self, rollouts: int) -> bool:
-        """Tell whether an iteration makes one pass over one micro-batch of so many rollouts."""
+        """Return whether an iteration makes one pass over one micro-batch of so many rollouts."""
         return self.ppo_epochs == 1 and self.micro_batches(rollouts) == 1
 
     def chunk_rows(self, answers_per_prompt: int) -> int:

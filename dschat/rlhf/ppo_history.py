@@ -49,7 +49,7 @@ class History(Series):
         return (self.mean("reward", LONG) - self.first["reward"]) / spread if spread else math.nan
 
     def gains(self, spreads: float) -> bool:
-        """Tell whether the reward is above its start by so many spreads, on average or by now."""
+        """Return whether the reward is above its start by so many spreads, on average or by now."""
         spread, latest = self.first.get("reward_std", 0.0), self.mean("reward", 1)
         rise = (latest - self.first["reward"]) / spread if spread else math.nan
         return self.reward_rise > spreads or rise > spreads
@@ -62,7 +62,7 @@ class History(Series):
 
     @property
     def fell(self) -> bool:
-        """Tell whether the reward is below its start, or steadily gets there, beyond chance."""
+        """Return whether the reward is below its start, or steadily gets there, beyond chance."""
         if self.reward_rise < -max(MOVED, self.chance):
             return True
         chance = LIKELY * math.sqrt(2) * self.noise("reward")
@@ -74,7 +74,7 @@ class History(Series):
 
     @property
     def is_at_its_best(self) -> bool:
-        """Tell whether the reward has risen, and is not below what it has been."""
+        """Return whether the reward has risen, and is not below what it has been."""
         spread = self.first.get("reward_std", 0.0)
         if not spread or not self.gains(MOVED):
             return False
@@ -83,12 +83,12 @@ class History(Series):
 
     @property
     def collapses(self) -> bool:
-        """Tell whether the policy says one and the same, and not because it is what is right."""
+        """Return whether the policy says one and the same, and not because it is what is right."""
         return self.change("entropy") < COLLAPSED and not self.is_at_its_best
 
     @property
     def is_far(self) -> bool:
-        """Tell whether the policy is far from the reference, twice or after steady steps."""
+        """Return whether the policy is far from the reference, twice or after steady steps."""
         far = [self._is_beyond(FAR, figures) for figures in self.recent[-SHORT:]]
         return far[-1:] == [True] and (far == SHORT * [True] or self.grows("kl_per_token", PACE))
 
@@ -99,7 +99,7 @@ class History(Series):
 
     @property
     def ran_away(self) -> bool:
-        """Tell whether the policy got far at once, or without a gain, or is on its way there."""
+        """Return whether the policy got far at once, or without a gain, or is on its way there."""
         nats = [figures.get("kl_per_token", 0.0) for figures in self.recent]
         steps = [later - before for before, later in itertools.pairwise(nats)]
         if self._is_beyond(FAR, self.recent[-1]) and max(steps, default=0.0) > JUMP:
@@ -122,7 +122,7 @@ class History(Series):
 
     @property
     def is_gamed(self) -> bool:
-        """Tell whether the reward rose while the policy left the reference."""
+        """Return whether the reward rose while the policy left the reference."""
         unlikely = self.mean("ref_nats_per_token", LONG) - self.first.get("ref_nats_per_token", 0.0)
         return self.gains(MOVED) and (self.is_far or unlikely > FAR)
 
@@ -137,19 +137,19 @@ class History(Series):
 
     @property
     def has_equal_rewards(self) -> bool:
-        """Tell whether all answers are worth the same."""
+        """Return whether all answers are worth the same."""
         spreads, rewards = self.last("reward_std", SHORT), self.last("reward", SHORT)
         pairs = list(zip(spreads, rewards, strict=False))
         return bool(pairs) and all(s <= NO_SPREAD * max(abs(r), 1.0) for s, r in pairs)
 
     @property
     def loses_ends(self) -> bool:
-        """Tell whether answers grow and many end no more."""
+        """Return whether answers grow and many end no more."""
         few = self.first.get("ended", 0.0) > 1 - FEW_ENDS and self.change("ended") < FEW_ENDS
         return few and self.change("answer_length") > LONGER
 
     def is_on_the_way(self, sign: int, least: float) -> bool:
-        """Tell whether answers shrink (-1) or grow (1) steadily, beyond chance.
+        """Return whether answers shrink (-1) or grow (1) steadily, beyond chance.
 
         Args:
             least: of the first length, or of that of `LONG` iterations ago.
@@ -165,7 +165,7 @@ class History(Series):
 
     @property
     def shrinks(self) -> bool:
-        """Tell whether answers get ever shorter, and not because more of them end.
+        """Return whether answers get ever shorter, and not because more of them end.
 
         One that ends now and was cut, at about twice the mean length, takes that much off.
         """
@@ -176,7 +176,7 @@ class History(Series):
 
     @property
     def runs_on(self) -> bool:
-        """Tell whether answers get ever longer, and fewer of them end."""
+        """Return whether answers get ever longer, and fewer of them end."""
         fewer = self.first.get("ended", 0.0) - self.mean("ended", 1)
         return self.is_on_the_way(1, LENGTHENED) and fewer > max(
             FEWER_ENDS, LIKELY * self._end_error
@@ -190,7 +190,7 @@ class History(Series):
 
     @property
     def is_critic_blind(self) -> bool:
-        """Tell whether the critic predicts worse than a constant, and did not so once.
+        """Return whether the critic predicts worse than a constant, and did not so once.
 
         One that never did better may be learning still: good runs begin so.
         """

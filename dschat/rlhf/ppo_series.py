@@ -67,7 +67,7 @@ class Series:
     def stays(
         self, name: str, count: int = SHORT, *, above: float = -math.inf, below: float = math.inf
     ) -> bool:
-        """Tell whether a figure has been within these limits in each of the last iterations."""
+        """Return whether a figure has been within these limits in each of the last iterations."""
         values = self.last(name, count)
         return bool(values) and all(above < value < below for value in values)
 

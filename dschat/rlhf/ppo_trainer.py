@@ -152,7 +152,7 @@ class DeepSpeedPPOTrainer:
         return [self.rewards.applied(e, roles.tokenizer) for e in (first, *others)]
 
     def tells_enough(self, generated: Generated, batches: int) -> bool:
-        """Tell whether the engine's log-probabilities can stand for the policy's in an update.
+        """Return whether the engine's log-probabilities can stand for the policy's in an update.
 
         They can where they are the same but for rounding in fp32. Others can, unless they enter the
         reward, where one step is made: its ratio is 1 by construction, and no other needs them.

@@ -149,7 +149,7 @@ class Retokeniser:
 
 
 def _same_template(source: PreTrainedTokenizerBase, reader: PreTrainedTokenizerBase) -> bool:
-    """Tell whether both write a conversation in the same characters, end tokens included."""
+    """Return whether both write a conversation in the same characters, end tokens included."""
     if source.eos_token != reader.eos_token:
         return False
     for turns in (CONVERSATION, WITH_SYSTEM):

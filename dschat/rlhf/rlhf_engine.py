@@ -97,7 +97,7 @@ class DeepSpeedRLHFEngine:
         return roles
 
     def _prove_padding(self, setup: RoleSetup) -> None:
-        """Stop at a model that sees padding; frozen roles but the reward's are of these models."""
+        """Refuse a model that sees padding; frozen roles but the reward's are of these models."""
         for name, engine in self.trained.items():
             prove_padding(engine, self.tokenizer, self.device, setup.trained[name].model, left=True)
         if self.reward is None or setup.reward is None:

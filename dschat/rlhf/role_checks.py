@@ -20,7 +20,7 @@ from dschat.utils.module.model_source import same_model
 def check_roles(
     names: RoleNames, tokenizer: PreTrainedTokenizerBase, answer_end: str | None = None
 ) -> Retokeniser | None:
-    """Stop at folders that cannot serve in their roles; before any weights are loaded.
+    """Refuse folders that cannot serve in their roles; before any weights are loaded.
 
     Args:
         tokenizer: the actor's. answer_end: the token that ends answers instead of its eos.
@@ -59,7 +59,7 @@ def check_roles(
 
 
 def check_role_contexts(names: RoleNames, tokens: int, retokenise: Retokeniser | None) -> None:
-    """Stop when sequences of so many tokens are longer than a role's positions.
+    """Raise an error when sequences of so many tokens are longer than a role's positions.
 
     A reward model with a tokenizer of its own is left out: its input is truncated.
     """

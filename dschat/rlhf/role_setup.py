@@ -109,7 +109,7 @@ class RoleSetup:
         return same_model(critic.model, self.reward.model)
 
     def _check_one_trunk(self) -> None:
-        """Stop at a setting that stands in the way of one base's weights for all.
+        """Refuse a setting that stands in the way of one base's weights for all.
 
         Raises:
             UserError: naming the setting, with its role in front.

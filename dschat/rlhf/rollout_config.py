@@ -32,7 +32,7 @@ class RolloutConfig(Settings):
     )
 
     def check(self, actor: ModelConfig, ppo: PPOConfig, *, train_base: bool) -> None:
-        """Stop at settings that cannot be, or do nothing, with those of the actor and of PPO.
+        """Refuse settings that cannot be, or do nothing, with those of the actor and of PPO.
 
         Raises:
             UserError: naming the setting.

@@ -102,7 +102,7 @@ class TransformersRollout:
 def check_parity(
     candidate: RolloutEngine, plain: RolloutEngine, prompts: PromptBatch, tokens: int, flag: str
 ) -> None:
-    """Stop unless an engine's logits, if it tells them, and greedy answers are plain generation's.
+    """Check that an engine's logits, if it tells them, and greedy answers are plain generation's.
 
     Args:
         tokens: generated for each prompt; ends of answers do not stop them.

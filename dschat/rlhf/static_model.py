@@ -27,7 +27,7 @@ IN_SHARDS = "ZeRO-3 holds its weights in shards; gather_for_rollouts makes them 
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Say why a static cache cannot serve this model; None: it may, if it passes the proof."""
+    """Explain why a static cache cannot serve this model; None: it may, if it passes the proof."""
     config: Any = model.config
     if not takes_argument(model, "position_ids"):
         return "it takes no position_ids"
@@ -70,7 +70,7 @@ class StaticModel:
 
     @property
     def is_recording(self) -> bool:
-        """Tell whether steps are recorded, as they are on a CPU."""
+        """Return whether steps are recorded, as they are on a CPU."""
         return self.records and self.device.type == "cpu"
 
     def refresh(self) -> None:

@@ -13,7 +13,7 @@ TRUNCATED = 80  # characters of another library's message
 
 
 def disproof(static: StaticModel, longest: int) -> str | None:
-    """Say what keeps a model from the static cache; None: it has none, and passed.
+    """Describe what keeps a model from the static cache; None: it has none, and passed.
 
     Texts of random tokens, of several lengths after left padding and as long as a window of its
     attention where one can act, are decoded token by token, some rows being dropped on the way; the

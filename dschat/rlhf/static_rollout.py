@@ -61,7 +61,7 @@ class StaticRollout:
 
 
 def _asks_at_once(device: torch.device) -> bool:
-    """Tell whether a device answers without being waited for."""
+    """Return whether a device answers without being waited for."""
     return device.type == "cpu"
 
 

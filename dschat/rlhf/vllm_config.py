@@ -41,7 +41,7 @@ class VLLMConfig(Settings):
             check_address("vllm_url", url, "http://node7:8000", KEY)
 
     def check(self, engine: str) -> None:
-        """Stop at servers that the rollout engine does not ask, or at an engine without one.
+        """Refuse servers that the rollout engine does not ask, or an engine without one.
 
         Raises:
             UserError: naming the setting.

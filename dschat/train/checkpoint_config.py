@@ -41,5 +41,5 @@ class CheckpointConfig(Settings):
 
     @property
     def in_use(self) -> bool:
-        """Tell whether checkpoints are read, or written other than by a signal."""
+        """Return whether checkpoints are read, or written other than by a signal."""
         return self.save_steps > 0 or self.resume is not None

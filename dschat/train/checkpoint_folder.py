@@ -111,7 +111,7 @@ def last_good(output_dir: str | Path) -> str:
 
 
 def continues(output_dir: str | Path, resume: str | None) -> bool:
-    """Tell whether a run resumes from a checkpoint of this very output folder."""
+    """Return whether a run resumes from a checkpoint of this very output folder."""
     folder = folder_of(output_dir)
     if resume == NEWEST:
         return bool(checkpoints_in(folder))
@@ -188,7 +188,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _check_shape(folder: Path, record: Mapping[str, Any]) -> None:
-    """Stop at a record that somebody has made by hand."""
+    """Refuse a record that somebody has made by hand."""
     wanted: dict[str, type] = {name: int for name in ("step", "epoch", "batch", "processes")} | {
         "kind": str
     }
@@ -206,7 +206,7 @@ def _check_shape(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Stop unless each of these files holds the bytes that were saved.
+    """Check that each of these files holds the bytes that were saved.
 
     Raises:
         UserError: naming the first that does not.

@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def is_portable(self) -> bool:
-        """Tell whether it is by the names of parameters, not by ranks."""
+        """Return whether it is by the names of parameters, not by ranks."""
         return bool(self.record.get("portable"))
 
     @property

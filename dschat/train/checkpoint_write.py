@@ -203,7 +203,7 @@ def _errors_kept(engine: Engine, failed: list[Exception]) -> Iterator[None]:
 
 
 def _check_all_wrote(part: Path, ranks: int) -> None:
-    """Stop when other nodes write to a disk of their own: their files would be missing.
+    """Raise an error when other nodes write to a disk of their own: their files would be missing.
 
     Raises:
         UserError: with the number of ranks that wrote here.

@@ -204,7 +204,7 @@ class Checkpointer:
 
 
 def check_weights(name: str, module: nn.Module, step: int) -> None:
-    """Stop at trained weights that are not finite.
+    """Refuse trained weights that are not finite.
 
     Raises:
         UserError: on every rank.

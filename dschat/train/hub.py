@@ -49,7 +49,7 @@ class HubConfig(Settings):
                 raise UserError(f"push_to_hub {self.push_to_hub}: {error}") from error
 
     def check_plan(self, plan: SavePlan, model_name: str) -> None:
-        """Stop where an adapter alone would go there, whose base nobody else has.
+        """Raise an error where an adapter alone would go there, whose base nobody else has.
 
         Raises:
             UserError: with the remedy.

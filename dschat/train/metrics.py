@@ -141,7 +141,7 @@ class MetricLogger:
         self._file.flush()
 
     def _is_in_place(self) -> bool:
-        """Tell whether the open file is still the one of this name; its folder may have moved."""
+        """Return whether the open file is still the one of this name; its folder may have moved."""
         assert self._file is not None
         try:
             return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))

@@ -85,7 +85,7 @@ class ModelConfig(Settings):
         return replace(self, optimizer=rates, head_only=True, gradient_checkpointing=False)
 
     def check(self, model_name_or_path: str, build: Build) -> ModelSize:
-        """Stop at adapters and rows that do not fit the model, built on `meta`, without weights.
+        """Refuse adapters and rows that do not fit the model, built on `meta`, without weights.
 
         Raises:
             UserError: no layer would get an adapter, or each would get one of too high a rank; or

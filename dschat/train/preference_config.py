@@ -87,7 +87,7 @@ class PreferenceConfig(Settings):
         return self.reference
 
     def check_streaming(self, model: ModelConfig) -> None:
-        """Stop where rows that are read only once cannot serve.
+        """Raise an error where rows that are read only once cannot serve.
 
         Raises:
             UserError: naming the setting in the way.

@@ -65,7 +65,7 @@ class Reference:
         return {"key": self.key}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        """Stop unless the run compares with what it began with.
+        """Check that the run compares with what it began with.
 
         Raises:
             UserError: another model, dtype or rows.

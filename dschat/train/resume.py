@@ -95,7 +95,7 @@ class RunPlan:
     def check_continues(
         self, place: str, record: Mapping[str, Any], processes: int, with_new_rates: bool
     ) -> None:
-        """Stop unless this run continues the one that the record describes.
+        """Check that this run continues the one that the record describes.
 
         Args:
             place: the checkpoint, for messages.
@@ -128,7 +128,7 @@ class RunPlan:
                 _check_same_rates(place, name, record["engines"][name], optimizer)
 
     def _check_model_files(self, place: str, saved: Mapping[str, Digests]) -> None:
-        """Stop at a small file of a model that changed since the run began.
+        """Refuse a small file of a model that changed since the run began.
 
         Args:
             saved: as `model_files`; {} in checkpoints of versions that did not record it.
@@ -149,7 +149,7 @@ class RunPlan:
                 )
 
     def _explain(self, name: str, saved: Any, now: Any) -> str:
-        """Say in what a setting or a content differs, and what to do."""
+        """Describe in what a setting or a content differs, and what to do."""
         values = flag_values(self.settings)
         if name == "rows":
             return (
@@ -187,7 +187,7 @@ def _shown(value: Any) -> str:
 def _check_same_rates(
     place: str, name: str, saved: Mapping[str, Any], optimizer: OptimizerConfig
 ) -> None:
-    """Stop at another ratio first: with one, the rate of B differs as well."""
+    """Refuse another ratio first: with one, the rate of B differs as well."""
     prefix = "" if name == "model" else f"{name}_"
     rates, ratio = saved["peak_rates"], optimizer.loraplus_lr_ratio
     if "lora_B" in rates and saved["loraplus_lr_ratio"] != ratio:

@@ -25,7 +25,7 @@ def named_groups(module: nn.Module, config: OptimizerConfig) -> dict[str, dict[s
 def check_same_groups(
     place: str, name: str, saved: Mapping[str, float], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Stop unless the optimizer has the parameter groups that were saved, in their order."""
+    """Check that the optimizer has the parameter groups that were saved, in their order."""
     present = list(group_rates(optimizer))
     if list(saved) != present:
         raise UserError(
@@ -35,7 +35,7 @@ def check_same_groups(
 
 
 def check_same_frozen(place: str, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
-    """Stop unless the weights that no checkpoint holds are those of the first start."""
+    """Check that the weights that no checkpoint holds are those of the first start."""
     for name in sorted({*saved, *present}):
         if saved.get(name) != present.get(name):
             raise UserError(
@@ -61,7 +61,7 @@ def check_restored_rates(
     schedule: torch.optim.lr_scheduler.LambdaLR,
     config: OptimizerConfig,
 ) -> None:
-    """Stop unless rates are the configured ones, now and in the schedule's steps to come.
+    """Check that rates are the configured ones, now and in the schedule's steps to come.
 
     Raises:
         RuntimeError: loading has brought other rates back.

@@ -113,7 +113,7 @@ class RunConfig(StartConfig):
         return replace(model, train_base=self.train_base_model)
 
     def _check_quantized(self, model: ModelConfig) -> None:
-        """Stop where frozen weights in few bits cannot serve."""
+        """Raise an error where frozen weights in few bits cannot serve."""
         place = f"quantize_base {model.lora.quantize_base}"
         if model.lora.lora_dim == 0:
             raise UserError(f"{place}: packed weights cannot train; add adapters with lora_dim")

@@ -21,7 +21,7 @@ def mark_end(output_dir: str | Path) -> None:
 
 
 def has_ended(output_dir: str | Path, files: Sequence[Path]) -> bool:
-    """Tell whether a run wrote these files of a model after its newest checkpoint.
+    """Return whether a run wrote these files of a model after its newest checkpoint.
 
     Checkpoints say it by a note, whatever the clock showed; those of versions without one by it.
     """

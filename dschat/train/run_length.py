@@ -45,7 +45,7 @@ class RunLength:
 
     @property
     def is_limited(self) -> bool:
-        """Tell whether max_steps ends the run before the data."""
+        """Return whether max_steps ends the run before the data."""
         return 0 < self.max_steps * self.unit < self.steps_of_data
 
     @property
@@ -56,7 +56,7 @@ class RunLength:
 
     @property
     def has_long_warm_up(self) -> bool:
-        """Tell whether too little of the run is left after the warm-up."""
+        """Return whether too little of the run is left after the warm-up."""
         return self.warm_up > LONGEST_WARM_UP * self.steps
 
     def with_more_steps(self) -> RunLength:

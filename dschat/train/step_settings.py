@@ -41,7 +41,7 @@ class StepSettings(Settings):
 
     @property
     def trains_head_only(self) -> bool:
-        """Tell whether a head trains on a trunk that stays as it is."""
+        """Return whether a head trains on a trunk that stays as it is."""
         return False
 
     def length(self, batches: Sequence[int | None]) -> RunLength:

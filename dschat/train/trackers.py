@@ -71,7 +71,7 @@ class LogConfig(Settings):
         return asked
 
     def check_writable(self) -> None:
-        """Stop where the events of TensorBoard could not be written."""
+        """Raise an error where the events of TensorBoard could not be written."""
         if "tensorboard" not in self.trackers:
             return
         place = f"tensorboard_path {self.tensorboard_path}"
