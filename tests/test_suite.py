@@ -37,6 +37,15 @@ def test_a_core_never_waits_for_slow_cells():
     assert [[mark.name for mark in marks] for marks in marked] == [[], ["slow"], [], ["slow"]]
 
 
+def test_every_room_has_its_folder_of_tests():
+    elsewhere = {"api": "docs", "chat": "inference", "recipes": "config"}
+    rooms = {path.name for path in ROOT.glob("dschat/*/")} - {"__pycache__"}
+    assert elsewhere.keys() <= rooms
+    for room in rooms:
+        tests = ROOT / "tests" / elsewhere.get(room, room)
+        assert list(tests.glob("test_*.py")), room
+
+
 def test_continuous_integration_runs_both_tiers_and_exports_nothing():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith("#")]

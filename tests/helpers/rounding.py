@@ -10,6 +10,13 @@ ROUNDING = 2.0**-24  # relative error of one fp32 operation
 IN_A_ROW = 64**0.5 * ROUNDING
 # Logits, values and log-probabilities are below 20. Their means, as losses, are no further off.
 LOGITS = 20 * IN_A_ROW
+# Literal tolerances of the tests stand for these, where no comment says otherwise:
+# 1e-12  fp64 numbers: 2^-53 of 100 is 1.1e-14, some tens of times.
+# 1e-7   fp32 numbers near 1: one rounding, 2^-24 = 6e-8.
+# 1e-6   fp32 numbers near 1: 16 roundings, 16 * 2^-24 = 9.5e-7; 2e-6 between two such.
+# 1e-5   what a model computes: LOGITS = 20 * 8 * 2^-24 = 9.5e-6; 2e-5 for a log-probability, which
+#        is a logit less the log of a sum over the vocabulary.
+# 1e-4   gradients, relative: sums of terms that cancel to 1/200, 200 * IN_A_ROW = 9.5e-5.
 
 
 def path_tolerance(rates: Iterable[float], eps: float, max_norm: float) -> float:

@@ -250,6 +250,7 @@ def test_rw_eval_prints_the_figures_of_the_last_evaluation(one_rank: Run):
     figures = dict(part.rsplit(" ", 1) for part in line.group().split(" | "))
     reported = records(one_rank.folder / "reward", "eval")[-1]
     assert set(figures) == set(reported) - {"kind", "step"}
+    # Printed with four digits: off by half of the last, at most 5e-4 of the figure.
     for name, text in figures.items():
         assert float(text) == pytest.approx(reported[name], rel=1e-3), name
 
