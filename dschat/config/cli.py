@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from dschat.utils.distributed import barrier, launched_rank, print_rank_0
 from dschat.utils.printable import guard_terminal, last_line, printable, step_of_start
 
 S = TypeVar("S", bound=Settings)
+RANK_0_FIRST = 5.0  # seconds in which rank 0 says an error that all ranks meet, and ends them
 
 
 def parse(
@@ -141,6 +143,10 @@ def _one_line() -> Iterator[None]:
         yield
     except UserError as error:
         _say(f"error: {error}")
+        if _rank() != 0 and not rank_watch.is_on():
+            signals.restore()  # beside rank 0 it ends without a word
+            time.sleep(RANK_0_FIRST)
+            _say(f"error: rank {_rank()}: {error}", everywhere=True)
         rank_watch.tell(printable(f"error: {error}", keep=""), 2)  # it may be this rank's alone
         sys.exit(2)
     except signals.Stopped as stop:
@@ -161,12 +167,19 @@ def _one_line() -> Iterator[None]:
         known = line_for(error)
         if known is None:
             raise
-        _say(f"error: rank {launched_rank()}, {known}", everywhere=True)
+        _say(f"error: rank {_rank()}, {known}", everywhere=True)
         sys.exit(1)
 
 
+def _rank() -> int:
+    try:
+        return launched_rank()
+    except UserError:  # a number that is none; it ends every process
+        return 0
+
+
 def _say(line: str, everywhere: bool = False) -> None:
-    if everywhere or launched_rank() == 0:
+    if everywhere or _rank() == 0:
         line = printable(line, keep="")
         with contextlib.suppress(OSError):  # where nothing takes it, the exit code says it
             tqdm.write(line, file=sys.stderr)  # on a line of its own, after any bar

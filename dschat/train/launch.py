@@ -25,7 +25,7 @@ from typing import IO
 import psutil
 
 from dschat.errors import UserError
-from dschat.train.signals import CODE_FILE
+from dschat.train.signals import BY_LAUNCHER, CODE_FILE, STOPPED
 from dschat.utils.printable import WINDOW, last_line, printable
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -65,7 +65,11 @@ def run(
         with _copied(process.stdout, log):
             code = process.wait()
         if code_file.exists():
-            code = int(code_file.read_text())
+            told, *note = code_file.read_text().split()
+            if note == [BY_LAUNCHER] and code and not signals.came:
+                code = -signal.SIGTERM if code == STOPPED else code  # another rank's, that failed
+            else:
+                code = int(told)
     return 128 - code if code < 0 else code
 
 
@@ -103,8 +107,10 @@ class _Signals:
     def __init__(self) -> None:
         self.pid: int | None = None
         self.waiting: list[int] = []
+        self.came = False
 
     def handle(self, signum: int, frame: object) -> None:
+        self.came = True
         if self.pid is None:
             self.waiting.append(signum)
         else:

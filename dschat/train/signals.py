@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dschat.utils.launchers import rank_of
+from dschat.utils.launchers import is_one_of_several, rank_of
 from dschat.utils.printable import last_line
 
 STOPPED = 75  # exit code of a stopped run; EX_TEMPFAIL of sysexits.h: start it again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 CODE_FILE = "DSCHAT_CODE_FILE"  # variable with the file in which `train.launch` looks for the code
+BY_LAUNCHER = "SIGTERM"  # beside the code: perhaps a launcher's, because another rank has failed
 ECHO = 1.0  # seconds in which a launcher may pass on the signal that the process has already
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -132,31 +133,44 @@ def _note(signum: int) -> None:
     if not _watch.first:
         _watch.first_at, _watch.first = now, signum
         if not _watch.finishes_steps:
-            _end(f"stopped by {name} before the first step; start the same command again", STOPPED)
+            _end_early(name)
     elif now - _watch.first_at > ECHO:
         line = f"ended by a second signal, {name}: what was done since the last checkpoint is lost"
         _end(line, 128 + signum)
 
 
-def _end(line: str, code: int) -> None:
+def _end_early(name: str) -> None:
+    """End before the first step; launchers, too, send SIGTERM, to ranks beside one that failed."""
+    line, is_launchers = f"stopped by {name} before the first step", name == BY_LAUNCHER
+    if is_launchers and is_one_of_several(os.environ):
+        line += ", as launchers end the ranks beside one that fails; where none has failed,"
+    else:
+        line += ";"
+    watch = sys.modules.get("dschat.utils.rank_watch")
+    if watch is not None:
+        watch.heed()  # which ends this process by the failed rank's line and code
+    _end(f"{line} start the same command again", STOPPED, BY_LAUNCHER if is_launchers else "")
+
+
+def _end(line: str, code: int, note: str = "") -> None:
     """Say a line on rank 0, and end the process from any thread, and with it the other ranks."""
     if rank_of(os.environ) == 0:
         last_line(line)
-    own_code, watch = report_exit(code), sys.modules.get("dschat.utils.rank_watch")
+    own_code, watch = report_exit(code, note), sys.modules.get("dschat.utils.rank_watch")
     if watch is not None and code == STOPPED:  # a second signal waits for nobody
         watch.tell(line, own_code)
     os._exit(own_code)
 
 
-def report_exit(code: int) -> int:
-    """Tell `train.launch` the exit code; return the one to end with.
+def report_exit(code: int, note: str = "") -> int:
+    """Tell `train.launch` the exit code, and BY_LAUNCHER or nothing; return the one to end with.
 
     To torchrun any other than 0 is a failure, to be reported and, by `--max-restarts`, undone.
     """
     path = os.environ.get(CODE_FILE)
     if path is None or not Path(path).parent.is_dir():  # that of a launcher on another machine
         return code
-    Path(path).write_text(str(code))
+    Path(path).write_text(f"{code} {note}".strip())
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else code
 
 

@@ -107,6 +107,12 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return 0 if launcher is None else _number(environ, launcher.rank)
 
 
+def is_one_of_several(environ: Mapping[str, str]) -> bool:
+    """Tell whether other processes of the same run were started beside this one."""
+    environ = _given(environ)
+    return _launcher_of(environ) is not None or _number(environ, "WORLD_SIZE", 1) > 1
+
+
 def _check_place(place: Mapping[str, str]) -> None:
     """Refuse a place that no process of a run can have, or that leads to no other process."""
     size = _number(place, "WORLD_SIZE", 1)

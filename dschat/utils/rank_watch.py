@@ -275,6 +275,13 @@ def tell(line: str, code: int) -> None:
         _watch.tell(line, code)
 
 
+def heed() -> None:
+    """End this process as another rank has told, where one has."""
+    if _watch is not None:
+        with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
+            _watch.heed()
+
+
 def is_on() -> bool:
     """Tell whether this is one of several ranks that watch over each other."""
     return _watch is not None
@@ -287,8 +294,7 @@ def explain(error: Exception) -> str | None:
     """
     if _watch is None or not any(sign in str(error) for sign in _SIGNS):
         return None
-    with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
-        _watch.heed()
+    heed()
     ranks = set(range(_watch.ranks))
     missing = sorted(ranks - {_watch.rank}) if len(ranks) == 2 else []
     deadline = time.monotonic() + 4 * _watch.interval

@@ -9,11 +9,12 @@ from dataclasses import MISSING, dataclass
 
 import pytest
 
-from dschat.config import yaml_file
+from dschat.config import cli, yaml_file
 from dschat.config.cli import check_flags, parse, run_cli
 from dschat.errors import UserError
 from dschat.settings import Settings, flag_values, group, setting
 from dschat.train.metrics import LogConfig, MetricLogger, progress_bar
+from dschat.utils.distributed import launched_rank
 
 
 @dataclass(frozen=True)
@@ -274,15 +275,28 @@ def test_run_cli_turns_a_user_error_into_one_line(capsys, monkeypatch):
     assert (out, err) == ("", "error: limit is 0: give at least 1\n")
 
 
-def test_run_cli_speaks_on_the_first_rank_alone(capsys, monkeypatch):
+def test_another_rank_leaves_an_error_to_the_first_and_then_says_it(capsys, monkeypatch):
+    """The first one meets it too, and the launcher ends this one; or it is this one's alone."""
     monkeypatch.setenv("RANK", "1")
+    said = []
+    monkeypatch.setattr(cli.time, "sleep", lambda _: said.append(capsys.readouterr().err))
 
     def fail():
         raise UserError("no")
 
     with pytest.raises(SystemExit) as end:
         run_cli(fail)
-    assert end.value.code == 2 and capsys.readouterr().err == ""
+    assert end.value.code == 2 and said == [""]
+    assert capsys.readouterr().err == "error: rank 1: no\n"
+
+
+def test_a_rank_that_is_no_number_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(SystemExit) as end:
+        run_cli(launched_rank)
+    assert end.value.code == 2
+    line = "error: RANK is 'x' in the environment: set a number, or unset it\n"
+    assert capsys.readouterr().err == line
 
 
 def test_an_error_stands_on_a_line_of_its_own(capsys):

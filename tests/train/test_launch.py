@@ -33,6 +33,17 @@ LAUNCHER = (
 RANKS = [sys.executable, "-c", LAUNCHER, RANK]
 
 
+# A launcher whose second rank fails with 2: it ends the first one, still starting, as all do.
+FAILING = (
+    "import os, subprocess, sys\n"
+    "first = 'import time; from dschat.train import signals; signals.start(); print(flush=True);'\n"
+    "env = {**os.environ, 'LOCAL_RANK': '0', 'RANK': '0', 'WORLD_SIZE': '2'}\n"
+    "rank = subprocess.Popen([sys.executable, '-c', first + 'time.sleep(600)'], env=env,"
+    " stdout=subprocess.PIPE)\n"
+    "rank.stdout.readline(); rank.terminate(); sys.exit({code})\n"
+)
+
+
 def start(command: Sequence[str], *options: str, **env: str) -> subprocess.Popen:
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -107,6 +118,20 @@ def test_torchrun_sees_a_success_and_the_caller_the_code():
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=TIME_LIMIT)
     assert out.splitlines()[-1] == "saw 0" and process.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [("max(2, rank.wait())", 143), ("(rank.wait(), 2)[1]", 2)]
+)
+def test_a_rank_that_is_ended_beside_one_that_failed_is_no_stop(code: str, told: int):
+    """75 would requeue a job for ever; srun ends with the largest code, mpirun with the first."""
+    process = start([sys.executable, "-c", FAILING.replace("{code}", code)])
+    _, err = process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == told
+    assert err == (
+        "stopped by SIGTERM before the first step, as launchers end the ranks beside one that "
+        "fails; where none has failed, start the same command again\n"
+    )
 
 
 def test_without_ranks_the_group_gets_the_signal():

@@ -40,6 +40,7 @@ ENDS = {
     "stuck on a file": ([1, 1], "rank * 15 s * of step 4 *; the run ends"),  # either may say it
     "own error": ([2, 2], "a reason of rank 0"),
     "own error of another": ([2, 2, 2], "a reason of rank 2"),
+    "own error, then the launcher": ([2, 2], "a reason of rank 1"),
     "one signalled": ([75, 75], None),  # of which a line tells, without `error:`
     "first signalled": ([75, 75], None),
     "never comes": ([1], "rank 0 of 2 waited 15 s at 127.0.0.1:* for the others to start *"),

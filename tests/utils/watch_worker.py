@@ -66,6 +66,14 @@ def refuse(rank: int) -> Callable[[], object]:
     return act
 
 
+def ended_beside() -> None:
+    """Be sent a launcher's signal as soon as another rank has told why it ends."""
+    watch = rank_watch._watch
+    while not watch._store.check([watch._last]):
+        time.sleep(0.001)
+    signalled()
+
+
 def signalled() -> None:
     """Be sent a signal, as the only rank, before the first step."""
     os.kill(os.getpid(), signal.SIGTERM)
@@ -91,6 +99,7 @@ CASES: dict[str, list[Callable[[], object] | None]] = {
     "stopped in work of rank 0": [lambda: from_main(STOP)] * 2,
     "own error": [refuse(0), print],
     "own error of another": [print, print, refuse(2)],
+    "own error, then the launcher": [ended_beside, refuse(1)],
     "one signalled": [print, signalled],
     "first signalled": [signalled, print],
     "never comes": [print, None],
