@@ -138,14 +138,25 @@ def _passing_on() -> Iterator[_Signals]:
 
 
 def send(pid: int, signum: int) -> None:
-    """Send a signal to the ranks below a process; to its group, where there are none."""
+    """Send a signal to the ranks below a process; to its group, where there are none.
+
+    Ranks that `deepspeed` started by pdsh are other machines': it ends them at SIGTERM alone.
+    """
     ranks = _ranks_below(pid)
     with contextlib.suppress(ProcessLookupError):
-        if not ranks:
+        if not ranks and _reaches_by_pdsh(pid):
+            os.kill(pid, signal.SIGTERM)
+        elif not ranks:
             os.killpg(pid, signum)
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(signum)
+
+
+def _reaches_by_pdsh(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(child.name().startswith("pdsh") for child in psutil.Process(pid).children())
+    return False
 
 
 def _ranks_below(pid: int) -> list[psutil.Process]:

@@ -32,7 +32,8 @@ LAUNCHERS = {  # and their flags
     *("num_gpus", "include", "master_port", "hostfile", "module"),
     *("max_restarts", "signals_to_handle", "standalone"),
     *("nodes", "gpus", "time", "ntasks", "requeue", "open_mode", "signal"),
-    *("ntasks_per_node", "gpus_per_node", "nodelist", "rdzv_backend"),
+    *("ntasks_per_node", "gpus_per_node", "nodelist", "rdzv_backend", "launcher"),
+    *("kill_on_bad_exit", "gpu_bind", "host"),
 }
 SERVERS = {  # flags of vLLM's
     *("enable_lora", "max_lora_rank", "max_loras", "max_model_len", "logprobs_mode", "api_key"),

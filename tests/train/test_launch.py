@@ -142,6 +142,23 @@ def test_without_ranks_the_group_gets_the_signal():
     assert process.returncode == 128 + signal.SIGUSR1
 
 
+def test_ranks_on_other_machines_are_ended_by_deepspeed(tmp_path: Path):
+    """It stops them at SIGTERM; of SIGUSR1 it would die, and they would train on for nobody."""
+    (tmp_path / "pdsh").write_text("#!/bin/sh\nsleep 600\n")
+    (tmp_path / "pdsh").chmod(0o755)
+    runner = (
+        "import os, signal, subprocess, sys; pdsh = subprocess.Popen(['./pdsh'])\n"
+        "def end(*_): print('ended', pdsh.poll(), flush=True); os._exit(1)\n"
+        "signal.signal(signal.SIGTERM, end); print(flush=True); pdsh.wait()"
+    )
+    command = ["sh", "-c", f'cd "{tmp_path}" && exec "$@"', "sh", sys.executable, "-c", runner]
+    process = start(command)
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=TIME_LIMIT)
+    assert (out, process.returncode) == ("ended None\n", 1)
+
+
 def test_nothing_outlives_a_kill():
     process = start(RANKS)
     ranks = [int(process.stdout.readline()) for _ in range(2)]
