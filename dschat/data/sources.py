@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dschat.data import hub
 from dschat.data.names import SUFFIXES, is_spelt_as_path
+from dschat.data.parquet import BROKEN, read_parquet
 from dschat.data.readers import LOCAL_JSON
 from dschat.errors import RepeatedKeyError, UserError, brief, unique_keys
 
-# Raised by Arrow's readers for damaged files; a text that is not UTF-8 is a ValueError.
-BROKEN = (pa.ArrowException, OSError, ValueError)
-# A parquet file of text is some ten times smaller than its text; beyond so many times it is a trap.
-GROWTH, MANY_ROWS, MANY_BYTES = 500, 10**7, 10**9
 TEXT_COLUMN = "text"  # of the one row that a .txt file is
 # The first name that is present counts; the later ones are how some sets name their parts.
 TRAIN_NAMES = ("train", "train_prefs", "train_sft")
@@ -187,7 +182,7 @@ def read_rows(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     """Read the rows of files, each with its place, which begins with the file's name."""
     for name, path in files.items():
         if path.suffix == ".parquet":
-            yield from _read_parquet(name, path)
+            yield from read_parquet(name, path)
         elif path.suffix == ".txt":
             yield name, {TEXT_COLUMN: _parse(path.read_bytes(), name, is_json=False)}
         else:
@@ -239,40 +234,3 @@ def _line_of_fault(rows: str) -> int:
         except RepeatedKeyError:
             return rows.count("\n", 0, match.end())
     return 0
-
-
-def _read_parquet(name: str, path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        file = pq.ParquetFile(path)
-        _check_growth(name, path.stat().st_size, file.metadata)
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{name} row {number}", row
-    except UserError:
-        raise
-    except BROKEN as error:
-        place = f" after row {number}" if number else ""
-        raise UserError(
-            f"{name}: not a readable parquet file{place} ({brief(error)}); write it again"
-        ) from error
-
-
-def _check_growth(name: str, size: int, metadata: pq.FileMetaData) -> None:
-    """Stop at a file of little that unpacks to what no memory or disk holds.
-
-    Raises:
-        UserError: with what it would become.
-    """
-    rows = metadata.num_rows
-    if rows > MANY_ROWS and rows > GROWTH * size:
-        raise UserError(f"{name}: says {rows:,} rows in {size:,} bytes; write it again")
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
-            if unpacked > MANY_BYTES and unpacked > GROWTH * packed:
-                raise UserError(
-                    f"{name}: column {column.path_in_schema!r} unpacks {packed:,} bytes to "
-                    f"{unpacked:,}; write it again"
-                )

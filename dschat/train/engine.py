@@ -149,7 +149,7 @@ def refusals_named(deepspeed_config: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         if deepspeed_config is None or isinstance(error, UserError):
             raise
         reason = brief(error, with_type=True)

@@ -15,6 +15,7 @@ from types import FrameType
 from dschat.utils.last_resort import LastResort
 
 _EVERY = 0.05  # seconds of this process's CPU time between two looks
+_AGAIN = 1.0  # seconds until a block that has caught the error gets it once more
 _HARD = 3  # times the limit: one operation that never comes back ends the process
 
 
@@ -41,23 +42,31 @@ def bounded(seconds: float, size: float, problem: str) -> Iterator[None]:
         yield
         return
     began, peak = time.thread_time(), peak_resident()
-    is_on = True
+    is_on, due = True, began
 
     def look(signum: int, frame: FrameType | None) -> None:
-        if is_on and time.thread_time() - began > seconds:
+        nonlocal due
+        now = time.thread_time()
+        if not is_on or now < due:
+            return
+        due = now + _AGAIN  # not amid what the first one unwinds, which is to put all back
+        if now - began > seconds:
             raise TooMuchError(f"more than {seconds:g} s")
-        if is_on and peak_resident() - peak > size:
+        if peak_resident() - peak > size:
             raise _too_large(size)
+        due = now
 
     before = signal.signal(signal.SIGVTALRM, look)
     try:
         with LastResort(_HARD * seconds, problem), _Room(size):
-            signal.setitimer(signal.ITIMER_VIRTUAL, _EVERY, _EVERY)
-            yield
+            try:
+                signal.setitimer(signal.ITIMER_VIRTUAL, _EVERY, _EVERY)
+                yield
+            finally:
+                is_on = False
     except MemoryError as error:
         raise _too_large(size) from error
     finally:
-        is_on = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 

@@ -30,7 +30,14 @@ OF_OTHER_PROGRAMS = {
 }
 
 # Blocks that would take over what the programs do themselves: their switch, and what to do instead.
+# Some would write to any path that the JSON names, over whatever is there.
 REFUSED = {
+    "checkpoint": ("writer", "checkpoints are the programs' own; remove it"),
+    "comet": ("enabled", "OUTPUT_DIR/metrics.jsonl has the figures; remove the block"),
+    "csv_monitor": ("enabled", "OUTPUT_DIR/metrics.jsonl has the figures; remove the block"),
+    "flops_profiler": ("output_file", "the profile goes to standard output; remove it"),
+    "tensorboard": ("enabled", "give report_to and tensorboard_path; remove the block"),
+    "wandb": ("enabled", "give report_to and wandb_project; remove the block"),
     "hybrid_engine": ("enabled", "generation is the programs' own; remove the block"),
     "torch_autocast": (
         "enabled",
@@ -85,7 +92,7 @@ def check_effects(user: Mapping[str, Any], place: str) -> None:
     for block, (key, instead) in REFUSED.items():
         content = user.get(block)
         value = content.get(key, 0) if isinstance(content, Mapping) else 0
-        if value is True or value not in (0, 1, False, "auto"):
+        if value is True or value not in (0, 1, False, None, "", "auto"):
             raise UserError(f"{place} {block}: {key} {value}: {instead}")
 
 

@@ -145,10 +145,12 @@ NOISY = (
 def guard_terminal() -> None:
     """Make printable what other libraries print by themselves, and leave out all but errors.
 
-    With --verbose, or Python's own -W, nothing is left out.
+    With --verbose, or Python's own -W, nothing is left out. Torch's C++ must not be imported yet:
+    it warns of a connection whose other end has gone, which `rank_watch` says, with its stack.
     """
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     if VERBOSE not in sys.argv:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.warnoptions:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dschat.data import sources as raw_datasets
+from dschat.data import parquet
 from dschat.data.store import load_source
 from dschat.errors import UserError
 from tests.helpers.doors import Payload, code_of, mark
@@ -110,7 +110,7 @@ def test_hub_set_goes_through_the_same_door(tmp_path, monkeypatch):
     sets = datasets.DatasetDict(
         train=datasets.Dataset.from_list(ROWS[:3]), test=datasets.Dataset.from_list(ROWS[3:])
     )
-    monkeypatch.setattr(raw_datasets.datasets, "load_dataset", lambda name: sets)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: sets)
     source = _load("owner/name", tmp_path)
     assert source.train[0]["place"] == "owner/name train row 1"
     assert (len(source.train), len(source.test)) == (3, 17)
@@ -120,7 +120,7 @@ def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
     def refuse(name):
         raise ConnectionError("no route\nmore")
 
-    monkeypatch.setattr(raw_datasets.datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
     assert "owner/name" in _error("owner/name", tmp_path)
 
 
@@ -262,14 +262,14 @@ def test_scores_are_finite_numbers(score, write_rows, tmp_path):
 def test_a_parquet_file_that_unpacks_without_end_is_one_line(tmp_path, monkeypatch):
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"prompt": ["hi"] * 10**6}), file, compression="zstd")
-    monkeypatch.setattr(raw_datasets, "GROWTH", 20)
-    monkeypatch.setattr(raw_datasets, "MANY_ROWS", 10**5)
+    monkeypatch.setattr(parquet, "GROWTH", 20)
+    monkeypatch.setattr(parquet, "MANY", 10**5)
     assert re.match(
         r"a.parquet: says 1,000,000 rows in [\d,]+ bytes; write", _error(file, tmp_path)
     )
     text = pa.table({"prompt": ["x" * 10**7]})
     pq.write_table(text, file, compression="zstd", use_dictionary=False, write_statistics=False)
-    monkeypatch.setattr(raw_datasets, "MANY_BYTES", 10**6)
+    monkeypatch.setattr(parquet, "MANY_BYTES", 10**6)
     found = r"a.parquet: column 'prompt' unpacks [\d,]+ bytes to 10,000,\d+; write it again"
     assert re.match(found, _error(file, tmp_path))
 
@@ -303,3 +303,20 @@ def test_damaged_bytes_are_laid_to_the_file_that_has_them(kind, tmp_path):
             assert name.name in str(error) and "\n" not in str(error)
             assert "data_output_path" not in str(error)
     assert refused > 5
+
+
+def test_a_parquet_file_that_says_less_than_it_holds_is_one_line(tmp_path, monkeypatch):
+    """One text that stands for every row is said, and packed, once; nothing may take any space."""
+    file, count = tmp_path / "a.parquet", 200
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * count), ["x" * 4 * 10**6])
+    pq.write_table(pa.table({"prompt": text}), file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 10**4
+    monkeypatch.setattr(parquet, "ROWS_BYTES", 1e8)
+    assert _error(file, tmp_path) == (
+        "a.parquet: 64 rows after row 0 take more than 0.1 GB of memory; write it again"
+    )
+    nothing = pa.ListArray.from_arrays([0, 10**6], pa.nulls(10**6, pa.int8()))
+    pq.write_table(pa.table({"prompt": nothing}), file, compression="zstd")
+    monkeypatch.setattr(parquet, "MANY", 10**5)
+    found = r"a.parquet: column 'prompt.list.element' says 1,000,000 values in \d+ bytes; write it"
+    assert re.match(found, _error(file, tmp_path))

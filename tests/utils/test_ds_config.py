@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -218,6 +219,12 @@ def test_the_flags_stage_may_be_repeated(merged):
         ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: enabled True: generation is the p"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "precision than updates; giv"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: autotp_size 2: adapters and"),
+        ({"csv_monitor": {"enabled": True, "output_path": "/"}}, "metrics.jsonl has the figures"),
+        ({"flops_profiler": {"output_file": "/x"}}, "output_file /x: the profile goes to standa"),
+        ({"tensorboard": {"enabled": True}}, "enabled True: give report_to and tensorboard_path"),
+        ({"wandb": {"enabled": True}}, "enabled True: give report_to and wandb_project"),
+        ({"comet": {"enabled": True}}, "metrics.jsonl has the figures; remove the block"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoints are the programs' own; rem"),
         ({"gradient_clipping": 1e300}, "gradient_clipping is 1e.300: give at most 2.63 - 1"),
         ({"data_types": {"grad_accum_dtype": "fp99"}}, "grad_accum_dtype is 'fp99': give fp32"),
         ("{", "not JSON"),
@@ -238,7 +245,7 @@ def test_what_deepspeed_takes_passes(merged):
     blocks = {
         "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}},
         "activation_checkpointing": {"partition_activations": True, "profile": False},
-        "flops_profiler": {"enabled": False, "module_depth": -1},
+        "flops_profiler": {"enabled": False, "module_depth": -1, "output_file": None},
         "tensorboard": {"enabled": False},
         "aio": {"queue_depth": 8},
         "wall_clock_breakdown": True,
@@ -431,5 +438,8 @@ def test_what_deepspeed_refuses_late_is_one_line_too(tmp_path: Path):
     said = r"^deepspeed_config d: DeepSpeed: ValueError: a$"
     with pytest.raises(UserError, match=said), refusals_named("d"):
         raise ValueError("a\nb")
+    said = "^deepspeed_config d: DeepSpeed: ModuleNotFoundError: No module named 'no_such'$"
+    with pytest.raises(UserError, match=said), refusals_named("d"):
+        importlib.import_module("no_such")
     with pytest.raises(ValueError, match="a"), refusals_named(None):
         raise ValueError("a")
