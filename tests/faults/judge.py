@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dschat.train.checkpoint_folder import END, checkpoints_in
 from tests.faults.programs import OUTPUT, USERS_FILES
 from tests.faults.runs import Outcome
 from tests.helpers.resume_runs import figures
@@ -95,6 +96,9 @@ def finished(folder: Path, reference: Results) -> list[str]:
     if not (output / "metrics.jsonl").exists():
         return ["no metrics"]
     found = Results.of(output).differences(reference)
+    saved = checkpoints_in(output / CHECKPOINTS)
+    if saved and not (saved[max(saved)] / END).exists():
+        found.append("no note at the newest checkpoint that the run has ended")
     for name, text in USERS_FILES.items():
         path = output / name
         if not path.exists() or path.read_text() != text:

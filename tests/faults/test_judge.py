@@ -22,6 +22,7 @@ def finished_run(folder: Path) -> Path:
     output = folder / OUTPUT
     (output / "checkpoints/step-000003").mkdir(parents=True)
     (output / "checkpoints/step-000003/state.json").write_text("{}")
+    (output / "checkpoints/step-000003/finished").touch()
     (output / "model.safetensors").write_bytes(b"weights")
     (output / "config.json").write_text(f'{{"base": "{folder.resolve()}/model"}}')
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
@@ -73,6 +74,13 @@ def test_what_is_left_behind_is_named(run, reference, name):
     (run / name).parent.mkdir(parents=True)
     (run / name).write_text("")
     assert judge.finished(run, reference) == [f"{Path(name).parent} is left"]
+
+
+def test_a_run_that_does_not_note_its_end_is_noticed(run, reference):
+    (run / OUTPUT / "checkpoints/step-000003/finished").unlink()
+    assert judge.finished(run, reference) == [
+        "no note at the newest checkpoint that the run has ended"
+    ]
 
 
 def test_a_mixture_of_two_models_is_noticed(run):

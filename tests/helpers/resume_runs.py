@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from dschat.models.reward_model import RewardModel
 from dschat.models.reward_statistics import RewardStatistics, write_statistics
 from dschat.models.save import save_hf_format
+from dschat.train.checkpoint_folder import END, checkpoints_in, folder_of
 from tests.helpers.adapters import ALONE
 from tests.helpers.launch import run_ranks
 from tests.helpers.steps import PPO, REWARD, SFT, free_port, write_inputs, write_rows
@@ -163,7 +164,11 @@ def figures(folder: Path) -> list[dict[str, object]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same figures, and the same bits in every saved weight."""
+    """The same figures, and the same bits in every saved weight; the other saved, and ended.
+
+    A pipeline would take one without the note for stopped over an older model.
+    """
+    assert max(checkpoints_in(folder_of(other)).items())[1].joinpath(END).is_file()
     assert figures(one) == figures(other)
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     assert files
