@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -27,6 +28,7 @@ from dschat.models import placing
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.config import build_causal_lm, load_config
 from dschat.models.reward_model import create_critic_model
+from dschat.models.reward_note import NOTE_FILE, write_note
 from dschat.report.html import put_in_place
 from dschat.rlhf.answers import AnswerFile
 from dschat.text.formats import set_format
@@ -326,6 +328,21 @@ def test_what_steers_a_terminal_is_shown_instead():
     for text in ("two\nlines\tand a tab", "naïve 漢字 שלום \u200f हिन्दी 👩\u200d🔬 \xa0"):
         assert printable(text) == text
     assert printable("one\nline", keep="") == r"one\nline"
+
+
+def test_a_models_tokens_are_no_markup_in_its_note(tmp_path):
+    steering = STEERING[:-1]  # tokens are whole characters
+    word = f"`\n{steering}<script>"
+    tokens = SimpleNamespace(pad_token=word, eos_token=word, eos_token_id=1)
+    config = SimpleNamespace(
+        get_text_config=lambda: SimpleNamespace(pad_token_id=0), model_type=steering
+    )
+    form = SimpleNamespace(tokenizer=tokens, config=config, has_head=False)
+    write_note(form, tmp_path, base="base")
+    text = (tmp_path / NOTE_FILE).read_text()
+    assert text.count(rf"`'\n{SHOWN[:-6]}<script>`") == 2 and not set(text) & set(steering) - {
+        *SHOWN
+    }
 
 
 def test_an_error_is_one_printable_line(capsys):

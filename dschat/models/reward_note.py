@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dschat.models.reward_folder import RewardForm
 from dschat.models.weight_files import HEAD
+from dschat.utils.printable import code_span, printable
 
 NOTE_FILE = "REWARD_MODEL.md"
 
@@ -70,14 +71,14 @@ def write_note(form: RewardForm, folder: Path, base: str | None = None) -> None:
         base: of an adapter; None: the folder holds all weights.
     """
     tokenizer, pad = form.tokenizer, form.config.get_text_config().pad_token_id
-    padding = f"Padding is `{tokenizer.pad_token}` (id {pad}), on the right."
+    padding = f"Padding is {code_span(tokenizer.pad_token)} (id {pad}), on the right."
     if pad is None:
         padding = "No other token can be the padding: score one text at a time."
     parts = _ADAPTER if base else _CLASSIFIER if form.has_head else _TRUNK
     loading = _CODE.format(**{name: part.format(base=base) for name, part in parts.items()})
     if not form.has_head:
         loading = _TO_MERGE if base else _TRUNK_HOLDS.format(model=form.saved_as.__name__) + loading
-        loading = _NO_CLASSIFIER.format(family=form.config.model_type) + loading
-    end = f"`{tokenizer.eos_token}` (id {tokenizer.eos_token_id})"
+        loading = _NO_CLASSIFIER.format(family=printable(form.config.model_type, "")) + loading
+    end = f"{code_span(tokenizer.eos_token)} (id {tokenizer.eos_token_id})"
     text = _NOTE.format(end=end, padding=padding, loading=loading)
     (folder / NOTE_FILE).write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from dschat.report.html import put_in_place
 from dschat.report.panels import PANELS, Panel
 from dschat.report.records import Records, read
 from dschat.utils.files import regular
-from dschat.utils.printable import printable
+from dschat.utils.printable import code_span, printable
 
 CARD, CURVE = "README.md", "training_curve.png"
 ROLES = ("", "actor", "critic", "actor_ema")  # folders of models in an output folder
@@ -129,9 +129,9 @@ def _body(model: Model, records: Records, has_curve: bool) -> Iterator[str]:
     program, settings = _program(records), records.description.get("settings", {})
     what = "Adapter (LoRA)" if model.is_adapter else "Model"
     role = f", {model.role.replace('_', ' ')}" if model.role else ""
-    yield f"# {_code(model.folder.resolve().name)}"
-    yield f"{what} of {TITLES.get(program, program)}{role}, on {_code(_name(model.base))}."
-    data = ", ".join(_code(_name(str(name))) for name in settings.get("data_path", []))
+    yield f"# {code_span(model.folder.resolve().name)}"
+    yield f"{what} of {TITLES.get(program, program)}{role}, on {code_span(_name(model.base))}."
+    data = ", ".join(code_span(_name(str(name))) for name in settings.get("data_path", []))
     if data:
         yield f"**Data**: {data}."
     yield (
@@ -204,10 +204,6 @@ def _shared(value: Any) -> Any:
         return [_shared(item) for item in value]
     is_path = isinstance(value, str) and Path(value).is_absolute()
     return Path(value).name if is_path else value
-
-
-def _code(text: str) -> str:
-    return f"`{printable(text, keep='').replace('`', chr(39))}`"
 
 
 def _cell(text: str) -> str:

@@ -31,6 +31,11 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return _STEERING.sub(lambda m: m[0] if m[0] in keep else _escaped(m[0]), text)
 
 
+def code_span(text: str) -> str:
+    """Show a text from outside in Markdown as it is, on one line; nothing in it is markup."""
+    return f"`{printable(text, keep='').replace('`', chr(39))}`"
+
+
 # Columns of the window in which a launcher shows what this process prints.
 WINDOW = "DSCHAT_WINDOW"
 
