@@ -25,6 +25,7 @@ DTYPES_OF = {
     "grad_accum_dtype",
     "param_dtype",
 }  # of data_types, read when an engine is made
+MOST_BYTES = 10**6  # of a JSON; weights given by mistake have more, a device has no end
 NO_SUCH_KEY = "; this DeepSpeed has none like it"
 OF_INITIALIZE = {"data_parallel_size", "sequence_parallel_size"}  # read before the config is
 
@@ -36,7 +37,11 @@ def read_user_config(path: str) -> dict:
         UserError: the file is missing, cannot be read, holds no JSON object, or a key twice.
     """
     try:
-        config = parse_json(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UserError(f"deepspeed_config {path}: has more than {MOST_BYTES:,} bytes")
+        config = parse_json(text.decode())
     except FileNotFoundError as error:
         raise UserError(f"deepspeed_config {path}: no such file") from error
     except OSError as error:

@@ -230,6 +230,7 @@ def test_the_flags_stage_may_be_repeated(merged):
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON .nested too deeply"),
         ("[1]", "holds no JSON object"),
+        (10**6 * " " + "{}", "has more than 1,000,000 bytes"),
     ],
 )
 def test_contradictions_are_refused_by_name_and_place(merged, user: object, words: str):
