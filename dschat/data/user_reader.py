@@ -81,10 +81,7 @@ def user_reader(name: str) -> Callable[[Mapping[str, Any]], Example]:
             result = function(dict(row))
         except (UserError, Skip):
             raise
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever the user's function raises, with the row's place
+        except BaseException as error:  # whatever the user's function raises, with the row's place
             reason = brief(error, with_type=True)
             raise UserError(f"{place} fails ({reason}); fix it or the row") from error
         return _as_example(result, place)

@@ -144,7 +144,7 @@ class RewardFunction:
             return self.function(*args, **columns)
         except UserError as error:  # a built-in check's
             raise UserError(f"{FLAG} {self.name}: {error}") from error
-        except (Exception, SystemExit) as error:  # anything that it raises, with its row
+        except BaseException as error:  # anything that it raises, with its row
             raise UserError(
                 f"{FLAG} {self.name} fails ({brief(error, with_type=True)}) {place}"
             ) from error

@@ -51,7 +51,7 @@ def _module(name: str, setting: str) -> ModuleType:
     sys.path.insert(0, here)
     try:
         return importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is read
+    except BaseException as error:  # whatever the user's module raises while it is read
         reason = brief(error, with_type=True)
         raise UserError(f"{setting} {name}: {module_name} does not import ({reason})") from error
     finally:

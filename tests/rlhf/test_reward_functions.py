@@ -77,6 +77,7 @@ def test_a_batch_is_what_its_real_rows_say():
         ([1.0, "b"], "returned 'b' for the prompt 'q' and the answer 'no!!': return a list of 2"),
         ([float("nan"), 1.0], "returned nan for the prompt 'q: b' and the answer 'yes'"),
         (KeyError("x"), "fails (KeyError: 'x') for 2 answers, the first for the prompt 'q: b'"),
+        (KeyboardInterrupt("b"), "fails (KeyboardInterrupt: b) for 2 answers, the first for the"),
         (SystemExit(0), "fails (SystemExit: 0) for 2 answers, the first for the prompt 'q: b'"),
     ],
 )
