@@ -116,9 +116,10 @@ def test_every_promise_of_reliability_names_tests_that_exist():
             assert re.search(rf"^def {name or 'test_'}", source, re.M), f"{promise}: {path} {name}"
 
 
-def test_the_table_of_faults_is_that_of_the_run():
+@pytest.mark.parametrize("name", ["faults", "faults_two_ranks"])
+def test_the_table_of_faults_is_that_of_the_run(name: str):
     text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
-    counts = json.loads((ROOT / "docs/figures/faults.json").read_text(encoding="utf-8"))
+    counts = json.loads((ROOT / f"docs/figures/{name}.json").read_text(encoding="utf-8"))
     assert table(counts) in text
 
 
