@@ -130,7 +130,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def _leave_together() -> None:
-    """Let go of the output folder while the other ranks wait: one that is lost here is missed."""
+    """Release the output folder while the other ranks wait: a rank lost here is noticed."""
     run_lock.release()
     if rank_watch.is_on():
         barrier("the last barrier", patient=True)

@@ -65,7 +65,7 @@ def _broken_stream() -> str | None:
 
 
 def _takes_more(descriptor: int) -> bool:
-    """Tell by an empty line: what Python holds back of a failed write may not fail again."""
+    """Test with an empty line: what Python buffers of a failed write may not fail again."""
     try:
         os.write(descriptor, b"\n")
     except OSError:

@@ -176,7 +176,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode for the block, and then as it was; inside an engine or alone.
+    """Put a model, alone or in an engine, into eval mode for the block, then back.
 
     DeepSpeed's engine passes `train()` and `eval()` on, and itself says that it trains, always.
     """

@@ -91,7 +91,7 @@ def split_of(model: nn.Module, sequences: torch.Tensor) -> Split | None:
 
 
 def assume_split(module: nn.Module) -> None:
-    """Take what looks like trunk and head for them, where no values can prove it (fake tensors)."""
+    """Assume that the modules found are trunk and head, where no values can prove it."""
     trunk, head = _parts(module)
     if trunk is not None and head is not None:
         assert isinstance(module, PreTrainedModel)

@@ -51,7 +51,7 @@ class RewardForm:
             return self.saved_as(self.config)
 
     def on_disk(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give the live model's tensors the names that they have in the folder."""
+        """Rename the live model's tensors to their names in the folder."""
         trunk, head = self.saved_as.base_model_prefix, REWARD_HEAD
         if not self.has_head:
             trunk, head = "", HEAD.removesuffix(".weight")
@@ -104,7 +104,7 @@ def _takes(
 
 @torch.no_grad()
 def _reads_the_end(classifier: type[PreTrainedModel], config: PretrainedConfig) -> bool:
-    """Let a classifier show that it takes the score at the end token, beside padding as well."""
+    """Check that a classifier reads the score at the end token, beside padding as well."""
     with torch.device("meta"):
         model = classifier(config)
     setattr(model, classifier.base_model_prefix, _Positions())
@@ -133,7 +133,7 @@ class _Positions(nn.Module):
 
 
 def tell_reward_form(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say, before training, in what the saved folder will differ from what readers expect.
+    """Print, before training, how the saved folder will differ from what readers expect.
 
     Raises:
         UserError: transformers has no trunk of this shape.

@@ -64,5 +64,5 @@ def last_head(adapters: Sequence[Adapter], base_head: torch.Tensor | None) -> to
 
 
 def no_head(name: str) -> str:
-    """Say that a reward model has no head, and the remedy."""
+    """Make the error of a reward model without a head, with the remedy."""
     return f"reward model {name}: no {DISK_HEAD} or {HEAD} in it; train one with step 2 first"

@@ -121,7 +121,7 @@ def head_width(config: PretrainedConfig) -> int:
 
 
 def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Take the value at each row's last real token: (B, T) values -> (B,) scores."""
+    """Select the value at each row's last real token: (B, T) values -> (B,) scores."""
     positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     last = (positions * attention_mask).argmax(dim=-1, keepdim=True)  # on either side of padding
     return values.gather(-1, last).squeeze(-1)

@@ -43,7 +43,7 @@ def needed_mask(
 
 
 def assume_causal(module: nn.Module) -> None:
-    """Take the model for one that needs no mask, where no values can prove it (fake tensors)."""
+    """Assume that the model needs no mask, where no values can prove it (fake tensors)."""
     _NEEDS_MASK[module] = False
 
 

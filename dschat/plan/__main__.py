@@ -54,7 +54,7 @@ Stages = list[tuple[str, Path, AnySettings, str | None, str | None]]
 
 
 def stages_of(args: PlanFlags, others: Sequence[str]) -> Stages:
-    """Take a pipeline apart: title, recipe, settings and models of each stage; none of a recipe.
+    """Split a pipeline: title, recipe, settings and models of each stage; none of a recipe.
 
     Raises:
         UserError: it starts from a model that nobody has named.

@@ -190,7 +190,7 @@ def _kind_of(vocabulary: int) -> Callable[[torch.Tensor], str]:
 
 
 def _alive_after_layers(module: nn.Module, counted: Allocations, layers: int) -> list[int]:
-    """Give the list that a forward pass fills: bytes alive after each of the decoder's layers."""
+    """Return a list that a forward pass fills: bytes alive after each of the decoder's layers."""
     stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     alive: list[int] = []
@@ -214,7 +214,7 @@ def _drop_gradients(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _unpacked_rows() -> Iterator[None]:
-    """Have transformers take rows for one text each: it cannot read that off fake positions."""
+    """Make transformers treat each row as one text: it cannot read that off fake positions."""
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

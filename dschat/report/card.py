@@ -121,7 +121,7 @@ def _front(model: Model, records: Records) -> str:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Tell a name on the Hub from a path of this machine, which nobody else could follow."""
+    """Return whether a name is one on the Hub, not a path of this machine."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 

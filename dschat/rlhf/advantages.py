@@ -27,7 +27,7 @@ class KLController:
         self.config, self.coefficient = config, config.kl_coef
 
     def update(self, kl: float, answers: float) -> None:
-        """Take in an iteration.
+        """Update the coefficient after an iteration.
 
         Args:
             kl: mean over its answers, on all ranks, of log(policy / reference), nats.
@@ -80,7 +80,7 @@ def token_rewards(e: Experience, config: PPOConfig, kl_coef: float) -> torch.Ten
 
 
 def whitened(experiences: list[Experience], reduce: Reduce = identity) -> list[Experience]:
-    """Give advantages mean 0 and variance 1 over all tokens of the losses on all ranks."""
+    """Scale advantages to mean 0 and variance 1 over all tokens of the losses on all ranks."""
     advantages = torch.cat([filled(e.advantages).flatten() for e in experiences])
     mask = torch.cat([e.loss_mask.flatten() for e in experiences])
     white = whiten(advantages, mask, reduce).float()

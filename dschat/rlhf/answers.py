@@ -55,7 +55,7 @@ class Answer:
         iteration: int,
         functions: Sequence[str] = (),
     ) -> Answer:
-        """Take a row of a rollout; `functions` are the names of the reward functions."""
+        """Make the record of a row of a rollout; `functions` names the reward functions."""
         prompt, answer = texts_of(e, row, tokenizer)
         mask = e.answer_mask[row]
         values = _values(e, row)
@@ -157,7 +157,7 @@ class AnswerFile:
         part.replace(self.path)
 
     def replace(self, iteration: int, answers: Sequence[Answer]) -> None:
-        """Have these be the answers of an iteration, whether or not it was there; the last one."""
+        """Replace the answers of the last iteration, or add them where it has none."""
         with disk_errors(self.path.parent, self.path):
             earlier = _lines_until(self.path, iteration - 1) if self.path.exists() else []
             self._replace([*earlier, *(line.encode() for line in _lines(answers))])

@@ -77,7 +77,7 @@ def _examples(
 
 
 def is_file_of_answers(name: str) -> bool:
-    """Tell a file of answers from the name of a model."""
+    """Return whether a name is that of a file of answers, not of a model."""
     return Path(name).suffix in SUFFIXES
 
 
@@ -174,7 +174,7 @@ def own_format(tokenizer: PreTrainedTokenizerBase, otherwise: str | None) -> Pro
 def sample_answers(
     name: str, prompts: Sequence[Example], limits: AnsweringLimits
 ) -> list[GivenAnswer]:
-    """Let a model, or an adapter on its base, answer each prompt in its own format.
+    """Sample an answer to each prompt from a model, or an adapter on its base, in its own format.
 
     Prompts of like length are answered together; seed and batch size decide what is drawn.
     """

@@ -34,7 +34,7 @@ def final_number(text: str) -> Decimal | None:
 def exact_number(
     prompts: Sequence[str], answers: Sequence[str], answer: Sequence[Any]
 ) -> list[float | None]:
-    """Give 1 to an answer whose final number is that of the row's column `answer`, else 0.
+    """Return 1 for an answer whose final number is that of the row's column `answer`, else 0.
 
     Args:
         answer: numbers, or texts in the form of GSM8K (`... #### 42`) or with the number as their

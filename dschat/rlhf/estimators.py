@@ -50,7 +50,7 @@ class Estimator:
     min_answers: int = 2
 
     def measured(self, deviation: str) -> Estimator:
-        """Give the estimator with advantages in another of `DEVIATIONS`, where it has any."""
+        """Return the estimator with another of `DEVIATIONS` as divisor, where it has one."""
         if not self.is_normalised:
             return self
         normalises = deviation != "none"

@@ -67,7 +67,7 @@ class StopStrings(StoppingCriteria):
         return next((n for n, done in zip(ends, self.complete(tails), strict=True) if done), None)
 
     def complete(self, tails: list[list[int]]) -> list[bool]:
-        """Tell which of these ends of answers, of up to `reach` tokens, hold a stop string."""
+        """Return which of these ends of answers, of up to `reach` tokens, hold a stop string."""
         texts = [decode(self.tokenizer, tail) for tail in tails]
         return [any(stop in text for stop in self.strings) for text in texts]
 
@@ -106,7 +106,7 @@ class SamplerLogprobs(LogitsProcessor):
         self._logprobs: torch.Tensor | None = None  # (B, V) of the token that comes next
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the last token from the step before, keep this step's distribution."""
+        """Record the token of the step before, and keep this step's distribution."""
         self._take(input_ids[:, -1])
         self._logprobs = (scores / self.temperature).log_softmax(dim=-1)
         return scores

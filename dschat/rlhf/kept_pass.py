@@ -36,7 +36,7 @@ class KeptPass:
         return replace(self, index=index if self.index is None else self.index[index])
 
     def taken(self, critic: Engine) -> torch.Tensor | None:
-        """Give the rows' values, once; None where a new pass has to be made."""
+        """Return the rows' values, once; None where a new pass has to be made."""
         if not self.values or critic is not self.critic or critic.global_steps != self.steps:
             return None
         values = self.values.pop()

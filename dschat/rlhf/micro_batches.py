@@ -32,7 +32,7 @@ class RowLengths:
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor, prompt: int, real: torch.Tensor) -> RowLengths:
-        """Take them from a (B, prompt + A) mask, in one transfer from the device."""
+        """Read the lengths off a (B, prompt + A) mask, in one transfer from the device."""
         sides = attention_mask[:, :prompt].sum(-1), attention_mask[:, prompt:].sum(-1)
         columns = torch.stack([*sides, real.long()]).cpu()
         return cls(columns[0], columns[1], columns[2].bool())

@@ -50,7 +50,7 @@ class HealthMonitor:
         self.history, self.said = History(**state["history"]), dict(state["said"])
 
     def observe(self, iteration: int, statistics: Mapping[str, float]) -> list[str]:
-        """Take in an iteration's statistics; return the warnings that are due.
+        """Add an iteration's statistics; return the warnings that are due.
 
         Raises:
             UserError: a figure is not finite.

@@ -100,7 +100,7 @@ class Rule:
     explains: tuple[str, ...] = ()
 
     def warning(self, history: History, facts: RunFacts) -> str | None:
-        """Say it with its remedy; None where it is not seen."""
+        """Return the warning with its remedy; None where the rule does not apply."""
         if not self.is_seen(history):
             return None
         return f"{self.says.format_map(history.words())}; {self.remedy.format(facts=facts)}"

@@ -50,7 +50,7 @@ class Series:
     best: dict[str, float] = field(default_factory=dict)
 
     def add(self, figures: dict[str, float]) -> None:
-        """Take in an iteration."""
+        """Add an iteration."""
         for name, value in figures.items():
             self.first.setdefault(name, value)
             self.seen[name] = self.seen.get(name, 0) + 1

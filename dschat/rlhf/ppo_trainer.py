@@ -164,7 +164,7 @@ class DeepSpeedPPOTrainer:
         return generated.exact or (makes_one_step and self.config.estimator.kl_in_loss)
 
     def resampled(self, rollouts: list[Experience]) -> Resampled:
-        """Have prompts without spread give way to others, where dynamic sampling is on."""
+        """Replace prompts whose rewards have no spread, where dynamic sampling is on."""
         if self.spare is None:
             return Resampled(rollouts, rollouts, {})
         pad = self.roles.tokenizer.pad_token_id

@@ -178,7 +178,7 @@ class PPORun:
 def _with_tokens(
     role: RoleConfig, tokenizer: PreTrainedTokenizerBase, data: PromptData
 ) -> RoleConfig:
-    """Tell a role which tokens' rows may train."""
+    """Set which tokens' rows of a role may train."""
     tokens = choose_tokens(role.config.trainable_tokens, tokenizer, data)
     return replace(role, config=replace(role.config, tokens=tokens))
 

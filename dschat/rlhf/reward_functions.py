@@ -58,7 +58,7 @@ class RewardFunction:
 
     @classmethod
     def of(cls, name: str, function: Callable[..., Any], digest: str = "") -> RewardFunction:
-        """Tell the form of a function by its parameters.
+        """Find the form of a function from its parameters.
 
         Raises:
             UserError: it has neither.
@@ -159,7 +159,7 @@ class RewardFunction:
 
 
 def _plain(value: Any) -> Any:
-    """Give the numbers that an array or a tensor holds; anything else as it is."""
+    """Convert an array or a tensor to numbers; return anything else as it is."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
 
 

@@ -68,7 +68,7 @@ class Rewards:
         return self.config.reward_function_weight or (1.0,) * len(self.functions)
 
     def reading(self, data: DataConfig) -> DataConfig:
-        """Have rows keep the columns that the functions take."""
+        """Return settings of the data under which rows keep the columns that the functions take."""
         return replace(data, read=replace(data.read, kept=all_columns(self.functions)))
 
     def applied(self, e: Experience, tokenizer: PreTrainedTokenizerBase) -> Experience:

@@ -64,7 +64,7 @@ AttentionInterface.register(NAME, attend)
 
 @contextlib.contextmanager
 def static_attention(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
-    """Have the models of these configs attend by `attend` inside the block."""
+    """Make the models of these configs use `attend` as attention inside the block."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = NAME

@@ -149,7 +149,7 @@ class StaticCache(Cache):
 
 
 def windows_of(config: PretrainedConfig) -> list[int | None] | None:
-    """Give the window of each layer's attention; None where a layer keeps other states.
+    """Return the window of each layer's attention; None where a layer keeps other states.
 
     A window of w sees the token itself and w - 1 before it.
     """

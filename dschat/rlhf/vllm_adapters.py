@@ -54,7 +54,7 @@ class AdapterSender:
         self._is_sent = False
 
     def send(self) -> str | None:
-        """Let servers have the present adapters; every rank calls it.
+        """Send the present adapters to the servers; every rank calls it.
 
         Returns:
             The name to ask for; None: the actor's adapters are off, or it has none.

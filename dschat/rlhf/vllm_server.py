@@ -119,22 +119,22 @@ class VLLMServer:
         return answer["tokens"]
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """Have it read an adapter from a folder that it sees."""
+        """Load an adapter into the server from a folder that it sees."""
         self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
     def unload_adapter(self, name: str) -> None:
-        """Have it forget an adapter."""
+        """Unload an adapter."""
         self.post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def sleep(self) -> None:
-        """Have it give its memory back; level 1 keeps the weights in the host's memory.
+        """Put the server to sleep: it frees its memory; level 1 keeps weights in the host's memory.
 
         Level 2 would drop the weights of the base, which adapters do not restore.
         """
         self.post("/sleep?level=1")
 
     def wake_up(self) -> None:
-        """Have it take its memory again; a server that is awake stays so."""
+        """Wake the server, which takes its memory again; one that is awake stays so."""
         self.post("/wake_up")
 
     def complete(self, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:

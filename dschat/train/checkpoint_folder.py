@@ -225,7 +225,7 @@ def _digest_of(record: Mapping[str, Any]) -> str:
 
 
 def publish(folder: Path, step: int, limit: int) -> None:
-    """Give a finished checkpoint its name, then remove those that it makes superfluous.
+    """Rename a finished checkpoint to its final name, then remove superseded ones.
 
     These are all but the newest `limit`, and checkpoints of later steps: a run that resumed from an
     earlier one will come to those steps again.

@@ -141,7 +141,7 @@ def _save(state_dict: dict[str, Any], path: str | Path, zipped: bool = True) -> 
 
 @contextlib.contextmanager
 def frozen_left_out(engine: Engine) -> Iterator[None]:
-    """Have an engine leave frozen weights out under all their names.
+    """Make an engine leave frozen weights out of its files, under all their names.
 
     DeepSpeed leaves a tied weight out once, and writes it under its other name.
     """
@@ -164,7 +164,7 @@ def frozen_left_out(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_kept(engine: Engine, failed: list[Exception]) -> Iterator[None]:
-    """Let an engine end its save although the disk does not take it.
+    """Let an engine finish its save although writing fails.
 
     DeepSpeed's ranks wait for each other inside: one that left would leave the others there.
     """

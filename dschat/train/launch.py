@@ -90,7 +90,7 @@ class _Guard:
 
 @contextlib.contextmanager
 def _guarded() -> Iterator[_Guard]:
-    """Have a group that is named in the block end with the block, and with this process."""
+    """End process groups that the block names when it ends, and when this process does."""
     guard = _Guard()
     try:
         yield guard

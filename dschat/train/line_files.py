@@ -13,7 +13,7 @@ KEPT = (METRICS, ANSWERS, HELD_OUT)  # of which every checkpoint has a copy
 
 
 def set_aside(path: Path) -> Path | None:
-    """Give an earlier run's file the first free number: metrics.jsonl becomes metrics.1.jsonl.
+    """Rename an earlier run's file to the first free number: metrics.jsonl to metrics.1.jsonl.
 
     Returns:
         Its new path; None where there was no file.

@@ -27,7 +27,7 @@ HEAD_ALONE_RATE = 2.0  # over the width, of a head on a frozen trunk: docs/rewar
 
 
 def freeze_trunk(module: nn.Module) -> None:
-    """Let the head of a reward model train, and nothing else."""
+    """Make the head of a reward model trainable, and nothing else."""
     module.requires_grad_(False)
     module.get_submodule("v_head").requires_grad_(True)
 
@@ -155,7 +155,7 @@ class ModelConfig(Settings):
         return tables_of(module, fully_trained_modules(module, self.lora.modules_to_save))
 
     def _add_token_rows(self, module: nn.Module) -> None:
-        """Let rows of single tokens train where the choice asks for it, and say so."""
+        """Make rows of single tokens trainable where chosen, and print which."""
         tables = {} if self.train_base else self._tables(module)
         reasons = self.tokens.reasons(tables) if tables else {}
         if not reasons:

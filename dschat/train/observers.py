@@ -13,7 +13,7 @@ _observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=(
 
 @contextlib.contextmanager
 def observed_by(observer: Observer) -> Iterator[None]:
-    """Tell an observer what runs log in the block; what it raises ends them."""
+    """Pass what runs log in the block to an observer; an error that it raises ends the run."""
     token = _observers.set((*_observers.get(), observer))
     try:
         yield

@@ -20,7 +20,7 @@ class Skipping(Protocol):
 
 
 def limit_skips(engine: Skipping, most: int, title: str) -> None:
-    """Have `engine.step` end the run, on every rank, at steps that are skipped one after another.
+    """Make `engine.step` end the run, on every rank, after too many skipped steps in a row.
 
     A few are the search for a loss scale that fits. Without an end to them nothing trains.
 

@@ -76,7 +76,7 @@ class ScoredPairs:
 
 
 def half_ties(difference: torch.Tensor) -> torch.Tensor:
-    """Give 1 where a difference is positive, 0.5 where it is 0, else 0; float64."""
+    """Return 1 where a difference is positive, 0.5 where it is 0, else 0; float64."""
     return (difference > 0).double() + 0.5 * (difference == 0).double()
 
 
@@ -173,7 +173,7 @@ class PairReport:
         return [head, *tables, *self._length_bias()]
 
     def _length_bias(self) -> Iterable[str]:
-        """Say where the model takes long answers, or short ones, more often than people did.
+        """Describe where the model prefers long answers, or short ones, more often than people did.
 
         Beyond both intervals, and more often than not: a model that knows nothing of a set takes
         half of its longer answers.

@@ -140,7 +140,7 @@ class FallWatch:
         self.told = False
 
     def advice(self, step: int, figures: Mapping[str, float]) -> str | None:
-        """Give a line at the first figures that show it."""
+        """Return a line at the first figures that show the fall, else None."""
         sides = ("chosen", "rejected")
         if self.told:
             return None

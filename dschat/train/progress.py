@@ -130,7 +130,7 @@ class Watch(Protocol):
     """Looks at figures for what goes wrong."""
 
     def advice(self, step: int, figures: Mapping[str, float]) -> str | None:
-        """Give a line to print, or None."""
+        """Return a line to print, or None."""
         ...
 
 

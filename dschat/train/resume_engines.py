@@ -49,7 +49,7 @@ def set_peak_rates(
     schedule: torch.optim.lr_scheduler.LambdaLR,
     config: OptimizerConfig,
 ) -> None:
-    """Give every group its configured peak rate, at the present point of the schedule."""
+    """Set every group to its configured peak rate, at the present point of the schedule."""
     for i, group in enumerate(optimizer.param_groups):
         peak = config.rate(group["name"])
         group["initial_lr"] = schedule.base_lrs[i] = peak

@@ -35,7 +35,7 @@ from dschat.utils.waiting import from_local_main
 
 
 def _hear_libraries(verbose: bool) -> None:
-    """Let libraries say all that they have to say, or errors alone."""
+    """Set how much libraries print: everything, or errors alone."""
     if verbose:
         transformers_logging.set_verbosity_info()
         datasets.logging.set_verbosity_info()

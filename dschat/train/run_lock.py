@@ -84,7 +84,7 @@ def _no_link(path: str, flags: int) -> int:
 
 
 def release(output_dir: str | Path | None = None) -> None:
-    """Let go of this folder, or of all that this process holds."""
+    """Release this folder, or all that this process holds."""
     chosen = None if output_dir is None else Path(output_dir).resolve() / NAME
     for path in [path for path in _held if chosen in (None, path)]:
         with contextlib.suppress(OSError):  # a disk gone read-only: the file stays, locking nothing
@@ -99,7 +99,7 @@ def held() -> list[Path]:
 
 @contextlib.contextmanager
 def released_after(output_dir: str | Path) -> Iterator[None]:
-    """Let go of the folder at the end of the block, where that has come to hold it."""
+    """Release the folder at the end of the block, if the block took it."""
     try:
         yield
     finally:

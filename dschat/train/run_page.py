@@ -82,7 +82,7 @@ class RunPage:
 
 
 def description(settings: Settings) -> dict[str, Any]:
-    """Tell program, settings and versions, as JSON takes them."""
+    """Return program, settings and versions as JSON values."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     versions |= {name: importlib.metadata.version(name) for name in VERSIONS}
     program = PROGRAMS.get(type(settings).__name__, type(settings).__name__)

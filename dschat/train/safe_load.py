@@ -58,5 +58,5 @@ def _stage(kind: Any, name: Any) -> Any:
 
 
 def make_loading_safe(engine: Engine) -> None:
-    """Let an engine read its checkpoints by `load_file`; DeepSpeed's own way runs any code."""
+    """Make an engine read checkpoints by `load_file`; DeepSpeed's own loading runs any code."""
     engine.checkpoint_engine.load = load_file

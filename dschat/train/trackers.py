@@ -87,7 +87,7 @@ class Tracker(Protocol):
     """Keeps figures somewhere."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of a step, by names such as `train/loss`."""
+        """Log the figures of a step, by names such as `train/loss`."""
 
     def close(self) -> None:
         """Finish: all is where it should be."""
