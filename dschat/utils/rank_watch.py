@@ -276,7 +276,7 @@ def tell(line: str, code: int) -> None:
 
 
 def heed() -> None:
-    """End this process as another rank has told, where one has."""
+    """End this process if another rank has announced its end (`tell`)."""
     if _watch is not None:
         with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
             _watch.heed()
