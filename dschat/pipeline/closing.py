@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dschat.errors import UserError, brief
 from dschat.pipeline.stage import Stage
+from dschat.utils.printable import printable, step_of_start
 
 # The figure of an evaluation by which a kind of stage is told.
 FIGURES = {"sft": "perplexity", "reward": "accuracy", "dpo": "accuracy", "ppo": "reward"}
@@ -27,6 +29,9 @@ def close(
     Args:
         seconds: of the stages that ran now, by name.
     """
+    for stage in stages:
+        if stage.kind == "ppo" and stage.name in seconds:
+            add_base(stage.folder)
     took = {stage.kind: seconds[stage.name] for stage in stages if stage.name in seconds}
     if embedded and took.keys() == EMBEDDED:
         from dschat.quickstart.report import print_report
@@ -39,6 +44,25 @@ def close(
     talks = [stage.model for stage in stages if stage.kind != "reward" and stage.is_finished]
     if talks:
         print(f"chat with it: dschat chat {talks[-1]}")
+
+
+def add_base(folder: Path) -> None:
+    """Show the base's answers in a PPO run's page, where the run has one and the base is known.
+
+    Whatever hinders it is one line: the models are written, and the page stays as it was.
+    """
+    from dschat.report.page import PAGE, write_page
+    from dschat.rlhf.base_answers import base_of, write_base_answers
+
+    if not (folder / PAGE).is_file():  # switched off
+        return
+    step_of_start("the base answers too, for the report of step 3")
+    try:
+        write_base_answers(folder, base_of(folder))
+        write_page(folder)
+    except Exception as error:  # answers to look at are worth no run
+        reason = brief(error, with_type=not isinstance(error, UserError))
+        print(printable(f"the report of step 3 is without the base: {reason}"))
 
 
 def table(stages: Sequence[Stage], seconds: Mapping[str, float]) -> Iterator[str]:

@@ -1,6 +1,10 @@
 """Make the page of a run again: curves, warnings, answers and settings in OUTPUT/report.html.
 
-python -m dschat.report output/step3-models
+    dschat report output/step3-models
+    dschat report output/step3-models --base           # or: --base NAME_OF_A_MODEL
+
+With --base, of step 3 alone, the model that step 1 began with answers the prompts of the page,
+which then shows base, SFT and PPO side by side; `dschat run` does so at its end.
 """
 
 from __future__ import annotations
@@ -20,9 +24,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the page of each folder, and print where it is."""
     parser = OneLineParser(__doc__, prog=program("dschat.report"))
     parser.add_argument("output_dir", nargs="+", type=Path, help="output folder of a run")
-    for folder in parser.parse_args(argv).output_dir:
+    parser.add_argument(
+        "--base",
+        nargs="?",
+        const="",
+        help="let the model answer that step 1 began with, or this one",
+    )
+    args = parser.parse_args(argv)
+    for folder in args.output_dir:
         if not (folder / METRICS).is_file():
             raise UserError(f"{folder}: holds no {METRICS}; give the output folder of a run")
+        if args.base is not None:
+            from dschat.rlhf.base_answers import base_of, write_base_answers  # takes seconds
+
+            write_base_answers(folder, args.base or base_of(folder))
         try:
             print(printable(str(write_page(folder))))
         except OSError as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dschat.functional.proportions import ReliabilityBin, wilson_interval
-from dschat.report.panels import Panel
+from dschat.report.panels import Panel, finite
 from dschat.report.records import Points, Records
 from dschat.utils.printable import printable
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 SIZE = (4.8, 2.7)  # inches
 BINS = 20
+MOST_INSIDE = 5  # lines that a legend among the curves may name
 
 
 def curve(panel: Panel, records: Records) -> Figure:
     """Draw a panel: lines of training, points of held-out data."""
     figure, axes = _figure()
     for number, (name, *both) in enumerate(panel.lines(records)):
-        train, held_out = ([(x, y) for x, y in p if y > 0 or not panel.log] for p in both)
+        train, held_out = ([(x, y) for x, y in p if not (panel.log and y <= 0)] for p in both)
         color, label = f"C{number}", _label(name)
-        if train:
+        if finite(train):
             axes.plot(*_columns(train), color=color, linewidth=1.4, label=label)
         if held_out:
             style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": ":"}
@@ -34,7 +35,10 @@ def curve(panel: Panel, records: Records) -> Figure:
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if axes.get_lines():
+    if len(axes.get_lines()) > MOST_INSIDE:
+        figure.set_figheight(SIZE[1] + 0.2 * len(axes.get_lines()))
+        figure.legend(loc="outside lower left", fontsize="small", frameon=False)
+    elif axes.get_lines():
         axes.legend(fontsize="small", frameon=False)
     return figure
 

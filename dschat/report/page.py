@@ -81,7 +81,7 @@ def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> 
         "last": max(steps),
         "warnings": records.warnings,
         "curves": [{"title": c["title"], "svg": Markup(c["svg"])} for c in curves],
-        "iterations": iterations,
+        "columns": list(_titles(records, iterations)),
         "answers": list(_side_by_side(records, iterations)),
         "opened": PHASES,
         "tables": [(title, rows) for title, rows in _tables(records) if rows],
@@ -124,22 +124,43 @@ def _chosen(iterations: list[int]) -> list[int]:
     return [iterations[round(i * last / (MOST_ITERATIONS - 1))] for i in range(MOST_ITERATIONS)]
 
 
+def shown_prompts(answers: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Choose the first prompts of an evaluation by their places, each once."""
+    chosen: dict[int, str] = {}
+    for place, prompt in enumerate(answer["prompt"] for answer in answers):
+        if prompt not in chosen.values() and len(chosen) < MOST_PROMPTS:
+            chosen[place] = prompt
+    return chosen
+
+
+def _titles(records: Records, iterations: Sequence[int]) -> Iterator[str]:
+    """Yield a title for each column of answers."""
+    if records.base_answers:
+        yield "base"
+    for iteration in iterations:
+        yield f"iteration {iteration}" + (": before PPO" if iteration == 0 else "")
+
+
 def _side_by_side(records: Records, iterations: Sequence[int]) -> Iterator[dict[str, Any]]:
     if not iterations:
         return
-    for place, first in enumerate(records.answers[iterations[0]][:MOST_PROMPTS]):
-        row = []
+    for place, prompt in shown_prompts(records.answers[iterations[0]]).items():
+        row: list[dict[str, str] | None] = []
+        if records.base_answers:
+            base = records.base_answers.get(prompt)
+            row.append(None if base is None else _answer(base))
         for iteration in iterations:
             answers = records.answers[iteration]
-            same = place < len(answers) and answers[place]["prompt"] == first["prompt"]
+            same = place < len(answers) and answers[place]["prompt"] == prompt
             row.append(_answer(answers[place]) if same else None)
-        yield {"prompt": first["prompt"].strip(), "answers": row}
+        yield {"prompt": prompt.strip(), "answers": row}
 
 
 def _answer(answer: Mapping[str, Any]) -> dict[str, str]:
     reward = "no reward" if answer["reward"] is None else f"reward {answer['reward']:.3g}"
     ended = "" if answer["ended"] else ", not ended"
-    figures = f"{reward}, KL {answer['kl']:.3g}, {answer['length']} tokens{ended}"
+    kl = f"KL {answer['kl']:.3g}, " if "kl" in answer else ""  # the base is not measured
+    figures = f"{reward}, {kl}{answer['length']} tokens{ended}"
     return {"text": answer["answer"].strip(), "figures": figures}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ class Panel:
                 yield found, records.train.get(found, []), records.held_out.get(found, [])
 
 
+def finite(points: Points) -> int:
+    """Count the points that can be drawn."""
+    return sum(math.isfinite(value) for _, value in points)
+
+
 def _below(name: str, prefix: str) -> bool:
     return prefix.endswith("/") and name.startswith(prefix)
 
@@ -72,6 +78,6 @@ def drawn(records: Records) -> list[Panel]:
     return [
         panel
         for panel in PANELS
-        if sum(len(train) > 1 or len(held) > 1 for _, train, held in panel.lines(records))
+        if sum(finite(train) > 1 or finite(held) > 1 for _, train, held in panel.lines(records))
         >= panel.least
     ]

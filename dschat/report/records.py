@@ -15,6 +15,7 @@ METRICS = "metrics.jsonl"
 DESCRIPTION = "run.json"  # program, settings, versions
 ANSWERS = "answers.jsonl"  # those that a run has shown
 HELD_OUT = "held_out_answers.jsonl"  # answers to the same held-out prompts at each evaluation
+BASE_ANSWERS = "base_answers.jsonl"  # to some of them, see dschat.rlhf.base_answers
 EVALUATION = "evaluation.json"  # of a reward model, see dschat.train.pair_report
 
 Points = list[tuple[int, float]]  # step and value
@@ -33,8 +34,10 @@ class Records:
     """All that a page shows.
 
     Attributes:
-        train, held_out: points of each figure by its name; values that are not finite are left out.
+        train, held_out: points of each figure by its name; what is not finite is NaN in training,
+            a gap of its curve, and left out of the others.
         answers: records of held-out answers by the iteration of their evaluation.
+        base_answers: of the model that step 1 began with, by their prompts; empty where none are.
         description: `program`, `settings` and `versions`; empty where the run wrote none.
         evaluation: the closing evaluation of a reward model; empty where there is none.
     """
@@ -43,6 +46,7 @@ class Records:
     held_out: dict[str, Points] = field(default_factory=dict)
     warnings: list[Warned] = field(default_factory=list)
     answers: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
+    base_answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
 
@@ -68,12 +72,18 @@ def read(folder: Path) -> Records:
             continue
         series = records.train if kind == "train" else records.held_out
         for name, value in line.items():
-            # JSON has no NaN: such figures are text
-            if name not in ("kind", "step") and math.isfinite(float(value)):
-                series.setdefault(name, []).append((step, float(value)))
+            if name in ("kind", "step"):
+                continue
+            number = float(value)  # JSON has no NaN: such figures are text
+            if math.isfinite(number):
+                series.setdefault(name, []).append((step, number))
+            elif kind == "train":
+                series.setdefault(name, []).append((step, math.nan))
     if (folder / HELD_OUT).exists():
         for line in _lines(folder / HELD_OUT):
             records.answers.setdefault(int(line["iteration"]), []).append(line)
+    if (folder / BASE_ANSWERS).exists():
+        records.base_answers = {line["prompt"]: line for line in _lines(folder / BASE_ANSWERS)}
     return records
 
 

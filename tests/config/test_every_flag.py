@@ -334,6 +334,7 @@ REFUSED = [
     ("push", "a b c", "unrecognized arguments: c"),
     ("push", "a b --public=yes", "argument --public: ignored explicit argument 'yes'"),
     ("report", "", "the following arguments are required: output_dir"),
+    ("report", "nowhere --base x", "nowhere: holds no metrics.jsonl; give"),
     ("report", "nowhere", "nowhere: holds no metrics.jsonl; give"),
     ("report", "nowhere --outputdir x", "unrecognized arguments: --outputdir"),
     ("checkpoint", "", "the following arguments are required: command, folder"),

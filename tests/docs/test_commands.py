@@ -26,6 +26,7 @@ OTHERS = {
     *("nodes=($(scontrol", "until", "trap", "code=0", "wait", "if", "exit", "python3", "docker"),
     *("cd", "git", "export", "sbatch", "ssh", "srun", "{"),
     *("dschat completion", "dschat push", "dschat checkpoint", "dschat doctor", "dschat merge"),
+    "dschat report",
     *("benchmarks", "tests.faults", "dschat.train.launch"),
 }
 STEPS = ("sft", "reward", "dpo", "ppo")

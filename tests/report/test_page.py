@@ -1,6 +1,7 @@
 """The page of a run: what it shows, that it stands alone, and that nothing in it runs."""
 
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -102,7 +103,10 @@ def test_what_the_page_says(folder: Path):
         "iteration 0: before PPO iteration 3 one before reward -1, KL 1.5, 7 tokens, not ended"
         in shown
     )
-    assert '<td class="text">one</td>' in (folder / "report.html").read_text()
+    assert (
+        '<td class="text"><div dir="auto" tabindex="0">one</div></td>'
+        in (folder / "report.html").read_text()
+    )
     assert "reward 2, KL 1.5, 7 tokens" in shown and "no reward, KL 1.5" in shown
     assert "kl_coef 0.1" in shown
     pictures = sorted(path.name for path in (folder / "figures").iterdir())
@@ -113,6 +117,19 @@ def test_what_the_page_says(folder: Path):
         "rewards_before_and_after.png",
     ]
     assert all((folder / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+
+def test_prompts_are_shown_once_and_the_base_answers_beside(folder: Path):
+    again = [answer(0, "\n\none", "again", 0.5), answer(0, "other", "mine", 0.5)]
+    with (folder / "held_out_answers.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in again))
+    base = {"prompt": "other", "answer": "of the base", "reward": -3.0, "length": 2, "ended": True}
+    write_lines(folder / "base_answers.jsonl", [base])
+    text = write_page(folder).read_text()
+    assert "again" not in text and "mine" in text
+    assert "<th>base</th><th>iteration 0: before PPO</th><th>iteration 3</th>" in text
+    shown = " ".join(" ".join(Reader(text).text).split())
+    assert "of the base reward -3, 2 tokens mine reward 0.5, KL 1.5" in shown
 
 
 def test_the_calibration_of_a_reward_model(folder: Path):
@@ -134,15 +151,46 @@ def test_the_same_run_makes_the_same_page(folder: Path):
     assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
 
 
+def read_with(folder: Path, line: dict) -> dict[str, list[tuple[int, float]]]:
+    """Points of training with one line more than the folder has."""
+    other = folder / "other"
+    other.mkdir()
+    lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+    (other / "metrics.jsonl").write_text(f"{lines}\n{json.dumps(line)}\n")
+    return read(other).train
+
+
 def test_figures_that_are_not_finite_and_half_lines_are_left_out(folder: Path):
     records = read(folder)
     assert records.held_out == {"reward": [(0, 0.25), (3, 1234.5)], "answers": [(0, 2), (3, 2)]}
+    (gap,) = read_with(folder, {"kind": "train", "step": 4, "reward": "inf"})["reward"][3:]
+    assert gap[0] == 4 and math.isnan(gap[1])  # a gap of the line
     assert records.train["reward"] == [(1, 0.5), (2, 1.0), (3, 1.5)]
     assert [panel.title for panel in drawn(records)] == [
         "Reward",
         "KL to the reference, nats a token",
         "Learning rates",
     ]
+
+
+def test_a_curve_breaks_where_it_has_no_number_and_a_long_legend_covers_none(tmp_path: Path):
+    from dschat.report.drawing import curve
+
+    names = [f"rewards/function {n}" for n in range(6)]
+    values = [1.0, 2.0, "nan", 4.0, 5.0]
+    lines = [{"kind": "train", "step": i} | dict.fromkeys(names, v) for i, v in enumerate(values)]
+    lines[0]["entropy"] = 1.0
+    lines[1]["entropy"] = "nan"  # one number makes no curve
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    (panel,) = drawn(read(tmp_path))
+    figure = curve(panel, read(tmp_path))
+    svg(figure)  # the layout is found when it is drawn
+    (axes,) = figure.axes
+    drawn_at = axes.get_lines()[0].get_xydata()
+    assert [math.isnan(y) for _, y in drawn_at] == [False, False, True, False, False]
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 6 and axes.get_legend() is None
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_names_of_pictures_are_their_own():
