@@ -158,8 +158,8 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, tuple[float, floa
     out, shared, small = supervised(args, seed)
     sft, reward = out / "sft", out / "reward"
     if not (reward / "config.json").is_file():
-        flags = {"model_name_or_path": str(sft), "learning_rate": "1e-3", "num_train_epochs": "2"}
-        run("2", reward, shared | small | flags)
+        flags = {"model_name_or_path": str(sft), "learning_rate": "1e-3", "num_train_epochs": "3"}
+        run("2", reward, shared | small | flags | {"per_device_train_batch_size": "16"})
     accuracy = curve_end(reward, "accuracy")
     found = {"sft": judge(sft, sft, out, args.draws, seed)}
     print(

@@ -131,6 +131,9 @@ def test_letters_are_compared_where_they_part():
     ("change", "message"),
     [
         (["--candidates", "{made}/a.jsonl"], "candidates names 1: give two"),
+        (["--candidates", "{made}/model", "{made}/model"], "twice: it would tie with itself"),
+        (["--candidates", "{made}/a.jsonl", "{made}/model/../a.jsonl"], "twice, also as "),
+        (["--candidates", "me/model", "me/model"], "names me/model twice: it would tie"),
         (["--candidates", "{made}/a.jsonl", "{made}/few.jsonl"], "has 1 rows for 6 prompts"),
         (["--candidates", "{made}/a.jsonl", "{made}/other.jsonl"], "its prompt is not that of"),
         (["--candidates", "{made}/a.jsonl", "{made}/prompts.jsonl"], "has no answer; add a column"),

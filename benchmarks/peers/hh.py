@@ -149,12 +149,16 @@ def wins(args: argparse.Namespace, kept: Path) -> Iterator[str]:
             program("dschat.winrate", *words)
         base = str(folder / "answers-2.jsonl")
         figures: dict[str, Any] = json.loads((folder / "winrate.json").read_text())["figures"]
-        cells = [
-            f"{figures[name]:.3f} ({figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f})"
-            for name in ("win_rate", "length_controlled_win_rate")
-        ]
+        cells = [with_interval(figures, n) for n in ("win_rate", "length_controlled_win_rate")]
         mine, theirs = figures["tokens"]
         yield f"| {peer} | {cells[0]} | {cells[1]} | {mine:.1f}, {theirs:.1f} |"
+
+
+def with_interval(figures: dict[str, Any], name: str) -> str:
+    """Write a rate with its interval; at equal lengths it may not be known."""
+    if figures[name] is None:
+        return "not known"
+    return f"{figures[name]:.3f} ({figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f})"
 
 
 def main() -> None:

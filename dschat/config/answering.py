@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -58,6 +60,23 @@ class AnsweringSettings(Settings):
         return answering, judging
 
 
+def check_named_once(names: Sequence[str], setting: str) -> None:
+    """Stop where one model or file is to be compared with itself: drawn by one seed, it ties.
+
+    Raises:
+        UserError: two of the names are one path, or one hub id.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        path = os.path.realpath(name)
+        if (first := seen.get(path)) is not None:
+            also = "" if name == first else f", also as {name}"
+            raise UserError(
+                f"{setting} names {first} twice{also}: it would tie with itself; name another"
+            )
+        seen[path] = name
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(AnsweringSettings):
     """Settings of `dschat compare`."""
@@ -91,3 +110,5 @@ class CompareSettings(AnsweringSettings):
             )
         if not self.live and self.prompts is None:
             raise UserError("prompts is required: a file of them; or add live, and type them")
+        if not self.live:
+            check_named_once(self.models, "models")

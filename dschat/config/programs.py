@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from typing import ClassVar
 
-from dschat.config.answering import AnsweringSettings
+from dschat.config.answering import AnsweringSettings, check_named_once
 from dschat.data.config import SHORTEST, DataConfig, SFTDataConfig
 from dschat.errors import UserError
 from dschat.settings import Settings, given_flags, group, setting
@@ -87,10 +87,17 @@ class RewardEvaluation(StartConfig):
                 )
 
     @property
+    def rows(self) -> DataConfig:
+        """The data as it is read: what `no_use` names has no effect; all rows are one set."""
+        if not self.all_rows:
+            return replace(self.data, data_split=None, max_train_samples=None)
+        return replace(self.data, data_split="1", max_train_samples=None, max_eval_samples=None)
+
+    @property
     def no_use(self) -> dict[str, str]:
         """Flags without effect, each with the reason."""
         names: tuple[str, ...] = ("data_split", "max_train_samples")
-        reason = "the rows that are held out are scored, all of them"
+        reason = "all rows are scored" if self.all_rows else "the rows that are held out are scored"
         if self.stdin:
             names += ("max_eval_samples", "streaming", "batch_size", "show", "without_end")
             reason = "lines of standard input are scored one by one, as they stand"
@@ -116,6 +123,7 @@ class WinRateSettings(AnsweringSettings):
         super().__post_init__()
         if len(self.candidates) != 2:
             raise UserError(f"candidates names {len(self.candidates)}: give two")
+        check_named_once(self.candidates, "candidates")
         for name in (*self.candidates, self.judge):
             if is_address(name):
                 raise UserError(

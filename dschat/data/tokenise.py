@@ -138,7 +138,7 @@ class Converter:
                     answer = self.form.answer(e.prompt, opened[-1], getattr(e, side))
                     texts[side].append(answer)
             except UserError as error:
-                raise UserError(f"{e.place}: {error}") from error
+                raise UserError(f"{e.place}: {error}" if e.place else str(error)) from error
         tokenizer, special = self.tokenizer, self.form.adds_special
         ids = encode(tokenizer, opened, special)
         return ids, [

@@ -152,8 +152,9 @@ class RewardFunction:
     def _number(self, value: Any, prompt: str, answer: str, wanted: str) -> float:
         # A NaN is not below anything; scores are fp32.
         if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST:  # type: ignore[operator]
+            shown = repr(value)[:SHOWN_CHARACTERS]
             raise UserError(
-                f"{FLAG} {self.name} returned {value!r} {_place(prompt, answer)}: {wanted}"
+                f"{FLAG} {self.name} returned {shown} {_place(prompt, answer)}: {wanted}"
             )
         return float(value)
 

@@ -132,6 +132,20 @@ def test_tables_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ]
 
 
+def test_wins_that_are_not_known_at_equal_lengths_are_a_row(model: Path, tmp_path: Path):
+    """As where all answers of one side are longer by the same number of tokens."""
+    figures = {"win_rate": 0.75, "win_rate_low": 0.5, "win_rate_high": 0.875, "tokens": [9.0, 4.0]}
+    figures |= dict.fromkeys(f"length_controlled_win_rate{x}" for x in ("", "_low", "_high"))
+    for peer in ("ours", "trl"):
+        hh.load_hf_tokenizer(str(model)).save_pretrained(tmp_path / f"dpo-{peer}")
+        folder = tmp_path / f"win-{peer}"
+        folder.mkdir()
+        (folder / "winrate.json").write_text(json.dumps({"figures": figures}))
+    rows = list(hh.wins(Namespace(output=tmp_path, model=str(model)), tmp_path))
+    cells = "| 0.750 (0.500 to 0.875) | not known | 9.0, 4.0 |"
+    assert rows == [f"| ours {cells}", f"| TRL {cells}"]
+
+
 @pytest.mark.slow
 def test_a_whole_run_with_this_project_on_both_sides(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys

@@ -82,6 +82,7 @@ def test_a_model_answers_by_its_seed_and_needs_no_reward(made):
     [
         (["a.jsonl"], "models names 1: give 2 to 3, as in dschat compare ./sft ./ppo"),
         (["a", "b", "c", "d"], "models names 4: give 2 to 3"),
+        (["a.jsonl", "b.jsonl", "./a.jsonl"], "names a.jsonl twice, also as ./a.jsonl: it would"),
         (["a", "b", "--live"], "live and prompts contradict"),
         (["a", "b", "--models", "c", "d"], "--models and a: both name models; drop one"),
         (["a.jsonl", "b.jsonl", "--output", "page.txt"], "ends with .html"),

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,25 @@ def test_the_coefficients_are_the_functions_arguments():
     for loss in PREFERENCE_LOSSES.values():
         taken = [*inspect.signature(loss.loss).parameters][2:]
         assert taken == [*loss.defaults, *(["kl"] if loss.needs_kl else [])], loss.name
+
+
+def test_scores_and_defaults_are_those_of_the_docs():
+    text = Path(__file__, "../../../docs/dpo.md").resolve().read_text(encoding="utf-8")
+    table = text.split("## Losses")[1].split("**KTO**")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:] for line in table.splitlines() if line[:3] == "| `"]
+    told = {name.strip(" `"): (score.strip(), more) for name, score, _, more, *_ in rows}
+    assert {*told} == {*PREFERENCE_LOSSES, "--loss_type"}
+    for name, loss in PREFERENCE_LOSSES.items():
+        score, coefficients = told[name]
+        of = "ratio" if loss.needs_reference else "log π"
+        assert score == of + (r" / \|y\|" if loss.per_token else ""), name
+        found = re.findall(r"`--(\w+)` ([\d.]+)", coefficients)
+        assert {key: float(value) for key, value in found} == loss.defaults, name
+        assert loss.source.removeprefix("arXiv:") in table, name
+    half = re.search(r"half of that with\s+`(\w+)` and `(\w+)`", text)
+    slow = {name for name, loss in PREFERENCE_LOSSES.items() if loss.full_rate == 5e-7}
+    assert half is not None and {*half.groups()} == slow
+    assert {loss.full_rate for loss in PREFERENCE_LOSSES.values()} == {5e-7, 1e-6}
 
 
 def one(name: str, chosen: float, rejected: float, **coefficients: object) -> torch.Tensor:

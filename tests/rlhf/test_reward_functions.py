@@ -73,6 +73,7 @@ def test_a_batch_is_what_its_real_rows_say():
         (torch.ones(()), "returned '1.0' for 2 answers: return a list"),
         (np.ones((2, 1)), "returned [1.0] for the prompt 'q: b' and the answer 'yes': return"),
         (np.array([1.0, np.nan]), "returned nan for the prompt 'q' and the answer 'no!!'"),
+        ([10**400, 1.0], f"returned {10**79} for the prompt 'q: b' and the answer 'yes': return"),
         ([1.0], "returned 1 scores for 2 answers: return a list of 2 numbers"),
         ([1.0, "b"], "returned 'b' for the prompt 'q' and the answer 'no!!': return a list of 2"),
         ([float("nan"), 1.0], "returned nan for the prompt 'q: b' and the answer 'yes'"),

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from dschat.text.formats import choose_format
 from dschat.train.answer_scores import LineScorer
 from dschat.train.pair_plot import report_files
 from dschat.train.pair_report import PairReport, ScoredPairs
-from tests.helpers.steps import REWARD_EVALUATION, ROOT
+from tests.helpers.candidates import make_candidates
+from tests.helpers.steps import REWARD_EVALUATION, ROOT, write_rows
 from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
 
 CPU = torch.device("cpu")
@@ -93,6 +95,8 @@ def test_buckets_sources_and_subsets_hold_each_pair_once():
     assert [(p.name, p.pairs) for p in report.subsets] == [("x", 2), ("y", 1)]
     one_source = PairReport.of(scored, ["a"] * 4, [None] * 4)
     assert one_source.sources == one_source.subsets == []
+    (named,) = PairReport.of(scored, None, ["x", None, "x", "x"]).subsets  # the rest is in none
+    assert (named.name, named.pairs) == ("x", 3)
 
 
 def test_scores_that_are_not_finite_are_refused():
@@ -141,6 +145,7 @@ def test_lines_are_scored_as_rows_or_as_they_stand():
     [
         ('{"prompt": "Why?"}', "line 2: column 'response' is missing or null"),
         ('{"prompt": 3, "response": "So."}', "line 2: column 'prompt' is a number, needs text"),
+        ('{"prompt": "", "response": "So."}', "line 2: the prompt is empty"),
         ("{prompt}", "line 2: begins like JSON and is none"),
         ('{"question": "Why?"}', "line 2: no column 'prompt'"),
     ],
@@ -167,3 +172,25 @@ def test_other_pairs_and_lines_are_scored_in_the_precision_of_training(tmp_path,
     with pytest.raises(UserError, match=r"^all_rows: without data_path these are the rows"):
         recorded(folder | {"all_rows": True})
     assert recorded(folder | {"stdin": True, "dtype": "bf16"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "pairs"),
+    [
+        ("--all_rows --data_split 1,1,1 --max_train_samples 2", 30),
+        ("--all_rows --max_eval_samples 7", 7),
+        ("--data_split 0,0,1 --max_eval_samples 2", 2),  # of the three that are held out
+    ],
+)
+def test_all_rows_are_all_whatever_a_split_would_leave_out(
+    flags: str, pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_candidates(tmp_path)
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": f"no {n}"} for n in range(30)]
+    write_rows(tmp_path / "bench.jsonl", rows)
+    words = f"--model_name_or_path {tmp_path}/reward --data_path {tmp_path}/bench.jsonl --show 0"
+    words += f" --data_output_path {tmp_path}/cache --output_dir {tmp_path}/out --max_seq_len 64"
+    monkeypatch.setattr("sys.argv", ["rw_eval.py", *words.split(), *flags.split()])
+    runpy.run_path(str(ROOT / REWARD_EVALUATION))["main"]()
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["figures"]["pairs"] == pairs

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 
 from dschat.config.cli import parse, run_cli
@@ -35,7 +36,6 @@ from dschat.data.batches import Row
 from dschat.data.batching import build_loader
 from dschat.data.collators import PairCollator, PreferenceCollator, without_end
 from dschat.data.datasets import PromptData, create_prompt_dataset
-from dschat.data.stream import RowStream
 from dschat.data.tokenise import Converter
 from dschat.errors import UserError
 from dschat.models.causal_lm import check_model_folder
@@ -98,9 +98,13 @@ def main() -> None:
         return
     ctx = start(settings)
     data = create_prompt_dataset(
-        settings.data, ctx.tokenizer, 2, seed=settings.seed, max_seq_len=settings.max_seq_len
+        settings.rows, ctx.tokenizer, 2, seed=settings.seed, max_seq_len=settings.max_seq_len
     )
-    rows = rows_of(data, settings.all_rows)
+    rows = data.eval
+    if settings.all_rows:
+        rows = datasets.concatenate_datasets([data.train, data.eval])
+        drawn = np.random.default_rng(settings.seed).permutation(len(rows))
+        rows = rows.select(np.sort(drawn[: settings.data.max_eval_samples]))
     evaluate(settings, ctx, load(settings, ctx), data, rows)
 
 
@@ -133,13 +137,6 @@ def load(settings: RewardEvaluation, ctx: RunContext) -> RewardModel:
     model = model.to(ctx.device).eval()
     prove_padding(model, ctx.tokenizer, ctx.device, settings.model_name_or_path)
     return model
-
-
-def rows_of(data: PromptData, everything: bool) -> datasets.Dataset:
-    """Give the rows that are scored: those held out, or all."""
-    if not everything or isinstance(data.train, RowStream):
-        return data.eval
-    return datasets.concatenate_datasets([data.train, data.eval])
 
 
 def evaluate(
