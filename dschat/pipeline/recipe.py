@@ -46,6 +46,9 @@ class PipelineSettings(Settings):
         None, "what the reward model starts from (default: the model of the stage sft)"
     )
     data_path: tuple[str, ...] = setting((), "data of all stages", may_be_empty=True)
+    dataset_columns: tuple[str, ...] = setting(
+        (), "which of its columns hold what, of all stages: prompt=ask chosen=good rejected=bad"
+    )
     hardware: str = setting(
         "single_gpu",
         "one GPU, or the CPU where there is none; all of one machine; those of the hostfile",
@@ -100,6 +103,7 @@ class PipelineSettings(Settings):
             if (value := getattr(self, name)) is not None:
                 words += [f"--{name}", str(value)]
         words += ["--data_path", *map(local, self.data_path)] if self.data_path else []
+        words += ["--dataset_columns", *self.dataset_columns] if self.dataset_columns else []
         words += ["--overwrite_output_dir"] * self.overwrite_output_dir
         return words + [RESUME] * self.resume
 
@@ -170,10 +174,10 @@ def _unused(settings: PipelineSettings, stages: Mapping[str, Settings]) -> Itera
     """Yield a line for each shared setting that a stage, or all of them, have no use for."""
     values = {kind: flag_values(parsed) for kind, parsed in stages.items()}
     given = {flag.name for flag in given_flags(settings)}
-    for name in (*PASSED, "seed", "data_path"):
+    for name in (*PASSED, "seed", "data_path", "dataset_columns"):
         for kind, own in values.items() if name in given else ():
             shared = getattr(settings, name)
-            shared = tuple(map(local, shared)) if isinstance(shared, tuple) else shared
+            shared = tuple(map(local, shared)) if name == "data_path" else shared
             if own[name] != shared:
                 its = " ".join(own[name]) if isinstance(shared, tuple) else own[name]
                 yield f"--{name} does nothing in {kind}, which has its own: {its}"

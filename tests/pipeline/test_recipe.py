@@ -55,6 +55,14 @@ def test_models_and_data_flow_from_stage_to_stage(tmp_path: Path):
         assert one.data.data_path == ("pairs.jsonl",)
 
 
+def test_columns_of_one_s_own_are_those_of_every_stage(tmp_path: Path):
+    """What the message on a row without `prompt` advises."""
+    columns = ("prompt=ask", "chosen=good", "rejected=bad")
+    text = "model: m\nstages: {sft: , reward: , ppo: }\n"
+    made = pipeline(tmp_path, text, "--dataset_columns", *columns)
+    assert [one.data.read.dataset_columns for one in settings(made).values()] == [columns] * 3
+
+
 def test_dpo_starts_from_sft_and_ppo_from_dpo(tmp_path: Path):
     made = pipeline(tmp_path, "model: m\nreward_model: r\nstages: {sft: , dpo: , ppo: }\n")
     _, dpo, ppo = settings(made).values()
@@ -114,6 +122,11 @@ def test_what_is_wrong_is_said_before_anything_starts(text: str, message: str, t
             "model: m\nstages: {sft: {data_path: [a, b]}}\n",
             "--data_path c",
             ["--data_path does nothing in sft, which has its own: a b"],
+        ),
+        (
+            "model: m\nstages: {sft: {dataset_columns: [prompt=q]}, dpo: }\n",
+            "--dataset_columns prompt=a chosen=b rejected=c",
+            ["--dataset_columns does nothing in sft, which has its own: prompt=q"],
         ),
         (
             "stages: {sft: {model_name_or_path: own}}\n",
