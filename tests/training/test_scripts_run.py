@@ -1,7 +1,7 @@
 """A script of each family and step really trains, for a step or two, on a tiny model of its family.
 
-Its recipe is kept but for the model, the data and what makes it large. On two ranks, at every ZeRO
-stage, it makes the steps that it makes on one.
+Its recipe is kept but for the model, the data and what makes it large. On two ranks, and on four of
+one family, at every ZeRO stage, it makes the steps that it makes on one.
 """
 
 from __future__ import annotations
@@ -73,10 +73,12 @@ CASES: dict[str, tuple[PretrainedConfig, Family | None, list[str]]] = {
         ["gemma3/single_gpu/run_1b.sh"],
     ),
 }
+BATCH = 4  # rows of a step, on all ranks together
 STEPS = ["step1_supervised", "step2_reward_model", "step3_rlhf", "step2_dpo"]
 OUTPUTS = ["sft", "reward", "ppo", "dpo"]
 CLOSE = 1e-4, 1e-5  # relative, absolute: sums of fp32 in another order, then Adam
 DRAWS_AT_3 = ("gemma3",)  # numbers for its images' weights as it loads: adapters begin with others
+ON_FOUR = "qwen3"  # the family that trains on four ranks as well: it has a script of each step
 FIGURES = ("step", "loss", "accuracy", "reward", "kl")
 SMALL = {
     "dropout": 0.0,
@@ -92,8 +94,8 @@ SMALL = {
     "max_answer_seq_len": 8,
     "max_steps": 2,
     "num_warmup_steps": 0,
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 4),
-    **dict.fromkeys(("per_device_generation_batch_size", "per_device_training_batch_size"), 4),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), BATCH),
+    **dict.fromkeys(("per_device_generation_batch_size", "per_device_training_batch_size"), BATCH),
     **dict.fromkeys(("lora_dim", "actor_lora_dim", "critic_lora_dim"), 4),
 }
 
@@ -110,16 +112,15 @@ def save_model(folder: Path, config: PretrainedConfig, template: Family | None) 
 
 
 def command(
-    shell, name: str, output: str, script: str, stage: int | None = None, rows: int = 4
+    shell, name: str, output: str, script: str, stage: int | None = None, ranks: int = 1
 ) -> list[str]:
     """main.py and its arguments, as the script starts it, made small.
 
     Args:
-        stage: ZeRO's, of a run in a folder of that stage; None: the recipe's.
-        rows: of a rank's batch.
+        stage: ZeRO's; None: the recipe's. ranks: they share a batch of `BATCH` rows.
     """
     (folder,) = TRAINING.glob(f"{STEPS[OUTPUTS.index(output)]}*")
-    out = name if stage is None else f"{name}/zero{stage}"
+    out = name if stage is None else split_folder(name, stage, ranks)
     words = [f"{out}/{output}", "" if stage is None else str(stage)]
     if output == "ppo":
         stages = [str(stage or 0)] * 2
@@ -130,7 +131,9 @@ def command(
     settings = start.settings()
     flags = {flag.name for flag in flags_of(settings_class(start.program))}
     small = {flag: value for flag, value in SMALL.items() if flag in flags}
-    small |= dict.fromkeys((flag for flag in small if flag.startswith("per_device")), rows)
+    small |= dict.fromkeys(
+        (flag for flag in small if flag.startswith("per_device")), BATCH // ranks
+    )
     for role in ("", "actor_", "critic_"):
         if f"{role}lora_dim" in small and not start_rank(settings, role):
             del small[f"{role}lora_dim"]
@@ -138,6 +141,11 @@ def command(
         small["model_name_or_path"] = f"{name}/model"
     more = [str(word) for flag, value in small.items() for word in (f"--{flag}", value)]
     return [str(start.program.relative_to(TRAINING.parent)), *start.arguments, *more]
+
+
+def split_folder(name: str, stage: int, ranks: int) -> str:
+    """Where runs of a family on several ranks write."""
+    return f"{name}/zero{stage}-{ranks}"
 
 
 def start_rank(settings: object, role: str) -> int:
@@ -172,29 +180,38 @@ def trained(plan: dict[str, list[str]], folder: Path, ranks: int) -> None:
 
 @pytest.mark.slow
 def test_a_script_of_each_family_trains_a_tiny_model_of_it(shell, tmp_path: Path):
-    """On one rank at the recipe's stage; on two at each stage, with the same figures."""
-    alone, split = {}, {}
+    """On one rank at the recipe's stage; on two and four at each stage, with the same figures."""
+    alone: dict[str, list[str]] = {}
+    split: dict[int, dict[str, list[str]]] = {2: {}, 4: {}}
     for name, (_, _, scripts) in CASES.items():
         for output, script in zip(OUTPUTS, scripts, strict=False):
             alone[f"{name}/{output}"] = argv = command(shell, name, output, script)
-            for stage in stages(argv):
-                place = f"{name}/zero{stage}/{output}"
-                split[place] = command(shell, name, output, script, stage, rows=2)
+            for ranks in (2, 4) if name == ON_FOUR else (2,):
+                for stage in stages(argv):
+                    place = f"{split_folder(name, stage, ranks)}/{output}"
+                    split[ranks][place] = command(shell, name, output, script, stage, ranks)
     trained(alone, tmp_path, ranks=1)
-    trained(split, tmp_path, ranks=2)
-    for place, argv in alone.items():
-        family, output = place.split("/")
-        expected = tmp_path / place
-        for stage in stages(argv):
-            folder = tmp_path / family / f"zero{stage}" / output
-            if output == "ppo" and expected == tmp_path / place:
-                expected = folder  # ranks draw their own answers, below stage 3 the same ones
-            if stage == 3 and (output == "ppo" or family in DRAWS_AT_3):
-                continue
-            for kind in ("train", "eval"):
-                rows, same = (records(at, kind) for at in (folder, expected))
-                for name in FIGURES:
-                    if name in same[0]:
-                        found, wanted = column(rows, name), column(same, name)
-                        place = f"{folder.parent}/{output}, {kind}: {name}"
-                        assert torch.allclose(found, wanted, *CLOSE), (place, found, wanted)
+    for ranks, plan in split.items():
+        trained(plan, tmp_path, ranks=ranks)
+        for place, argv in alone.items():
+            family, output = place.split("/")
+            found = {s: tmp_path / split_folder(family, s, ranks) / output for s in stages(argv)}
+            if output == "ppo":  # at stage 3 ranks draw other answers
+                compared = [stage for stage in found if stage != 3]
+                expected = found[compared[0]]
+            else:
+                compared = [s for s in found if s != 3 or family not in DRAWS_AT_3]
+                expected = tmp_path / place
+            if ranks == 2 or family == ON_FOUR:
+                for stage in compared:
+                    assert_same_figures(found[stage], expected)
+
+
+def assert_same_figures(folder: Path, expected: Path) -> None:
+    """Two runs' records of training and of evaluation have the same figures."""
+    for kind in ("train", "eval"):
+        rows, same = (records(at, kind) for at in (folder, expected))
+        for name in FIGURES:
+            if name in same[0]:
+                found, wanted = column(rows, name), column(same, name)
+                assert torch.allclose(found, wanted, *CLOSE), (folder, kind, name, found, wanted)
