@@ -57,12 +57,12 @@ def load_config(
         raise UserError(
             f"model {source.label}: no readable config.json ({brief(error)}); {source.remedy}"
         ) from error
-    _check_counts(config, source.label)
     kind, text_model = f"{config.model_type!r}", "give a causal language model"
     if config.is_encoder_decoder:
         raise UserError(f"model {source.label}: {kind} has encoder and decoder; {text_model}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model {source.label}: {kind} writes no text; {text_model}")
+    _check_counts(config, source.label)
     for folder in (Path(source.base).expanduser(), *(a.folder for a in source.adapters)):
         _check_generation(folder)
     _check_kernels(config, source.label)

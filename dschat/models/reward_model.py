@@ -59,6 +59,11 @@ class RewardModel(nn.Module):
 
     def __init__(self, base_model: PreTrainedModel):
         super().__init__()
+        if hasattr(base_model, "encoder") and hasattr(base_model, "decoder"):
+            raise UserError(
+                f"reward model of type {base_model.config.model_type!r}: transformers has no trunk "
+                "of its decoder alone; give a model of another family"
+            )
         self.rwtransformer = base_model
         self.config = base_model.config
         width = head_width(self.config)
@@ -115,9 +120,19 @@ class RewardModel(nn.Module):
 
 
 def head_width(config: PretrainedConfig) -> int:
-    """Width of the hidden states that the head reads."""
+    """Width of the hidden states that the head reads.
+
+    Raises:
+        UserError: the config does not say.
+    """
     text = config.get_text_config()
-    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
+    width = getattr(text, "word_embed_proj_dim", None) or getattr(text, "hidden_size", None)
+    if width is None:
+        raise UserError(
+            f"reward model of type {config.model_type!r}: its config has no hidden_size, the width "
+            "that a head reads; give a model of another family"
+        )
+    return int(width)
 
 
 def scores_at_end(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,9 @@ class PipelineSettings(Settings):
         "one GPU, or the CPU where there is none; all of one machine; those of the hostfile",
         choices=("single_gpu", "single_node", "multi_node"),
     )
-    ranks: int | None = setting(None, "processes on one machine (default: by GPUs)", at_least=1)
+    ranks: int | None = setting(
+        None, "processes on one machine (default: by GPUs)", at_least=1, at_most=1024
+    )
     hostfile: str = setting("/job/hostfile", "of multi_node: a line `host slots=8` for each")
     seed: int = setting(1234, "seed of all stages", at_least=0)
     fit_to_rows: bool = setting(

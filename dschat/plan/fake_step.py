@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, masking_utils
 
+from dschat.errors import UserError
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.head import assume_split
 from dschat.models.right_padding import assume_causal
@@ -33,6 +34,7 @@ from dschat.train.model_config import ModelConfig
 
 ACTIVATIONS, LOGITS = "activations", "logits"
 FIRST, FURTHER = 3, 2  # layers that run of the first kind, whose first has no layer before it
+MOST_TOKENS = 2**24  # of a pass; the states of a layer of width 1,024 are 32 GiB then, in bf16
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")
 
 
@@ -75,7 +77,16 @@ _FOUND: dict[tuple, Needed] = {}
 
 
 def needed(shape: Shape, wanted: Pass) -> Needed:
-    """Find what a pass needs; once for each shape and pass of a process."""
+    """Find what a pass needs; once for each shape and pass of a process.
+
+    Raises:
+        UserError: a pass so large that not even its head's blocks are counted in time.
+    """
+    if wanted.rows * wanted.length > MOST_TOKENS:
+        raise UserError(
+            f"{wanted.rows:,} rows of {wanted.length:,} tokens in one pass are more than a device "
+            "holds; lower the batch size"
+        )
     key = (*shape.key, *wanted.key, wanted.rows, wanted.length)
     if key not in _FOUND:
         _FOUND[key] = _run(shape, wanted)

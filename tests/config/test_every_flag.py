@@ -238,7 +238,10 @@ CONTRADICTIONS = {
         "--models m n --reward_model m --live": "the live page scores nothing; drop one",
     },
     "inspect": {"--streaming": "inspect looks at all rows"},
-    "run": {"--ranks 2 --hostfile x --hardware multi_node": "ranks 2: the hostfile decides them"},
+    "run": {
+        "--ranks 2 --hostfile x --hardware multi_node": "ranks 2: the hostfile decides them",
+        "--ranks 1000000000": "ranks is 1000000000: give a whole number in [1, 1024]",
+    },
     "dpo": {
         "--max_tokens_per_batch 1000": "a pair may have 1024",
         "--reference adapters_off": "nothing can be switched off; use precomputed",

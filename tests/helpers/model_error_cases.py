@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, T5Config, ViTConfig
+from transformers import BartConfig, MusicgenConfig, T5Config, ViTConfig
 
 from tests.helpers import tiny
 
@@ -128,6 +128,10 @@ EARLY: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "T5": (lambda folder: T5Config().save_pretrained(folder), r"'t5' has encoder and decoder"),
     "BART": (lambda folder: BartConfig().save_pretrained(folder), r"'bart' has encoder and"),
+    "music": (
+        lambda folder: MusicgenConfig().save_pretrained(folder),
+        r"'musicgen' has encoder and decoder",
+    ),
     "images": (lambda folder: ViTConfig().save_pretrained(folder), r"'vit' writes no text; give"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"no readable config.json"),
     "config cut": (_text("config.json", '{"model'), r"no readable config.json"),

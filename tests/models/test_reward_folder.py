@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -22,7 +23,12 @@ from dschat.errors import UserError
 from dschat.models import reward_folder
 from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_folder import reward_form, tell_reward_form
-from dschat.models.reward_model import RewardModel, create_critic_model, scores_at_end
+from dschat.models.reward_model import (
+    RewardModel,
+    create_critic_model,
+    head_width,
+    scores_at_end,
+)
 from dschat.models.save import save_hf_format
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
@@ -204,6 +210,19 @@ def test_a_shape_without_a_bare_trunk_is_refused():
 
     with pytest.raises(UserError, match=r"'llama4'.*no trunk without an output head for it"):
         RewardModel.from_config(Llama4Config())
+
+
+@pytest.mark.parametrize("family", ["Bart", "Pegasus", "ProphetNet"])
+def test_a_decoder_whose_trunk_has_an_encoder_is_refused(family: str):
+    """Before its weights are said not to fit: those of the encoder are not there."""
+    config = getattr(transformers, f"{family}Config")(is_encoder_decoder=False, is_decoder=True)
+    with torch.device("meta"), pytest.raises(UserError, match="no trunk of its decoder alone"):
+        RewardModel.from_config(config)
+
+
+def test_a_config_that_tells_no_width_is_refused():
+    with pytest.raises(UserError, match="'blt': its config has no hidden_size"):
+        head_width(transformers.BltConfig())
 
 
 @pytest.mark.parametrize("pad", [None, tiny.PAD, 5])

@@ -90,7 +90,7 @@ def test_a_reward_model_starts_from_sft_unless_one_is_named(tmp_path: Path):
         ("model: m\nstages: {sft: 3}\n", "stages: sft is 3: give lines of `flag: value`"),
         ("stages: {sft: }\n", "sft: model_name_or_path is required"),
         ("model: m\nstages: {ppo: }\n", "ppo: critic_model_name_or_path is required"),
-        ("model: m\nranks: 0\nstages: {sft: }\n", "ranks is 0: give at least 1"),
+        ("model: m\nranks: 0\nstages: {sft: }\n", "ranks is 0: give a whole number in"),
         ("model: m\nstages: {sft: {output_dir: x}}\n", "output_dir: the pipeline gives each stage"),
         ("hardware: multi_node\nhostfile: none\nstages: {sft: }\n", "hostfile none: no such file"),
         ("model: m\nstages: {sft: {rates_of_width: wide}}\n", "rates_of_width is 'wide': give a"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig
 
+from dschat.errors import UserError
 from dschat.models.config import build_causal_lm
 from dschat.models.reward_model import RewardModel
 from dschat.plan import fake_step, passes
@@ -117,3 +118,12 @@ def test_fake_layers_need_what_real_ones_allocate(family, name, model):
     below = 0.025 if family == "gemma3" else 0.01
     assert (1 - below) * peak <= found.total <= 1.01 * peak
     assert 0.99 * left <= found.left <= 1.01 * left
+
+
+def test_a_pass_that_would_be_counted_for_hours_is_refused():
+    """The head's blocks are as many as its tokens ask for; at 2^24 tokens they take minutes."""
+    wanted = shape("llama", "sft", LORA, torch.bfloat16)
+    with pytest.raises(
+        UserError, match="1,000,000 rows of 64 tokens in one pass are more than a device"
+    ):
+        needed(wanted, passes.sft_pass(1_000_000, LENGTH))
