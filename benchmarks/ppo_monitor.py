@@ -100,6 +100,7 @@ TROUBLES = {
     ),
     "no ends": Trouble("no ends", lambda t: {"ended": 0.0}),
     "blind critic": Trouble("blind critic", lambda t: {"explained_variance": -0.3}),
+    "constant critic": Trouble("blind critic", lambda t: {"explained_variance": (t % 2) * 1e-3}),
     "critic goes blind": Trouble(
         "blind critic", lambda t: {"explained_variance": 0.3 if t < WHILE else -0.3}
     ),

@@ -35,6 +35,7 @@ FEWER_ENDS = 0.08  # of the answers
 LIKELY = 1.5  # standard errors of what is seen beside something certain
 COLLAPSED = 0.1  # times the first entropy
 SAW = 0.1  # explained variance of a critic that has learnt
+SEES_NOTHING = 0.01  # of one that predicts the same for all, but for rounding
 STILL, STILL_AFTER = 1e-4, 20  # nats a token after so many iterations; KL grows with their square
 
 
@@ -190,12 +191,13 @@ class History(Series):
 
     @property
     def is_critic_blind(self) -> bool:
-        """Return whether the critic predicts worse than a constant, and did not so once.
+        """Return whether the critic predicts no better than a constant.
 
-        One that never did better may be learning still: good runs begin so.
+        One that never did may be learning still: good runs begin so.
         """
-        could = self.best.get("explained_variance", -math.inf) > SAW
-        return self.stays("explained_variance", LONG if could else REMEMBERED, below=0)
+        if self.best.get("explained_variance", -math.inf) > SAW:
+            return self.stays("explained_variance", LONG, below=0)
+        return self.stays("explained_variance", REMEMBERED, below=SEES_NOTHING)
 
     @property
     def stands_still(self) -> bool:

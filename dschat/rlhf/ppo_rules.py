@@ -241,8 +241,8 @@ RULES = (
     Rule(
         "blind critic",
         lambda h: h.is_critic_blind,
-        "explained variance stays below 0 ({explained_variance:.2f}): the critic predicts worse "
-        "than a constant",
+        "explained variance stays at 0 or below ({explained_variance:.2f}): the critic predicts no "
+        "better than a constant",
         "raise critic_learning_rate, or lower it where critic_loss does not fall; "
         "critic_warmup_iterations lets it train first",
     ),

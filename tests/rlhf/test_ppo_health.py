@@ -49,6 +49,7 @@ HEALTHY = {
 SOON = {
     "reward falls": 10,  # four standard errors of a slope of 0.1 come at the 6th
     "blind critic": REMEMBERED,
+    "constant critic": REMEMBERED,
     "critic goes blind": WHILE + LONG - 1,
     "collapse after a gain": 20,  # entropy is below a tenth from the 19th on
 }
