@@ -63,6 +63,7 @@ STEP_NAMES = {step: FOLDERS[kind] for step, kind in KINDS.items()}
 OF_A_MODEL = (
     "reward_model",
     "data_path",
+    "dataset_columns",
     "actor_zero_stage",
     "reward_zero_stage",
     "deployment_type",
@@ -103,6 +104,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of multi_node: a line `host slots=8` for each machine (default: /job/hostfile)",
     )
     add("--data-path", type=text, nargs="+", default=[], help="data of all steps, not the scripts'")
+    add(
+        "--dataset-columns",
+        "--dataset_columns",
+        type=text,
+        nargs="+",
+        default=[],
+        help="which of its columns hold what: prompt=ask chosen=good rejected=bad",
+    )
     add("--seed", type=int, default=1234, help="seed of all steps")
     add("--num-train-epochs", type=int, help="of all steps (default: by the rows)")
     add("--gradient-accumulation-steps", type=int, help="of all steps (default: by the rows)")
@@ -154,7 +163,9 @@ def borrowed(args: argparse.Namespace, step: int, command: list[str]) -> str | N
 def commands(args: argparse.Namespace) -> dict[int, list[str]]:
     """Build the shell command of each requested step."""
     data = [str(Path(p).resolve()) if Path(p).exists() else p for p in args.data_path]
-    common = [*(["--data_path", *data] if data else []), *common_flags(args)]
+    common = ["--data_path", *data] if data else []
+    common += ["--dataset_columns", *args.dataset_columns] if args.dataset_columns else []
+    common += common_flags(args)
     if args.actor_model is None:
         return {step: quickstart_command(step, args) for step in sorted(set(args.step))}
     actor, reward = local(args.actor_model), local(args.reward_model or FALLBACK_SIZE[2])

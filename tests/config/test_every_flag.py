@@ -308,6 +308,8 @@ E2E_REFUSES = [
     (["--actor-model", "m", "--data-path", ""], "argument --data-path: it is empty"),
     (["--reward-model", "350m"], "--reward-model needs --actor-model"),
     (["--data-path", "x"], "--data-path needs --actor-model"),
+    (["--dataset-columns", "prompt=x"], "--dataset-columns needs --actor-model"),
+    (["--actor-model", "m", "--dataset-columns", ""], "--dataset_columns: it is empty"),
     (["--reward-zero-stage", "-1"], "invalid choice: '-1'"),
     (["--hostfile", ""], "argument --hostfile: it is empty"),
     (["--hostfile", "x"], "--hostfile needs --actor-model"),
