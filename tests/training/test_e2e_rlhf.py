@@ -111,7 +111,11 @@ def test_a_folder_or_another_id_goes_into_the_nearest_script(
     assert settings[3].roles.critic_model_name_or_path == str(out / "reward-models")
     for step, name in ((1, "actor-models"), (2, "reward-models"), (3, "step3-models")):
         assert settings[step].data.data_path == (str(tmp_path / "pairs.jsonl"), "Dahoas/rm-static")
-        assert settings[step].data.read.dataset_columns == ("prompt=ask", "chosen=good", "rejected=bad")
+        assert settings[step].data.read.dataset_columns == (
+            "prompt=ask",
+            "chosen=good",
+            "rejected=bad",
+        )
         assert settings[step].run.output_dir == str(out / name)
         assert settings[step].run.seed == 1234
 
