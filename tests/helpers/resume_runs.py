@@ -163,12 +163,17 @@ def figures(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """The same figures, and the same bits in every saved weight; the other saved, and ended.
+def assert_same_end(one: Path, other: Path) -> None:
+    """`assert_same_run`, and the other, once stopped, noted at its checkpoint that it ended.
 
     A pipeline would take one without the note for stopped over an older model.
     """
     assert max(checkpoints_in(folder_of(other)).items())[1].joinpath(END).is_file()
+    assert_same_run(one, other)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same figures, and the same bits in every saved weight."""
     assert figures(one) == figures(other)
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     assert files

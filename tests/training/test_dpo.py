@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.resume_runs import Outcome, assert_same_run, interrupted, launch_runs
+from tests.helpers.resume_runs import Outcome, assert_same_end, interrupted, launch_runs
 from tests.helpers.resume_runs import Run as OneRun
 from tests.helpers.rounding import LOGITS
 from tests.helpers.steps import DPO, Run, run_worker, write_inputs
@@ -178,7 +178,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(killed):
     folder, outcomes = killed
     parts = [outcomes[f"full {part}"] for part in ("complete", "killed", "resumed")]
     assert [part.code for part in parts] == [0, -9, 0], [part.stderr[-2000:] for part in parts]
-    assert_same_run(folder / "full-complete", folder / "full-killed")
+    assert_same_end(folder / "full-complete", folder / "full-killed")
 
 
 def test_a_resume_on_another_base_is_refused(killed):

@@ -17,7 +17,7 @@ from tests.helpers.resume_runs import (
     TIMES,
     Outcome,
     Run,
-    assert_same_run,
+    assert_same_end,
     figures,
     interrupted,
     launch_runs,
@@ -151,7 +151,7 @@ def test_step_1_resumes_after_a_kill_in_a_save(killed_once):
     folder, outcomes = killed_once
     assert codes(outcomes, "sft") == [0, -9, 0]
     assert "sft-killed/checkpoints/step-000003 at step 3\n" in outcomes["sft resumed"].stdout
-    assert_same_run(folder / "sft-complete", folder / "sft-killed")
+    assert_same_end(folder / "sft-complete", folder / "sft-killed")
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_step_1_survives_three_kills(step_1):
     for step, text in zip((3, 6, 12), resumed, strict=True):
         assert f"resumed from sft-killed/checkpoints/step-{step:06d} at step {step}\n" in text
     assert "sft-killed: put the finished model of a killed run in place\n" in resumed[-1]
-    assert_same_run(folder / "sft-complete", folder / "sft-killed")
+    assert_same_end(folder / "sft-complete", folder / "sft-killed")
     assert checkpoints(folder / "sft-killed") == ["step-000012"]  # and no leftovers
 
 
@@ -173,7 +173,7 @@ def test_step_2_with_all_weights_in_bf16_at_zero_2(steps_2_and_3):
     folder, outcomes = steps_2_and_3
     assert codes(outcomes, "reward") == [0, -9, 0]
     assert "at step 4\n" in outcomes["reward resumed"].stdout
-    assert_same_run(folder / "reward-complete", folder / "reward-killed")
+    assert_same_end(folder / "reward-complete", folder / "reward-killed")
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_step_3_with_a_moving_average(steps_2_and_3):
     assert [line["actor_updates"] > 0 for line in steps] == [False, True, True, True]
     assert all(line["actor_updates"] < 1 for line in steps)
     assert len({line["kl_coefficient"] for line in steps}) == 3  # the warm-up's is the first
-    assert_same_run(folder / "ppo-complete", folder / "ppo-killed")
+    assert_same_end(folder / "ppo-complete", folder / "ppo-killed")
     answers = [
         (folder / name / "answers.jsonl").read_text() for name in ("ppo-complete", "ppo-killed")
     ]
@@ -202,7 +202,7 @@ def iterations_of_grpo(folder, outcomes) -> list[dict]:
     """The figures of a run's iterations, which are also those of its killed and resumed twin."""
     assert codes(outcomes, "grpo") == [0, -9, 0]
     assert "at step 2\n" in outcomes["grpo resumed"].stdout
-    assert_same_run(folder / "grpo-complete", folder / "grpo-killed")
+    assert_same_end(folder / "grpo-complete", folder / "grpo-killed")
     return [line for line in figures(folder / "grpo-complete") if line["kind"] == "train"]
 
 
@@ -219,7 +219,7 @@ def test_step_3_with_every_knob_of_grpo(steps_2_and_3):
 def test_step_3_on_two_ranks_at_zero_3_in_bf16(two_ranks):
     folder, outcomes = two_ranks
     assert codes(outcomes, "ppo") == [0, -9, 0]
-    assert_same_run(folder / "ppo-complete", folder / "ppo-killed")
+    assert_same_end(folder / "ppo-complete", folder / "ppo-killed")
     files = {path.name for path in next((folder / "ppo-killed/checkpoints").iterdir()).iterdir()}
     assert {"ema-rank-0000.pt", "ema-rank-0001.pt", "random-rank-0001.pt"} <= files
 

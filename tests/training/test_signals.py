@@ -11,7 +11,7 @@ from tests.helpers.resume_runs import (
     REWARD_FULL,
     SFT_LORA,
     Outcome,
-    assert_same_run,
+    assert_same_end,
     launch_runs,
     stopped,
     write_models,
@@ -53,7 +53,7 @@ def check(folder: Path, outcomes: dict[str, Outcome], name: str, signal: str) ->
         "go on with the same command and --resume"
     ]
     assert f"{saved.name} at step {step}\n" in outcomes[f"{name} resumed"].stdout
-    assert_same_run(folder / f"{name}-complete", folder / f"{name}-stopped")
+    assert_same_end(folder / f"{name}-complete", folder / f"{name}-stopped")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tests.helpers.resume_runs import (
     PPO_COMMON,
     Outcome,
     Run,
-    assert_same_run,
+    assert_same_end,
     figures,
     interrupted,
     launch_runs,
@@ -124,14 +124,14 @@ def test_one_trunk_resumes_bit_for_bit(ran):
     folder, outcomes = ran
     assert [outcomes[f"one {n}"].code for n in ("complete", "killed", "resumed")] == [0, -9, 0]
     assert "resumed from one-killed/checkpoints/step-000001" in outcomes["one resumed"].stdout
-    assert_same_run(folder / "one-complete", folder / "one-killed")
+    assert_same_end(folder / "one-complete", folder / "one-killed")
 
 
 def test_without_a_critic_it_resumes_bit_for_bit(ran):
     folder, outcomes = ran
     assert [outcomes[f"groups {n}"].code for n in ("complete", "killed", "resumed")] == [0, -9, 0]
     assert "resumed from groups-killed/checkpoints/step-000001" in outcomes["groups resumed"].stdout
-    assert_same_run(folder / "groups-complete", folder / "groups-killed")
+    assert_same_end(folder / "groups-complete", folder / "groups-killed")
     assert_loads(folder / "groups-complete", "actor", "actor_ema")
     assert not (folder / "groups-complete" / "critic").exists()
     first, second = (f for f in figures(folder / "groups-complete") if f["kind"] == "train")
