@@ -33,7 +33,7 @@ LAUNCHERS = {  # and their flags
     *("max_restarts", "signals_to_handle", "standalone"),
     *("nodes", "gpus", "time", "ntasks", "requeue", "open_mode", "signal"),
     *("ntasks_per_node", "gpus_per_node", "nodelist", "rdzv_backend", "launcher"),
-    *("kill_on_bad_exit", "gpu_bind", "host", "no_ssh_check"),
+    *("kill_on_bad_exit", "gpu_bind", "host", "no_ssh_check", "master_addr", "launcher_args"),
 }
 SERVERS = {  # flags of vLLM's
     *("enable_lora", "max_lora_rank", "max_loras", "max_model_len", "logprobs_mode", "api_key"),
