@@ -10,8 +10,8 @@
 #   PYTORCH_CUDA_ALLOC_CONF   settings of torch's allocator, by default expandable_segments:True
 #   LAUNCHER   in place of `deepspeed` and its options: "torchrun --nproc_per_node 8", python
 
-TRAINING="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-SCRIPT="$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)/${BASH_SOURCE[1]##*/}"
+TRAINING="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+SCRIPT="$(readlink -f "${BASH_SOURCE[1]}")"
 STEP="${SCRIPT#"$TRAINING/"}"
 STEP="${STEP%%/*}"
 ACTOR_MODEL_PATH="" CRITIC_MODEL_PATH="" ZERO_STAGE="" ACTOR_ZERO_STAGE="" CRITIC_ZERO_STAGE=""

@@ -93,9 +93,19 @@ def check_packing(
     config = load_config(model_name_or_path, attn_implementation=attn_implementation)
     with torch.device("meta"):
         module = build_causal_lm(config)
+    refuse_unpackable(module, model_name_or_path, max_seq_len)
+
+
+def refuse_unpackable(model: nn.Module, name: str, max_seq_len: int) -> None:
+    """Raise an error when this model, with or without weights, cannot keep sequences apart.
+
+    Raises:
+        UserError: naming the model by `name`.
+    """
+    module = _language_model(model)
     problem = obstacle(module, module.config, max_seq_len)
     if problem is not None:
-        raise UserError(f"packing: model {model_name_or_path} {problem}; {_UNPACKED}")
+        raise UserError(f"packing: model {name} {problem}; {_UNPACKED}")
 
 
 def obstacle(module: nn.Module, config: PretrainedConfig, max_seq_len: int) -> str | None:

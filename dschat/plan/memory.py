@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.models.attention import is_flash
 from dschat.models.config import Build, build_causal_lm
+from dschat.models.packing import refuse_unpackable
 from dschat.models.reward_model import RewardModel
 from dschat.plan import passes
 from dschat.plan.passes import Pass
@@ -25,6 +26,9 @@ def plan_memory(
     Args:
         configs: of `model`, or of `actor` and, where it has them, `critic` and `reward`.
         dtype: fp32, bf16 or fp16. ranks: of the run, on all machines.
+
+    Raises:
+        UserError: packing, with a model that cannot keep sequences apart.
     """
     if isinstance(settings, RLHFSettings):
         return plan_ppo(settings, configs, dtype, ranks)
@@ -36,6 +40,8 @@ def plan_memory(
     )
     model = settings.run.complete(settings.model)
     role = trained_role(configs["model"], build, model, engine, ranks)
+    if isinstance(settings, SFTSettings) and settings.packing:
+        refuse_unpackable(role.module, settings.model_name_or_path, settings.batch.max_seq_len)
     return MemoryPlan({"model": role}, training_phases("training", role, training_pass(settings)))
 
 

@@ -20,6 +20,7 @@ from dschat.utils.gpus import BY_NAME, gpu_of_device, named_gpu
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
 RECIPE = "dschat/recipes/opt/single_gpu/reward_350m.yaml"
+BLOOM = "dschat/recipes/bloom/single_node/sft_1.1b_chinese.yaml"
 RUN = "smollm2/single_gpu/135m"
 
 
@@ -72,6 +73,7 @@ def test_the_text_has_every_role_and_says_what_is_assumed(capsys):
         (["--config", "quickstart"], "it names no model to plan for; give --model"),
         (["--config", RUN, "--step", "dpo"], "step dpo: .* has none; its stages are sft, reward"),
         (["--config", RECIPE, "--max_seq_len", "4096"], "has 2048 positions; give at most 2048"),
+        (["--config", BLOOM, "--packing"], "packing: model bigscience/bloom-1b1 takes no position"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(words, message):

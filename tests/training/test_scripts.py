@@ -1,5 +1,6 @@
 """Every shipped script hands its arguments to flags that exist; no training is started."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -76,18 +77,27 @@ def test_scripts_are_sound_bash_in_the_house_form():
         if is_training(script):
             depth = len(script.relative_to(TRAINING).parts) - 1
             up = "../" * depth
-            assert commands[1] == f'source "$(dirname "${{BASH_SOURCE[0]}}")/{up}launch.sh"', script
+            here = '$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")'
+            assert commands[1] == f'source "{here}/{up}launch.sh"', script
             assert re.search("conclude" if script in SWEEPS else r"\bstart\b", commands[-1]), script
         else:
             assert commands[-1].strip() == '"$@"', script
 
 
+def linked(script: Path, folder: Path) -> str:
+    """A symbolic link to a script, by another name and far from what it shares with others."""
+    link = folder / "link to it"
+    link.symlink_to(os.path.relpath(script, folder))
+    return str(link)
+
+
 @every_script
-def test_defaults_and_empty_words_mean_the_same(name: str, shell):
+def test_defaults_and_empty_words_mean_the_same_by_a_link_too(name: str, shell, tmp_path: Path):
     required, optional = positional(TRAINING / name)
     models = [f"some/{word.lower()}" for word in required]
     plain = started(shell(BASH, str(TRAINING / name), *models))
-    empty = started(shell(BASH, str(TRAINING / name), *models, *["" for _ in optional]))
+    link = linked(TRAINING / name, tmp_path)
+    empty = started(shell(BASH, link, *models, *["" for _ in optional]))
     assert plain == empty
     assert plain.program.is_file()
     assert plain.program.parent == TRAINING / Path(name).parts[0]
@@ -139,9 +149,11 @@ RUNS = {"run_step1_sweep.sh": 14, "run_step2_sweep.sh": 7, "run_step3_sweep.sh":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SWEEPS, ids=lambda script: script.name)
-def test_a_sweep_makes_every_run_in_a_folder_of_its_own(script: Path, shell, monkeypatch):
+def test_a_sweep_makes_every_run_in_a_folder_of_its_own(
+    script: Path, shell, tmp_path: Path, monkeypatch
+):
     models = [""] * len(positional(script)[1])
-    process = shell(BASH, str(script), *models, "--seed", "7")
+    process = shell(BASH, linked(script, tmp_path), *models, "--seed", "7")
     assert process.returncode == 0, process.stderr
     _, *runs = process.stdout.split("== run_single.sh ")
     settings = []

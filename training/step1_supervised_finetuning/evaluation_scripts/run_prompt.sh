@@ -3,7 +3,7 @@
 # Usage: bash run_prompt.sh BASELINE FINETUNED [more flags of prompt_eval.py]
 set -euo pipefail
 
-STEP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+STEP_DIR="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 BASELINE="${1:?the model before fine-tuning}"
 FINETUNED="${2:?the folder that step 1 wrote}"
 shift 2

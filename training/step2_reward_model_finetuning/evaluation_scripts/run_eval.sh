@@ -3,7 +3,7 @@
 # Usage: bash run_eval.sh [MODEL] [more flags of rw_eval.py]
 set -euo pipefail
 
-STEP_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+STEP_DIR="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 MODEL="${1:-./output}"
 shift "$(($# < 1 ? $# : 1))"
 

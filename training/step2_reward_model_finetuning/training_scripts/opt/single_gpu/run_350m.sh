@@ -2,7 +2,7 @@
 # Step 2 on one GPU: OPT-350M, all weights.
 # Usage: bash run_350m.sh [OUTPUT] [ZERO_STAGE] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../launch.sh"
 
 RECIPE=opt/single_gpu/reward_350m.yaml
 take OUTPUT=./output ZERO_STAGE= -- "$@"

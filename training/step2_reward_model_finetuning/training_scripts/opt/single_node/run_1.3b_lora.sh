@@ -2,7 +2,7 @@
 # Step 2 on all GPUs of one machine: OPT-1.3B with LoRA+.
 # Usage: bash run_1.3b_lora.sh [OUTPUT] [ZERO_STAGE] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../launch.sh"
 
 RECIPE=opt/single_node/reward_1.3b_lora.yaml
 take OUTPUT=./output ZERO_STAGE= -- "$@"

@@ -2,7 +2,7 @@
 # Step 2 on one GPU: SmolLM2-135M with LoRA+.
 # Usage: bash run_135m.sh [OUTPUT] [ZERO_STAGE] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../launch.sh"
 
 RECIPE=smollm2/single_gpu/reward_135m.yaml
 take OUTPUT=./output ZERO_STAGE= -- "$@"

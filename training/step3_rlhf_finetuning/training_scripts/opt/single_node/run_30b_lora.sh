@@ -2,7 +2,7 @@
 # Step 3 on all GPUs of one machine: an OPT-30B actor with LoRA+, an OPT-350M critic.
 # Usage: bash run_30b_lora.sh ACTOR_MODEL_PATH CRITIC_MODEL_PATH [ACTOR_ZERO_STAGE] [CRITIC_ZERO_STAGE] [OUTPUT] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../launch.sh"
 
 RECIPE=opt/single_node/ppo_30b_lora.yaml
 take "ACTOR_MODEL_PATH:the folder that step 1 wrote" "CRITIC_MODEL_PATH:the folder that step 2 wrote" \

@@ -2,7 +2,7 @@
 # Step 3 on one GPU: a Qwen3-8B actor and critic with LoRA+.
 # Usage: bash run_8b.sh ACTOR_MODEL_PATH CRITIC_MODEL_PATH [ACTOR_ZERO_STAGE] [CRITIC_ZERO_STAGE] [OUTPUT] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../launch.sh"
 
 RECIPE=qwen3/single_gpu/ppo_8b.yaml
 take "ACTOR_MODEL_PATH:the folder that step 1 wrote" "CRITIC_MODEL_PATH:the folder that step 2 wrote" \

@@ -2,7 +2,7 @@
 # Step 1 on all GPUs of one machine: one run of the sweep. OFFLOAD and LORA are true or false.
 # Usage: bash run_single.sh [ZERO_STAGE] [OFFLOAD] [LORA] [OUTPUT] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../../launch.sh"
 
 take ZERO_STAGE=2 OFFLOAD=false LORA=false OUTPUT=./output -- "$@"
 RECIPE=opt/single_node/sft_1.3b.yaml

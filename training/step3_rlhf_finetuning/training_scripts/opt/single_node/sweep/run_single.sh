@@ -4,7 +4,7 @@
 # its mixed precision are taken, and main.py says that they do nothing.
 # Usage: bash run_single.sh ACTOR_MODEL_PATH CRITIC_MODEL_PATH [ACTOR_ZERO_STAGE] [CRITIC_ZERO_STAGE] [ENABLE_HYBRID_ENGINE] [OFFLOAD] [LORA] [MIXED_PRECISION_LORA] [OUTPUT] [TEST] [TEST_STOP_STEP] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../../launch.sh"
 
 take "ACTOR_MODEL_PATH:the folder that step 1 wrote" "CRITIC_MODEL_PATH:the folder that step 2 wrote" \
   ACTOR_ZERO_STAGE=2 CRITIC_ZERO_STAGE=2 ENABLE_HYBRID_ENGINE=false OFFLOAD=false LORA=false \

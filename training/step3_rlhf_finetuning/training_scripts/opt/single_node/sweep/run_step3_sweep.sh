@@ -3,7 +3,7 @@
 # and LoRA, five iterations and a folder each.
 # Usage: bash run_step3_sweep.sh [ACTOR_MODEL_PATH] [CRITIC_MODEL_PATH] [more flags of main.py, which win over the recipe]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../../../../../launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../../../../launch.sh"
 
 take ACTOR_MODEL_PATH=AdamG012/chat-opt-1.3b-sft-deepspeed \
   CRITIC_MODEL_PATH=AdamG012/chat-opt-350m-reward-deepspeed -- "$@"
