@@ -87,7 +87,10 @@ def _training(plan: MemoryPlan) -> float:
 
 
 def _words(flags: dict[str, Any]) -> str:
-    return " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in flags.items())
+    whole = {True: "--{}", False: "no --{}"}
+    return " ".join(
+        whole[v].format(k) if isinstance(v, bool) else f"--{k} {v}" for k, v in flags.items()
+    )
 
 
 def _prefixes(settings: AnySettings) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ def _checkpointing(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]
 
 
 def _rows(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]]:
-    """Half of the rows at a time; the optimizer step stays what it is."""
+    """A half of the rows at a time, or what divides them; the optimizer step stays what it is."""
     accumulated = settings.run.engine.gradient_accumulation_steps
     name = "per_device_train_batch_size"
     if isinstance(settings, RLHFSettings):
@@ -116,7 +119,16 @@ def _rows(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]]:
     elif settings.batch.max_tokens_per_batch is not None:
         return
     if (rows := _value(settings, name)) > 1:
-        yield {name: rows // 2, "gradient_accumulation_steps": 2 * accumulated}
+        parts = next(n for n in range(2, rows + 1) if rows % n == 0)
+        yield {name: rows // parts, "gradient_accumulation_steps": parts * accumulated}
+
+
+def _layer_by_layer(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]]:
+    """Rollouts without further copies of weights."""
+    if isinstance(settings, RLHFSettings):
+        for name in ("fuse_lora_for_generation", "gather_for_rollouts"):
+            if _value(settings, name):
+                yield {name: False}
 
 
 def _shards(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]]:
@@ -148,7 +160,7 @@ def _adapters(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]]:
             yield {f"{prefix}lora_dim": 16}
 
 
-CHANGES = (_checkpointing, _rows, _shards, _offload, _adapters, _few_bits)
+CHANGES = (_checkpointing, _rows, _layer_by_layer, _shards, _offload, _adapters, _few_bits)
 
 
 def _changes(settings: AnySettings, ranks: int) -> Iterator[dict[str, Any]]:
