@@ -20,8 +20,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt
-# Processes for the tests, a file by one of them; each takes about 1 GB.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# Processes for the tests, a file by one of them, in the order of conftest; each takes about 1 GB.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: quickstart test test-slow test-all test-gpu gpu-day faults docs release-check lint format clean
 .DEFAULT_GOAL := quickstart

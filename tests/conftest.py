@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 # Before the first import of torch and huggingface_hub, which read them. One thread: sums of floats
 # depend on how many threads share them, and the ranks that tests start have one as well.
@@ -10,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder must not wait for
 
 import pytest
 import torch
+
+from tests.helpers.tiers import position
 
 torch.set_num_threads(1)
 
@@ -29,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without --gpu everything is computed on the CPU, also where there is a GPU."""
     if not config.getoption("--gpu"):
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first; the order is otherwise as it was."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: position(item.path.relative_to(tests).as_posix()))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.tiers import by_tier, tiers
+from tests.helpers.tiers import LONGEST, by_tier, position, tiers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +35,13 @@ def test_a_core_never_waits_for_slow_cells():
     assert (result("d"), result("b"), starts) == ("D", "B", [["a", "c"], ["b", "d"]])
     marked = [getattr(name, "marks", ()) for name in tiers("abcd", {"a", "c"})]
     assert [[mark.name for mark in marks] for marks in marked] == [[], ["slow"], [], ["slow"]]
+
+
+def test_the_longest_files_come_first(request):
+    assert all((ROOT / "tests" / file).is_file() for file in LONGEST)
+    files = [item.path.relative_to(ROOT / "tests").as_posix() for item in request.session.items]
+    assert [position(file) for file in files] == sorted(map(position, files))
+    assert "--no-loadscope-reorder" in (ROOT / "Makefile").read_text()
 
 
 def test_every_room_has_its_folder_of_tests():

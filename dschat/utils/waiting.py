@@ -92,4 +92,4 @@ def _until(is_true: Callable[[], bool], longest_wait: float = 1.0) -> None:
     wait = 0.001
     while not is_true():
         time.sleep(wait)
-        wait = min(2 * wait, longest_wait)
+        wait = min(1.25 * wait, longest_wait)  # at most a quarter of the waiting is in vain

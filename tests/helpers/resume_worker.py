@@ -25,7 +25,7 @@ import transformers
 
 from dschat import config as arguments
 from dschat.utils.launchers import rank_of
-from tests.helpers.steps_worker import count_reads, run
+from tests.helpers.steps_worker import count_reads, run, spare_the_disk
 
 TARGETS = {"torch.save": (torch, "save"), "os.rename": (os, "rename")}
 
@@ -88,6 +88,7 @@ def send_signal(item: dict, pid: int) -> None:
 def main() -> None:
     """Run them all, whatever comes of each."""
     plan, rank = Path(sys.argv[1]), rank_of(os.environ)
+    spare_the_disk()
     os.chdir(plan.parent)
     results = []
     for number, item in enumerate(json.loads(plan.read_text())):

@@ -10,6 +10,33 @@ import pytest
 
 Result = TypeVar("Result")
 
+# Files that take longest, in folders of tests. They are started first, lest one of them is left to
+# a single process at the end while the others have nothing to do.
+LONGEST = (
+    "training/test_scripts_run.py",
+    "training/test_two_nodes.py",
+    "training/test_resume.py",
+    "training/test_steps.py",
+    "training/test_dpo.py",
+    "training/test_another_machine.py",
+    "training/test_signals.py",
+    "training/test_e2e_signals.py",
+    "training/test_step3_roles.py",
+    "training/test_experts.py",
+    "training/test_model_families.py",
+    "training/test_errors.py",
+    "training/test_e2e_rlhf.py",
+    "rlhf/test_ppo_ranks.py",
+    "train/test_agreement.py",
+    "train/test_scores_ranks.py",
+    "benchmarks/test_plan_on_ranks.py",
+)
+
+
+def position(file: str) -> int:
+    """Where a file, by its path below the folder of tests, stands in the order of the tests."""
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
 
 def tiers(names: Iterable[str], core: Collection[str]) -> list[Any]:
     """Parameters for `pytest.mark.parametrize`: every name, slow unless it is in `core`."""
