@@ -2,10 +2,10 @@
 
 Nothing is computed and nothing allocated: a fake tensor has a shape, a dtype and a storage, and the
 model's own code makes the same tensors, keeps the same ones for its backward pass and drops them at
-the same places. A few layers of each kind run. All layers of a kind keep the same between forward
-and backward, so the others add what the last one kept; that is exact as long as the peak lies where
-all layers' tensors are alive, which is at the head or in the backward pass of the last layer (a
-test holds it against models of all their layers).
+the same places. A few layers of each kind run (`layers.py`). All layers of a kind keep the same
+between forward and backward, so the others add what the last one kept; that is exact as long as the
+peak lies where all layers' tensors are alive, which is at the head or in the backward pass of the
+last layer (a test holds it against models of all their layers).
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from dschat.models.causal_lm import disable_dropout
 from dschat.models.head import assume_split
 from dschat.models.right_padding import assume_causal
 from dschat.plan.counting import Allocations
+from dschat.plan.layers import Layers, decoder_layers, layers_to_run
 from dschat.plan.passes import Pass
 from dschat.train.model_config import ModelConfig
 
 ACTIVATIONS, LOGITS = "activations", "logits"
-FIRST, FURTHER = 3, 2  # layers that run of the first kind, whose first has no layer before it
 MOST_TOKENS = 2**24  # of a pass; the states of a layer of width 1,024 are 32 GiB then, in bf16
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Needed:
 
 
 _FOUND: dict[tuple, Needed] = {}
+_LAYERS: dict[tuple, Layers] = {}
 
 
 def needed(shape: Shape, wanted: Pass) -> Needed:
@@ -93,48 +93,13 @@ def needed(shape: Shape, wanted: Pass) -> Needed:
     return _FOUND[key]
 
 
-def layer_kinds(config: PretrainedConfig) -> list[str]:
-    """Name the kind of each layer of a decoder, as far as its config tells."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    return list(kinds) if kinds else ["layer"] * text.num_hidden_layers
-
-
-def shortened(config: PretrainedConfig, kinds: list[str]) -> PretrainedConfig:
-    """Copy a config with layers of these kinds alone, and next to nothing beside the decoder.
-
-    All layers stay where the config works their kinds out itself and comes to others. Dropout
-    inside the attention is off: with it the CPU's kernels keep all scores, a GPU's do not.
-    """
-    short = copy.deepcopy(config)
-    text = short.get_text_config()
-    for name in ATTENTION_DROPOUT:
-        if hasattr(text, name):
-            setattr(text, name, 0.0)
-    text.num_hidden_layers = len(kinds)
-    is_worked_out = isinstance(getattr(type(text), "layer_types", None), property)
-    if not is_worked_out and getattr(text, "layer_types", None):
-        text.layer_types = kinds
-    if layer_kinds(short) != kinds:
-        text.num_hidden_layers = config.get_text_config().num_hidden_layers
-    vision = getattr(short, "vision_config", None)
-    if vision is not None:
-        vision.num_hidden_layers = 1
-    return short
-
-
 def _run(shape: Shape, wanted: Pass) -> Needed:
     """Run a pass on some layers of each kind, and add what the others need."""
-    kinds = Counter(layer_kinds(shape.config))
-    layers: list[str] = []  # kinds of those that run
-    for kind, count in kinds.items():
-        layers += [kind] * min(count, FURTHER if layers else FIRST)
-    config = shortened(shape.config, layers)
-    layers = layer_kinds(config)
-    module = without_weights(replace(shape, config=config)).train(wanted.trains)
+    layers = _layers(shape)
+    module = without_weights(replace(shape, config=layers.config)).train(wanted.trains)
     assume_split(module)
     assume_causal(module)
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = shape.config.get_text_config().vocab_size
     with FakeTensorMode():
         _give_fake_weights(module)
         ids = torch.zeros(wanted.rows, wanted.length, dtype=torch.long)
@@ -142,7 +107,7 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
         counted = Allocations(
             [*module.parameters(), *module.buffers(), ids, mask], _kind_of(vocabulary)
         )
-        alive_after = _alive_after_layers(module, counted, len(layers))
+        alive_after = _alive_after_layers(module, layers.config, counted)
         _drop_gradients(module)
         grad = torch.set_grad_enabled(wanted.trains)
         with counted, WorstCase(), _unpacked_rows(), grad:
@@ -152,13 +117,19 @@ def _run(shape: Shape, wanted: Pass) -> Needed:
                 made.backward()
     at_peak = {ACTIVATIONS: 0.0, LOGITS: 0.0} | counted.at_peak
     others = 0.0  # kept by layers that did not run: each as much as the last one of its kind
-    for kind, count in kinds.items():
-        last = len(layers) - 1 - layers[::-1].index(kind)
-        if count > layers.count(kind):
-            kept = alive_after[last] - alive_after[last - 1]
-            others += (count - layers.count(kind)) * kept
+    for kind, count in (layers.counts - Counter(layers.running)).items():
+        last = len(layers.running) - 1 - layers.running[::-1].index(kind)
+        others += count * (alive_after[last] - alive_after[last - 1])
     at_peak[ACTIVATIONS] += others
     return Needed(at_peak, left + others)
+
+
+def _layers(shape: Shape) -> Layers:
+    """Layers that run; chosen once for each config and kind of model."""
+    key = shape.key[:2]
+    if key not in _LAYERS:
+        _LAYERS[key] = layers_to_run(shape.config, shape.build)
+    return _LAYERS[key]
 
 
 def without_weights(shape: Shape) -> nn.Module:
@@ -200,14 +171,15 @@ def _kind_of(vocabulary: int) -> Callable[[torch.Tensor], str]:
     return kind
 
 
-def _alive_after_layers(module: nn.Module, counted: Allocations, layers: int) -> list[int]:
+def _alive_after_layers(
+    module: nn.Module, config: PretrainedConfig, counted: Allocations
+) -> list[int]:
     """Return a list that a forward pass fills: bytes alive after each of the decoder's layers."""
-    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    layers = decoder_layers(module, config)
     alive: list[int] = []
-    for layer in largest:
+    for layer in layers:
         layer.register_forward_hook(
-            lambda *_: alive.append(counted.live) if len(alive) < layers else None
+            lambda *_: alive.append(counted.live) if len(alive) < len(layers) else None
         )
     return alive
 

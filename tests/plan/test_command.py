@@ -4,13 +4,11 @@ import json
 
 import pytest
 import torch
-import transformers
 
 from dschat.config import RewardSettings, RLHFSettings, SFTSettings
 from dschat.errors import UserError
 from dschat.models.config import build_causal_lm
 from dschat.plan.__main__ import main
-from dschat.plan.fake_step import layer_kinds, shortened
 from dschat.plan.memory import plan_memory
 from dschat.plan.roles import GENERATION, GIB
 from dschat.plan.shapes import KNOWN, config_of, known_in
@@ -111,15 +109,6 @@ def test_a_pipeline_is_planned_stage_by_stage(tmp_path, capsys):
 def test_a_library_s_pipeline_is_found_by_its_name(capsys):
     plan = planned(capsys, "--config", RUN, "--step", "sft", "--gpu", "4090")
     assert plan["fits"] and plan["title"].endswith("run_135m.yaml, sft")
-
-
-@pytest.mark.parametrize("family", ["MambaConfig", "GPTNeoConfig", "Lfm2Config"])
-def test_layers_that_a_config_works_out_itself(family):
-    """Kinds of layers that cannot be set, and lists of them under names of the family's own."""
-    config = getattr(transformers, family)()
-    kinds = layer_kinds(config)
-    short = shortened(config, kinds[:2])
-    assert layer_kinds(short) in (kinds[:2], kinds)
 
 
 def test_known_models_have_their_published_sizes():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import Gemma3TextConfig, Glm4MoeConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from dschat.errors import UserError
 from dschat.models.config import build_causal_lm
@@ -12,6 +12,7 @@ from dschat.models.reward_model import RewardModel
 from dschat.plan import fake_step, passes
 from dschat.plan.counting import Allocations
 from dschat.plan.fake_step import Shape, needed
+from dschat.plan.layers import without_attention_dropout
 from dschat.train.model_config import ModelConfig
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers.tiny import SPECIAL
@@ -31,6 +32,18 @@ CONFIGS = {
         num_key_value_heads=1,
         head_dim=32,
         sliding_window=16,
+        **WIDTH,
+        **SPECIAL,
+    ),
+    "glm4_moe": Glm4MoeConfig(
+        num_hidden_layers=9,
+        first_k_dense_replace=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=160,
+        n_routed_experts=4,
+        moe_intermediate_size=48,
+        num_experts_per_tok=2,
         **WIDTH,
         **SPECIAL,
     ),
@@ -58,7 +71,7 @@ def shape(family: str, name: str, model: ModelConfig, dtype: torch.dtype) -> Sha
 
 def really(wanted: Shape, made: passes.Pass) -> tuple[int, int]:
     """Bytes at the peak and after the forward pass, of all layers and with values."""
-    config = fake_step.shortened(wanted.config, fake_step.layer_kinds(wanted.config))
+    config = without_attention_dropout(wanted.config)
     for part in (config, config.get_text_config()):
         part.dtype = wanted.dtype
     module = wanted.build(config)
@@ -102,6 +115,7 @@ CORE = [
 ]
 OTHERS = [
     *itertools.product(("llama",), PASSES, (LORA, EVERYTHING)),
+    ("glm4_moe", "sft", LORA),
     *itertools.product(("gemma3",), ("dpo", "critic", "prefill"), (CHECKPOINTED,)),
     *itertools.product(("opt", "gpt2"), ("sft", "packed", "prefill"), (CHECKPOINTED, EVERYTHING)),
 ]
