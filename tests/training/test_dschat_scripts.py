@@ -29,6 +29,9 @@ COMMANDS = {
     if command != "(driver)" and "training_scripts" in name
 }
 LLAMA1, LLAMA2, LLAMA3 = (step.replace("/opt/", "/llama2/") for step in (STEP1, STEP2, STEP3))
+SWEEP = "single_node/sweep/run_single.sh"
+SWITCHES = ("OFFLOAD", "LORA", "ENABLE_HYBRID_ENGINE", "MIXED_PRECISION_LORA", "TEST")
+SINGLE = [name for name in COMMANDS if name.endswith(SWEEP)]
 PLAIN = [name for name in COMMANDS if "/sweep/" not in name and (TRAINING / name).is_file()]
 CORE = [STEP1 + "single_node/run_1.3b_lora.sh", STEP3 + "single_node/run_1.3b.sh"]
 every_script = pytest.mark.parametrize("name", tiers(PLAIN, CORE))
@@ -65,6 +68,12 @@ def test_positional_arguments_keep_their_places(name: str, shell):
     assert ROWS[name][0] in ("", " ".join([*required, *optional]))
 
 
+def test_a_run_of_a_sweep_takes_the_arguments_of_deepspeed_chat_s_in_their_order():
+    for name in SINGLE:
+        required, optional = positional(TRAINING / name)
+        assert ROWS[name][0].split() == [*required, *optional], name
+
+
 # Without effect here, or positional arguments.
 EVERYWHERE = {"deepspeed", "actor_model_name_or_path", "critic_model_name_or_path"}
 # Flags that differ by intention: rates of adapters, and what the comment beside them says.
@@ -97,14 +106,20 @@ DEPARTURES: dict[str, set[str]] = {
     STEP3 + "single_gpu/run_6.7b_lora.sh": {*ACTOR_LORA, *ONE_ITERATION},
     STEP3 + "single_node/run_1.3b_lora.sh": ACTOR_LORA,
     STEP3 + "single_node/run_13b.sh": ACTOR_LORA,
-    # Its stages are variables without a value in the table.
+    # Variables without a value in the table: stages; rank and modules of a sweep, and its end.
     STEP3 + "single_node/run_30b_lora.sh": {*ACTOR_LORA, "actor_zero_stage", "critic_zero_stage"},
+    STEP1 + SWEEP: {*LORA, "lora_dim", "lora_module_name"},
+    DPO + "opt/" + SWEEP: {"learning_rate"},
+    STEP3 + SWEEP: {*ACTOR_LORA, "actor_lora_dim", "actor_lora_module_name", "test_stop_step"},
 }
 
 
 def of_deepspeed_chat(name: str, cls: type) -> dict[str, object]:
     """The settings of DeepSpeed-Chat's command, by flag; bare stages are left to their defaults."""
     command = re.sub(r"<(ACTOR|CRITIC)_MODEL_PATH>", "model", COMMANDS[name])
+    command = command.replace("<OUTPUT>", "./output")
+    if "--zero_stage 0 " in command:
+        command = re.sub(r"--offload\b", "", command)  # a switch of sweeps, which needs ZeRO
     words = command.partition("main.py ")[2].split()
     bare = {f"--{flag.name}" for flag in flags_of(cls) if flag.kind.element is not bool}
     pairs = zip(words, [*words[1:], "--"], strict=True)
@@ -112,10 +127,13 @@ def of_deepspeed_chat(name: str, cls: type) -> dict[str, object]:
     return flag_values(parse(cls, words, None))
 
 
-@every_script
+@pytest.mark.parametrize("name", tiers([*PLAIN, *SINGLE], CORE))
 def test_a_script_sets_what_deepspeed_chat_s_does_but_for_a_list(name: str, shell):
-    models = ["model", "model"] if name.startswith("step3") else []
-    here = run(shell, name, *models)
+    words = ["model", "model"] if name.startswith("step3") else []
+    _, optional = positional(TRAINING / name)
+    if "LORA" in optional:  # with all that it can switch on
+        words += ["true" if word in SWITCHES else "" for word in optional]
+    here = run(shell, name, *words)
     ours, theirs = flag_values(here.settings()), of_deepspeed_chat(name, type(here.settings()))
     different = {flag for flag in theirs if ours[flag] != theirs[flag]} - EVERYWHERE
     if name.startswith("step3"):  # 100 as there, but in a short run a tenth of it
@@ -127,4 +145,6 @@ def test_a_script_sets_what_deepspeed_chat_s_does_but_for_a_list(name: str, shel
     if "/multi_node/" in name:
         hostfile, at, *options = options
         assert (hostfile, at) == ("--hostfile", os.environ["HOSTFILE"])
+    if "/sweep/" in name and "--master_port" in options:  # as all of step 3 on one machine
+        options = options[2:]
     assert [here.launcher, *options] == launcher
