@@ -1,5 +1,6 @@
 """The suite's own rules: one thread, time limits, tiers, and what continuous integration runs."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 
 from tests.helpers.tiers import LONGEST, by_tier, position, tiers
 
+ORDER = ast.Lt | ast.LtE | ast.Gt | ast.GtE
+TOLERANCES = ("atol", "rtol", "rel", "abs")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,6 +24,44 @@ def test_a_time_limit_is_never_a_number_of_its_own():
     files = [path for path in ROOT.glob("tests/**/*.py")]
     limits = {path.name: re.findall(r"\btimeout=\d+", path.read_text()) for path in files}
     assert {name: numbers for name, numbers in limits.items() if numbers} == {}
+
+
+def underived(path: Path) -> list[str]:
+    """Places where a number stands for a tolerance without its arithmetic in a comment.
+
+    A tolerance is what `atol`, `rtol`, `rel` or `abs` is given, or a number below 0.02 that another
+    is compared with. The comment, with a number, stands above the statement or in it.
+    """
+    source = path.read_text()
+    lines, found = source.splitlines(), []
+    for statement in ast.walk(ast.parse(source)):
+        if not isinstance(statement, ast.Assert | ast.Assign | ast.Expr | ast.Return):
+            continue
+        numbers = [n.value for n in ast.walk(statement) if getattr(n, "arg", "") in TOLERANCES]
+        for n in ast.walk(statement):
+            if isinstance(n, ast.Compare) and isinstance(n.ops[-1], ORDER):
+                numbers += [side for side in (n.left, *n.comparators) if 0 < value_of(side) < 0.02]
+        first = statement.lineno - 1
+        while first and lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        derived = re.search(r"#.*\d", "\n".join(lines[first : statement.end_lineno]))
+        if not derived and any(value_of(number) for number in numbers):
+            found.append(f"{path.relative_to(ROOT)}:{statement.lineno}")
+    return found
+
+
+def value_of(number: ast.expr) -> float:
+    """What an expression of literal numbers comes to; 0 for any other."""
+    try:
+        value = eval(ast.unparse(number), {"__builtins__": {}})
+    except (NameError, TypeError):
+        return 0.0
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def test_a_tolerance_comes_from_its_arithmetic():
+    files = sorted(ROOT.glob("tests/**/*.py"))
+    assert [place for path in files for place in underived(path)] == []
 
 
 def test_a_core_never_waits_for_slow_cells():

@@ -17,6 +17,7 @@ from dschat.text.conversations import Example
 from dschat.text.formats import choose_format
 from dschat.train.answer_scores import score_answers
 from tests.helpers.candidates import PROMPTS, SHORT, make_candidates
+from tests.helpers.rounding import FIGURE, LOGITS
 from tests.helpers.steps import write_rows
 from tests.helpers.tiny import EOS, byte_tokenizer
 
@@ -52,7 +53,7 @@ def test_files_of_answers_by_a_reward_model(made, capsys):
     mine = expected_scores(made, [f"so{n}" for n in range(6)], cut)
     theirs = expected_scores(made, [f"no, never{n}" for n in range(6)], [True] * 6)
     margins = [row["margin"] for row in report["rows"]]
-    assert margins == pytest.approx((mine - theirs).tolist(), abs=1e-5)
+    assert margins == pytest.approx((mine - theirs).tolist(), abs=LOGITS)
     figures = report["figures"]
     assert figures["win_rate"] == sum(m > 0 for m in margins) / 6
     # " so0" and its end, " no, never0" and its end; one answer was cut
@@ -61,7 +62,7 @@ def test_files_of_answers_by_a_reward_model(made, capsys):
     turned = run(made, "b.jsonl", "a.jsonl", "reward", "--max_seq_len", "96")
     assert [row["margin"] for row in turned["rows"]] == [-m for m in margins]
     for rate in ("win_rate", "length_controlled_win_rate"):
-        assert turned["figures"][rate] == pytest.approx(1 - figures[rate], abs=1e-6)
+        assert turned["figures"][rate] == pytest.approx(1 - figures[rate], abs=FIGURE)
         assert turned["figures"][f"{rate}_low"] == pytest.approx(1 - figures[f"{rate}_high"])
     assert "win rate, equal lengths" in capsys.readouterr().out
 
@@ -89,7 +90,9 @@ def test_a_chat_model_is_asked_in_both_orders(made):
     a, b = judge.convert.tokenizer.convert_tokens_to_ids(["A", "B"])
     with torch.no_grad():
         logits = judge.model(input_ids=ids).logits[0, -1]
-    assert verdicts.orders[0][0].item() == pytest.approx((logits[a] - logits[b]).item(), abs=1e-4)
+    assert verdicts.orders[0][0].item() == pytest.approx(
+        (logits[a] - logits[b]).item(), abs=2 * LOGITS
+    )
     same = judge(prompts, first, first)
     assert same.margin.tolist() == [0.0] * 6  # whatever it thinks of the places
     forward, backward = same.orders

@@ -1,11 +1,13 @@
-"""The glossary in CONTRIBUTING: its terms are those of the library's names and docstrings.
+"""The glossary in CONTRIBUTING: its terms are those of the library's names, texts and comments.
 
 Whether a term has its own sense no test sees. What it sees are the other words for the same things,
 which stand here beside each term, and words that are no plain technical English.
 """
 
 import ast
+import io
 import re
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -45,7 +47,7 @@ OTHERS = {
     "turn": "utterances?|dialogue turns?",
     "phase": "(data|training) stages?",
     "split": "subset split|partition of (the|a) (source|set)",
-    "prompt, answer": "repl(y|ies)|utterances?",
+    "prompt, answer": "repl(y|ies)(?! with)|utterances?",
     "prompt format, chat template": "prompt templates?|chat formats?|conversation templates?",
     "end token": "stop tokens?|end of (text|turn) tokens?",
     "truncate, drop": "discard(s|ed)?|crop(s|ped)?|clip(s|ped)? (prompts?|texts?)",
@@ -81,12 +83,14 @@ PLAIN = {
 
 
 def words_of(path: Path) -> list[tuple[int, str]]:
-    """Docstrings and the names of what is defined, each with its line."""
-    found: list[tuple[int, str]] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Docstrings, messages, comments and the names of what is defined, each with its line."""
+    text = path.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    found = [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(text)):
         line = getattr(node, "lineno", 1)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            found.append((line, ast.get_docstring(node) or ""))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            found.append((line, node.value))
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found.append((line, node.name))
         elif isinstance(node, ast.arg):
@@ -108,7 +112,7 @@ def library() -> dict[str, str]:
 
 
 def hits(pattern: str, names: bool = True) -> list[str]:
-    """Places where a pattern stands as words, in docstrings and, if `names`, in names."""
+    """Places where a pattern stands as words, in texts and, if `names`, in names."""
     found = re.compile(rf"\b({pattern})\b", re.I)
     # In backquotes and quotation marks stand names of others.
     plain = re.compile(r"`[^`]*`|\"[^\"]*\"")

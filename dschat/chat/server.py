@@ -111,7 +111,7 @@ class Server:
                 if len(line) == LONGEST:
                     raise self._problem("sends a piece of more than a megabyte")
                 if total > MOST:
-                    raise self._problem("sends an answer without end")
+                    raise self._problem("sends an endless answer")
                 if line.startswith(EVENT) and (data := line[len(EVENT) :].strip()):
                     if data == b"[DONE]":
                         yield LAST

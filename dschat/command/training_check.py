@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -10,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dschat.report.records import evaluations
 from dschat.utils.printable import printable
 
 STEPS = 150  # ten seconds on a core
@@ -48,8 +48,7 @@ def train() -> Result:
         seconds = time.perf_counter() - start
         if problem is not None:
             return Result(False, problem)
-        lines = Path(folder, "out", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [row["loss"] for row in map(json.loads, lines) if row["kind"] == "eval"]
+        losses = [record["loss"] for record in evaluations(Path(folder, "out"))]
     text = f"{STEPS} steps, held-out loss {losses[0]:.2f} to {losses[-1]:.2f} in {seconds:.0f} s"
     return Result(losses[-1] < losses[0] / 2, text)
 

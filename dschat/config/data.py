@@ -33,7 +33,7 @@ def check_streaming(
         "num_train_epochs": (run.num_train_epochs > 1, "max_steps is the only limit; drop it"),
         "save_steps or resume": (
             run.checkpoint.in_use,
-            "a stream cannot go on from its middle, nor be told from an edited one; drop it",
+            "a stream cannot go on from its middle, nor notice an edited file; drop it",
         ),
         batching: (batching is not None, "it needs all lengths of an epoch; drop it"),
     }

@@ -1,4 +1,4 @@
-"""Ends of a run that are nobody's bug: memory, a disk, an output or another rank that goes."""
+"""Failures outside the program, each as one line: memory, a disk, a closed output, a lost rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LESS_MEMORY = (
 
 
 def line_for(error: BaseException) -> str | None:
-    """Describe such an end in one line, with the step; None for any other error."""
+    """Describe such a failure in one line, with the step; None for any other error."""
     place = "before the first step" if StepBar.made is None else f"step {StepBar.made + 1}"
     if (what := _memory(error)) is not None:
         less = memory_use.savings() or _LESS_MEMORY
@@ -48,9 +48,9 @@ def line_for(error: BaseException) -> str | None:
 
 
 def _broken_stream() -> str | None:
-    """Name the standard stream that takes no more; what is left for it goes nowhere.
+    """Name the first standard stream that cannot be written to; later writes to it do not fail.
 
-    Where it is standard error, what is to come goes to standard output.
+    Those to standard error then go to standard output, or nowhere if that is broken too.
     """
     streams = {1: "standard output", 2: "standard error"}
     broken = [number for number in streams if not _takes_more(number)]
@@ -82,7 +82,7 @@ def _memory(error: BaseException) -> str | None:
 
 
 def _output_is_closed() -> bool:
-    """Tell whether a pipe's reader has gone, as of `| head`; what is left to print goes nowhere."""
+    """Return whether standard output is a pipe without a reader; later writes then go nowhere."""
     poll, output = select.poll(), sys.stdout.fileno()
     poll.register(output, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

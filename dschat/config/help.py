@@ -14,7 +14,7 @@ from dschat.errors import UserError
 from dschat.settings import Flag, Settings, flags_of
 
 LETTERS = {int: "N", float: "X", str: "TEXT"}
-WIDEST_CHOICES = 40  # columns; more of them are told in the text
+WIDEST_CHOICES = 40  # columns; more of them stand in the text
 RETIRED = "accepted without effect"
 _OWN_LINE = re.compile(r"\s|\d+\. |- ")  # an example, or an entry of a list
 

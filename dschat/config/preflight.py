@@ -24,13 +24,14 @@ from dschat.config.fitting import (
 from dschat.data.datasets import PromptData
 from dschat.models.config import Build, build_causal_lm
 from dschat.models.reward_model import RewardModel
-from dschat.rlhf.prepare import ROLE_FOLDERS, plan_roles, plan_training
+from dschat.rlhf.prepare import ROLE_FOLDERS, TrainingPlan, plan_roles, plan_training
 from dschat.rlhf.role_checks import check_role_contexts
+from dschat.rlhf.role_settings import RoleNames
 from dschat.text.tokenizer import check_same_tokenizer
 from dschat.train import run_lock
 from dschat.train.disk import Written
 from dschat.train.prepare import plan_model
-from dschat.train.run_context import setup_run
+from dschat.train.run_context import RunContext, setup_run
 from dschat.train.run_length import RunLength
 from dschat.utils.distributed import Distributed
 
@@ -151,12 +152,9 @@ def _look_at_ppo(
         adapted, more = fitting_model(settings.critic, critic, BUILDS["reward"], "critic_", widths)
         settings, flags = replace(settings, critic=adapted), flags | more
     if waits:
-        settings.run.check_output(*ROLE_FOLDERS)
-        names = replace(names, actor=actor, critic=critic, reward=reward)
-        check_role_contexts(names, settings.max_seq_len, None)
-        if critic is not None:
-            check_same_tokenizer(ctx.tokenizer, critic, settings.run.answer_end)
-        plan = plan_training(ctx, settings, names)
+        plan = _plan_stand_ins(
+            ctx, settings, replace(names, actor=actor, critic=critic, reward=reward)
+        )
     else:
         plan = plan_roles(ctx, settings).training
     if reward is not None:
@@ -172,6 +170,15 @@ def _look_at_ppo(
         factor = width_factor(critic, widths["critic_"]) * haste(fitted_length(length, fixed).steps)
         flags |= {f"critic_{name}": rate for name, rate in scaled_rates(given, factor).items()}
     return _ahead(actor, data, length, plan.written, flags, fixed)
+
+
+def _plan_stand_ins(ctx: RunContext, settings: RLHFSettings, names: RoleNames) -> TrainingPlan:
+    """Plan roles of which an earlier stage will write some; `names` has what they begin with."""
+    settings.run.check_output(*ROLE_FOLDERS)
+    check_role_contexts(names, settings.max_seq_len, None)
+    if names.critic is not None:
+        check_same_tokenizer(ctx.tokenizer, names.critic, settings.run.answer_end)
+    return plan_training(ctx, settings, names)
 
 
 def _ahead(

@@ -43,7 +43,7 @@ class SourceReport:
             **self.left,
             "identical pairs dropped": self.identical_pairs,
             "empty answers dropped": self.empty_answers,
-            **{f"of no use: {reason}": count for reason, count in self.skipped.items()},
+            **{f"unusable: {reason}": count for reason, count in self.skipped.items()},
         }
         total = self.rows + sum(self.left.values()) + sum(self.skipped.values())
         line = f"{self.name} {self.split}: {self.used} of {total} rows"

@@ -45,7 +45,7 @@ class RowStream:
 
     read: Callable[[], Iterator[Example]]
     convert: Converter  # counts rows truncated and dropped
-    skipped: Counter[str] = field(default_factory=Counter)  # rows of no use, of all readings
+    skipped: Counter[str] = field(default_factory=Counter)  # unusable rows, of all readings
 
 
 def stream_sources(

@@ -57,9 +57,7 @@ def load_weights(
 
 def misfits(info: dict, allowed_unexpected: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """List the keys in which checkpoint and architecture differ, by kind; empty where they fit."""
-    unexpected = [
-        k for k in info["unexpected_keys"] if not k.startswith(allowed_unexpected or "\0")
-    ]
+    unexpected = [k for k in info["unexpected_keys"] if not k.startswith(allowed_unexpected)]
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(unexpected),

@@ -76,7 +76,7 @@ def commit(folder: str | Path, adapter: Sequence[str] = ()) -> None:
 
 
 def finish(folder: Path) -> bool:
-    """Put the files of a complete new model in place, from wherever that stopped.
+    """Put the files of a complete new model in place; continue where a killed run stopped.
 
     Returns:
         True where there was one.

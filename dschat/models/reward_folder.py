@@ -59,7 +59,7 @@ class RewardForm:
         return {disk: state[name] for name, disk in names.items() if disk is not None}
 
     def name_in_adapter(self, name: str) -> str | None:
-        """Name of a module in an adapter's folder: that of a classifier, also where there is none.
+        """Name of a module in an adapter's folder: as in a classifier, even if the family has none.
 
         None: it is not saved.
         """

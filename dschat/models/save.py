@@ -63,43 +63,60 @@ def save_hf_format(
         UserError: on every rank, where the disk does not take it; what was there stays.
     """
     module = unwrap(model)
-    form = None
-    if isinstance(module, RewardModel):
-        form = reward_form(module.config, tokenizer)
-        tokenizer = form.tokenizer
+    form = reward_form(module.config, tokenizer) if isinstance(module, RewardModel) else None
+    small = _SmallFiles(module, form, form.tokenizer if form else tokenizer, statistics, files)
     target, adapter_files = _Target(Path(output_dir), distributed), list[str]()
-
-    def fill(part: Path, base: str | None) -> None:
-        """Write what stands beside the weights of a model, or of an adapter on a base."""
-        if form is not None:
-            write_note(form, part, base)
-        tokenizer.save_pretrained(part)
-        _write_statistics(module, statistics, part)
-        for name, content in (files or {}).items():
-            (part / name).write_bytes(content)
-
     if plan.adapter is not None:  # first: it is small, and holds all that was trained
-        outline = adapter_outline(module, plan.adapter, form)
-        state = consolidated_state_dict(module, distributed.rank, outline.needed)
         own = target.inside(ADAPTER_FOLDER) if plan.merged else target
-
-        def fill_adapter(part: Path) -> None:
-            _write_adapter(module, outline, state, part)
-            fill(part, outline.config["base_model_name_or_path"])
-            adapter_files.extend(path.name for path in part.iterdir())
-
-        with own.new_model() as part:
-            own.by_main(functools.partial(fill_adapter, part))
+        adapter_files = _save_adapter(own, small, plan.adapter)
     if plan.merged:
         weights = plan_folder(module, form)
 
-        def fill_folder(part: Path) -> None:
+        def fill(part: Path) -> None:
             weights.write_config(part)
-            fill(part, None)
+            small.write(part, None)
 
         with target.new_model(adapter_files) as part:
-            target.by_main(functools.partial(fill_folder, part))
+            target.by_main(functools.partial(fill, part))
             write_weights(weights, distributed.rank, functools.partial(target.write_weights, part))
+
+
+def _save_adapter(target: _Target, small: _SmallFiles, origin: AdapterOrigin) -> list[str]:
+    """Write an adapter's folder; return its files, on rank 0."""
+    module, names = small.module, list[str]()
+    outline = adapter_outline(module, origin, small.form)
+    state = consolidated_state_dict(module, target.process.rank, outline.needed)
+
+    def fill(part: Path) -> None:
+        _write_adapter(module, outline, state, part)
+        small.write(part, outline.config["base_model_name_or_path"])
+        names.extend(path.name for path in part.iterdir())
+
+    with target.new_model() as part:
+        target.by_main(functools.partial(fill, part))
+    return names
+
+
+@dataclass(frozen=True)
+class _SmallFiles:
+    """What stands beside the weights of a model, or of an adapter on a base."""
+
+    module: nn.Module
+    form: RewardForm | None
+    tokenizer: PreTrainedTokenizerBase
+    statistics: RewardStatistics | None
+    files: Mapping[str, bytes] | None
+
+    def write(self, part: Path, base: str | None) -> None:
+        if self.form is not None:
+            write_note(self.form, part, base)
+        self.tokenizer.save_pretrained(part)
+        scaling = self.module.value_scaling if isinstance(self.module, RewardModel) else None
+        for name, values in {STATISTICS_FILE: self.statistics, VALUE_FILE: scaling}.items():
+            if values is not None:
+                write_statistics(values, part, name)
+        for name, content in (self.files or {}).items():
+            (part / name).write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -158,13 +175,6 @@ class _Target:
         if (adapter / CONFIG_FILE).is_file():
             also = f"; {adapter} is complete, and python -m dschat.merge merges it"
         return f"no model was written, what was there stays{also}; fix that, and start again"
-
-
-def _write_statistics(module: nn.Module, statistics: RewardStatistics | None, folder: Path) -> None:
-    scaling = module.value_scaling if isinstance(module, RewardModel) else None
-    for name, values in {STATISTICS_FILE: statistics, VALUE_FILE: scaling}.items():
-        if values is not None:
-            write_statistics(values, folder, name)
 
 
 def _write_adapter(

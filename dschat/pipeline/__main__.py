@@ -26,7 +26,8 @@ from dschat.errors import UserError
 from dschat.lazy import torch
 from dschat.pipeline.ahead import check_ahead
 from dschat.pipeline.closing import close
-from dschat.pipeline.recipe import EMBEDDED, Pipeline, PipelineSettings, find, read, shipped
+from dschat.pipeline.pipeline_settings import PipelineSettings
+from dschat.pipeline.recipe import EMBEDDED, Pipeline, find, read, shipped
 from dschat.pipeline.run import hold_output, run_all, run_stage, unfinished
 from dschat.pipeline.stage import PASSED, Stage
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dschat.errors import UserError
 from dschat.pipeline.stage import Stage
+
+if TYPE_CHECKING:
+    from dschat.config.preflight import StepAhead
 
 
 def check_ahead(
@@ -33,7 +37,7 @@ def check_ahead(
     """
     import torch
 
-    from dschat.config.preflight import StepAhead, look_ahead
+    from dschat.config.preflight import look_ahead
     from dschat.train.disk import check_disk
     from dschat.utils.distributed import Distributed
     from dschat.utils.files import free_bytes, in_words
@@ -57,12 +61,7 @@ def check_ahead(
         result.append(stage.with_flags(*flags))
         found.append(ahead)
         stand_ins[str(stage.model)] = ahead.model
-        steps = ahead.length.steps
-        lines = [f"{stage.name}: {ahead.model}, {ahead.rows} rows, {steps} optimizer steps"]
-        lines += [f"  {stage.remark}"] if stage.remark else []
-        lines += [f"  chosen by rows and model: {' '.join(flags)}"] if flags else []
-        lines += [f"  {line}" for line in ahead.length.advice()]
-        for line in lines:
+        for line in _lines(stage, ahead, flags):
             print(fitted(line, window()))
     written = [one for ahead in found for one in ahead.written]
     check_disk(str(output_dir), written, checkpoints=0)
@@ -70,3 +69,13 @@ def check_ahead(
     line = f"model folders: {size}, of {free} free in {output_dir}"
     print(fitted(line, window()), flush=True)
     return result
+
+
+def _lines(stage: Stage, ahead: StepAhead, flags: Sequence[str]) -> Iterator[str]:
+    """Yield what a stage will train, and on what."""
+    yield f"{stage.name}: {ahead.model}, {ahead.rows} rows, {ahead.length.steps} optimizer steps"
+    if stage.remark:
+        yield f"  {stage.remark}"
+    if flags:
+        yield f"  chosen by rows and model: {' '.join(flags)}"
+    yield from (f"  {line}" for line in ahead.length.advice())

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dschat.errors import UserError, brief
 from dschat.pipeline.stage import Stage
+from dschat.report.records import evaluations
 from dschat.utils.printable import printable, step_of_start
 
-# The figure of an evaluation by which a kind of stage is told.
+# The figure of an evaluation by which a kind of stage is judged.
 FIGURES = {"sft": "perplexity", "reward": "accuracy", "dpo": "accuracy", "ppo": "reward"}
 NORMAL_95 = 1.96  # standard errors on each side of a mean that make a 95 % interval
 EMBEDDED = {"sft", "reward", "ppo"}  # stages that the embedded default's own report is about
@@ -107,12 +107,3 @@ def _interval(record: Mapping[str, float], figure: str) -> tuple[float, float, f
         return value - NORMAL_95 * error, value, value + NORMAL_95 * error
     low, high = record.get(f"{figure}_low"), record.get(f"{figure}_high")
     return None if low is None or high is None else (low, value, high)
-
-
-def evaluations(folder: Path) -> list[dict]:
-    """Read the evaluation records of a run, in order; none where it wrote none."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [record for line in lines if (record := json.loads(line))["kind"] == "eval"]

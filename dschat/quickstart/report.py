@@ -16,6 +16,7 @@ from dschat.models.causal_lm import create_hf_model
 from dschat.models.reward_model import RewardModel, create_critic_model, scores_at_end
 from dschat.quickstart.model import MAX_NEW_TOKENS
 from dschat.quickstart.task import GoldScore, gold_score
+from dschat.report.records import evaluations
 from dschat.rlhf.generation import generate
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.text.encoding import decode
@@ -65,12 +66,6 @@ def judge(
     return Judged(answers, scores.mean().item(), gold_score(prompts, answers))
 
 
-def evaluations(output_dir: Path, step: str) -> list[dict]:
-    """Read the evaluation records of a step, in order."""
-    lines = (output_dir / step / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for line in lines if (record := json.loads(line))["kind"] == "eval"]
-
-
 def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None:
     """Judge base, SFT and PPO model on the held-out prompts; print the table and some answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,8 +78,8 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
         name: judge(output_dir / folder, reward_model, prompts, device, seed)
         for name, folder in MODELS.items()
     }
-    perplexity = [record["perplexity"] for record in evaluations(output_dir, "actor-models")]
-    accuracy = evaluations(output_dir, "reward-models")[-1]["accuracy"]
+    perplexity = [record["perplexity"] for record in evaluations(output_dir / "actor-models")]
+    accuracy = evaluations(output_dir / "reward-models")[-1]["accuracy"]
     before, after = judged["SFT"], judged["PPO"]
     formed = before.gold.well_formed, after.gold.well_formed
     rows = [

@@ -87,6 +87,12 @@ def read(folder: Path) -> Records:
     return records
 
 
+def evaluations(folder: Path) -> list[Mapping[str, Any]]:
+    """Read the evaluations of a run, in order; none where it wrote no metrics."""
+    path = folder / METRICS
+    return [line for line in _lines(path) if line["kind"] == "eval"] if path.is_file() else []
+
+
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     # Bytes: texts may hold characters that end a line elsewhere.
     with regular(path).open("rb") as file:

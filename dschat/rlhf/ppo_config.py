@@ -66,7 +66,7 @@ class PPOConfig(Settings):
         choices=("auto", "always", "never"),
     )
     missing_eos_penalty: float = setting(
-        0.0, "taken from the reward of an answer without end", at_least=0
+        0.0, "taken from the reward of an answer without end token", at_least=0
     )
     critic_warmup_iterations: int = setting(
         0, "first iterations in which the critic alone trains", at_least=0

@@ -34,7 +34,7 @@ ONE_STEP = 0.75  # of the whole way: what got there in one step is not on the wa
 FEWER_ENDS = 0.08  # of the answers
 LIKELY = 1.5  # standard errors of what is seen beside something certain
 COLLAPSED = 0.1  # times the first entropy
-SAW = 0.1  # explained variance of a critic that has learnt
+SAW = 0.1  # explained variance of a critic that has learned
 SEES_NOTHING = 0.01  # of one that predicts the same for all, but for rounding
 STILL, STILL_AFTER = 1e-4, 20  # nats a token after so many iterations; KL grows with their square
 

@@ -9,6 +9,7 @@ import torch
 
 from dschat.functional.returns import kl_k1, kl_k3, masked_mean, masked_moments
 from dschat.rlhf.experience import Experience, filled
+from dschat.rlhf.ppo_config import PPOConfig
 from dschat.utils.distributed import all_reduce_max, all_reduce_sum
 
 
@@ -94,6 +95,19 @@ def masked_share(experiences: list[Experience]) -> float:
     counted = torch.cat([e.counted for e in experiences])
     is_masked = torch.cat([~e.loss_mask.any(-1) for e in experiences]).float()
     return masked_mean(is_masked, counted, all_reduce_sum)
+
+
+def learned_statistics(
+    learned: list[Experience], config: PPOConfig, has_values: bool
+) -> dict[str, float]:
+    """Statistics of what the update learns from, by what the configuration uses."""
+    statistics = advantage_statistics(learned)
+    if config.estimator.min_answers > 1:
+        share = zero_spread(learned, config.missing_eos_penalty)
+        statistics["frac_reward_zero_std"] = share
+    if config.policy.mask_truncated_answers:
+        statistics["masked"] = masked_share(learned)
+    return statistics | (value_statistics(learned) if has_values else {})
 
 
 def advantage_statistics(experiences: list[Experience]) -> dict[str, float]:

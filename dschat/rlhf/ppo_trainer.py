@@ -29,14 +29,7 @@ from dschat.rlhf.dynamic_sampling import Resampled, SparePrompts, resampled
 from dschat.rlhf.experience import Experience
 from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_health import check_figures
-from dschat.rlhf.ppo_statistics import (
-    advantage_statistics,
-    answer_count,
-    masked_share,
-    rollout_statistics,
-    value_statistics,
-    zero_spread,
-)
+from dschat.rlhf.ppo_statistics import answer_count, learned_statistics, rollout_statistics
 from dschat.rlhf.ppo_updates import Updates
 from dschat.rlhf.ptx import PTX
 from dschat.rlhf.rewards import Rewards
@@ -216,14 +209,7 @@ class DeepSpeedPPOTrainer:
             statistics["rollout_staleness"] = float(rollouts[0].staleness)
         experiences = rollouts if trained is None else trained
         learned = with_advantages(experiences, self.config, self.kl.coefficient)
-        statistics |= advantage_statistics(learned)
-        if self.config.estimator.min_answers > 1:
-            share = zero_spread(experiences, self.config.missing_eos_penalty)
-            statistics["frac_reward_zero_std"] = share
-        if self.config.policy.mask_truncated_answers:
-            statistics["masked"] = masked_share(learned)
-        if self.roles.critic is not None:
-            statistics |= value_statistics(learned)
+        statistics |= learned_statistics(learned, self.config, self.roles.critic is not None)
         if self.config.whitens:
             learned = whitened(learned, all_reduce_sum)
         return learned, statistics

@@ -162,9 +162,9 @@ class PPORun:
         )
         return log, position
 
-    def save(self, output: Path) -> None:
+    def save(self) -> None:
         """Write the folder of each trained role, and of the actor's average."""
-        ctx, roles = self.ctx, self.trainer.roles
+        ctx, roles, output = self.ctx, self.trainer.roles, Path(self.settings.run.output_dir)
         for name, engine in roles.trained.items():
             plan = self.plan.training.saves[name]
             save_hf_format(engine, ctx.tokenizer, output / name, ctx, plan)
@@ -173,6 +173,13 @@ class PPORun:
             with roles.ema.applied() as averaged:
                 folder = output / "actor_ema"
                 save_hf_format(averaged, ctx.tokenizer, folder, ctx, plan)
+
+    def end(self, log: PPOLog) -> None:
+        """Note that the run is complete, close the log, and push the actor where that is asked."""
+        self.checkpointer.mark_end()
+        log.close()
+        run = self.settings.run
+        run.hub.push(Path(run.output_dir) / "actor", self.ctx.rank)
 
 
 def _with_tokens(

@@ -25,7 +25,7 @@ class RolloutConfig(Settings):
     gather_for_rollouts: bool = setting(
         False,
         "at actor_zero_stage 3: every rank holds the complete actor while it generates, in place "
-        "of gathering each layer anew for each token",
+        "of gathering each layer again for each token",
     )
     fuse_lora_for_generation: bool = setting(
         False, "fuse the actor's adapters with its weights while it generates"

@@ -87,7 +87,7 @@ class ChatFormat:
         if not rendered.startswith(opened):
             raise UserError(
                 "the chat template writes the prompt otherwise once it is answered, so prompt and "
-                f"answer cannot be told apart; {USE_DSCHAT}"
+                f"answer cannot be separated; {USE_DSCHAT}"
             )
         tail = rendered[len(opened) :]
         start = tail.find(content)

@@ -22,7 +22,7 @@ from dschat.train.engine import Engine
 from dschat.train.line_files import KEPT
 from dschat.utils.distributed import Distributed, all_gather, on_every_rank
 from dschat.utils.files import disk_error, make_folder, remove
-from dschat.utils.rank_watch import working
+from dschat.utils.places import working
 from dschat.utils.waiting import from_waiting_main
 
 

@@ -35,15 +35,15 @@ from dschat.train.resume_engines import (
     set_peak_rates,
 )
 from dschat.train.safe_load import load_file, make_loading_safe
-from dschat.utils import rank_watch
 from dschat.utils.distributed import (
     Distributed,
-    RandomState,
     all_reduce_max,
     all_reduce_sum,
     barrier,
     print_rank_0,
 )
+from dschat.utils.places import in_step
+from dschat.utils.random_state import RandomState
 from dschat.utils.zero import local_values
 
 
@@ -101,7 +101,7 @@ class Checkpointer:
         self._modules = {name: engine.module for name, engine in engines.items()}
         self._modules |= {name: m for name, m in (frozen or {}).items() if m is not None}
         signals.finish_steps()
-        rank_watch.in_step(1 if self._source is None else self._source.position.step + 1)
+        in_step(1 if self._source is None else self._source.position.step + 1)
         if self._source is None:
             return Position()
         folder, record = self._source.folder, self._source.record
@@ -167,7 +167,7 @@ class Checkpointer:
             barrier()  # a launcher ends all ranks when the first one ends
             folder = str(checkpoint_folder.path_of(self.output_dir, step))
             raise signals.Stopped(signum, step, folder if counted else None)
-        rank_watch.in_step(step + 1)
+        in_step(step + 1)
 
     def save(self, position: Position) -> None:
         """Write a checkpoint; it appears under its name when complete, and older ones go then.

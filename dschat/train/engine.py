@@ -30,7 +30,7 @@ from dschat.utils.optim import (
     get_optimizer_grouped_parameters,
     group_table,
 )
-from dschat.utils.rank_watch import waiting
+from dschat.utils.places import waiting
 from dschat.utils.schedules import Schedule
 from dschat.utils.zero import full_numel
 

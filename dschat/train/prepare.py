@@ -119,6 +119,13 @@ class Run:
             {"model": self.engine}, {"log": log, "watch": watch, **others}
         )
 
+    def end(self, log: TrainingLog) -> None:
+        """Note that the run is complete, close the log, and push the model where that is asked."""
+        self.checkpointer.mark_end()
+        log.close()
+        run = self.settings.run
+        run.hub.push(run.output_dir, self.ctx.rank)
+
 
 def prepare(
     ctx: RunContext,

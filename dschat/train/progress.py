@@ -187,6 +187,11 @@ class TrainingLog:
         self._since_log = Interval()
         self._advise(step, values)
 
+    def print_loss(self, step: int, loss_sum: float, counts: Sequence[float]) -> None:
+        """Print the mean loss of one optimizer step."""
+        mean = loss_sum / max(counts[0], 1.0)
+        print_rank_0(f"step {step}/{self.total_steps} | loss {mean:.4f}")
+
     def _advise(self, step: int, figures: Mapping[str, float]) -> None:
         line = self.watch.advice(step, figures) if self.watch is not None else None
         if line is not None:

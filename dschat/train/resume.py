@@ -145,7 +145,7 @@ class RunPlan:
                     state, remedy = "was not there when the run began", "remove it"
                 raise UserError(
                     f"resume {place}: {file} of {setting} "
-                    f"{flag_values(self.settings)[setting]} {state}; {remedy}, or start anew"
+                    f"{flag_values(self.settings)[setting]} {state}; {remedy}, or start a new run"
                 )
 
     def _explain(self, name: str, saved: Any, now: Any) -> str:

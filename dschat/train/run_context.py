@@ -129,8 +129,8 @@ class RunContext(Distributed):
 def setup_run(
     model_name_or_path: str,
     config: StartConfig,
-    *,
     prompt_format: str | None = None,
+    *,
     teaches_format: bool = False,
     process: Distributed | None = None,
 ) -> RunContext:

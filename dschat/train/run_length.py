@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-FEW_STEPS = 20  # by then Adam's averages and the schedule have hardly begun
+FEW_STEPS = 20  # by then Adam's averages and the schedule have hardly started
 LONGEST_WARM_UP, USUAL_WARM_UP = 1 / 3, 1 / 10  # of a run
 
 

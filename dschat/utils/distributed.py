@@ -10,14 +10,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from dschat.errors import UserError, brief
 from dschat.lazy import dist, np, torch
 from dschat.utils import rank_watch
 from dschat.utils.launchers import rank_of, torch_variables
+from dschat.utils.places import waiting, working
 from dschat.utils.printable import fitted, printable, window
-from dschat.utils.rank_watch import waiting
 
 Result = TypeVar("Result")
 
@@ -145,7 +145,7 @@ def from_main(work: Callable[[], Result]) -> Result:
     with waiting("the work of rank 0", patient=True):
         if dist.get_rank() == 0:
             try:
-                with rank_watch.working():
+                with working():
                     outcome[0] = work()
             except UserError as error:
                 outcome[1] = str(error)
@@ -223,34 +223,6 @@ def set_random_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-class RandomState:
-    """The generators of this process: python, numpy, torch, and this rank's device."""
-
-    per_rank = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the generators' states as tensors and plain numbers."""
-        from deepspeed.accelerator import get_accelerator
-
-        name, words, *rest = cast(tuple[Any, ...], np.random.get_state())
-        return {
-            "python": random.getstate(),
-            "numpy": (name, torch.from_numpy(words.astype(np.int64)), *rest),
-            "torch": torch.get_rng_state(),
-            "device": get_accelerator().get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the generators to states that `state_dict` returned."""
-        from deepspeed.accelerator import get_accelerator
-
-        name, words, *rest = state["numpy"]
-        random.setstate(state["python"])
-        np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(state["torch"])
-        get_accelerator().set_rng_state(state["device"])
 
 
 def print_rank_0(message: str, rank: int | None = None) -> None:

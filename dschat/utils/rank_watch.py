@@ -1,7 +1,7 @@
 """A watch over the other ranks: none is waited for longer than `rank_timeout`, nor without a word.
 
 Each rank tells the others by the store of the process group, every few seconds, how many places it
-has come to; all ranks come to the same ones in the same order (`waiting`). A thread of each rank
+has come to; all ranks come to the same ones in the same order (`places`). A thread of each rank
 ends the process when
 
 - the main thread has waited in a collective for that long, and a rank has not come to it
@@ -22,12 +22,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import timedelta
 
 from dschat.lazy import dist
+from dschat.utils import places
 from dschat.utils.cpu_time import cpu_time
+from dschat.utils.places import here
 from dschat.utils.printable import last_line
 
 LOST = 1  # exit code
@@ -37,56 +38,6 @@ _SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting",
 
 class LostRankError(RuntimeError):
     """Another rank has ended or does not answer; the message says which, and where."""
-
-
-@dataclass
-class _Place:
-    """Where the main thread is: its how manyth place, and whether it waits there or works."""
-
-    count: int = 0
-    name: str = "the start"
-    step: int = 0
-    waits: bool = False
-    works: bool = False
-    since: float = field(default_factory=time.monotonic)
-
-    def go(self, name: str, waits: bool) -> None:
-        self.count, self.name, self.waits = self.count + 1, name, waits
-        self.since = time.monotonic()
-
-    def __str__(self) -> str:
-        return f"{self.name} of step {self.step}" if self.step else self.name
-
-
-_here = _Place()
-
-
-@contextlib.contextmanager
-def waiting(name: str, patient: bool = False) -> Iterator[None]:
-    """Mark a place where ranks wait for each other; all of them come to it.
-
-    Args:
-        name: such as "a barrier". patient: one of them may work there for hours.
-    """
-    _here.go(name, not patient)
-    yield
-    _here.go(f"the work after {name}", False)
-
-
-@contextlib.contextmanager
-def working() -> Iterator[None]:
-    """Mark work, without waiting for other ranks, of a rank that these wait for."""
-    before = _here.works
-    _here.works, _here.since = True, time.monotonic()
-    try:
-        yield
-    finally:
-        _here.works = before
-
-
-def in_step(number: int) -> None:
-    """Tell the number of the present step, for messages."""
-    _here.step = number
 
 
 class RankWatch:
@@ -160,7 +111,7 @@ class RankWatch:
         with contextlib.suppress(RuntimeError):
             while not self._ended.is_set():
                 beats += 1
-                mine = json.dumps([beats, _here.count, str(_here)])
+                mine = json.dumps([beats, here.count, str(here)])
                 self._store.set(keys[self.rank], mine)
                 present = [key for key in keys if self._store.check([key])]
                 values = self._store.multi_get(present)
@@ -184,14 +135,14 @@ class RankWatch:
             now = time.monotonic()
             if now - last > 3 * self.interval:  # this rank was stopped itself, perhaps all were
                 self._heard = dict.fromkeys(self._heard, now)
-                self._exchanged = _here.since = now
+                self._exchanged = here.since = now
             last = now
-            if _here.works and self._is_stuck(now):
-                line = f"rank {self.rank} was stuck for {self.timeout:g} s in {_here}; the run ends"
+            if here.works and self._is_stuck(now):
+                line = f"rank {self.rank} was stuck for {self.timeout:g} s in {here}; the run ends"
                 word = json.dumps([self.rank, f"error: {line}"])
                 self._leave(self._store.compare_set(self._last, "", word))
             missing, why = self.silent(self.timeout), "no sign of life"
-            if not missing and _here.waits and now - _here.since > self.timeout:
+            if not missing and here.waits and now - here.since > self.timeout:
                 missing = self._behind()
                 if missing and missing[0] not in self.silent(3 * self.interval):
                     why = f"still in {json.loads(self._beats[missing[0]])[2]}"
@@ -203,11 +154,11 @@ class RankWatch:
         ran = cpu_time()
         if ran != self._ran:
             self._ran, self._ran_at = ran, now
-        return now - max(self._ran_at, _here.since) > self.timeout
+        return now - max(self._ran_at, here.since) > self.timeout
 
     def _end(self, missing: Sequence[int], why: str) -> None:
         """End the run: the first rank that is not missing says why."""
-        line = f"{self.timeout:g} s for {_ranks(missing)} in {_here} ({why}); the run ends"
+        line = f"{self.timeout:g} s for {_ranks(missing)} in {here} ({why}); the run ends"
         first = min(set(range(self.ranks)) - set(missing))
         word = json.dumps([first, f"error: rank {first} waited {line}"])
         # The store is rank 0's: without that there is nobody to ask whether it is said already.
@@ -232,7 +183,7 @@ class RankWatch:
     def _behind(self) -> list[int]:
         """Ranks that have not come to this place, by what they last said."""
         counts = {rank: json.loads(beat)[1:2] for rank, beat in self._beats.items()}
-        return [rank for rank, count in counts.items() if count and count[0] < _here.count]
+        return [rank for rank, count in counts.items() if count and count[0] < here.count]
 
 
 def _ranks(numbers: Sequence[int]) -> str:
@@ -250,8 +201,8 @@ def start(store: dist.Store, rank: int, ranks: int, timeout: float) -> None:
     global _watch, _starts
     stop()
     _starts += 1
-    _here.count, _here.waits = 0, False
-    in_step(0)
+    here.count, here.waits = 0, False
+    places.in_step(0)
     _watch = RankWatch(store, rank, ranks, timeout, f"dschat/watch/{_starts}")
 
 
@@ -304,4 +255,4 @@ def explain(error: Exception) -> str | None:
     _watch.leave_once()
     if missing and _watch.rank != min(ranks - set(missing)):
         return ""
-    return f"rank {_watch.rank} lost {_ranks(missing) if missing else 'another rank'} in {_here}"
+    return f"rank {_watch.rank} lost {_ranks(missing) if missing else 'another rank'} in {here}"

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from dschat.errors import UserError, brief
 from dschat.lazy import dist
-from dschat.utils.rank_watch import LostRankError, waiting, working
+from dschat.utils.places import waiting, working
+from dschat.utils.rank_watch import LostRankError
 
 _turns = itertools.count()  # every rank takes the same ones
 

@@ -12,6 +12,7 @@ from benchmarks.peers import __main__ as driver
 from benchmarks.peers import hh, hh_rows, scores
 from benchmarks.peers.task import Task
 from tests.helpers import tiny
+from tests.helpers.rounding import LOGITS, NEAR_ONE
 
 CHATS = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
@@ -86,7 +87,7 @@ def test_the_judge_scores_a_text_with_its_end_and_an_answer_alone(tmp_path: Path
             logprobs = model(torch.tensor([row["prompt_ids"] + answer])).logits[0].log_softmax(-1)
             at = range(2, 2 + len(answer))  # each token is forecast one place before it
             expected.append(sum(logprobs[i, t].item() for i, t in zip(at, answer, strict=True)))
-    assert found("dpo", "policy") == [pytest.approx(expected, abs=1e-5)]
+    assert found("dpo", "policy") == [pytest.approx(expected, abs=LOGITS)]
 
     config = model.config
     config.num_labels, config.pad_token_id = 1, tiny.PAD
@@ -97,7 +98,7 @@ def test_the_judge_scores_a_text_with_its_end_and_an_answer_alone(tmp_path: Path
             classifier.score(classifier.model(torch.tensor([row["prompt_ids"] + a]))[0])[0, -1]
             for a in (row["chosen_ids"], row["rejected_ids"])
         ]
-    assert found("reward", "reward") == [pytest.approx([v.item() for v in values], abs=1e-6)]
+    assert found("reward", "reward") == [pytest.approx([v.item() for v in values], abs=NEAR_ONE)]
 
 
 def test_rates_fall_with_the_width(model: Path):

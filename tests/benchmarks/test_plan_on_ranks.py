@@ -16,7 +16,9 @@ CELLS = [
 @pytest.mark.slow
 def test_two_ranks_hold_and_receive_what_is_planned():
     for row in count(CELLS, ranks=2):
-        least = 0.001 * sum(row["held"].values())  # what DeepSpeed keeps beside: counters, norms
+        # DeepSpeed keeps counters and norms beside them: 0.04 % in docs/scaling.md, 0.1 % here.
+        apart = 0.001 * sum(row["held"].values())
         for kind, planned in row["held, planned"].items():
-            assert row["held"][kind] == pytest.approx(planned, rel=0.05, abs=least), (row, kind)
+            assert row["held"][kind] == pytest.approx(planned, rel=0, abs=apart), (row, kind)
+        # What docs/scaling.md promises: 5 %.
         assert row["counted"] == pytest.approx(row["planned"], rel=0.05), row

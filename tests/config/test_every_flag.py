@@ -19,7 +19,7 @@ from dschat.config.cli import parse
 from dschat.config.help import OneLineParser, add_flag
 from dschat.config.programs import ChatSettings, InspectSettings, WinRateSettings
 from dschat.errors import UserError
-from dschat.pipeline.recipe import PipelineSettings
+from dschat.pipeline.pipeline_settings import PipelineSettings
 from dschat.plan.flags import PlanFlags
 from dschat.settings import Flag, Settings, flags_of
 from tests.config.test_dschat_flags import script

@@ -67,7 +67,8 @@ def test_each_preference_loss_brings_its_own_rate():
         assert rates.lora_A_rate == pytest.approx(2.5 * loss.full_rate), name
     argv = ["--model_name_or_path", "m", "--loss_type", "simpo"]
     rates = parse(DPOSettings, argv, "").model.optimizer
-    assert rates.base_rate == PREFERENCE_LOSSES["simpo"].full_rate < 1e-6
+    assert rates.base_rate == PREFERENCE_LOSSES["simpo"].full_rate
+    assert rates.base_rate < PREFERENCE_LOSSES["sigmoid"].full_rate
     rates = parse(DPOSettings, [*argv, "--learning_rate", "3e-6"], "").model.optimizer
     assert rates.base_rate == rates.lora_A_rate == 3e-6
 

@@ -342,7 +342,7 @@ def test_every_row_of_a_source_is_accounted_for(spec, write_rows, byte_tokenizer
     assert train.used + train.identical_pairs == 130 and 0 < train.identical_pairs < 130
     assert train.line() == (
         f"{path} train: {train.used} of 300 rows (29 held out, 131 for other steps, "
-        f"{train.identical_pairs} identical pairs dropped, 10 of no use: tie)"
+        f"{train.identical_pairs} identical pairs dropped, 10 unusable: tie)"
     )
 
 

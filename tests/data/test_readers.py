@@ -175,7 +175,7 @@ def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
         max_seq_len=64,
     )
     report = spec.make(byte_tokenizer, 2).report
-    reason = "1 of no use: the two sides differ before the last answer"
+    reason = "1 unusable: the two sides differ before the last answer"
     assert report.lines()[0].endswith(f" train: 1 of 2 rows ({reason})")
     assert report == spec.make(byte_tokenizer, 2).report
 

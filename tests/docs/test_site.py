@@ -20,7 +20,7 @@ from dschat.config.programs import (
     RewardEvaluation,
     WinRateSettings,
 )
-from dschat.pipeline.recipe import PipelineSettings
+from dschat.pipeline.pipeline_settings import PipelineSettings
 from dschat.plan.flags import PlanFlags
 from dschat.settings import flags_of
 from tests.docs.test_pages import LINK

@@ -10,6 +10,7 @@ import torch
 
 from dschat.functional.preferences import PREFERENCE_LOSSES, PairLogprobs, robust_loss
 from tests.functional.test_losses import close
+from tests.helpers.rounding import FIGURE
 
 LOG3 = math.log(3.0)
 
@@ -74,7 +75,7 @@ def test_loss_and_gradient_are_those_of_trl(name: str):
     value = loss.loss(*loss.scores(pairs), **COEFFICIENTS[name]).mean()
     value.backward()
     found = (value, policy.grad.norm(), policy.grad[0, 2, 1], policy.grad[2, 1, 0])
-    close(torch.stack([x.detach() for x in found]), TRL[name], 1e-12)
+    close(torch.stack([x.detach() for x in found]), TRL[name], 4 * FIGURE)
 
 
 def test_a_loss_needs_no_reference_exactly_where_it_says_so():

@@ -1,22 +1,39 @@
-"""How far rounding may take two fp32 trainings apart that add the same numbers in other orders."""
+"""How far rounding may take two computations of the same numbers apart: the tests' tolerances.
+
+The unit roundoff u is the largest relative error of one operation. A chain of n operations on
+numbers up to x is off by at most n u x if all errors have one sign, and by about sqrt(n) u x as
+they do not. A tolerance in a test is one of the names below, an expression of them, or a number
+with its arithmetic in a comment; `tests/test_suite.py` sees to it. The defaults of the libraries
+are no exceptions: `pytest.approx` allows a relative 1e-6, which is NEAR_ONE, and
+`torch.testing.assert_close` an absolute 1e-5 for fp32, which is LOGITS.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-ROUNDING = 2.0**-24  # relative error of one fp32 operation
+ROUNDING = 2.0**-24  # unit roundoff of fp32
+ROUNDING_64 = 2.0**-53
+ROUNDING_FP16 = 2.0**-11
+# A figure that Python computes from a handful of numbers, relative: 16 operations, 1.8e-15.
+FIGURE = 16 * ROUNDING_64
+# An fp32 number near 1 from a handful of others: 16 operations, 9.5e-7.
+NEAR_ONE = 16 * ROUNDING
 # A gradient, a logit or a value of the tiny models has come through about 64 operations in a row,
 # whose errors add up like a random walk.
 IN_A_ROW = 64**0.5 * ROUNDING
-# Logits, values and log-probabilities are below 20. Their means, as losses, are no further off.
+# Logits, values, scores and the terms that a gradient adds up are below 20:
+# 20 * 8 * 2^-24 = 9.5e-6. Means are no further off.
 LOGITS = 20 * IN_A_ROW
-# Literal tolerances of the tests stand for these, where no comment says otherwise:
-# 1e-12  fp64 numbers: 2^-53 of 100 is 1.1e-14, some tens of times.
-# 1e-7   fp32 numbers near 1: one rounding, 2^-24 = 6e-8.
-# 1e-6   fp32 numbers near 1: 16 roundings, 16 * 2^-24 = 9.5e-7; 2e-6 between two such.
-# 1e-5   what a model computes: LOGITS = 20 * 8 * 2^-24 = 9.5e-6; 2e-5 for a log-probability, which
-#        is a logit less the log of a sum over the vocabulary.
-# 1e-4   gradients, relative: sums of terms that cancel to 1/200, 200 * IN_A_ROW = 9.5e-5.
+# A log-probability is a logit less the log of a sum over the vocabulary: 1.9e-5.
+LOGPROBS = 2 * LOGITS
+# Gradients, relative to an entry: sums of terms that cancel to 1/200, 200 * 8 * 2^-24 = 9.5e-5.
+GRADIENTS = 200 * IN_A_ROW
+# The least difference between models that compute something else: no rounding is 100 times as
+# large, 9.5e-4.
+DIFFERENT = 100 * LOGITS
+# The same for weights, which are below 1 and rounded once a step: 1,000 roundings, 6.0e-5.
+MOVED = 1000 * ROUNDING
 
 
 def path_tolerance(rates: Iterable[float], eps: float, max_norm: float) -> float:

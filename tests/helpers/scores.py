@@ -15,6 +15,7 @@ from dschat.models.reward_model import scores_at_end
 from dschat.train.answer_scores import score_answers
 from dschat.train.evaluation import pair_scores
 from tests.helpers import tiny
+from tests.helpers.rounding import LOGITS
 
 # The shortest is shorter than the windows of the tiny models, the others longer.
 TEXTS = [
@@ -76,7 +77,7 @@ def all_ways(model: nn.Module) -> torch.Tensor:
 
 def assert_scores(found: torch.Tensor, expected: torch.Tensor) -> None:
     """(ways, N) or (N,): scores of one text agree to 1e-5."""
-    torch.testing.assert_close(found, expected.expand_as(found), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected.expand_as(found), rtol=0, atol=LOGITS)
 
 
 @torch.no_grad()

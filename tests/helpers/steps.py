@@ -24,6 +24,9 @@ DPO = "training/step2_dpo_finetuning/main.py"
 REWARD_EVALUATION = "training/step2_reward_model_finetuning/rw_eval.py"
 PROMPT_EVALUATION = "training/step1_supervised_finetuning/prompt_eval.py"
 PPO = "training/step3_rlhf_finetuning/main.py"
+# Adam divides by |g| + eps: with the 1e-8 of a run the rounding of the smallest gradients becomes
+# whole steps, and no bound on the weights of two runs would be of use.
+EPS = 1e-3
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,8 +67,15 @@ def write_rows(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
+def write_optimizer(folder: Path) -> None:
+    """`adam.json` for runs whose weights are compared: Adam with EPS."""
+    optimizer = {"type": "AdamW", "params": {"eps": EPS, "torch_adam": True}}
+    (folder / "adam.json").write_text(json.dumps({"optimizer": optimizer}))
+
+
 def write_inputs(folder: Path) -> None:
-    """A model folder, and 67 rows of preferences with 13 more to evaluate on."""
+    """A model folder, 67 rows of preferences with 13 more to evaluate on, `adam.json`."""
+    write_optimizer(folder)
     save_llama_folder(folder / "model", max_position_embeddings=128)
     (folder / "data").mkdir()
     write_rows(folder / "data" / "train.jsonl", preference_rows(67, seed=0))

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
+from tests.helpers.rounding import DIFFERENT, LOGITS, adam_tolerance, weight_rtol
+from tests.helpers.steps import EPS
 from tests.helpers.tiny import EOS, VOCABULARY
 
 
@@ -46,11 +49,11 @@ def assert_on_policy(folder: Path, iterations: int) -> None:
     train = records(folder, "train")
     assert [record["step"] for record in train] == [*range(1, iterations + 1)]
     ones = torch.ones(iterations, 1, dtype=torch.float64)
-    torch.testing.assert_close(column(train, "ratio"), ones, rtol=0, atol=1e-5)
+    torch.testing.assert_close(column(train, "ratio"), ones, rtol=0, atol=LOGITS)
     torch.testing.assert_close(column(train, "clip_fraction"), 0 * ones, rtol=0, atol=0)
     # At first the policy is its own reference; afterwards it has moved.
-    assert train[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert abs(train[1]["kl"]) > 1e-3
+    assert train[0]["kl"] == pytest.approx(0, abs=LOGITS)
+    assert abs(train[1]["kl"]) > DIFFERENT
 
 
 def evaluation_ids(folder: Path, side: str) -> list[tuple[list[int], int]]:
@@ -61,3 +64,16 @@ def evaluation_ids(folder: Path, side: str) -> list[tuple[list[int], int]]:
         ([*tokenizer(row["prompt"] + row[side])["input_ids"], EOS], len(row["prompt"]))
         for row in rows
     ]
+
+
+def assert_same_weights(one: Path, other: Path, rate: float) -> None:
+    """Two runs with adam.json trained the same weights but for rounding: adapter or model.
+
+    Args:
+        rate: the largest learning rate of all weights.
+    """
+    adapter, steps = "adapter/adapter_model.safetensors", len(records(one, "train"))
+    saved = adapter if (one / adapter).is_file() else "model.safetensors"
+    weights, bound = load_file(one / saved), adam_tolerance([rate] * steps, EPS, max_norm=1.0)
+    for name, tensor in load_file(other / saved).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=weight_rtol(steps), atol=bound)

@@ -24,6 +24,7 @@ from dschat.chat.remote import RemoteChatbot
 from dschat.config.programs import ChatSettings
 from dschat.text.formats import set_format
 from tests.helpers.launch import TIME_LIMIT
+from tests.helpers.rounding import LOGPROBS
 from tests.helpers.steps import write_rows
 from tests.helpers.tiny import byte_tokenizer, tiny_llama
 
@@ -86,7 +87,7 @@ def test_lm_evaluation_harness_reads_what_training_did(folder: Path, tmp_path: P
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])
             expected.append(logprobs.sum().item())
-        assert found == pytest.approx(expected, abs=1e-3)
+        assert found == pytest.approx(expected, abs=len(answers[0]) * LOGPROBS)
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_a_stream_without_end(stub: Stub, monkeypatch):
     for text in ("He", ""):
         data = events(*[chunk(text)] * 100)
         stub.answers["chat/completions"] = (200, "text/event-stream", data)
-        with pytest.raises(UserError, match="sends an answer without end"):
+        with pytest.raises(UserError, match="sends an endless answer"):
             said(bot(stub))
 
 

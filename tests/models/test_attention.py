@@ -17,6 +17,7 @@ from dschat.models.packing import prove_packing
 from dschat.models.reward_model import create_critic_model
 from dschat.train.evaluation import answer_loss
 from tests.helpers import tiny
+from tests.helpers.rounding import IN_A_ROW
 
 
 @pytest.fixture(scope="module")
@@ -103,4 +104,4 @@ def test_flash_attention_gets_the_bounds_of_packed_sequences(name, monkeypatch):
     prove_packing(model, torch.device("cpu"))
     packed = PackedCollator(tiny.PAD)([rows[:3], rows[3:]])
     together = answer_loss(model, packed)
-    torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=IN_A_ROW, atol=0)

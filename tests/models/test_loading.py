@@ -19,6 +19,7 @@ from dschat.models.reward_model import RewardModel, create_critic_model, scores_
 from dschat.models.save import save_hf_format
 from dschat.utils.distributed import Distributed
 from tests.helpers import tiny
+from tests.helpers.rounding import LOGITS
 
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 ROWS = tiny.token_rows(3, seed=8)
@@ -200,7 +201,7 @@ def test_score_is_the_value_at_the_last_real_token(name: str, pad: int):
                 [places >= width - n if side == "left" else places < n for n in spans]
             )
             scores = scores_at_end(model(torch.tensor(rows), mask), mask)
-            torch.testing.assert_close(scores, torch.stack(alone), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(scores, torch.stack(alone), rtol=0, atol=LOGITS)
 
 
 def test_score_of_a_hand_made_row():

@@ -21,6 +21,7 @@ from dschat.utils.module.lora import (
 )
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
+from tests.helpers.rounding import GRADIENTS, LOGITS, NEAR_ONE
 from tests.rlhf.tiny_roles import left_padded
 
 SHAPE = {
@@ -103,10 +104,10 @@ def test_blocks_give_the_models_own_values_and_gradients(family, temperature):
     scored, found = gradients(
         model, lambda: answer_logprobs(model, ids, mask, 7, temperature=temperature).logprobs
     )
-    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scored, expected, atol=NEAR_ONE, rtol=NEAR_ONE)
     assert found.keys() == wanted.keys() and len(found) > 10
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[name], gradient, atol=LOGITS, rtol=GRADIENTS)
 
 
 @FAMILIES
@@ -128,8 +129,8 @@ def test_entropy(family):
     model, (ids, mask) = MODELS[family](), batch()
     scores = answer_logprobs(model, ids, mask, 7, with_entropy=True, temperature=0.7)
     logprobs, entropy = plainly(model, ids, mask, 0.7)
-    torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(scores.entropy, entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.logprobs, logprobs, atol=NEAR_ONE, rtol=NEAR_ONE)
+    torch.testing.assert_close(scores.entropy, entropy, atol=LOGITS, rtol=0)
     assert answer_logprobs(model, ids, mask, 7).entropy is None
 
 
@@ -165,10 +166,10 @@ def test_targets_of_a_mask_have_the_models_own_values_and_gradients(family):
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         pairs.append((scored.detach(), found))
     (expected, wanted), (scored, found) = pairs
-    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scored, expected, atol=NEAR_ONE, rtol=NEAR_ONE)
     assert found.keys() == wanted.keys() and not scored[~targets].any()
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[name], gradient, atol=LOGITS, rtol=GRADIENTS)
 
 
 def test_the_head_sees_the_targets_alone():
@@ -214,12 +215,12 @@ def test_logits_that_are_more_than_a_head_are_the_models_own(temperature, capsys
         )
         told = capsys.readouterr().out
         assert ("Shifted: its logits are not those of an output head" in told) == (turn == 0)
-        torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(scored, expected, atol=NEAR_ONE, rtol=NEAR_ONE)
         for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[name], gradient, atol=LOGITS, rtol=GRADIENTS)
     with torch.no_grad():
         entropy = answer_logprobs(model, ids, mask, 7, with_entropy=True).entropy
-    torch.testing.assert_close(entropy, plainly(model, ids, mask)[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, plainly(model, ids, mask)[1], atol=LOGITS, rtol=0)
 
 
 def test_targets_of_logits_that_are_more_than_a_head():
@@ -227,7 +228,7 @@ def test_targets_of_logits_that_are_more_than_a_head():
     with torch.no_grad():
         expected = by_all_logits(model, ids, mask, targets)
         found = target_logprobs(model, ids, mask, targets)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, expected, atol=NEAR_ONE, rtol=NEAR_ONE)
 
 
 def test_a_cap_that_small_logits_would_hide_is_found():
@@ -262,10 +263,10 @@ def test_adapters_on_trunk_and_head_get_their_gradients(checkpointing, names):
         make_model_gradient_checkpointing_compatible(model)
         model.train()
     scored, found = gradients(model, lambda: answer_logprobs(model, ids, mask, 7).logprobs)
-    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scored, expected, atol=NEAR_ONE, rtol=NEAR_ONE)
     assert found.keys() == wanted.keys() and all("lora_" in name for name in found)
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[name], gradient, atol=LOGITS, rtol=GRADIENTS)
 
 
 def test_an_adapter_put_on_the_head_later_is_seen():
@@ -275,7 +276,9 @@ def test_an_adapter_put_on_the_head_later_is_seen():
         convert_linear_layer_to_lora(model, LoraConfig(lora_dim=4, lora_module_name=("lm_head",)))
         nn.init.normal_(model.lm_head.lora_B)
         after = answer_logprobs(model, ids, mask, 7).logprobs
-        torch.testing.assert_close(after, plainly(model, ids, mask)[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            after, plainly(model, ids, mask)[0], atol=NEAR_ONE, rtol=NEAR_ONE
+        )
     assert (after - before).abs().max() > 0.1
 
 
@@ -365,10 +368,10 @@ def test_the_loss_over_targets_is_the_models_own(family, trained):
     value, gradients = loss_and_gradients(model, lambda: plain_loss(model, inputs, wanted))
     found, own = loss_and_gradients(model, lambda: target_loss(model, inputs, wanted))
     # Up to 60 terms of up to 20 nats, each good to a few roundings of fp32.
-    assert found == pytest.approx(value, rel=1e-6)
+    assert found == pytest.approx(value, rel=NEAR_ONE)
     assert own.keys() == gradients.keys() and own
     for name, gradient in gradients.items():
-        torch.testing.assert_close(own[name], gradient, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own[name], gradient, atol=LOGITS, rtol=GRADIENTS)
     nothing, zeros = loss_and_gradients(
         model, lambda: target_loss(model, inputs, torch.zeros_like(wanted))
     )

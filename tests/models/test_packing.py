@@ -10,6 +10,7 @@ from dschat.errors import UserError
 from dschat.models import packing
 from dschat.models.packing import check_packing, packed_mask, prove_packing
 from dschat.train.evaluation import answer_loss, trained_tokens
+from tests.helpers.rounding import GRADIENTS, IN_A_ROW, LOGITS
 from tests.helpers.tiny import PAD, VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt, token_rows
 
 CPU = torch.device("cpu")
@@ -36,10 +37,10 @@ def test_the_packed_loss_and_its_gradients_are_the_unpacked(name, attention):
     alone = [answer_loss(model, SFTCollator(PAD)([row])) for row in rows]
     together = answer_loss(model, packed)
     assert trained_tokens(packed) == sum(row["length"] - 3 for row in rows)
-    torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together, torch.stack(alone).sum(), rtol=IN_A_ROW, atol=0)
     pairs = zip(_gradients(model, together), _gradients(model, sum(alone)), strict=True)
     for found, expected in pairs:
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=GRADIENTS, atol=LOGITS)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,6 +14,7 @@ from dschat.models.logprobs import target_logprobs
 from dschat.models.right_padding import needed_mask
 from dschat.train.evaluation import answer_loss, pair_scores
 from tests.helpers import tiny
+from tests.helpers.rounding import GRADIENTS, IN_A_ROW, LOGITS
 
 SHAPE = {
     "vocab_size": tiny.VOCABULARY,
@@ -88,9 +89,9 @@ def test_losses_and_gradients_are_the_masked_ones(name, capsys):
     assert (
         calls[-1].get("attention_mask") is None and "keep their mask" not in capsys.readouterr().out
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=IN_A_ROW, atol=0)
     for one, other in zip(gradients(model, found), by_mask, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=GRADIENTS, atol=LOGITS)
 
 
 def test_scores_of_pairs_and_log_probabilities_are_the_masked_ones():
@@ -102,11 +103,11 @@ def test_scores_of_pairs_and_log_probabilities_are_the_masked_ones():
             model, answers.input_ids, answers.attention_mask, answers.loss_mask
         )
     critic = tiny.reward_model()
-    torch.testing.assert_close(pair_scores(critic, pairs), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pair_scores(critic, pairs), expected, rtol=0, atol=LOGITS)
     assert needed_mask(critic, pairs.input_ids, pairs.attention_mask) is None
     model = tiny.tiny_llama()
     after = target_logprobs(model, answers.input_ids, answers.attention_mask, answers.loss_mask)
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, before, rtol=0, atol=LOGITS)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

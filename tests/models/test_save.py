@@ -28,6 +28,7 @@ from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
 from tests.helpers.adapters import ALONE, plan, save_base, with_adapter
+from tests.helpers.rounding import DIFFERENT, LOGITS
 
 ROWS = tiny.token_rows(3, seed=8)
 IDS, MASK = tiny.padded(ROWS)
@@ -54,8 +55,10 @@ def test_causal_lm_loads_in_transformers(tmp_path: Path, tiny_tokenizer, name: s
     save_hf_format(model, tiny_tokenizer, tmp_path / "out", ALONE)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(loaded) is type(model)
-    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(logits_of(loaded), logits_of(tiny.ARCHITECTURES[name]()), atol=1e-2)
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=LOGITS)
+    assert not torch.allclose(
+        logits_of(loaded), logits_of(tiny.ARCHITECTURES[name]()), atol=DIFFERENT
+    )
     assert loaded.generation_config.max_new_tokens == 5
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
@@ -75,9 +78,9 @@ def test_reward_model_loads_in_transformers_and_here(tmp_path: Path, tiny_tokeni
     save_hf_format(model, tiny_tokenizer, tmp_path / "out", ALONE)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert theirs.config.num_labels == 1
-    torch.testing.assert_close(logits_of(theirs)[:, 0], scores_of(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(theirs)[:, 0], scores_of(model), rtol=0, atol=LOGITS)
     ours = create_critic_model(str(tmp_path / "out"), tiny_tokenizer, torch.float32).eval()
-    torch.testing.assert_close(scores_of(ours), scores_of(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores_of(ours), scores_of(model), rtol=0, atol=LOGITS)
     ours.keep_reward_head()  # the critic's own copy stays in memory
     save_hf_format(ours, tiny_tokenizer, tmp_path / "again", ALONE)
     again = create_critic_model(str(tmp_path / "again"), tiny_tokenizer, torch.float32).eval()
@@ -153,7 +156,7 @@ def test_each_kind_of_output_leaves_nothing_of_another(tmp_path: Path, tiny_toke
         save_hf_format(model, tiny_tokenizer, out, ALONE, plan(mode, base, lora, out))
         assert files(out).keys() == expected[mode] | {"metrics.jsonl"}, mode
         ours = create_hf_model(str(out), tiny_tokenizer, torch.float32).eval()
-        torch.testing.assert_close(logits_of(ours), logits_of(model), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits_of(ours), logits_of(model), rtol=0, atol=LOGITS)
     (out / "adapter").mkdir()
     (out / "adapter/notes.txt").write_text("of the user")
     (out / "adapter_model.bin").write_text("of an older model")

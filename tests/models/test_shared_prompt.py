@@ -13,6 +13,7 @@ from dschat.models import shared_prompt
 from dschat.models.reward_model import RewardModel
 from dschat.models.shared_prompt_proof import check_shared_prompts, prove_shared_prompts
 from dschat.train.evaluation import pair_count, pair_scores
+from tests.helpers.rounding import GRADIENTS, LOGITS
 from tests.helpers.tiny import PAD, VOCABULARY, save_llama_folder, tiny_gpt2, tiny_llama, tiny_opt
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_loss_and_gradients_are_those_of_rows_of_their_own(name, attention):
     )
     assert len(apart) == len(together) > 10
     for found, expected in zip(together, apart, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=GRADIENTS, atol=LOGITS)
 
 
 @pytest.mark.parametrize("name", MODELS)

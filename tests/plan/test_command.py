@@ -155,8 +155,9 @@ def test_roles_on_one_trunk_hold_one():
 
     actor = 2 * 125_239_296
     assert weights(share_trunk="all") == actor
-    assert weights() == pytest.approx(2 * actor, rel=1e-4)  # and a head
-    assert weights(share_trunk="none") == pytest.approx(4 * actor, rel=1e-4)
+    head = 2 * 768
+    assert weights() == 2 * actor + head
+    assert weights(share_trunk="none") == 4 * actor + 2 * head
 
 
 def test_gpus_by_device_name_and_by_short_name():

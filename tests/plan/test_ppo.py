@@ -144,9 +144,9 @@ def test_an_iteration_allocates_what_is_planned(folders, tmp_path, monkeypatch, 
     configs = {name: load_config(str(folders / "base")) for name in ("actor", "critic")}
     memory = plan_memory(settings, configs, dtype, 1)
     held, peaks = measured(settings, dtype, monkeypatch)
-    assert sum(sum(kinds.values()) for kinds in memory.held.values()) == pytest.approx(
-        held, rel=0.01
-    )
+    planned = sum(sum(kinds.values()) for kinds in memory.held.values())
+    # What docs/scaling.md promises: 1 %, for scalars as in the test of the states.
+    assert planned == pytest.approx(held, rel=0.01)
     if settings.ppo.first_pass_is_last(settings.ppo.generation_batches):
         peaks["critic"] = max(peaks["critic"], peaks.pop(SCORING))  # its forward pass is there
     for name, peak in peaks.items():

@@ -7,6 +7,7 @@ import pytest
 
 from dschat.errors import UserError
 from dschat.quickstart import task, world
+from tests.helpers.rounding import FIGURE
 
 COW = "\n\nHuman: What does a cow say?\n\nAssistant:"
 ANSWERS = [
@@ -96,7 +97,7 @@ def test_only_the_good_kind_is_gold_and_only_slips_break_the_grammar(kind: str):
 def test_shares_add_up():
     for shares in (task.SFT_SHARES, task.REJECTED_SHARES):
         assert len(shares) == len(task.KINDS)
-        assert sum(shares) == pytest.approx(1.0, abs=1e-12)
+        assert sum(shares) == pytest.approx(1.0, abs=FIGURE)
     assert task.REJECTED_SHARES[0] == 0.0  # nothing ranks above the best kind
 
 

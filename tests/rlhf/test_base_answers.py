@@ -17,6 +17,7 @@ from dschat.report import __main__ as program
 from dschat.rlhf.base_answers import base_of
 from dschat.train.run_page import description
 from tests.helpers.adapters import ALONE
+from tests.helpers.rounding import LOGITS, ROUNDING
 from tests.helpers.tiny import byte_tokenizer, reward_model, save_llama_folder
 
 PROMPTS = ["\n\nHuman: Why?\n\nAssistant:", "\n\nHuman: And how is that?\n\nAssistant:"]
@@ -69,8 +70,9 @@ def test_the_base_answers_as_the_run_did(run: Path, capsys):
         assert line["answer"] == tokenizer.decode(ids[start:], skip_special_tokens=True)
         read = torch.tensor([ids])
         score = scores_at_end(scorer(read, torch.ones_like(read, dtype=torch.bool)), read > -1)
-        # (score - 2) / 0.5 by the statistics, 100 for a length that fits; fp32 rounds it to 8e-6
-        assert line["reward"] == pytest.approx((score.item() - 2) / 0.5 + 100, abs=1e-4)
+        # (score - 2) / 0.5 by the statistics, 100 for a length that fits, added and stored in fp32
+        expected, apart = (score.item() - 2) / 0.5 + 100, LOGITS / 0.5 + 2 * 100 * ROUNDING
+        assert line["reward"] == pytest.approx(expected, abs=apart)
         assert line["length"] == len(ids) - start and line["model"].endswith("/base")
     page = (run / "report.html").read_text()
     titles = ("base", "iteration 0: before PPO", "iteration 4")

@@ -17,6 +17,7 @@ from dschat.rlhf.static_model import StaticModel
 from dschat.rlhf.static_rollout import StaticRollout
 from dschat.utils.module.lora import adapters_disabled, lora_layers
 from tests.helpers import tiny
+from tests.helpers.rounding import LOGITS, LOGPROBS
 from tests.helpers.tiers import tiers
 from tests.helpers.vllm_stub import Stub, served, vllm_rollout, without_adapters
 from tests.rlhf.tiny_roles import LORA, MODELS, Setting, ppo_trainer, prompts
@@ -36,7 +37,6 @@ ENGINES: dict[str, Callable[[nn.Module], RolloutEngine]] = {
 }
 SERVERS = ExitStack()  # of one test
 ANSWER = 7
-ROUNDING = 2e-5  # of log-probabilities that a cache and one pass add up in other orders
 each_engine = pytest.mark.parametrize("name", ENGINES)
 core_engine = pytest.mark.parametrize("name", tiers(ENGINES, ("generate", "static, fused", "vllm")))
 
@@ -69,7 +69,7 @@ def prove(engine: RolloutEngine, model: nn.Module, batch: PromptBatch, seed: int
     length = answers.shape[1]
     expected = answer_logprobs(model, sampled.sequences, seen, length, temperature=0.7).logprobs
     assert sampled.logprobs is not None and sampled.logprobs.dtype == torch.float32
-    torch.testing.assert_close(sampled.logprobs[~ended], expected[~ended], atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(sampled.logprobs[~ended], expected[~ended], atol=LOGPROBS, rtol=0)
 
     first = model(
         batch.input_ids,
@@ -78,7 +78,7 @@ def prove(engine: RolloutEngine, model: nn.Module, batch: PromptBatch, seed: int
     ).logits[:, -1]
     told = engine.next_logits(batch)
     if told is not None:
-        torch.testing.assert_close(told, first, atol=1e-4, rtol=0)
+        torch.testing.assert_close(told, first, atol=LOGITS, rtol=0)
 
 
 def answers_of(engine: RolloutEngine, seed: int = 0) -> torch.Tensor:

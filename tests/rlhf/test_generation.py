@@ -18,6 +18,7 @@ from dschat.rlhf.rollout_engine import TransformersRollout
 from dschat.utils.module.lora import lora_layers
 from dschat.utils.module.lora_config import LoraConfig
 from tests.helpers import tiny
+from tests.helpers.rounding import LOGITS, LOGPROBS, NEAR_ONE
 from tests.helpers.tiny import EOS, PAD
 from tests.rlhf.tiny_roles import (
     LORA,
@@ -162,7 +163,7 @@ def test_the_engine_tells_the_log_probabilities_that_it_sampled_by(load_roles, t
     assert e.sampler_logprobs.shape == e.logprobs.shape == e.answer_mask.shape
     (plain,) = trainer.rollout([prompts(seed=1)])  # nobody pushes its ends
     gap = (plain.sampler_logprobs - plain.logprobs).abs()[plain.answer_mask]
-    assert gap.max() < 1e-5
+    assert gap.max() < LOGITS
     assert trainer.earned([plain])["decode_gap_max"] == gap.max().item()
     other = replace(sampling, temperature=2.0)  # drawn by one, scored by another
     engine = TransformersRollout(roles.actor, roles.tokenizer)
@@ -317,7 +318,7 @@ def test_an_experience_does_not_depend_on_the_chunks(load_roles, chunk):
             seen = torch.ones_like(text, dtype=torch.bool)
             with torch.no_grad():
                 alone = answer_logprobs(roles.actor, text, seen, length).logprobs[0]
-            torch.testing.assert_close(e.logprobs[i, :length], alone, atol=1e-5, rtol=0)
+            torch.testing.assert_close(e.logprobs[i, :length], alone, atol=LOGITS, rtol=0)
             assert not e.logprobs[i, length:].any() and not e.values[i, length:].any()
     assert experiences[0].generation_seconds > 0
     assert experiences[0].generation_steps > 0 == experiences[1].generation_steps
@@ -379,13 +380,13 @@ def test_the_temperature_of_sampling_is_that_of_scoring(load_roles):
     cold = (torch.stack(drawn, dim=1) / 0.5).log_softmax(-1)
     expected = cold.gather(-1, e.answers[..., None]).squeeze(-1)
     torch.testing.assert_close(
-        e.logprobs[e.answer_mask], expected[e.answer_mask], atol=2e-5, rtol=0
+        e.logprobs[e.answer_mask], expected[e.answer_mask], atol=LOGPROBS, rtol=0
     )
     # Actor and reference are one policy still: both at the same temperature.
-    torch.testing.assert_close(e.logprobs, e.ref_logprobs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(e.logprobs, e.ref_logprobs, atol=NEAR_ONE, rtol=0)
     statistics = trainer.train_rlhf([e])
-    assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)
-    assert statistics["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert statistics["ratio"] == pytest.approx(1.0, abs=NEAR_ONE)
+    assert statistics["kl"] == pytest.approx(0.0, abs=LOGITS)
     assert statistics["entropy"] < 0.9 * trainer_entropy(roles, at_one)
 
 
@@ -420,10 +421,10 @@ def test_fused_generation_leaves_the_base_bit_for_bit_and_the_ratio_one(
     unfused, fused = plain.next_logits(prompts()), engine.next_logits(prompts())
     assert not torch.equal(unfused, fused)  # rounding tells that something was folded in
     if dtype == "fp32":
-        torch.testing.assert_close(fused, unfused, atol=1e-4, rtol=0)
+        torch.testing.assert_close(fused, unfused, atol=LOGITS, rtol=0)
     (e,) = trainer.rollout([prompts()])
     after = weights(roles.actor.module)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     statistics = trainer.train_rlhf([e])
-    assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert statistics["ratio"] == pytest.approx(1.0, abs=NEAR_ONE)
     assert statistics["clip_fraction"] == 0.0

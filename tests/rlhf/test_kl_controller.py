@@ -2,6 +2,7 @@ import pytest
 
 from dschat.rlhf.advantages import KLController
 from dschat.rlhf.ppo_config import PPOConfig
+from tests.helpers.rounding import FIGURE
 
 
 def controller(kl_coef: float, kl_target: float | None = None, kl_horizon: int = 10_000):
@@ -29,7 +30,7 @@ def test_a_fixed_coefficient_stays():
 def test_one_iteration_by_hand(measured, answers, expected):
     kl = controller(0.3, 6.0, 1024)
     kl.update(measured, answers)
-    assert kl.coefficient == pytest.approx(expected, rel=1e-12)
+    assert kl.coefficient == pytest.approx(expected, rel=FIGURE)
 
 
 def test_it_finds_the_coefficient_of_its_target():
@@ -38,7 +39,7 @@ def test_it_finds_the_coefficient_of_its_target():
         kl = controller(start, 8.0, 100)
         for _ in range(200):
             kl.update(2.0 / kl.coefficient, 64)
-        assert kl.coefficient == pytest.approx(0.25, rel=1e-6)
+        assert kl.coefficient == pytest.approx(0.25, rel=FIGURE)
 
 
 def test_it_goes_on_where_it_stood():

@@ -24,6 +24,7 @@ from dschat.rlhf.ppo_config import PPOConfig
 from dschat.rlhf.ppo_statistics import StepMeans, masked_share
 from dschat.settings import flags_of
 from dschat.train.transfer import read_sums
+from tests.helpers.rounding import FIGURE, NEAR_ONE, ROUNDING
 
 NEW = [[-1.0, -2.0, -0.5, -1.5], [-0.7, -1.2, -3.0, 0.0], [-2.0, -1.0, 0.0, 0.0]]
 OLD = [[-1.3, -1.6, -0.5, -2.5], [-0.9, -1.1, -2.2, 0.0], [-1.5, -1.2, 0.0, 0.0]]
@@ -106,7 +107,7 @@ def mean_of(parts: list[Experience], config: PPOConfig, kl: float) -> tuple[floa
         squares += new.grad.square().sum().item()
         total += loss.item() / count
         means.add(*read_sums([sums]))
-    assert means.means()["actor_loss"] == pytest.approx(total, abs=1e-6)
+    assert means.means()["actor_loss"] == pytest.approx(total, abs=FIGURE)
     return total, math.sqrt(squares)
 
 
@@ -118,7 +119,7 @@ def test_loss_and_gradient_are_trls_in_any_micro_batches(case):
     e = dataclasses.replace(e, group=torch.arange(5))
     for split in ([5], [1, 4], [2, 2, 1]):
         parts = [e.rows(index) for index in torch.arange(5).split(split)]
-        assert mean_of(parts, config, kl) == pytest.approx(TRL[case], abs=1e-6)
+        assert mean_of(parts, config, kl) == pytest.approx(TRL[case], abs=NEAR_ONE)
 
 
 def test_an_answer_without_a_score_is_out_of_loss_and_count():
@@ -131,7 +132,7 @@ def test_an_answer_without_a_score_is_out_of_loss_and_count():
         without = dataclasses.replace(without, group=torch.arange(3))
         alone = without.rows(torch.tensor([0, 2]))
         one, other = (mean_of([part], config, 0.1) for part in (without, alone))
-        assert one == pytest.approx(other, abs=1e-7)
+        assert one == pytest.approx(other, abs=2 * ROUNDING)
         masked = config_of(aggregation, "token", None, masks=True)
         counts = [loss_count(learned(e, c), c) for c in (config, masked)]
         assert counts == ([6, 2] if aggregation == "token" else [2, 2])
@@ -163,7 +164,7 @@ def test_deviations_by_hand():
     for correction, variance in ((0, 14 / 3), (1, 7)):
         found = group_normalised(scores, group, real, correction=correction).tolist()
         expected = [x / (math.sqrt(variance) + 1e-4) for x in (-2.0, -1.0, 3.0)]
-        assert found == pytest.approx([*expected, 0.0], abs=1e-6)
+        assert found == pytest.approx([*expected, 0.0], abs=NEAR_ONE)
     e = dataclasses.replace(experience(), rewards=torch.tensor([1.0, 2.0, 6.0]))
     (e,) = with_advantages([e], config, 0.0)
     assert e.advantages[:, 0].tolist() == [-2.0, -1.0, 3.0]

@@ -13,6 +13,7 @@ from dschat.config.cli import parse
 from dschat.rlhf.part_config import EMAConfig
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.optim import group_rates
+from tests.helpers.rounding import FIGURE, MOVED, NEAR_ONE
 from tests.helpers.tiny import byte_tokenizer
 from tests.rlhf.tiny_roles import (
     FULL,
@@ -60,7 +61,7 @@ def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
         assert passes == []
         assert statistics.keys() == ROLLOUTS | VALUES
         assert statistics["actor_updates"] == 0.0
-        assert largest_change(critic, weights(roles.critic.module)) > 1e-4
+        assert largest_change(critic, weights(roles.critic.module)) > MOVED
         assert_same(weights(roles.actor.module), first, 0.0)
         assert_same(roles.ema.shadow, average, 0.0)
         assert roles.actor.lr_scheduler.last_epoch == roles.actor.global_steps == 0
@@ -68,7 +69,7 @@ def test_in_the_warm_up_the_critic_alone_trains(load_roles, lora):
     statistics = trainer.train_rlhf([rollout(trainer, 2)])
     assert statistics.keys() == ROLLOUTS | VALUES | POLICY
     assert statistics["actor_updates"] == 1.0
-    assert largest_change(first, weights(roles.actor.module)) > 1e-4
+    assert largest_change(first, weights(roles.actor.module)) > MOVED
     assert roles.actor.lr_scheduler.last_epoch == roles.actor.global_steps == 2
     assert roles.critic.global_steps == 6
     assert trainer.kl.coefficient == pytest.approx(0.09)
@@ -78,7 +79,8 @@ def test_an_update_that_goes_too_far_ends(load_roles):
     """The actor rests, its schedule and the critic go on, the next iteration begins anew."""
     setting = Setting(ema=EMAConfig(True, 0.5), micro_batch=2, accumulation=2)
     roles = load_roles(setting)
-    trainer = ppo_trainer(roles, setting, update_kl_limit=1e-9, ppo_epochs=4)
+    limit = 1e-9
+    trainer = ppo_trainer(roles, setting, update_kl_limit=limit, ppo_epochs=4)
     for iteration in range(1, 3):
         e = rollout(trainer, iteration)
         before = weights(roles.actor.module)
@@ -87,9 +89,9 @@ def test_an_update_that_goes_too_far_ends(load_roles):
         # Two micro-batches trained, two that told how far that had gone.
         assert passes == [True, True, False, False]
         assert statistics["actor_updates"] == 0.25
-        assert statistics["update_kl"] > 1e-9 and statistics["approx_kl"] < 1e-9
-        assert statistics["ratio"] == pytest.approx(1.0, abs=1e-6)  # of the step that was made
-        assert largest_change(before, weights(roles.actor.module)) > 1e-4
+        assert statistics["update_kl"] > limit and statistics["approx_kl"] < FIGURE
+        assert statistics["ratio"] == pytest.approx(1.0, abs=NEAR_ONE)  # of the step that was made
+        assert largest_change(before, weights(roles.actor.module)) > MOVED
         assert roles.actor.global_steps == iteration
         assert roles.actor.lr_scheduler.last_epoch == 4 * iteration
         assert roles.critic.global_steps == roles.critic.lr_scheduler.last_epoch == 4 * iteration
@@ -124,13 +126,13 @@ def test_the_kl_coefficient_follows_its_target(load_roles):
     expected = 0.1
     for seed in range(3):
         statistics = trainer.train_rlhf([rollout(trainer, seed)])
-        assert statistics["kl_coefficient"] == pytest.approx(expected, rel=1e-9)
+        assert statistics["kl_coefficient"] == pytest.approx(expected, rel=FIGURE)
         # The first rollout has no KL at all. 4 answers are half a horizon.
         error = min(max(statistics["kl"] / 0.5 - 1, -0.2), 0.2)
         assert seed or error == -0.2
         expected *= 1 + error / 2
     trainer.evaluate([prompts()])
-    assert trainer.kl.coefficient == pytest.approx(expected, rel=1e-9)
+    assert trainer.kl.coefficient == pytest.approx(expected, rel=FIGURE)
 
 
 def test_a_state_holds_all_that_lasts_beyond_an_iteration(load_roles):
@@ -157,7 +159,7 @@ def test_without_a_critic_there_are_no_values(load_roles, estimator):
     e = dataclasses.replace(e, group=torch.tensor([0, 1, 0, 1]))
     before = weights(roles.actor.module)
     assert trainer.train_rlhf([e]).keys() == ROLLOUTS | POLICY | {"frac_reward_zero_std"}
-    assert largest_change(before, weights(roles.actor.module)) > 1e-4
+    assert largest_change(before, weights(roles.actor.module)) > MOVED
 
 
 def test_actor_and_critic_learn_at_rates_of_their_own(folders, distributed):

@@ -17,6 +17,7 @@ from dschat.text.conversations import Example, Turn
 from dschat.text.formats import choose_format
 from dschat.train.evaluation import pair_scores
 from tests.helpers.adapters import ALONE
+from tests.helpers.rounding import NEAR_ONE
 from tests.helpers.tiny import EOS, byte_tokenizer, tiny_llama
 from tests.rlhf.tiny_roles import FULL, LORA, Setting, left_padded
 
@@ -118,7 +119,7 @@ def test_scores_are_those_of_the_text(name, lora, reward, folders, distributed, 
             pair["chosen_ids"] = pair["chosen_ids"][: -1 - (name == "a chat template")]
         with torch.no_grad():
             expected, _ = pair_scores(model, PairCollator(reader.pad_token_id)([pair]))
-        torch.testing.assert_close(scores[row], expected[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(scores[row], expected[0], atol=NEAR_ONE, rtol=0)
     assert scores.unique().numel() == len(TEXTS)
 
 
@@ -145,7 +146,7 @@ def test_the_same_weights_under_another_vocabulary_give_the_same_scores(
     ):
         roles = Setting(lora=LORA).load(folders["llama"], distributed, **changes)
         scores.append(roles.reward_scores(sequences, mask, 12))
-    torch.testing.assert_close(scores[1], scores[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores[1], scores[0], atol=NEAR_ONE, rtol=0)
 
 
 def words(ids: torch.Tensor, mask: torch.Tensor, tokenizer) -> list[str]:

@@ -10,6 +10,7 @@ from dschat.rlhf.generation import SamplerLogprobs, generate
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.rlhf.rollout import answer_values
 from tests.helpers import tiny
+from tests.helpers.rounding import LOGITS, LOGPROBS
 from tests.helpers.tiny import EOS, PAD
 from tests.rlhf.tiny_roles import MODELS, Setting, end_after, left_padded, ppo_trainer, prompts
 
@@ -39,11 +40,11 @@ def test_more_padding_changes_no_score(family):
     plain, padded = texts(0), texts(7)
     assert padded[0].shape[1] == plain[0].shape[1] + 7
     logprobs = [answer_logprobs(model, *text, 5).logprobs for text in (plain, padded)]
-    torch.testing.assert_close(*logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*logprobs, atol=LOGITS, rtol=0)
     values = [answer_values(critic, *text, 5) for text in (plain, padded)]
-    torch.testing.assert_close(*values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*values, atol=LOGITS, rtol=0)
     scores = [scores_at_end(critic(*text), text[1]) for text in (plain, padded)]
-    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*scores, atol=LOGITS, rtol=0)
 
 
 @FAMILIES
@@ -63,9 +64,9 @@ def test_logprobs_and_values_are_those_of_each_text_alone(family):
         hidden = critic.rwtransformer(input_ids=text)[0][0]
         for t, token in enumerate(answer):
             before = len(prompt) + t - 1
-            assert logprobs[row, t].item() == pytest.approx(every[before, token].item(), abs=1e-5)
+            assert logprobs[row, t].item() == pytest.approx(every[before, token].item(), abs=LOGITS)
             value = (hidden[before] @ critic.v_head.weight[0]).item()
-            assert values[row, t].item() == pytest.approx(value, abs=1e-5)
+            assert values[row, t].item() == pytest.approx(value, abs=LOGITS)
 
 
 @FAMILIES
@@ -85,7 +86,7 @@ def test_answers_are_drawn_from_what_scoring_says(family):
     mask = torch.cat([batch.attention_mask, torch.ones_like(answers, dtype=torch.bool)], dim=1)
     with torch.no_grad():
         logprobs = answer_logprobs(model, sequences, mask, answers.shape[1]).logprobs
-    torch.testing.assert_close(logprobs, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logprobs, expected, atol=LOGPROBS, rtol=0)
 
 
 @pytest.fixture

@@ -31,9 +31,10 @@ from dschat.train.resume_engines import (
     set_peak_rates,
 )
 from dschat.train.steps import StepPlan
-from dschat.utils.distributed import RandomState, set_random_seed
+from dschat.utils.distributed import set_random_seed
 from dschat.utils.optim import build_optimizer, group_rates
 from dschat.utils.optim_config import OptimizerConfig
+from dschat.utils.random_state import RandomState
 from dschat.utils.schedules import SCHEDULES, schedule_factory
 from tests.helpers import tiny
 
@@ -91,10 +92,10 @@ def test_every_small_file_of_a_model_is_compared_before_its_rows(tmp_path):
         (model / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         place = f"resume S: {name} of model_name_or_path {model}"
         assert refused(rows="abd") == (
-            f"{place} is not as it was when the run began; put it back, or start anew"
+            f"{place} is not as it was when the run began; put it back, or start a new run"
         )
         (model / name).unlink()
-        assert refused() == f"{place} is no longer there; put it back, or start anew"
+        assert refused() == f"{place} is no longer there; put it back, or start a new run"
         (model / name).write_bytes(content)
     (model / "added_tokens.json").write_text("{}")
     assert "added_tokens.json of model_name" in refused() and "remove it" in refused()

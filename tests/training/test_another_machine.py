@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dschat.checkpoint import main as checkpoint
 from dschat.train.safe_load import load_file as load_pt
 from tests.helpers.resume_runs import TIMES, write_models
+from tests.helpers.rounding import DIFFERENT, LOGITS, ROUNDING_FP16
 from tests.helpers.steps import DPO, PPO, REWARD, SFT, Result, run_worker
 
 DATA = "--data_path data --data_split 4,4,2 --data_output_path cache --log_every 1"
@@ -26,8 +27,6 @@ ROLES += " --kl_target 0.5 --kl_horizon 8"
 # Both answers are the likeliest one, and none is better: the texts train.
 GRPO = f"{POLICY} --advantage_estimator grpo --answers_per_prompt 2"
 SAVING = "--save_total_limit 99 --save_steps"
-TOLERANCE = 1e-5
-FP16_ROUNDING = 2**-11  # of each activation; shards add gradients up in another order
 
 
 def sft(rows: int, more: str, dtype: str = "fp32", main: str = SFT) -> list[str]:
@@ -164,9 +163,9 @@ def test_the_rest_is_that_of_a_run_that_never_stopped(runs, whole, rest):
     assert len(before) == len(after) > 5
     for one, other in zip(before, after, strict=True):
         assert [one.pop("kind"), one["step"]] == [other.pop("kind"), other["step"]]
-        tolerance = FP16_ROUNDING if whole == "fp16" else TOLERANCE
+        tolerance = ROUNDING_FP16 if whole == "fp16" else LOGITS
         assert one == pytest.approx(other, rel=tolerance, abs=tolerance), (one, other)
-    assert before[-2] != pytest.approx(before[1], rel=1e-3)  # it has trained
+    assert before[-2] != pytest.approx(before[1], rel=DIFFERENT)  # it has trained
 
 
 @pytest.mark.slow

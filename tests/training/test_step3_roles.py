@@ -21,6 +21,7 @@ from tests.helpers.resume_runs import (
     launch_runs,
     write_models,
 )
+from tests.helpers.rounding import DIFFERENT, LOGITS, NEAR_ONE
 from tests.helpers.steps_outputs import assert_all_finite, load
 from tests.helpers.tiny import byte_tokenizer
 
@@ -29,6 +30,7 @@ SHORT = [*PPO_COMMON, "--max_train_samples", "4", "--dtype", "fp32", "--reward_s
 ADAPTERS = [*SHORT, "--actor_model_name_or_path", "sft-adapter"]
 ADAPTERS += ["--critic_model_name_or_path", "reward-adapter", "--critic_lora_dim", "4"]
 ADAPTERS += ["--actor_trainable_tokens", "</s>", "--critic_trainable_tokens", "</s>", "5"]
+ADAPTERS += ["--deepspeed_config", "adam.json"]
 ONE_TRUNK = [*ADAPTERS, "--share_trunk", "all"]
 # No critic: the reward model is a tree of the same trunk. The coefficient and the place in the text
 # are what the second iteration depends on beside the weights.
@@ -117,7 +119,7 @@ def test_every_layout_gives_the_same_figures(ran):
         assert [line.keys() for line in lines] == [line.keys() for line in expected]
         for line, other in zip(lines, expected, strict=True):
             numbers = {k: v for k, v in other.items() if isinstance(v, int | float)}
-            assert {k: line[k] for k in numbers} == pytest.approx(numbers, abs=1e-4)
+            assert {k: line[k] for k in numbers} == pytest.approx(numbers, abs=LOGITS, rel=NEAR_ONE)
 
 
 def test_one_trunk_resumes_bit_for_bit(ran):
@@ -136,9 +138,9 @@ def test_without_a_critic_it_resumes_bit_for_bit(ran):
     assert not (folder / "groups-complete" / "critic").exists()
     first, second = (f for f in figures(folder / "groups-complete") if f["kind"] == "train")
     # Before temperature and folding mattered; the decoder's log-probabilities round by themselves.
-    assert first["ratio"] == 1.0 and abs(first["kl"]) < 1e-5
+    assert first["ratio"] == 1.0 and abs(first["kl"]) < LOGITS
     assert second["kl_coefficient"] != first["kl_coefficient"]
-    assert first["update_kl"] > 1e-4 and first["actor_updates"] < 1
+    assert first["update_kl"] > DIFFERENT and first["actor_updates"] < 1
     assert not any("critic" in name or "value" in name for name in first)
 
 
@@ -160,4 +162,4 @@ def test_a_critic_on_a_language_model_can_be_saved_as_an_adapter(ran):
     ids = torch.arange(3, 23).view(2, 10)
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids, mask), adapter(ids, mask), atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged(ids, mask), adapter(ids, mask), atol=LOGITS, rtol=0)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.helpers.rounding import LOGITS
+from tests.helpers.rounding import FIGURE, LOGITS, NEAR_ONE
 from tests.helpers.steps import (
     DPO,
     PPO,
@@ -30,6 +29,7 @@ from tests.helpers.steps import (
 from tests.helpers.steps_outputs import (
     assert_all_finite,
     assert_on_policy,
+    assert_same_weights,
     column,
     evaluation_ids,
     load,
@@ -54,7 +54,8 @@ def sft_fp32(folder: Path, ranks: int) -> list[object]:
     batch = ["--per_device_train_batch_size", GLOBAL_BATCH // ranks]
     batch += ["--per_device_eval_batch_size", EVAL_BATCH // ranks, "--num_train_epochs", 2]
     argv = [SFT, "--model_name_or_path", "model", *DATA, *cache(folder), *SHORT, *LORA, *batch]
-    return [*argv, "--dtype", "fp32", "--output_dir", folder / "sft"]
+    argv += ["--dtype", "fp32", "--deepspeed_config", folder.parent / "adam.json"]
+    return [*argv, "--output_dir", folder / "sft"]
 
 
 def sft_in_other_batches(folder: Path, ranks: int) -> list[list[object]]:
@@ -184,7 +185,7 @@ def test_steps_and_evaluations_are_recorded(one_rank: Run):
         assert [record["step"] for record in train] == [*range(1, steps + 1)]
         assert [record["step"] for record in evaluation] == evaluated
         rates = column(train, "lr/lora_A", "lr/lora_B")
-        torch.testing.assert_close(rates[:, 1], 16 * rates[:, 0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(rates[:, 1], 16 * rates[:, 0], rtol=FIGURE, atol=0)
         losses = column(evaluation, "loss")
         assert losses[-1] < losses[0]
 
@@ -250,9 +251,9 @@ def test_rw_eval_prints_the_figures_of_the_last_evaluation(one_rank: Run):
     figures = dict(part.rsplit(" ", 1) for part in line.group().split(" | "))
     reported = records(one_rank.folder / "reward", "eval")[-1]
     assert set(figures) == set(reported) - {"kind", "step"}
-    # Printed with four digits: off by half of the last, at most 5e-4 of the figure.
     for name, text in figures.items():
-        assert float(text) == pytest.approx(reported[name], rel=1e-3), name
+        # Printed with four digits: off by half of the last, at most 5e-4 of the figure.
+        assert float(text) == pytest.approx(reported[name], rel=5e-4), name
 
 
 def test_prompt_eval_answers_with_both_models(one_rank: Run):
@@ -275,7 +276,7 @@ def test_grpo_with_rewards_that_check(one_rank: Run):
         digits = sum(map(str.isdigit, answer["answer"])) / 8
         assert (parts["digits"] or 0.0) == digits and answer["reward_function"] is None
         whole = parts["exact_number"] + 0.5 * digits + 0.1 * parts["length"]
-        assert answer["reward"] == pytest.approx(whole, abs=1e-6)
+        assert answer["reward"] == pytest.approx(whole, abs=NEAR_ONE)
     before, after = (
         load(AutoModelForCausalLM, folder).state_dict()
         for folder in (one_rank.folder.parent / "model", one_rank.folder / "grpo" / "actor")
@@ -329,11 +330,7 @@ def test_step_1_is_the_same_on_one_and_on_two_ranks(one_rank: Run, two_ranks: Ru
     for kind, names in (("train", ("step", "loss", "lr/lora_B")), ("eval", ("step", "loss"))):
         on_two, on_one = (column(records(folder, kind), *names) for folder in (two, one))
         torch.testing.assert_close(on_two, on_one, rtol=0, atol=LOGITS)
-    # Adam's eps of 1e-8 turns the rounding of the smallest gradients into steps, which no useful
-    # bound covers. This is a 700th of B's path: 8 rates of at most 16e-3 sum up to 0.07.
-    weights = load_file(one / "model.safetensors")
-    for name, tensor in load_file(two / "model.safetensors").items():
-        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4)
+    assert_same_weights(one, two, rate=16e-3)
 
 
 @pytest.mark.slow
@@ -397,7 +394,7 @@ def test_scores_are_scaled_by_the_figures_of_the_last_evaluation(one_rank: Run):
         assert saved["count"] == 26
     for record in records(ppo, "train"):  # no score comes near the clip
         scaled = (record["reward_model"] - last["mean_score"]) / last["score_std"]
-        assert record["reward"] == pytest.approx(scaled, abs=1e-5)
+        assert record["reward"] == pytest.approx(scaled, abs=LOGITS)
     assert not list(ppo.rglob("reward_statistics.json"))  # a critic's values are no scores
     scaling = json.loads((ppo / "critic" / "value_scaling.json").read_text())
     assert (scaling["mean"], scaling["std"]) == (last["mean_score"], last["score_std"])

@@ -30,9 +30,9 @@ from tests.helpers.adapters import (
     scores_of,
     with_adapter,
 )
+from tests.helpers.rounding import DIFFERENT, LOGITS
 from tests.helpers.tiny import byte_tokenizer, tiny_moe
 
-LOGITS_OF_PEFT = 1e-5  # of logits around 5: rounding through two layers of summed experts
 OURS = {
     "mixtral": {"lora_alpha": 6.0},
     "qwen3_moe": {"use_rslora": True, "lora_alpha": 4.0},
@@ -64,7 +64,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS_OF_PEFT)
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS)
 
 
 def loaded_by_peft(base: torch.nn.Module, folder: Path) -> PeftModel:
@@ -93,7 +93,7 @@ def test_our_adapter_computes_the_same_in_peft(tmp_path: Path, tiny_tokenizer, b
     expected = logits_of(model)
     save_hf_format(model, tiny_tokenizer, out, ALONE, plan("both", base, lora, out))
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    assert not torch.allclose(logits_of(plain), expected, atol=0.1)
+    assert not torch.allclose(logits_of(plain), expected, atol=DIFFERENT)
     close(logits_of(loaded_by_peft(plain, out / "adapter")), expected)
     for folder in (out, out / "adapter"):
         ours = create_hf_model(str(folder), tiny_tokenizer, torch.float32).eval()
@@ -107,7 +107,7 @@ def test_peft_adapter_computes_the_same_here(tmp_path: Path, tiny_tokenizer, bas
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["target_parameters"]
     plain = AutoModelForCausalLM.from_pretrained(bases[name]).eval()
-    assert not torch.allclose(logits_of(theirs), logits_of(plain), atol=0.01)
+    assert not torch.allclose(logits_of(theirs), logits_of(plain), atol=DIFFERENT)
     close(logits_of(create_hf_model(str(folder), tiny_tokenizer, torch.float32)), logits_of(theirs))
     merge(str(folder), str(tmp_path / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

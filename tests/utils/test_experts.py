@@ -29,6 +29,7 @@ from dschat.utils.module.targets import left_without_adapter, match_layers
 from dschat.utils.optim import build_optimizer, get_optimizer_grouped_parameters
 from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers.adapters import as_trained, assert_equal, logits_of, with_adapter
+from tests.helpers.rounding import DIFFERENT, NEAR_ONE
 from tests.helpers.tiny import MOE, tiny_falcon, tiny_llama, tiny_moe
 
 LORA = LoraConfig(lora_dim=3, lora_alpha=6.0)  # 3: grouped kernels want multiples of 8
@@ -53,7 +54,7 @@ def test_experts_compute_their_merged_weights(name: str, way: str | None):
     assert torch.equal(logits_of(model), base)
     as_trained(only_optimize_lora_parameters(model))
     live = logits_of(model)
-    assert not torch.allclose(live, base, atol=0.1)
+    assert not torch.allclose(live, base, atol=DIFFERENT)
     with fused_adapters(model):
         assert_equal(logits_of(model), live)
     with adapters_disabled(model):
@@ -253,11 +254,13 @@ def test_start_and_first_step_of_an_experts_matrices():
     model(torch.arange(3, 60)[None]).logits.square().sum().backward()
     build_optimizer(groups, rates).step()
     moved = B.detach()[B.grad != 0].abs()
-    assert moved.median().item() == pytest.approx(16e-3, rel=1e-3)
+    assert moved.median().item() == pytest.approx(16e-3, rel=NEAR_ONE)
     other = tiny_moe("gpt_oss")
     convert_linear_layer_to_lora(other, LoraConfig(lora_dim=8, lora_init="B"))
     drawn = other.model.layers[0].mlp.experts.lora_B_down_proj
-    assert drawn.std().item() == pytest.approx(1 / math.sqrt(8), rel=0.1)
+    # Of 4 * 32 * 8 normal draws the deviation is off by 1 / sqrt(2 * 1,024) = 2.2 %: 9 % is four
+    # times that.
+    assert drawn.std().item() == pytest.approx(1 / math.sqrt(8), rel=0.09)
 
 
 def test_every_family_keeps_the_names_of_its_weights():

@@ -24,6 +24,7 @@ from dschat.utils.optim import (
 from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.schedules import SCHEDULES, schedule_factory
 from tests.helpers import tiny
+from tests.helpers.rounding import FIGURE, NEAR_ONE, ROUNDING
 
 IDS, MASK = tiny.padded(tiny.token_rows(4, seed=6))
 
@@ -190,9 +191,14 @@ def test_first_effective_steps_are_as_large_as_the_rates():
         }
         if moving == "lora_B":
             assert not change["lora_A"].any()
-            assert change["lora_B"].median().item() == pytest.approx(16e-4, rel=1e-4)
-        assert change["lora_A"].max().item() <= 1e-4 * 1.001
-    assert change["lora_A"].median().item() == pytest.approx(0.735e-4, rel=1e-2)
+            assert change["lora_B"].median().item() == pytest.approx(16e-4, rel=NEAR_ONE)
+    # The moments of A after a step without and one with a gradient g, each without its bias:
+    # m = 0.1 g / (1 - 0.9^2), v = 0.05 g^2 / (1 - 0.95^2). A weight of A is below 1/sqrt(32) and
+    # rounded when it is stored.
+    share = 0.1 / (1 - 0.9**2) / math.sqrt(0.05 / (1 - 0.95**2))
+    stored = ROUNDING / math.sqrt(32)
+    assert change["lora_A"].max().item() <= share * 1e-4 + stored
+    assert change["lora_A"].median().item() == pytest.approx(share * 1e-4, abs=stored)
 
 
 def test_table_shows_each_group_and_the_share():
@@ -255,7 +261,7 @@ def test_schedules_are_those_of_transformers(name: str, warm_up: int):
             scheduler.step()
             rates.append(scheduler.get_last_lr())
         pair.append(rates)
-    assert pair[0] == [pytest.approx(rates, rel=1e-9, abs=1e-18) for rates in pair[1]]
+    assert pair[0] == [pytest.approx(rates, rel=FIGURE, abs=FIGURE * 16e-3) for rates in pair[1]]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -270,8 +276,8 @@ def test_schedules_keep_the_ratio(name: str):
     for _ in range(10):
         rates = group_rates(optimizer)
         factors.append(rates["lora_A"] / 1e-3)
-        assert rates["lora_B"] == pytest.approx(16 * rates["lora_A"], rel=1e-12)
-        assert rates["head"] == pytest.approx(3 * rates["lora_A"], rel=1e-12)
+        assert rates["lora_B"] == pytest.approx(16 * rates["lora_A"], rel=FIGURE)
+        assert rates["head"] == pytest.approx(3 * rates["lora_A"], rel=FIGURE)
         check_rates(optimizer, config)
         optimizer.step()
         scheduler.step()

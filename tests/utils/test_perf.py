@@ -17,6 +17,7 @@ from dschat.utils.perf import (
     step3_throughput,
     throughput,
 )
+from tests.helpers.rounding import FIGURE
 
 # A layer of 4 matrices of 4 × 4 (attention) and 2 of 4 × 16 (MLP): 192 parameters. Head: 64.
 OPT = SimpleNamespace(model_type="opt", num_hidden_layers=1, hidden_size=4, vocab_size=16)
@@ -29,9 +30,9 @@ def test_training_throughput_by_hand():
     speed = throughput(WORK, 0.5, A100X2)
     assert (speed.tokens_per_s, speed.samples_per_s) == (24, 4)
     # Megatron: 24·3·12·1·16 = 13824, times 1 + 6/24 + 16/64 = 1.5: 20736; over 0.5 s · 2 GPUs
-    assert speed.tflops_per_gpu == pytest.approx(20736e-12, rel=1e-12)
+    assert speed.tflops_per_gpu == pytest.approx(20736e-12, rel=FIGURE, abs=0)
     # Exact: 2·192·12 + 4·4·42 + 2·64·12 = 6816 forward, three times that with backward
-    assert speed.mfu == pytest.approx(20448e-12 / 312, rel=1e-12)
+    assert speed.mfu == pytest.approx(20448e-12 / 312, rel=FIGURE, abs=0)
 
 
 def test_checkpointing_moves_the_megatron_figure_but_not_mfu():
@@ -39,13 +40,13 @@ def test_checkpointing_moves_the_megatron_figure_but_not_mfu():
     work = dataclasses.replace(WORK, gradient_checkpointing=True)
     again = throughput(work, 0.5, A100X2)
     assert again.mfu == plain.mfu
-    assert again.tflops_per_gpu == pytest.approx(plain.tflops_per_gpu * 4 / 3, rel=1e-12)
+    assert again.tflops_per_gpu == pytest.approx(plain.tflops_per_gpu * 4 / 3, rel=FIGURE, abs=0)
 
 
 def test_lora_lowers_the_megatron_factor_unless_the_base_trains():
     plain = throughput(WORK, 1.0, A100X2).tflops_per_gpu
     lora = throughput(dataclasses.replace(WORK, lora_dim=1), 1.0, A100X2).tflops_per_gpu
-    assert lora == pytest.approx(plain * 2.5 / 3, rel=1e-12)  # k = 2·1/4
+    assert lora == pytest.approx(plain * 2.5 / 3, rel=FIGURE, abs=0)  # k = 2·1/4
     both = dataclasses.replace(WORK, lora_dim=1, trains_base=True)
     assert throughput(both, 1.0, A100X2).tflops_per_gpu == plain
 
@@ -86,34 +87,34 @@ def step3(**changes):
 def test_step3_throughput_by_hand():
     speed = step3_throughput(*step3())
     # Megatron: a forward over 2 sequences of 6 is 20736 / 3 = 6912; training is 20736 per role.
-    assert speed.generation_tflops_per_gpu == pytest.approx(6912e-12, rel=1e-12)
-    assert speed.training_tflops_per_gpu == pytest.approx(2 * 41472e-12, rel=1e-12)
-    assert speed.tflops_per_gpu == pytest.approx((6912 + 41472) / 2 * 1e-12, rel=1e-12)
+    assert speed.generation_tflops_per_gpu == pytest.approx(6912e-12, rel=FIGURE, abs=0)
+    assert speed.training_tflops_per_gpu == pytest.approx(2 * 41472e-12, rel=FIGURE, abs=0)
+    assert speed.tflops_per_gpu == pytest.approx((6912 + 41472) / 2 * 1e-12, rel=FIGURE, abs=0)
     # 256 matrix parameters of 2 bytes, read twice in half a second
-    assert speed.weights_gb_per_s == pytest.approx(256 * 2 * 2 / 0.5 / 1e9, rel=1e-12)
+    assert speed.weights_gb_per_s == pytest.approx(256 * 2 * 2 / 0.5 / 1e9, rel=FIGURE, abs=0)
     # Generation: 10 tokens through the layers (2·192·10), 2 · 15 pairs (16·30), head for 4 tokens
     # (2·64·4): 4832. Scoring: twice the actor's 6816 and twice the critic's 5280 + 2·4·12.
     # Training: three times each.
     exact = 4832 + 5 * 6816 + 5 * 5376
-    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
+    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=FIGURE, abs=0)
 
 
 def test_step3_throughput_without_a_critic():
     actor, _, *rest = step3()
     speed = step3_throughput(actor, None, *rest)
-    assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=1e-12)
+    assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=FIGURE, abs=0)
     # As above: generation, two passes of the actor's trunk to score, three to train.
     exact = 4832 + 5 * 6816
-    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
+    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=FIGURE, abs=0)
 
 
 def test_step3_throughput_of_an_actor_that_rests():
     """In the critic's warm-up: it scores and samples, and makes no pass to train."""
     actor, critic, *rest = step3()
     speed = step3_throughput(dataclasses.replace(actor, tokens=0, samples=0), critic, *rest)
-    assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=1e-12)
+    assert speed.training_tflops_per_gpu == pytest.approx(41472e-12, rel=FIGURE, abs=0)
     exact = 4832 + 2 * 6816 + 5 * 5376
-    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=1e-12)
+    assert speed.mfu == pytest.approx(exact / 2 * 1e-12 / 312, rel=FIGURE, abs=0)
 
 
 def test_bandwidth_follows_the_dtype():

@@ -26,6 +26,7 @@ from dschat.utils.optim import get_optimizer_grouped_parameters
 from dschat.utils.optim_config import OptimizerConfig
 from tests.helpers import tiny
 from tests.helpers.adapters import IDS, as_trained, assert_equal, logits_of
+from tests.helpers.rounding import DIFFERENT, IN_A_ROW, LOGITS
 from tests.helpers.tiers import tiers
 
 TOKENS = [2, 40, 7]
@@ -53,7 +54,7 @@ def test_rows_start_as_the_base_and_go_back_to_it_bit_for_bit(monkeypatch, name:
     model = with_rows(name)
     assert torch.equal(logits_of(model), base)
     trained = logits_of(as_trained(model))
-    assert not torch.allclose(trained, base, atol=1e-2)
+    assert not torch.allclose(trained, base, atol=DIFFERENT)
     with adapters_disabled(model):
         assert torch.equal(logits_of(model), base)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -84,7 +85,7 @@ def test_gradients_are_those_of_the_rows_of_a_table_that_trains(name: str):
         assert table.tokens.tolist() == sorted(TOKENS)
         assert table.weight.grad is None and not table.weight.requires_grad
         expected = plain[table_name].weight.grad[table.tokens]
-        torch.testing.assert_close(table.lora_token_rows.grad, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(table.lora_token_rows.grad, expected, rtol=0, atol=IN_A_ROW)
     own = {id(table.lora_token_rows) for table in token_rows(model).values()}
     assert len(own) == (2 if name == "llama" else 1)
 
@@ -131,7 +132,7 @@ def test_scoring_in_blocks_sees_the_rows(monkeypatch, name: str):
     assert_equal(found, expected)
     rows = token_rows(model)["lm_head"].lora_token_rows
     grads = [torch.autograd.grad(x.sum(), rows, retain_graph=True)[0] for x in (found, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=0, atol=LOGITS)
 
 
 def test_rows_alike_are_counted():

@@ -20,7 +20,7 @@ import deepspeed
 from dschat.config.cli import run_cli
 from dschat.errors import UserError
 from dschat.train import checkpoint_write, run_lock, signals
-from dschat.utils import rank_watch
+from dschat.utils import places, rank_watch
 from dschat.utils.distributed import all_reduce_sum, barrier, from_main, init_distributed
 from dschat.utils.waiting import from_waiting_main
 from tests.helpers.steps import free_port
@@ -118,7 +118,7 @@ def child(case: str, rank: int, port: str, folder: Path) -> None:
     def main() -> None:
         init_distributed(LIMIT)
         barrier()
-        rank_watch.in_step(4)
+        places.in_step(4)
         act = CASES[case][rank]
         assert act is not None
         act()

@@ -38,7 +38,7 @@ from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.run_context import setup_run
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import ahead
-from dschat.utils.distributed import all_reduce_sum, print_rank_0
+from dschat.utils.distributed import all_reduce_sum
 
 
 def main(settings: SFTSettings | None = None) -> None:
@@ -48,13 +48,9 @@ def main(settings: SFTSettings | None = None) -> None:
     tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
-    ctx = setup_run(
-        settings.model_name_or_path,
-        settings.run,
-        prompt_format=settings.data.prompt_format,
-        teaches_format=True,
-    )
-    check_language_model(settings.model_name_or_path)
+    name, prompt_format = settings.model_name_or_path, settings.data.prompt_format
+    ctx = setup_run(name, settings.run, prompt_format, teaches_format=True)
+    check_language_model(name)
     model = plan_model(ctx, settings, build_causal_lm)
     tell_plan(ctx, settings)
     data = ctx.load_data(settings.data, settings.PHASE, batch_config.max_seq_len, later=model.later)
@@ -93,8 +89,7 @@ def main(settings: SFTSettings | None = None) -> None:
             engine.step()
             log.step(step, loss_sum, counts)
             if settings.print_loss:
-                mean = loss_sum / max(counts[0], 1.0)
-                print_rank_0(f"step {step}/{steps.total_steps} | loss {mean:.4f}")
+                log.print_loss(step, loss_sum, counts)
             if steps.is_evaluated_between(step, settings.eval_interval):
                 log.evaluation(step, *timed(evaluate_answers, engine, eval_loader, device))
             run.checkpointer.save_if_due(step, epoch)
@@ -104,9 +99,7 @@ def main(settings: SFTSettings | None = None) -> None:
 
     # 4. a model folder that transformers loads
     save_hf_format(engine, ctx.tokenizer, settings.run.output_dir, ctx, model.save)
-    run.checkpointer.mark_end()
-    log.close()
-    settings.run.hub.push(settings.run.output_dir, ctx.rank)
+    run.end(log)
 
 
 if __name__ == "__main__":

@@ -57,15 +57,13 @@ def main(settings: RewardSettings | None = None) -> None:
     tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
-    ctx = setup_run(
-        settings.model_name_or_path, settings.run, prompt_format=settings.data.prompt_format
-    )
+    name = settings.model_name_or_path
+    ctx = setup_run(name, settings.run, settings.data.prompt_format)
     model = plan_model(ctx, settings, RewardModel.from_config)
     tell_plan(ctx, settings)
-    tell_reward_form(settings.model_name_or_path, ctx.tokenizer)
-    data = ctx.load_data(
-        settings.data, settings.PHASE, settings.batch.max_seq_len, later=model.later
-    )
+    tell_reward_form(name, ctx.tokenizer)
+    max_seq_len = settings.batch.max_seq_len
+    data = ctx.load_data(settings.data, settings.PHASE, max_seq_len, later=model.later)
 
     # 2. batches, model, engine
     pad_token_id, eval_rows = ctx.tokenizer.pad_token_id, settings.batch.per_device_eval_batch_size
@@ -119,9 +117,7 @@ def main(settings: RewardSettings | None = None) -> None:
     save_hf_format(engine, ctx.tokenizer, output, ctx, model.save, statistics, files)
     first = for_evaluation([*data.eval.select(range(min(2, len(data.eval))))])
     check_saved_scores(engine, output, first, scored)
-    run.checkpointer.mark_end()
-    log.close()
-    settings.run.hub.push(output, ctx.rank)
+    run.end(log)
 
 
 if __name__ == "__main__":

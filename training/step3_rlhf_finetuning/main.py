@@ -23,8 +23,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
     check_flags(RLHFSettings, __doc__)
 
-from pathlib import Path
-
 from dschat.config import RLHFSettings
 from dschat.config.cli import parse, run_cli
 from dschat.config.unused import tell_unused
@@ -42,20 +40,13 @@ def main(settings: RLHFSettings | None = None) -> None:
     tell_unused(settings)
 
     # 1. check everything that can be wrong before weights are loaded
-    ctx = setup_run(
-        settings.roles.actor_model_name_or_path,
-        settings.run,
-        prompt_format=settings.data.prompt_format,
-    )
+    name = settings.roles.actor_model_name_or_path
+    ctx = setup_run(name, settings.run, settings.data.prompt_format)
     plan = plan_roles(ctx, settings)
     tell_plan(ctx, settings)
-    data = ctx.load_data(
-        plan.rewards.reading(settings.data),
-        settings.PHASE,
-        settings.max_seq_len,
-        settings.max_prompt_seq_len,
-        later=plan.training.later,
-    )
+    source, later = plan.rewards.reading(settings.data), plan.training.later
+    lengths = settings.max_seq_len, settings.max_prompt_seq_len
+    data = ctx.load_data(source, settings.PHASE, *lengths, later=later)
 
     # 2. prompts, roles
     collator = PromptCollator(ctx.tokenizer.pad_token_id)
@@ -100,11 +91,8 @@ def main(settings: RLHFSettings | None = None) -> None:
             break
 
     # 4. model folders that transformers loads
-    output = Path(settings.run.output_dir)
-    run.save(output)
-    run.checkpointer.mark_end()
-    log.close()
-    settings.run.hub.push(output / "actor", ctx.rank)
+    run.save()
+    run.end(log)
 
 
 if __name__ == "__main__":

@@ -143,28 +143,33 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         raise UserError(f"adapter {name}: holds no {WEIGHT_FILE}; copy the complete folder")
     _refuse(raw, name)
     try:
-        lora = LoraConfig(
-            lora_dim=raw.get("r", 8),
-            lora_alpha=float(raw.get("lora_alpha", 8)),
-            use_rslora=raw.get("use_rslora") or False,
-            use_dora=raw.get("use_dora") or False,
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
-        )
-        return AdapterConfig(
-            name=name,
-            folder=folder,
-            base=base,
-            task=raw.get("task_type"),
-            lora=lora,
-            rank_pattern=dict(raw.get("rank_pattern") or {}),
-            alpha_pattern=dict(raw.get("alpha_pattern") or {}),
-            target_parameters=tuple(raw.get("target_parameters") or ()),
-            token_indices=read_indices(raw.get("trainable_token_indices")),
-        )
+        return _from_peft(raw, folder, name)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"adapter {name}: {CONFIG_FILE} is malformed ({error}); save the adapter again"
         ) from error
+
+
+def _from_peft(raw: dict[str, Any], folder: Path, name: str) -> AdapterConfig:
+    """Take PEFT's fields; its defaults stand for what is not given."""
+    lora = LoraConfig(
+        lora_dim=raw.get("r", 8),
+        lora_alpha=float(raw.get("lora_alpha", 8)),
+        use_rslora=raw.get("use_rslora") or False,
+        use_dora=raw.get("use_dora") or False,
+        modules_to_save=tuple(raw.get("modules_to_save") or ()),
+    )
+    return AdapterConfig(
+        name=name,
+        folder=folder,
+        base=raw["base_model_name_or_path"],
+        task=raw.get("task_type"),
+        lora=lora,
+        rank_pattern=dict(raw.get("rank_pattern") or {}),
+        alpha_pattern=dict(raw.get("alpha_pattern") or {}),
+        target_parameters=tuple(raw.get("target_parameters") or ()),
+        token_indices=read_indices(raw.get("trainable_token_indices")),
+    )
 
 
 def _refuse(raw: dict[str, Any], name: str) -> None:

@@ -93,8 +93,27 @@ def outline_of(
     bare, linear = _targets(module, origin.lora, layers)
     targets = [str(disk_name(name)) for name in linear]
     others = [disk_name(name) for name, _ in module.named_modules() if name and name not in layers]
-    alpha = float(origin.lora.alpha)
     config = {
+        **_fixed_fields(origin, task, saved_as),
+        "ensure_weight_tying": tied,
+        "fan_in_fan_out": any(
+            isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()
+        ),
+        "modules_to_save": [disk_name(name) for name in trained] or None,
+        "target_modules": _exactly(targets, [name for name in others if name]),
+        **({"target_parameters": sorted(f"{disk_name(m)}.{p}" for m, p in bare)} if bare else {}),
+        "trainable_token_indices": indices or None,
+    }
+    grown = _grown_tables(module, origin.vocabulary)
+    return AdapterOutline(_keys(module, layers, trained, grown, disk_name), config, rows)
+
+
+def _fixed_fields(
+    origin: AdapterOrigin, task: str, saved_as: type[PreTrainedModel]
+) -> dict[str, Any]:
+    """PEFT's fields that follow from the settings, whichever layers the model has."""
+    alpha = float(origin.lora.alpha)
+    return {
         "auto_mapping": {
             "base_model_class": saved_as.__name__,
             "parent_library": saved_as.__module__,
@@ -104,26 +123,16 @@ def outline_of(
         },
         "base_model_name_or_path": origin.base,
         "bias": "none",
-        "ensure_weight_tying": tied,
-        "fan_in_fan_out": any(
-            isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()
-        ),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": origin.lora.lora_dropout,
-        "modules_to_save": [disk_name(name) for name in trained] or None,
         "peft_type": "LORA",
         "r": origin.lora.lora_dim,
-        "target_modules": _exactly(targets, [name for name in others if name]),
-        **({"target_parameters": sorted(f"{disk_name(m)}.{p}" for m, p in bare)} if bare else {}),
         "task_type": task,
-        "trainable_token_indices": indices or None,
         "use_dora": origin.lora.use_dora,
         "use_rslora": origin.lora.use_rslora,
     }
-    grown = _grown_tables(module, origin.vocabulary)
-    return AdapterOutline(_keys(module, layers, trained, grown, disk_name), config, rows)
 
 
 def _keys(
