@@ -16,11 +16,15 @@ from dschat.models.config import Build, load_config, on_meta
 from dschat.train.adapter_ranks import adapted_shapes, fitting_dim
 from dschat.train.model_config import ModelConfig
 from dschat.train.run_context import RunContext
-from dschat.train.run_length import RunLength
+from dschat.train.run_length import FEW_STEPS, RunLength
 
 # Optimizer steps that a critic takes to fit its values at the scripts' rates, and how much faster a
 # short run lets it learn at most: as fast as step 2 taught the same trunk (docs/ppo/update.md).
 STEPS_OF_A_CRITIC, MOST_HASTE = 360, 10
+
+# Optimizer steps in which a reward model's scores part (docs/reward_models.md), and passes over the
+# same rows that are worth about as much as new ones: Muennighoff et al. 2023, arXiv:2305.16264.
+STEPS_OF_A_REWARD_MODEL, MOST_EPOCHS = 60, 4
 
 # Answers of an evaluation: a difference of two then has a standard error of an eighth of the
 # rewards' spread.
@@ -80,11 +84,15 @@ def haste(steps: int) -> float:
     return min(max(STEPS_OF_A_CRITIC / steps, 1.0), MOST_HASTE)
 
 
-def fitted_length(length: RunLength, fixed: Sequence[str]) -> RunLength:
-    """Length with enough steps and no long warm-up, but for what is the user's choice."""
-    fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps()
+def fitted_length(length: RunLength, fixed: Sequence[str], wanted: int = FEW_STEPS) -> RunLength:
+    """Length with enough steps and no long warm-up, but for what is the user's choice.
+
+    Args:
+        wanted: steps that are worth up to `MOST_EPOCHS`; for `FEW_STEPS` there may be more.
+    """
+    fitting = length if "gradient_accumulation_steps" in fixed else length.with_more_steps(wanted)
     if "num_train_epochs" not in fixed:
-        fitting = fitting.with_more_epochs()
+        fitting = fitting.with_more_epochs().with_more_epochs(wanted, MOST_EPOCHS)
     return fitting if "num_warmup_steps" in fixed else fitting.with_shorter_warm_up()
 
 

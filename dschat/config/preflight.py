@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
 from dschat.config.cli import parse
 from dschat.config.fitting import (
+    STEPS_OF_A_REWARD_MODEL,
     answers_to_judge,
     as_long_as_seen,
     fitted_length,
@@ -32,7 +33,7 @@ from dschat.train import run_lock
 from dschat.train.disk import Written
 from dschat.train.prepare import plan_model
 from dschat.train.run_context import RunContext, setup_run
-from dschat.train.run_length import RunLength
+from dschat.train.run_length import FEW_STEPS, RunLength
 from dschat.utils.distributed import Distributed
 
 OneModelSettings = SFTSettings | RewardSettings | DPOSettings
@@ -114,11 +115,13 @@ def _look_at_one_model(
     model, flags = fitting_model(settings.model, stand_ins.get(name, name), build, "", widths)
     settings = replace(settings, model_name_or_path=stand_ins.get(name, name), model=model)
     plan = plan_model(ctx, settings, build)
-    length = settings.batch.max_seq_len
-    data = ctx.load_data(settings.data, settings.PHASE, length, later=plan.later)
+    tokens = settings.batch.max_seq_len
+    data = ctx.load_data(settings.data, settings.PHASE, tokens, later=plan.later)
     loader = ctx.loader(data.train, list, settings.sampler(), shuffle=True)
     batches = [loader.batches_in(epoch) for epoch in range(settings.run.num_train_epochs)]
-    return _ahead(plan.name, data, settings.length(batches), [plan.written], flags, fixed)
+    wanted = STEPS_OF_A_REWARD_MODEL if isinstance(settings, RewardSettings) else FEW_STEPS
+    length = settings.length(batches)
+    return _ahead(plan.name, data, length, [plan.written], flags, fixed, wanted)
 
 
 def _look_at_ppo(
@@ -188,8 +191,9 @@ def _ahead(
     written: Sequence[Written],
     flags: dict[str, int | float],
     fixed: Sequence[str],
+    wanted: int = FEW_STEPS,
 ) -> StepAhead:
-    fitting = fitted_length(length, fixed)
+    fitting = fitted_length(length, fixed, wanted)
     if fitting.accumulation != length.accumulation:
         flags = flags | {"gradient_accumulation_steps": fitting.accumulation}
     if fitting.epochs != length.epochs:

@@ -200,9 +200,11 @@ class PPOLog:
         """Show what is wrong with an iteration; warnings are kept in the metrics too."""
         if iteration == 1 and statistics["ended"] < NO_ENDS:
             self._print(
-                "note: no answer of the first iteration ended, so that they are scored as they "
-                "break off; raise max_answer_seq_len, or check that step 1 trained with this end "
-                f"token, {self.roles.tokenizer.eos_token}"
+                "note: no answer of the first iteration ended within "
+                f"{statistics['answer_length']:.0f} tokens, so that they are scored as they break "
+                "off; where step 2's answers are longer raise max_answer_seq_len, else check that "
+                f"step 1 trained with this end token, {self.roles.tokenizer.eos_token}, or give "
+                "missing_eos_penalty"
             )
         for warning in self.health.observe(iteration, statistics):
             self._print(f"warning, iteration {iteration}: {warning}")

@@ -23,6 +23,7 @@ class RunFacts:
 
     Attributes:
         can_scale: the reward model's folder has statistics that the run does not use.
+        is_scaled: it uses them.
         rate: setting of the actor's learning rate.
         filters: settings by which answers come from a part of the distribution.
     """
@@ -30,6 +31,7 @@ class RunFacts:
     has_reward_model: bool = True
     has_reward_function: bool = False
     can_scale: bool = False
+    is_scaled: bool = False
     fuses_adapters: bool = False
     has_kl_target: bool = False
     masks_truncated: bool = False
@@ -65,7 +67,11 @@ class RunFacts:
     @property
     def unclipped(self) -> str:
         """Against scores beyond the clip."""
-        return "give reward_scaling auto, or raise reward_clip" if self.can_scale else "raise it"
+        if self.can_scale:
+            return "give reward_scaling auto, or raise reward_clip"
+        if self.is_scaled:
+            return "train step 2 longer, the spread of whose scores is their unit, or raise it"
+        return "raise it"
 
     @property
     def unfiltered(self) -> str:

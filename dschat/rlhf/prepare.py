@@ -244,12 +244,13 @@ def health_monitor(
 ) -> HealthMonitor:
     """Make the monitor of a run with this reward model; it names remedies that the run has."""
     rewards, actor, ppo = settings.rewards, settings.actor, settings.ppo
-    is_unscaled = reward_model is not None and rewards.reward_scaling == "none"
+    has_unit = reward_model is not None and read_statistics(reward_model) is not None
     has_own_rate = actor.lora.lora_dim and actor.optimizer.lora_learning_rate is not None
     facts = RunFacts(
         has_reward_model=reward_model is not None and rewards.reward_model_weight != 0,
         has_reward_function=bool(rewards.reward_function),
-        can_scale=is_unscaled and read_statistics(str(reward_model)) is not None,
+        can_scale=has_unit and rewards.reward_scaling == "none",
+        is_scaled=has_unit and rewards.reward_scaling != "none",
         fuses_adapters=settings.rollouts.fuse_lora_for_generation,
         has_kl_target=ppo.kl_target is not None,
         masks_truncated=ppo.policy.mask_truncated_answers,

@@ -59,19 +59,20 @@ class RunLength:
         """Return whether too little of the run is left after the warm-up."""
         return self.warm_up > LONGEST_WARM_UP * self.steps
 
-    def with_more_steps(self) -> RunLength:
-        """Lower the accumulation until there are `FEW_STEPS`."""
+    def with_more_steps(self, least: int = FEW_STEPS) -> RunLength:
+        """Lower the accumulation until there are `least` optimizer steps."""
         if self.micro_batches is None or self.is_limited:
             return self
         most = min(self.accumulation, self.micro_batches)
         lowered = [replace(self, accumulation=n) for n in range(most, 0, -1)]
-        return next((run for run in lowered if run.steps >= FEW_STEPS), lowered[-1])
+        return next((run for run in lowered if run.steps >= least), lowered[-1])
 
-    def with_more_epochs(self) -> RunLength:
-        """Raise the epochs until there are `FEW_STEPS`."""
-        if self.micro_batches is None or self.is_limited or self.steps >= FEW_STEPS:
+    def with_more_epochs(self, least: int = FEW_STEPS, most: float = math.inf) -> RunLength:
+        """Raise the epochs, to `most`, until there are `least` optimizer steps."""
+        if self.micro_batches is None or self.is_limited or self.steps >= least:
             return self
-        return replace(self, epochs=math.ceil(FEW_STEPS * self.epochs / self.steps))
+        needed = math.ceil(least * self.epochs / self.steps)
+        return replace(self, epochs=max(self.epochs, int(min(needed, most))))
 
     def with_shorter_warm_up(self) -> RunLength:
         """Lower a long warm-up to a tenth of the run."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dschat.config import RewardSettings, SFTSettings
+from dschat.config.fitting import fitted_length
 from dschat.train.run_length import RunLength
 from dschat.train.steps import StepPlan
 
@@ -76,6 +77,24 @@ def test_epochs_make_up_for_few_rows():
     assert (length.with_more_epochs().epochs, length.with_more_epochs().steps) == (3, 23)
     assert replace(length, epochs=3).with_more_epochs().epochs == 3
     assert replace(length, max_steps=5).with_more_epochs().epochs == 1  # they would change nothing
+
+
+def test_steps_that_are_wanted_are_worth_so_many_epochs():
+    length = RunLength(epochs=1, micro_batches=17, accumulation=4, warm_up=0)
+    assert (length.with_more_steps(60).accumulation, length.with_more_steps(9).accumulation) == (
+        1,
+        2,
+    )
+    by_micro_batches = {17: 4, 12: 4, 7: 4, 30: 2, 45: 2, 60: 1, 200: 1}
+    found = {
+        n: fitted_length(replace(length, micro_batches=n), (), 60).epochs for n in by_micro_batches
+    }
+    assert found == by_micro_batches
+    few = replace(length, micro_batches=3)  # 20 steps in any case
+    assert fitted_length(few, (), 60).epochs == fitted_length(few, ()).epochs == 7
+    assert fitted_length(replace(length, epochs=5), (), 60).epochs == 5
+    assert fitted_length(length, ["num_train_epochs"], 60).epochs == 1
+    assert fitted_length(length, []).epochs == 2
 
 
 def test_the_reward_model_too():

@@ -301,6 +301,7 @@ def ahead(e2e: ModuleType, inputs: Path, *argv: str, data: str = "data") -> dict
 def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inputs: Path, capsys):
     """8 micro-batches of 16 rows; keys and values of rank 16, where the scripts have 128."""
     more = ["--gradient_accumulation_steps", "1", "--num_train_epochs", "3"]
+    longer = [*more[:-1], "4"]  # of the 8 that make the 60 steps of a reward model
     # 7.2e-6 * 2048 / 32 of A (step 3: by the root); of all weights 5e-5, times 1024 / 32, and the
     # critic's 5e-6 as much, times 10 for 24 steps
     rates = {
@@ -313,13 +314,14 @@ def test_all_steps_are_checked_and_fitted_to_rows_and_model(e2e: ModuleType, inp
     ranks = ["--actor_lora_dim", "16"]
     assert ahead(e2e, inputs) == {
         1: [*rates[1], "--lora_dim", "16", *more],
-        2: [*rates[2], *more],
+        2: [*rates[2], *longer],
         3: [*rates[3], *ranks, "--critic_learning_rate", "0.0016", *judged, *more],
     }
     lines = capsys.readouterr().out.splitlines()
     model = inputs / "model"
     assert [line for line in lines if line.startswith("step ")] == [
-        f"step {step}: {model}, 128 rows, 24 optimizer steps" for step in (1, 2, 3)
+        f"step {step}: {model}, 128 rows, {steps} optimizer steps"
+        for step, steps in ((1, 24), (2, 32), (3, 24))
     ]
     assert sum("no script of its own on single_gpu: run_" in line for line in lines) == 3
     assert lines[-1].startswith("model folders: ") and "free in" in lines[-1]
