@@ -8,6 +8,7 @@ compilers, and ten seconds of training on the embedded model. Ends with 1 where 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from dschat.command import training_check
 from dschat.config.cli import run_cli
 from dschat.config.help import OneLineParser, program
 from dschat.data.cache import own_folder
+from dschat.errors import UserError, brief
 from dschat.lazy import torch
 from dschat.utils.files import free_bytes, in_words
 from dschat.utils.printable import printable
@@ -112,11 +114,15 @@ def disks() -> Iterator[Finding]:
     """Find the room where runs write, and where data and models are cached."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for name, folder in (
-        ("this folder", Path.cwd()),
-        ("cache of data", own_folder()),
-        ("cache of models", Path(HF_HUB_CACHE)),
+    for name, folder, other in (
+        ("this folder", Path.cwd(), "start in a folder that can be"),
+        ("cache of data", own_folder(), "set XDG_CACHE_HOME to a folder that can be"),
+        ("cache of models", Path(HF_HUB_CACHE), "set HF_HOME to a folder that can be"),
     ):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not os.access(there, os.W_OK):
+            yield Finding(name, f"{there} cannot be written to", other)
+            continue
         free = free_bytes(folder)
         remedy = None if free >= LITTLE_ROOM else f"free some of the disk of {folder}"
         yield Finding(name, f"{in_words(free)} free", remedy)
@@ -149,14 +155,34 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...]
 CHECKS = (versions, gpus, nccl, disks, compilers, training)
 
 
+def findings() -> Iterator[Finding]:
+    """Yield what all checks find; what a check itself fails on is a finding too.
+
+    Raises:
+        UserError: the present folder is gone, in which nothing can be checked.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the present folder is gone; cd to another and try again") from error
+    for check in CHECKS:
+        try:
+            yield from check()
+        except Exception as error:  # of a package that is broken
+            found = f"cannot be checked: {brief(error, with_type=True)}"
+            remedy = (
+                "install the package that this is about again; docs/troubleshooting.md has more"
+            )
+            yield Finding(check.__name__, found, remedy)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the findings as they come."""
     OneLineParser(__doc__, prog=program("dschat.command.doctor")).parse_args(argv)
     width, to_do = shutil.get_terminal_size().columns, 0
-    for check in CHECKS:
-        for finding in check():
-            to_do += finding.remedy is not None
-            print("\n".join(finding.lines(width)), flush=True)
+    for finding in findings():
+        to_do += finding.remedy is not None
+        print("\n".join(finding.lines(width)), flush=True)
     if to_do:
         print(f"{to_do} to do")
         sys.exit(1)

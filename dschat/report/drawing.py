@@ -33,6 +33,7 @@ def curve(panel: Panel, records: Records) -> Figure:
             axes.plot(*_columns(held_out), color=color, label=f"{label}, held out", **style)
     if panel.log and axes.get_lines():
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(axes.get_lines()) > MOST_INSIDE:
@@ -90,16 +91,17 @@ def svg(figure: Figure) -> str:
     """Return the picture as an element of a page; its text stays text."""
     import matplotlib
 
+    _fix_layout(figure)
     file = io.StringIO()
     # The salt makes names of parts the same each time; metadata would hold the date.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dschat"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # the layout stays as it was found here
     return re.sub(r"^.*?(?=<svg )", "", file.getvalue(), flags=re.DOTALL)
 
 
 def png(figure: Figure) -> bytes:
     """Return the picture as a PNG file."""
+    _fix_layout(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     return file.getvalue()
@@ -113,6 +115,22 @@ def _figure() -> tuple[Figure, Any]:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _fix_layout(figure: Figure) -> None:
+    """Find room for all labels, once: with an engine left each picture is drawn twice."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis by 0.001 and 1e-05: powers as formulas cost a quarter of a page."""
+    from matplotlib.ticker import LogFormatter
+
+    plain = LogFormatter(minor_thresholds=(2, 0.5))
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(plain)
 
 
 def _label(name: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from dschat.command import doctor, training_check
 from dschat.command.doctor import Finding
+from dschat.errors import UserError
 
 
 def test_a_finding_fits_the_window_and_cannot_steer_it():
@@ -65,6 +66,32 @@ def test_a_disk_without_room(monkeypatch):
     monkeypatch.setattr(doctor, "free_bytes", lambda folder: 10**9)
     findings = [*doctor.disks()]
     assert len(findings) == 3 and all(f.found == "1 GB free" and f.remedy for f in findings)
+
+
+def test_folders_that_cannot_be_written_to(monkeypatch):
+    monkeypatch.setattr("os.access", lambda folder, mode: False)
+    findings = [*doctor.disks()]
+    assert all("cannot be written to" in f.found for f in findings)
+    assert "XDG_CACHE_HOME" in findings[1].remedy and "HF_HOME" in findings[2].remedy
+
+
+def test_a_broken_package_is_a_finding(monkeypatch):
+    def broken():
+        raise ImportError("libcudart.so.13: cannot open\nmore")
+        yield
+
+    fine = Finding("disk", "1 GB")
+    monkeypatch.setattr(doctor, "CHECKS", (broken, lambda: iter([fine])))
+    found, after = doctor.findings()
+    assert found.found == "cannot be checked: ImportError: libcudart.so.13: cannot open"
+    assert found.subject == "broken" and "install" in found.remedy and after == fine
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(UserError, match="folder is gone; cd"):
+        [*doctor.findings()]
 
 
 def test_a_missing_compiler(monkeypatch):
