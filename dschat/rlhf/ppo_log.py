@@ -202,9 +202,8 @@ class PPOLog:
             self._print(
                 "note: no answer of the first iteration ended within "
                 f"{statistics['answer_length']:.0f} tokens, so that they are scored as they break "
-                "off; where step 2's answers are longer raise max_answer_seq_len, else check that "
-                f"step 1 trained with this end token, {self.roles.tokenizer.eos_token}, or give "
-                "missing_eos_penalty"
+                f"off; {self.health.facts.longer}, or check that step 1 trained with this end "
+                f"token, {self.roles.tokenizer.eos_token}, or give missing_eos_penalty"
             )
         for warning in self.health.observe(iteration, statistics):
             self._print(f"warning, iteration {iteration}: {warning}")

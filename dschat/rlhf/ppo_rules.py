@@ -58,6 +58,12 @@ class RunFacts:
         return "raise missing_eos_penalty"
 
     @property
+    def longer(self) -> str:
+        """Against answers that the limit cuts; a reward model knows none beyond its pairs'."""
+        where = " where step 2's answers are longer" if self.has_reward_model else ""
+        return f"raise max_answer_seq_len{where}"
+
+    @property
     def rewards(self) -> str:
         """Sources of the rewards."""
         model = "the reward model (rw_eval.py)" if self.has_reward_model else ""
@@ -139,7 +145,7 @@ RULES = (
         "masked answers",
         lambda h: h.stays("masked", above=MASKED),
         "{masked:.0%} of the answers are cut at max_answer_seq_len, and not trained on",
-        "raise max_answer_seq_len, or drop mask_truncated_answers",
+        "{facts.longer}, or drop mask_truncated_answers",
         explains=("no ends", "standstill", "answers grew"),
     ),
     Rule(
@@ -176,7 +182,7 @@ RULES = (
         "answers grew from {first_answer_length:.0f} to {answer_length:.0f} tokens, {ended:.0%} "
         "end instead of {first_ended:.0%}, while the reward went from {first_reward:.3g} to "
         "{reward:.3g}",
-        "see whether {facts.rewards} pays for length; {facts.ends}, or raise max_answer_seq_len",
+        "see whether {facts.rewards} pays for length; {facts.ends}, or {facts.longer}",
         explains=("gamed reward", "no ends", "reward fell"),
     ),
     Rule(

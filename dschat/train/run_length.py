@@ -94,10 +94,13 @@ class RunLength:
                 f"give {self._longer(fitting)}"
             )
         if self.has_long_warm_up:
+            warm_up = fitting.with_shorter_warm_up().warm_up
+            if warm_up == self.warm_up:  # of more steps it would be no third
+                warm_up = self.with_shorter_warm_up().warm_up
             lines.append(
                 f"num_warmup_steps {self.warm_up}: more than a third of the run's {self.steps} "
                 f"optimizer steps, so it is hardly at its learning rate; "
-                f"give {fitting.with_shorter_warm_up().warm_up}"
+                f"give {warm_up}"
             )
         return [f"advice: {line}" for line in lines]
 

@@ -272,6 +272,12 @@ def test_numbers_and_remedies_of_the_run():
     )
     own = RunFacts(has_reward_model=False, has_reward_function=True)
     assert text("equal rewards", own, reward_std=0.0).endswith("learn from; check reward_function")
+    assert text("masked answers", own, masked=0.95).endswith(
+        "; raise max_answer_seq_len, or drop mask_truncated_answers"
+    )
+    assert "raise max_answer_seq_len where step 2's answers are longer, or" in text(
+        "masked answers", RunFacts(), masked=0.95
+    )
     filtered = RunFacts(filters=("top_p", "top_k"))
     assert text("negative KL", filtered, kl_per_token=-0.1).endswith("; drop top_p, top_k")
     fused = RunFacts(fuses_adapters=True)

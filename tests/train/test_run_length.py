@@ -70,6 +70,8 @@ def test_both_at_once_name_values_that_go_together():
     assert (fitting.accumulation, fitting.steps, fitting.warm_up) == (4, 20, 2)
     assert length.advice()[-1].endswith("give 2")
     assert fitting.advice() == []
+    third = RunLength(epochs=1, micro_batches=80, accumulation=8, warm_up=5)  # of 20 steps no third
+    assert third.advice()[-1].endswith("give 1")
 
 
 def test_epochs_make_up_for_few_rows():
