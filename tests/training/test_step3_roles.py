@@ -119,7 +119,9 @@ def test_every_layout_gives_the_same_figures(ran):
         assert [line.keys() for line in lines] == [line.keys() for line in expected]
         for line, other in zip(lines, expected, strict=True):
             numbers = {k: v for k, v in other.items() if isinstance(v, int | float)}
-            assert {k: line[k] for k in numbers} == pytest.approx(numbers, abs=LOGITS, rel=NEAR_ONE)
+            # Explained variances are quotients of squares: four times the rounding of a number.
+            found = {k: line[k] for k in numbers}
+            assert found == pytest.approx(numbers, abs=LOGITS, rel=4 * NEAR_ONE)
 
 
 def test_one_trunk_resumes_bit_for_bit(ran):
