@@ -38,6 +38,7 @@ COLOURS = {
     "utils": "#fff1b8",
     "functional": "#f7d7e8",
     "settings": "#e6eaef",
+    "rules": "#e6eaef",
     "errors": "#e6eaef",
     "lazy": "#e6eaef",
 }
@@ -73,6 +74,7 @@ FLOORS = (
     (
         ("functional", "functional", "losses, returns"),
         ("settings", "settings", "declared once"),
+        ("rules", "rules", "of each"),
         ("errors", "errors", "one line"),
         ("lazy", "lazy", "late imports"),
     ),
