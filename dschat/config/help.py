@@ -16,6 +16,7 @@ from dschat.settings import Flag, Settings, flags_of
 LETTERS = {int: "N", float: "X", str: "TEXT"}
 WIDEST_CHOICES = 40  # columns; more of them stand in the text
 RETIRED = "accepted without effect"
+_NEGATIVE = re.compile(r"-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)$", re.IGNORECASE)
 _OWN_LINE = re.compile(r"\s|\d+\. |- ")  # an example, or an entry of a list
 
 
@@ -49,6 +50,8 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=Help, **options
         )
+        # argparse of Python 3.11 to 3.13 takes -1e-9 and -inf for flags.
+        self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print together with the usage."""

@@ -79,6 +79,7 @@ def test_the_command_line():
     assert settings.left.depth == 3 and settings.fast and settings.limit == 7
     assert settings.paths == ("c",)
     assert given("--paths").paths == ()
+    assert given("--left_rate", "-1e-9").left.rate == -1e-9
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,8 @@ def test_the_command_line():
         (["--left_depth", "4"], "argument --left_depth: invalid choice: 4"),
         (["--limit"], "argument --limit: expected one argument"),
         (["--limit", "0"], "limit is 0: give at least 1"),
+        (["--left_rate", "-Inf"], "left_rate is -inf: give "),
+        (["--left_rate", "-x"], "argument --left_rate: expected one argument"),
         (["stray"], "unknown flag stray"),
     ],
 )
