@@ -74,7 +74,9 @@ FLOORS = (
     (
         ("functional", "functional", "losses, returns"),
         ("settings", "settings", "declared once"),
-        ("rules", "rules", "of each"),
+    ),
+    (
+        ("rules", "rules", "bounds, choices"),
         ("errors", "errors", "one line"),
         ("lazy", "lazy", "late imports"),
     ),
