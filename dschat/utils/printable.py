@@ -105,6 +105,9 @@ class _Record(logging.LogRecord):
 def _show_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # the interpreter ends as SIGINT would have ended it
+        last_line("interrupted")
+        return
     sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 
