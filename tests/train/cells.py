@@ -70,7 +70,7 @@ class Cell:
             trainable_tokens_learning_rate=TOKENS_RATE,
             head_learning_rate=HEAD_RATE,
             betas=BETAS,
-            eps=1e-10 if self.first_steps else EPS,
+            eps=1e-12 if self.first_steps else EPS,
         )
         return ModelConfig(
             optimizer=rates,
