@@ -76,7 +76,7 @@ class RunFacts:
         if self.can_scale:
             return "give reward_scaling auto, or raise reward_clip"
         if self.is_scaled:
-            return "train step 2 longer, the spread of whose scores is their unit, or raise it"
+            return "raise it, or train step 2 longer, the spread of whose scores is their unit"
         return "raise it"
 
     @property

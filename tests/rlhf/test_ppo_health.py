@@ -268,7 +268,7 @@ def test_numbers_and_remedies_of_the_run():
     assert scaled.endswith("give reward_scaling auto, or raise reward_clip")
     scaled = text("clipped rewards", RunFacts(is_scaled=True), **clipped)
     assert scaled.endswith(
-        "equal; train step 2 longer, the spread of whose scores is their unit, or raise it"
+        "equal; raise it, or train step 2 longer, the spread of whose scores is their unit"
     )
     own = RunFacts(has_reward_model=False, has_reward_function=True)
     assert text("equal rewards", own, reward_std=0.0).endswith("learn from; check reward_function")
