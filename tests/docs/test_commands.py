@@ -1,116 +1,80 @@
-"""Every command of the pages is one: its program is there and takes its flags with these values.
+"""Each command of the pages runs, or `UNTRIED` says why not; here those that take a moment.
 
-Other tests train with `make quickstart` and README's chat, scripts, `dschat run`, `inspect`,
-`compare`, `winrate`, `merge`, `checkpoint` and `doctor`, as they stand or on a tiny model.
+test_commands_run.py has the others, which train, load or plan models.
 """
 
+import os
 import re
-import shlex
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-
-from dschat.command.registry import COMMANDS
-from dschat.config.cli import parse
-from dschat.config.programs import PromptEvaluation
-from dschat.errors import UserError
-from dschat.pipeline.recipe import shipped
-from dschat.settings import flags_of
+from tests.docs.page_commands import FAST, ROOT, UNTRIED, commands
+from tests.docs.page_folders import run_all
 from tests.docs.test_pages import PAGES
-from tests.docs.test_site import SETTINGS
+from tests.helpers.launch import TIME_LIMIT
 
-ROOT = Path(__file__).resolve().parents[2]
-# Programs of others, words of the shell, and our modules that no settings class describes.
-OTHERS = {
-    *("pip", "hf", "vllm", "vllm-env/bin/vllm", "vllm-env/bin/pip", "lm_eval", "transformers"),
-    *("nodes=($(scontrol", "until", "trap", "code=0", "wait", "if", "exit", "python3", "docker"),
-    *("cd", "git", "export", "sbatch", "ssh", "srun", "{"),
-    *("dschat completion", "dschat push", "dschat checkpoint", "dschat doctor", "dschat merge"),
-    "dschat report",
-    *("benchmarks", "tests.faults", "dschat.train.launch"),
-}
-STEPS = ("sft", "reward", "dpo", "ppo")
-MODULES = {"dschat.data": "inspect", "dschat.plan": "plan", "dschat.winrate": "winrate"}
-FILES = {"rw_eval.py": "eval", "chat.py": "chat"}
-MISSING = ("no such file", "is required", "no such folder", "needs --actor-model", "hostfile")
+ALL = commands()
 
 
-def commands() -> list[tuple[str, str]]:
-    """Pages with each of their commands, line by line."""
-    found = []
+def test_what_is_not_tried_is_on_a_page():
+    assert {*UNTRIED} <= {command.program for command in ALL}
+
+
+def test_commands_of_a_moment_run(tmp_path: Path):
+    wrong = run_all([command for command in ALL if command.program in FAST], tmp_path)
+    assert not wrong, wrong
+
+
+def test_targets_of_make_are_there():
+    targets = {command.words[1] for command in ALL if command.program == "make"}
+    subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_scripts_are_there():
+    for command in ALL:
+        if command.program == "*.sh":
+            places = (ROOT, (ROOT / command.page).parent)
+            assert any((place / command.words[1]).is_file() for place in places), command.line
+
+
+STUB = """#!/bin/sh
+echo "${0##*/} $*" >> "$CALLS"
+case "${0##*/}" in torchrun) exit 75;; scontrol) echo node-1 node-2 node-3;; esac
+"""
+
+
+def test_scripts_for_slurm_run(tmp_path: Path):
+    """As they stand, with stubs of what they start: the last command's code is the script's own."""
+    for name in ("srun", "scontrol", "curl", "torchrun"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node-[1-3]",
+    }
+    calls = {}
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                if line.strip() and not line.lstrip().startswith("#"):
-                    found.append((str(page.relative_to(ROOT)), line.strip()))
-    return found
-
-
-def program_of(words: list[str]) -> tuple[str, list[str]]:
-    """What a command line starts, past variables and launchers, and the words it gets."""
-    words = [w for w in words if w not in ("&", "...", "…")]
-    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words = words[1:]
-    for i, word in enumerate(words):
-        if word == "dschat" and i + 1 < len(words):
-            return f"dschat {words[i + 1]}", words[i + 2 :]
-        if word.endswith((".py", ".sh")) and "/bin/" not in word:
-            return word, words[i + 1 :]
-        module = words[i + 1] if word == "-m" else ""
-        if module == "benchmarks" or module.startswith("benchmarks."):
-            return "benchmarks", words[i + 2 :]
-        if module.startswith(("dschat.", "tests.")) and module != "dschat.train.launch":
-            return module, words[i + 2 :]  # the launcher starts what follows
-    return words[0], words[1:]
-
-
-def takes(kinds: tuple[str, ...], argv: list[str]) -> None:
-    """One of these programs takes the words; files that they name need not be there."""
-    errors = []
-    if "--config" in argv:  # a file of one's own, or of the checkout
-        at = argv.index("--config")
-        argv = argv[:at] + argv[at + 2 :]
-    for kind in kinds:
-        cls = SETTINGS.get(kind, PromptEvaluation)
-        first = [] if getattr(cls, "FIRST_WORD", None) is None else argv[:1]
-        try:
-            parse(cls, argv[len(first) :], None)
-            return
-        except UserError as error:
-            errors.append(f"{kind}: {error}")
-        if any(part in errors[-1].lower() for part in MISSING):
-            known = {flag.name for flag in flags_of(cls)}
-            names = [w.lstrip("-").split("=")[0] for w in argv if w.startswith("--")]
-            if {name.replace("-", "_") for name in names} <= known:
-                return
-    raise AssertionError(errors)
-
-
-@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda text: text[:60])
-def test_a_command_is_one(page: str, line: str, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    for part in re.split(r" (?:&&|\|\||\|) ", line):
-        words = shlex.split(part.replace("[--phase 1]", ""), comments=True)
-        program, argv = program_of(words)
-        argv = argv[: argv.index(">")] if ">" in argv else argv
-        if program == "make":
-            assert re.search(rf"^{argv[0]}:", (ROOT / "Makefile").read_text(), re.M), line
-        elif program.endswith(".sh"):
-            places = [ROOT, (ROOT / page).parent, ROOT / "training"]
-            assert any((place / program).is_file() for place in places), line
-        elif program == "dschat run":
-            assert argv[0] in shipped() or argv[0].endswith(".yaml"), line
-            takes(("run",), argv)
-        elif program.startswith("dschat ") and program not in OTHERS:
-            assert program.removeprefix("dschat ") in COMMANDS, line
-            takes((program.removeprefix("dschat "),), argv)
-        elif program in MODULES:
-            argv = argv[1:] if program == "dschat.data" else argv
-            takes((MODULES[program],), argv) if program != "dschat.plan" else None
-        elif Path(program).name in FILES:
-            takes((FILES[Path(program).name],), argv)
-        elif Path(program).name == "main.py":
-            takes(STEPS, argv)
-        elif Path(program).name != "e2e_rlhf.py":
-            assert program in OTHERS or program.startswith(("dschat.", "echo")), line
+        for script in re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page.read_text(), re.S):
+            log = tmp_path / "calls"
+            done = subprocess.run(
+                ["bash", "-c", script],
+                cwd=tmp_path,
+                env=env | {"CALLS": str(log)},
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+            )
+            assert not done.stderr, done.stderr
+            calls[page.name] = done.returncode, [*log.read_text().splitlines()]
+            log.unlink()
+    code, said = calls["resume.md"]
+    assert code == 75 and said[-1] == "scontrol requeue 7"
+    assert said[0].startswith("torchrun --nproc_per_node 8 main.py")
+    code, said = calls["rollout.md"]
+    assert code == 0 and said[0] == "scontrol show hostnames node-[1-3]"
+    assert any("--nodelist=node-2,node-3" in line and "http://node-1:8000" in line for line in said)

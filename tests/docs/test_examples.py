@@ -1,15 +1,12 @@
 """The Python examples of the pages run as they stand, on a tiny model."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dschat.config.cli import parse
-from dschat.config.programs import RewardEvaluation, WinRateSettings
 from tests.helpers.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,18 +28,3 @@ def test_lora_plus_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     # B starts at zero, and nothing trained: the model is what it was.
     torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=0)
-
-
-PROGRAMS = {"rw_eval.py": RewardEvaluation, "dschat.winrate": WinRateSettings}
-
-
-def test_the_commands_on_reward_models_are_understood():
-    page = (ROOT / "docs/reward_models.md").read_text(encoding="utf-8")
-    lines = "".join(re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)).splitlines()
-    read = []
-    for words in map(shlex.split, lines):
-        program = next(word for word in words if word in PROGRAMS)
-        argv = words[words.index(program) + 1 :]
-        read.append(parse(PROGRAMS[program], argv, None))
-    assert [type(settings) for settings in read].count(WinRateSettings) == 2
-    assert len(read) == 5 and read[2].stdin and read[1].all_rows
