@@ -189,7 +189,9 @@ RULES = (
         "gamed reward",
         lambda h: h.is_gamed,
         "the reward rose from {first_reward:.3g} to {reward:.3g} while the policy left the "
-        "reference ({kl_per_token:.2g} nats a token): the reward is being gamed",
+        "reference (KL {kl_per_token:.2g} nats a token; its answers have "
+        "{ref_nats_per_token:.2g} there, {first_ref_nats_per_token:.2g} at first): the reward is "
+        "being gamed",
         "read the answers (print_answers), {facts.closer} or stop earlier",
         explains=(
             *("clipped rewards", "long updates", "entropy collapse", "equal rewards"),

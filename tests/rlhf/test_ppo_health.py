@@ -262,6 +262,8 @@ def test_numbers_and_remedies_of_the_run():
     )
     gamed = text("gamed reward", RunFacts(has_kl_target=True), kl_per_token=1.0, reward=3.0)
     assert gamed.endswith("read the answers (print_answers), lower kl_target or stop earlier")
+    left = text("gamed reward", RunFacts(), reward=3.0, ref_nats_per_token=2.25)
+    assert "(KL 0.05 nats a token; its answers have 2.2 there, 1.5 at first)" in left
     clipped = {"reward_clipped": 0.4}
     assert text("clipped rewards", RunFacts(), **clipped).endswith("equal; raise it")
     scaled = text("clipped rewards", RunFacts(can_scale=True), **clipped)
