@@ -108,7 +108,7 @@ def build(bots: Sequence[Chatbot], names: Sequence[str]) -> Any:
         with gradio.Row():
             send = gradio.Button("Send", variant="primary", min_width=90)
             stop = gradio.Button("Stop", min_width=90)
-            clear = gradio.Button("New conversation", min_width=90)
+            clear = gradio.Button("New conversation", min_width=170)
 
         def answer(text: str, before: list[list[Turn]]) -> Iterator[list[Any]]:
             for now in stream(bots, text.strip(), before):
