@@ -7,12 +7,13 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import threading
 import traceback
 import warnings
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from dschat.utils.launchers import rank_of
@@ -102,6 +103,21 @@ class _Record(logging.LogRecord):
         return printable(super().getMessage())
 
 
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; end at once inside an import, whose code may swallow or abort at it.
+
+    Torch's C++ ends by `std::terminate` at a Python error that it did not expect.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if (code.co_filename, code.co_name) == ("<frozen importlib._bootstrap>", "_find_and_load"):
+            last_line("interrupted")
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def _show_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
@@ -155,6 +171,7 @@ def guard_terminal() -> None:
 
     With --verbose, or Python's own -W, nothing is left out. Torch's C++ must not be imported yet:
     it warns of a connection whose other end has gone, which `rank_watch` says, with its stack.
+    From here Ctrl-C, unless it has a handler, ends the program also while it imports.
     """
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     if VERBOSE not in sys.argv:
@@ -165,6 +182,8 @@ def guard_terminal() -> None:
             warnings.simplefilter("ignore")
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _show_warning
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.excepthook = _show_error
     threading.excepthook = _show_threads_error
 

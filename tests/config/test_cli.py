@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -389,6 +390,18 @@ def test_ctrl_c_is_one_line_wherever_it_comes():
     program = "from dschat.config.cli import run_cli; import os, signal\n"
     program += "run_cli(lambda: os.kill(os.getpid(), signal.SIGINT))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+def test_ctrl_c_ends_an_import_that_would_swallow_it(tmp_path):
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException: pass\n"
+    )
+    program = "from dschat.config.cli import run_cli; run_cli(lambda: __import__('swallows'))"
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    command = [sys.executable, "-c", program]
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
