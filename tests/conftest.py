@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before the first import of torch and huggingface_hub, which read them. One thread: sums of floats
@@ -15,6 +16,7 @@ import torch
 from tests.helpers.tiers import position
 
 torch.set_num_threads(1)
+LINEAR = torch.nn.functional.linear
 
 # A shell that starts the tests in its background has them ignore SIGINT, and every process that
 # they start would inherit that.
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first; the order is otherwise as it was."""
     tests = Path(__file__).parent
     items.sort(key=lambda item: position(item.path.relative_to(tests).as_posix()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    """No file sees DeepSpeed's linear layer, which takes torch's place for good at ZeRO-3."""
+    yield
+    torch.nn.functional.linear = LINEAR
 
 
 @pytest.fixture(autouse=True)

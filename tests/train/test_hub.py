@@ -1,6 +1,5 @@
 """`push_to_hub` of a run: what is checked before it trains, and what a push does after it."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -106,11 +105,17 @@ def test_an_adapter_alone_needs_a_base_that_others_have(tmp_path):
 def test_every_step_pushes_when_all_is_written():
     for program in (SFT, REWARD, DPO, PPO):
         text = (ROOT / program).read_text(encoding="utf-8")
-        end = re.search(
-            r"    log\.close\(\)\n    settings\.run\.hub\.push\((.+), ctx\.rank\)\n\n", text
+        _, end = text.split("    # 4. ")
+        assert " save_hf_format(" in end or " run.save(" in end, program
+        assert end.endswith('    run.end(log)\n\n\nif __name__ == "__main__":\n    run_cli(main)\n')
+    for room, folder in (("train", "run.output_dir"), ("rlhf", 'Path(run.output_dir) / "actor"')):
+        text = (ROOT / "dschat" / room / "prepare.py").read_text(encoding="utf-8")
+        end = (
+            "        self.checkpointer.mark_end()\n        log.close()\n"
+            "        run = self.settings.run\n"
+            f"        run.hub.push({folder}, self.ctx.rank)\n"
         )
-        assert end is not None, program
-        assert ('"actor"' in end[1]) == (program == PPO)
+        assert text.count(end) == 1, room
 
 
 @pytest.mark.slow
