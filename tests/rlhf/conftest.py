@@ -1,21 +1,12 @@
 """Folders of tiny actors and critics, made once, and the process group of one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch.nn.functional as F
 
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.utils.distributed import Distributed, init_distributed
 from tests.rlhf.tiny_roles import MODELS, Folders, Setting, save_folders
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_linear() -> Iterator[None]:
-    """ZeRO-3 puts a linear layer of its own into torch for good; other tests want torch's."""
-    linear = F.linear
-    yield
-    F.linear = linear
 
 
 @pytest.fixture(scope="session")
