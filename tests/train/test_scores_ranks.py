@@ -28,7 +28,7 @@ WORKER = Path(__file__).with_name("scores_worker.py")
 FAMILIES = (*CLASSIFIED, "granite")
 WAYS = dict.fromkeys((1, 2), ("0", "1", "2", "3", "3,adapter"))
 CELLS = {ranks: [f"{name},{way}" for name in FAMILIES for way in WAYS[ranks]] for ranks in WAYS}
-CORE = {1: set(), 2: {"gemma3,3"}}
+CORE: dict[int, set[str]] = {1: set(), 2: set()}
 
 
 @dataclass(frozen=True)
