@@ -35,11 +35,6 @@ class Layers:
     running: list[Kind]
     counts: Counter[Kind]
 
-    @property
-    def are_all(self) -> bool:
-        """Return whether no layer was left out."""
-        return len(self.running) == self.counts.total()
-
 
 def layers_to_run(config: PretrainedConfig, build: Build) -> Layers:
     """Choose a few layers of each kind, where the family's model can be made of them.
@@ -100,10 +95,7 @@ def decoder_layers(module: nn.Module, config: PretrainedConfig) -> list[nn.Modul
     def size(stack: nn.ModuleList) -> tuple[bool, int]:
         return len(stack) == count, sum(p.numel() for p in stack.parameters())
 
-    if not stacks:
-        return []
-    largest = max(stacks, key=size)
-    return list(largest)
+    return list(max(stacks, key=size, default=()))
 
 
 def with_layers(config: PretrainedConfig, places: Sequence[int]) -> PretrainedConfig:
