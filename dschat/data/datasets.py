@@ -63,17 +63,14 @@ def create_prompt_dataset(
 ) -> PromptData:
     """Make the tokenised train and evaluation rows of a phase (1 answers, 2 pairs, 3 prompts).
 
-    A phase trains on all train rows of a source, or on its share of them by `config.data_split`;
-    the test rows are evaluated on in every phase and never trained on. Prompts have the format that
-    the tokenizer carries (`formats.set_format`). A set is tokenised once by one process, also when
-    independent runs want it at the same time.
+    A phase trains on all train rows of a source, or on its share of them by `config.data_split`,
+    and never on test rows. Prompts have the format that the tokenizer carries
+    (`formats.set_format`). A set is tokenised once, also where independent runs want it together.
 
     Args:
         seed: of the splits and of the choice of `max_train_samples`.
-        max_seq_len: tokens of prompt and answer together.
-        max_prompt_len: tokens of a prompt, in phase 3 alone.
-        once: has the work done by one rank of each node and gives its result to all of them
-            (`waiting.from_local_main`).
+        max_seq_len: tokens of prompt and answer together. max_prompt_len: of a phase-3 prompt.
+        once: has one rank of each node do the work for all (`waiting.from_local_main`).
         later: what the run will write after the rows, for which they leave room.
 
     Raises:
@@ -81,7 +78,8 @@ def create_prompt_dataset(
     """
     if phase not in PHASES:
         raise ValueError(f"phase {phase} is none of {PHASES}")
-    if phase == 3 and max_prompt_len is None:
+    max_len = max_prompt_len if phase == 3 else max_seq_len
+    if max_len is None:
         raise UserError("phase 3 (PPO prompts) needs max_prompt_len: give its length in tokens")
     lengths = {"max_seq_len": (max_seq_len, SHORTEST), "max_prompt_len": (max_prompt_len, 1)}
     for name, (value, least) in {**lengths, "seed": (seed, 0)}.items():
@@ -94,27 +92,17 @@ def create_prompt_dataset(
             f"tokenizer {tokenizer.name_or_path!r}: its eos_token {tokenizer.eos_token!r} does not "
             "end answers in its chat template; call set_format(tokenizer) first"
         )
-    max_len = max_prompt_len if phase == 3 and max_prompt_len is not None else max_seq_len
-    convert = Converter(
-        tokenizer, form, phase, max_len, config.train_on, config.keep_special_tokens
-    )
-    sources = [
-        (name, config.data_split or (NAMED_SPLIT if format_by_name(name) else ALL_ROWS))
-        for name in config.data_path
-    ]
+    texts = config.train_on, config.keep_special_tokens
+    convert = Converter(tokenizer, form, phase, max_len, *texts)
+    named = [(n, NAMED_SPLIT if format_by_name(n) else ALL_ROWS) for n in config.data_path]
+    sources = [(name, config.data_split or split) for name, split in named]
     if phase == 1:
         sources += [(name, ALL_ROWS) for name in config.sft_only_data_path]
     if config.streaming:
         return _stream(config, sources, convert, seed)
     numbers = [seed, [max_seq_len, max_prompt_len]]
     prepare = partial(_prepare, config, sources, convert, numbers, later)
-    folder = Path(prepare() if once is None else once(prepare))
-    train = _open(folder, "train", phase, config.max_train_samples, seed)
-    evaluation = _open(folder, "eval", phase, config.max_eval_samples, seed)
-    counts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    by_source = tuple(SourceReport(**of_source) for of_source in counts)
-    report = DataReport(phase, by_source, len(train), len(evaluation))
-    return PromptData(train, evaluation, report, key=folder.name)
+    return _open(Path(prepare() if once is None else once(prepare)), config, phase, seed)
 
 
 def _stream(
@@ -148,20 +136,27 @@ def _prepare(
     return str(written_once(root, "sets", key, write))
 
 
-def _open(folder: Path, split: str, phase: int, most: int | None, seed: int) -> datasets.Dataset:
-    """Open the rows of a set, `most` of them; those of pairs get their source's number."""
-    files = sorted(folder.glob(f"{split}-*.arrow"))
-    parts = [datasets.Dataset.from_file(str(file)) for file in files]
-    if phase == 2:
-        numbers = [int(file.stem.split("-")[1].split("_")[0]) for file in files]
-        parts = [
-            rows.add_column("source", np.full(len(rows), number, dtype=np.int32))
-            for number, rows in zip(numbers, parts, strict=True)
-        ]
-    rows = datasets.concatenate_datasets(parts)
-    if most is not None and most < len(rows):  # each source keeps its share
-        rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:most]))
-    return rows
+def _open(folder: Path, config: DataConfig, phase: int, seed: int) -> PromptData:
+    """Open a set, at most as many rows of it as asked; pairs get the number of their source."""
+    sets = []
+    for split, most in (("train", config.max_train_samples), ("eval", config.max_eval_samples)):
+        files = sorted(folder.glob(f"{split}-*.arrow"))
+        parts = [datasets.Dataset.from_file(str(file)) for file in files]
+        if phase == 2:
+            numbers = [int(file.stem.split("-")[1].split("_")[0]) for file in files]
+            parts = [
+                rows.add_column("source", np.full(len(rows), number, dtype=np.int32))
+                for number, rows in zip(numbers, parts, strict=True)
+            ]
+        rows = datasets.concatenate_datasets(parts)
+        if most is not None and most < len(rows):  # each source keeps its share
+            rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:most]))
+        sets.append(rows)
+    counts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    by_source = tuple(SourceReport(**of_source) for of_source in counts)
+    train, evaluation = sets
+    report = DataReport(phase, by_source, len(train), len(evaluation))
+    return PromptData(train, evaluation, report, key=folder.name)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dschat.rlhf.ppo_health import HealthMonitor
 from dschat.rlhf.ppo_rules import NO_ENDS
 from dschat.rlhf.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.train import phases
-from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
+from dschat.train.metrics import MetricLogger, StepLog, console_line, format_value
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
 from dschat.train.progress import training_work
-from dschat.utils.distributed import all_reduce_sum, print_rank_0
+from dschat.utils.distributed import all_reduce_sum
 from dschat.utils.optim import group_rates
 from dschat.utils.perf import Gpus, RolloutWork, Step3Times, print_throughput_step3
 
@@ -47,7 +47,7 @@ def token_counts(experiences: list[Experience]) -> list[float]:
     )
 
 
-class PPOLog:
+class PPOLog(StepLog):
     """Times the stages of each iteration and shows its statistics.
 
     Args:
@@ -66,11 +66,11 @@ class PPOLog:
         health: HealthMonitor | None = None,
         functions: Sequence[str] = (),
     ):
-        self.metrics, self.roles, self.rank = metrics, roles, metrics.rank
+        super().__init__(metrics, iterations, "ppo")
+        self.roles, self.rank = roles, metrics.rank
         self.answers_interval = answers_interval
         self.iterations, self.gpus = iterations, gpus
         self.works = {n: training_work(e, configs[n]) for n, e in roles.trained.items()}
-        self.bar = progress_bar(iterations, "ppo", metrics)
         self.health, self.functions = health or HealthMonitor(), functions
         self._answers = self._held_out = None
         if metrics.output_dir is not None and self.rank == 0:
@@ -139,7 +139,7 @@ class PPOLog:
         self.bar.update(1)
         shown = {n: statistics[n] for n in self._shown(statistics)}
         line = " | ".join(f"{name} {format_value(value)}" for name, value in shown.items())
-        self._print(f"iteration {iteration}/{self.iterations} | {line}")
+        self.say(f"iteration {iteration}/{self.iterations} | {line}")
         if iteration == self.iterations or iteration % (10 * self.metrics.config.log_every) == 0:
             rollout = RolloutWork(
                 prompt_tokens=int(tokens - answer_tokens),
@@ -189,7 +189,7 @@ class PPOLog:
         """Show an evaluation on held-out prompts, and keep some of its answers on this rank."""
         phases.mark(phases.EVALUATION)
         shown = {n: value for n, value in statistics.items() if not n.endswith("_error")}
-        self._print("eval " + console_line(iteration, self.iterations, shown))
+        self.say("eval " + console_line(iteration, self.iterations, shown))
         if self._held_out is not None and rollouts:
             tokenizer, names = self.roles.tokenizer, self.functions
             answers = choose_answers(rollouts, HELD_OUT_ROWS, tokenizer, iteration, names)
@@ -199,30 +199,21 @@ class PPOLog:
     def _warn(self, iteration: int, statistics: dict[str, float]) -> None:
         """Show what is wrong with an iteration; warnings are kept in the metrics too."""
         if iteration == 1 and statistics["ended"] < NO_ENDS:
-            self._print(
+            self.say(
                 "note: no answer of the first iteration ended within "
                 f"{statistics['answer_length']:.0f} tokens, so that they are scored as they break "
                 f"off; {self.health.facts.longer}, or check that step 1 trained with this end "
                 f"token, {self.roles.tokenizer.eos_token}, or give missing_eos_penalty"
             )
         for warning in self.health.observe(iteration, statistics):
-            self._print(f"warning, iteration {iteration}: {warning}")
+            self.say(f"warning, iteration {iteration}: {warning}")
             self.metrics.warn(iteration, warning)
-
-    def _print(self, text: str) -> None:
-        self.bar.clear()
-        print_rank_0(text, self.rank)
 
     def _show_answers(self, iteration: int, experiences: list[Experience]) -> None:
         if self.rank != 0 or not self.answers_interval or iteration % self.answers_interval:
             return
         tokenizer = self.roles.tokenizer
         answers = choose_answers(experiences, ANSWER_ROWS, tokenizer, iteration, self.functions)
-        self._print(format_answers(answers))
+        self.say(format_answers(answers))
         if self._answers is not None:
             self._answers.write(answers)
-
-    def close(self) -> None:
-        """Close the bar and every writer."""
-        self.bar.close()
-        self.metrics.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +41,7 @@ from dschat.rlhf.vllm_setup import check_servers
 from dschat.train.checkpoint_source import Position
 from dschat.train.checkpointer import Checkpointer
 from dschat.train.disk import Written, reserve
-from dschat.train.metrics import MetricLogger
+from dschat.train.prepare import PreparedRun
 from dschat.train.resume import RunPlan, model_files
 from dschat.train.run_context import RunContext
 from dschat.train.steps import StepPlan
@@ -123,25 +124,22 @@ def plan_training(ctx: RunContext, settings: PPORunSettings, names: RoleNames) -
 
 
 @dataclass(frozen=True)
-class PPORun:
+class PPORun(PreparedRun):
     """PPO run whose roles are loaded; `steps` are iterations."""
 
-    ctx: RunContext
+    MODEL: ClassVar[str] = "actor"
+
     settings: PPORunSettings
     plan: RolePlan
     setup: RoleSetup
-    steps: StepPlan
     trainer: DeepSpeedPPOTrainer
-    checkpointer: Checkpointer
 
     def start(self) -> tuple[PPOLog, Position]:
         """Open the log, seed this rank, and restore the checkpoint where the run resumes."""
-        run, ctx, roles = self.settings.run, self.ctx, self.trainer.roles
-        continued = self.checkpointer.continued
-        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, continued, self.settings)
+        ctx, roles = self.ctx, self.trainer.roles
         configs = {name: role.config for name, role in self.setup.trained.items()}
         log = PPOLog(
-            metrics,
+            self.open_metrics(),
             self.settings.answers_interval,
             roles,
             configs,
@@ -164,7 +162,7 @@ class PPORun:
 
     def save(self) -> None:
         """Write the folder of each trained role, and of the actor's average."""
-        ctx, roles, output = self.ctx, self.trainer.roles, Path(self.settings.run.output_dir)
+        ctx, roles, output = self.ctx, self.trainer.roles, Path(self.config.output_dir)
         for name, engine in roles.trained.items():
             plan = self.plan.training.saves[name]
             save_hf_format(engine, ctx.tokenizer, output / name, ctx, plan)
@@ -173,13 +171,6 @@ class PPORun:
             with roles.ema.applied() as averaged:
                 folder = output / "actor_ema"
                 save_hf_format(averaged, ctx.tokenizer, folder, ctx, plan)
-
-    def end(self, log: PPOLog) -> None:
-        """Note that the run is complete, close the log, and push the actor where that is asked."""
-        self.checkpointer.mark_end()
-        log.close()
-        run = self.settings.run
-        run.hub.push(Path(run.output_dir) / "actor", self.ctx.rank)
 
 
 def _with_tokens(
@@ -236,7 +227,7 @@ def prepare(
     trainer = DeepSpeedPPOTrainer(
         roles, config, ctx.world_size, engine, rewards, ptx, spare, ahead, seed=ctx.seed
     )
-    return PPORun(ctx, settings, plan, setup, steps, trainer, checkpointer)
+    return PPORun(ctx, settings, run, steps, checkpointer, plan, setup, trainer)
 
 
 def health_monitor(

@@ -191,3 +191,20 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
         file=sys.stderr if is_seen else PlainBar(sys.stderr, every),
         mininterval=0.1 if is_seen else every,
     )
+
+
+class StepLog:
+    """Lines and a bar of a run's steps, and the writers of their figures."""
+
+    def __init__(self, metrics: MetricLogger, total: int, desc: str):
+        self.metrics, self.bar = metrics, progress_bar(total, desc, metrics)
+
+    def say(self, text: str) -> None:
+        """Print lines in place of the bar, which comes again below."""
+        self.bar.clear()
+        print_rank_0(text, self.metrics.rank)
+
+    def close(self) -> None:
+        """Close the bar and every writer."""
+        self.bar.close()
+        self.metrics.close()

@@ -5,13 +5,15 @@
 3. `RunContext.load_data` and `.loader`: tokenised rows, this rank's batches
 4. `prepare`: plan the steps, find the checkpoint, load the model, build the engine
 5. `Run.start`: open the log, seed this rank, restore the checkpoint
+6. `Run.end`: note that the run is complete
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -24,22 +26,21 @@ from dschat.models.config import check_attention, load_config
 from dschat.models.padding_proof import prove_padding
 from dschat.models.reward_model import head_width
 from dschat.models.save_plan import SavePlan
+from dschat.settings import Settings
 from dschat.train.checkpoint_source import Position
 from dschat.train.checkpointer import Checkpointer, Stateful
 from dschat.train.disk import Written, reserve
 from dschat.train.engine import Engine, build_engine
-from dschat.train.metrics import MetricLogger
+from dschat.train.metrics import MetricLogger, StepLog
 from dschat.train.model_config import ModelConfig
 from dschat.train.progress import TrainingLog, Watch
 from dschat.train.resume import RunPlan, model_files
+from dschat.train.run_config import RunConfig
 from dschat.train.run_context import RunContext
 from dschat.train.step_settings import StepSettings
 from dschat.train.steps import StepPlan
 from dschat.train.trainable_tokens import asked_tokens, choose_tokens
-from dschat.utils.distributed import (
-    print_rank_0,
-    set_random_seed,
-)
+from dschat.utils.distributed import print_rank_0, set_random_seed
 from dschat.utils.ds_utils import EngineConfig, get_train_ds_config
 from dschat.utils.files import Reserve
 
@@ -90,15 +91,41 @@ class SavedWatch(Watch, Stateful, Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run of steps 1 or 2 whose engine is built."""
+class PreparedRun:
+    """A run whose engines are built.
+
+    Attributes:
+        MODEL: folder of the model that a hub gets, in the output folder.
+        config: the part of the settings that every program has.
+    """
+
+    MODEL: ClassVar[str] = ""
 
     ctx: RunContext
+    settings: Settings
+    config: RunConfig
+    steps: StepPlan
+    checkpointer: Checkpointer
+
+    def open_metrics(self) -> MetricLogger:
+        """Open the metrics, which a resumed run goes on with."""
+        config, continued = self.config, self.checkpointer.continued
+        return MetricLogger(config.log, config.output_dir, self.ctx.rank, continued, self.settings)
+
+    def end(self, log: StepLog) -> None:
+        """Note that the run is complete, close the log, and push the model where that is asked."""
+        self.checkpointer.mark_end()
+        log.close()
+        self.config.hub.push(Path(self.config.output_dir, self.MODEL), self.ctx.rank)
+
+
+@dataclass(frozen=True)
+class Run(PreparedRun):
+    """A run of steps 1 or 2."""
+
     settings: StepSettings
     model: ModelPlan
-    steps: StepPlan
     engine: Engine
-    checkpointer: Checkpointer
 
     def start(
         self, watch: SavedWatch | None = None, **others: Stateful | None
@@ -108,23 +135,12 @@ class Run:
         Args:
             watch: what the log asks for advice. others: what else a checkpoint holds, by name.
         """
-        run, ctx = self.settings.run, self.ctx
-        continued = self.checkpointer.continued
-        metrics = MetricLogger(run.log, run.output_dir, ctx.rank, continued, self.settings)
-        log = TrainingLog(
-            metrics, self.engine, self.model.config, ctx.gpus, self.steps.total_steps, watch
-        )
+        ctx, config, total = self.ctx, self.model.config, self.steps.total_steps
+        log = TrainingLog(self.open_metrics(), self.engine, config, ctx.gpus, total, watch)
         set_random_seed(ctx.seed + ctx.rank)
         return log, self.checkpointer.restore(
             {"model": self.engine}, {"log": log, "watch": watch, **others}
         )
-
-    def end(self, log: TrainingLog) -> None:
-        """Note that the run is complete, close the log, and push the model where that is asked."""
-        self.checkpointer.mark_end()
-        log.close()
-        run = self.settings.run
-        run.hub.push(run.output_dir, self.ctx.rank)
 
 
 def prepare(
@@ -170,4 +186,4 @@ def prepare(
     config = replace(model.config, tokens=tokens)
     engine = build_engine(module, model.engine, config, schedule, ctx.world_size, settings.KIND)
     prove_padding(engine, ctx.tokenizer, ctx.device, model.name)
-    return Run(ctx, settings, model, steps, engine, checkpointer)
+    return Run(ctx, settings, run, steps, checkpointer, model, engine)

@@ -14,7 +14,7 @@ from dschat.train import phases
 from dschat.train.engine import Engine
 from dschat.train.finite import GradientWatch, check_finite, finite_sum, gradients_of
 from dschat.train.means import Means
-from dschat.train.metrics import MetricLogger, console_line, format_value, progress_bar
+from dschat.train.metrics import MetricLogger, StepLog, console_line, format_value
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
 from dschat.train.transfer import numbers
@@ -134,7 +134,7 @@ class Watch(Protocol):
         ...
 
 
-class TrainingLog:
+class TrainingLog(StepLog):
     """Collects the figures of every optimizer step and shows them now and then."""
 
     per_rank = False  # its state
@@ -148,9 +148,9 @@ class TrainingLog:
         total_steps: int,
         watch: Watch | None = None,
     ):
-        self.metrics, self.engine, self.gpus, self.watch = metrics, engine, gpus, watch
+        super().__init__(metrics, total_steps, "train")
+        self.engine, self.gpus, self.watch = engine, gpus, watch
         self.work, self.total_steps = training_work(engine, config), total_steps
-        self.bar = progress_bar(total_steps, "train", metrics)
         self._rates = group_rates(engine.optimizer)
         self._since_log = Interval()
         self._since_evaluation = Interval()
@@ -195,8 +195,7 @@ class TrainingLog:
     def _advise(self, step: int, figures: Mapping[str, float]) -> None:
         line = self.watch.advice(step, figures) if self.watch is not None else None
         if line is not None:
-            self.bar.clear()
-            print_rank_0(f"advice: step {step}: {line}")
+            self.say(f"advice: step {step}: {line}")
             self.metrics.warn(step, line)
 
     def _means(self, interval: Interval) -> dict[str, float]:
@@ -242,8 +241,3 @@ class TrainingLog:
         self._since_log = Interval.resumed(state["log"])
         self._since_evaluation = Interval.resumed(state["evaluation"])
         self._rates = group_rates(self.engine.optimizer)
-
-    def close(self) -> None:
-        """Close the bar and every writer."""
-        self.bar.close()
-        self.metrics.close()

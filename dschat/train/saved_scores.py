@@ -1,8 +1,10 @@
-"""A saved reward model is read back as users will read it, and scores a pair as in training."""
+"""A reward model is saved, read back as users will read it, and scores a pair as in training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -10,18 +12,43 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from dschat.data.batches import PairBatch
+from dschat.data.collators import PairCollator
+from dschat.data.datasets import PromptData
 from dschat.errors import UserError, brief
 from dschat.models.causal_lm import unwrap
 from dschat.models.reward_folder import RewardForm, reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model, scores_at_end
+from dschat.models.save import save_hf_format
 from dschat.text.tokenizer import load_hf_tokenizer
+from dschat.train.evaluation import report_pairs, scores_summary
+from dschat.train.pair_plot import report_files
 from dschat.train.pair_report import ScoredPairs
+from dschat.train.prepare import Run
 from dschat.utils.distributed import print_rank_0
 from dschat.utils.waiting import from_waiting_main
 
 # What rounding may do, that of merged weights and of another device's products too: shares of the
 # scores' spread and of their size. Another position, head or weight moves them by the spread.
 ROUNDING = {torch.float32: (0.01, 1e-3), torch.bfloat16: (0.25, 0.02), torch.float16: (0.25, 0.02)}
+
+
+def save_reward_model(
+    run: Run, data: PromptData, scored: ScoredPairs, flags: Mapping[str, Any]
+) -> None:
+    """Write the trained reward model, its statistics and a report on its evaluation; read it back.
+
+    Args:
+        scored: the evaluation set in its order. flags: those that repeat this evaluation.
+
+    Raises:
+        UserError: scores that are not finite, or that the saved model does not give.
+    """
+    ctx, engine, output = run.ctx, run.engine, run.config.output_dir
+    statistics = scores_summary(scored.figures(), len(data.eval), data.key)
+    files = report_files(report_pairs(scored, data.eval, data.report), flags, ctx.rank)
+    save_hf_format(engine, ctx.tokenizer, output, ctx, run.model.save, statistics, files)
+    first = list(data.eval.select(range(min(2, len(data.eval)))))
+    check_saved_scores(engine, output, PairCollator(ctx.tokenizer.pad_token_id)(first), scored)
 
 
 def check_saved_scores(

@@ -1,7 +1,9 @@
 """`push_to_hub` of a run: what is checked before it trains, and what a push does after it."""
 
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,8 +11,10 @@ from dschat.config import SFTSettings
 from dschat.config.unused import unused_flags
 from dschat.errors import UserError
 from dschat.models.save_plan import MERGED, SavePlan
+from dschat.rlhf.prepare import PPORun
 from dschat.train import run_lock
 from dschat.train.hub import HubConfig
+from dschat.train.prepare import Run
 from dschat.train.run_config import RunConfig
 from tests.helpers.hub import Hub, offer, served
 from tests.helpers.steps import (
@@ -106,16 +110,21 @@ def test_every_step_pushes_when_all_is_written():
     for program in (SFT, REWARD, DPO, PPO):
         text = (ROOT / program).read_text(encoding="utf-8")
         _, end = text.split("    # 4. ")
-        assert " save_hf_format(" in end or " run.save(" in end, program
+        assert re.search(r" (save_hf_format|save_reward_model|run\.save)\(", end), program
         assert end.endswith('    run.end(log)\n\n\nif __name__ == "__main__":\n    run_cli(main)\n')
-    for room, folder in (("train", "run.output_dir"), ("rlhf", 'Path(run.output_dir) / "actor"')):
-        text = (ROOT / "dschat" / room / "prepare.py").read_text(encoding="utf-8")
-        end = (
-            "        self.checkpointer.mark_end()\n        log.close()\n"
-            "        run = self.settings.run\n"
-            f"        run.hub.push({folder}, self.ctx.rank)\n"
-        )
-        assert text.count(end) == 1, room
+    order: list[str] = []
+    step = SimpleNamespace(
+        checkpointer=SimpleNamespace(mark_end=lambda: order.append("ended")),
+        config=SimpleNamespace(
+            output_dir="out", hub=SimpleNamespace(push=lambda *given: order.append(str(given)))
+        ),
+        ctx=SimpleNamespace(rank=0),
+    )
+    log = SimpleNamespace(close=lambda: order.append("closed"))
+    for run, folder in ((Run, "out"), (PPORun, "out/actor")):
+        order.clear()
+        run.end(SimpleNamespace(MODEL=run.MODEL, **vars(step)), log)
+        assert order == ["ended", "closed", str((Path(folder), 0))]
 
 
 @pytest.mark.slow

@@ -29,23 +29,14 @@ from dschat.data.collators import PreferenceCollator
 from dschat.functional.losses import mean_scale, pairwise_loss
 from dschat.models.reward_folder import tell_reward_form
 from dschat.models.reward_model import RewardModel, create_critic_model
-from dschat.models.save import save_hf_format
 from dschat.models.shared_prompt_proof import prove_shared_prompts
 from dschat.plan.start import tell_plan
 from dschat.train.engine import backward
-from dschat.train.evaluation import (
-    evaluate_pairs,
-    pair_count,
-    pair_scores,
-    report_pairs,
-    score_pairs,
-    scores_summary,
-)
-from dschat.train.pair_plot import report_files
+from dschat.train.evaluation import evaluate_pairs, pair_count, pair_scores, score_pairs
 from dschat.train.prepare import plan_model, prepare
 from dschat.train.progress import batch_counts, finite_loss, timed
 from dschat.train.run_context import setup_run
-from dschat.train.saved_scores import check_saved_scores
+from dschat.train.saved_scores import save_reward_model
 from dschat.train.steps import accumulation_groups
 from dschat.train.transfer import ahead
 from dschat.utils.distributed import all_reduce_sum
@@ -62,8 +53,9 @@ def main(settings: RewardSettings | None = None) -> None:
     model = plan_model(ctx, settings, RewardModel.from_config)
     tell_plan(ctx, settings)
     tell_reward_form(name, ctx.tokenizer)
-    max_seq_len = settings.batch.max_seq_len
-    data = ctx.load_data(settings.data, settings.PHASE, max_seq_len, later=model.later)
+    data = ctx.load_data(
+        settings.data, settings.PHASE, settings.batch.max_seq_len, later=model.later
+    )
 
     # 2. batches, model, engine
     pad_token_id, eval_rows = ctx.tokenizer.pad_token_id, settings.batch.per_device_eval_batch_size
@@ -110,13 +102,7 @@ def main(settings: RewardSettings | None = None) -> None:
             break
 
     # 4. a model folder that transformers loads, with the statistics that step 3 scales scores by
-    statistics = scores_summary(scored.figures(), len(data.eval), data.key)
-    report = report_pairs(scored, data.eval, data.report)
-    files = report_files(report, settings.evaluation_flags(ctx.dtype_name), ctx.rank)
-    output = settings.run.output_dir
-    save_hf_format(engine, ctx.tokenizer, output, ctx, model.save, statistics, files)
-    first = for_evaluation([*data.eval.select(range(min(2, len(data.eval))))])
-    check_saved_scores(engine, output, first, scored)
+    save_reward_model(run, data, scored, settings.evaluation_flags(ctx.dtype_name))
     run.end(log)
 
 
