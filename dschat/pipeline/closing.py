@@ -9,7 +9,7 @@ from pathlib import Path
 from dschat.errors import UserError, brief
 from dschat.pipeline.stage import Stage
 from dschat.report.records import evaluations
-from dschat.utils.printable import printable, step_of_start
+from dschat.utils.printable import aligned, printable, step_of_start
 
 # The figure of an evaluation by which a kind of stage is judged.
 FIGURES = {"sft": "perplexity", "reward": "accuracy", "dpo": "accuracy", "ppo": "reward"}
@@ -65,8 +65,8 @@ def add_base(folder: Path) -> None:
         print(printable(f"the report of step 3 is without the base: {reason}"))
 
 
-def table(stages: Sequence[Stage], seconds: Mapping[str, float]) -> Iterator[str]:
-    """Yield the lines of a table: figure before and after, seconds, model."""
+def table(stages: Sequence[Stage], seconds: Mapping[str, float]) -> list[str]:
+    """Make the lines of a table: figure before and after, seconds."""
     rows = [("", "", "before", "after", "seconds")]
     for stage in stages:
         figure = FIGURES[stage.kind]
@@ -74,10 +74,7 @@ def table(stages: Sequence[Stage], seconds: Mapping[str, float]) -> Iterator[str
         before, after = (f"{values[0]:,.3f}", f"{values[-1]:,.3f}") if values else ("", "")
         took = f"{seconds[stage.name]:.0f}" if stage.name in seconds else "earlier"
         rows.append((stage.name, figure, before, after, took))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for name, figure, *cells in rows:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True))
-        yield "  ".join([name.ljust(widths[0]), figure.ljust(widths[1]), *padded])
+    return aligned(rows, texts=2)
 
 
 def changes(stages: Sequence[Stage]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from dschat.rlhf.generation import generate
 from dschat.rlhf.part_config import SamplingConfig
 from dschat.text.encoding import decode
 from dschat.text.tokenizer import load_hf_tokenizer
-from dschat.utils.printable import cut, window
+from dschat.utils.printable import aligned, cut, window
 
 SHOWN_PROMPTS = 3
 ANSWERS_PER_PROMPT = 5
@@ -90,13 +90,10 @@ def print_report(output_dir: Path, seconds: dict[int, float], seed: int) -> None
         ("        gold success", f"{before.gold.gold:.3f}", f"{after.gold.gold:.3f}", ""),
         ("        well-formed", f"{formed[0]:.3f}", f"{formed[1]:.3f}", ""),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(
         f"\n{len(questions)} held-out prompts, {ANSWERS_PER_PROMPT} answers each at temperature 1"
     )
-    for label, *cells in rows:
-        padded = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))
-        print(f"{label.ljust(widths[0])}  {padded}")
+    print("\n".join(aligned(rows)))
     for i in range(min(SHOWN_PROMPTS, len(questions))):
         print(f"\n{prompts[i].strip()}")
         for name, model in judged.items():

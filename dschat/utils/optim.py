@@ -14,6 +14,7 @@ from dschat.utils.module.quantized import QuantizedLoRALinear
 from dschat.utils.module.token_rows import ROWS_NAME
 from dschat.utils.optim_config import OptimizerConfig
 from dschat.utils.predecessor import changed
+from dschat.utils.printable import aligned
 from dschat.utils.zero import full_numel
 
 GROUPS = (
@@ -116,14 +117,6 @@ def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
         count = sum(full_numel(p) for p in group["params"])
         rate, decay = f"{group['lr']:.3g}", f"{group['weight_decay']:g}"
         rows.append((group["name"], rate, decay, str(len(group["params"])), f"{count:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(r, widths, strict=True))
-        )
-        for r in rows
-    ]
     trainable = sum(full_numel(p) for g in groups for p in g["params"])
     packed = [m for m in model.modules() if isinstance(m, QuantizedLoRALinear)]
     total = sum(full_numel(p) for p in model.parameters()) + sum(m.weight_numel for m in packed)
@@ -131,4 +124,4 @@ def group_table(groups: list[dict], model: nn.Module, title: str) -> str:
     rates = {group["name"]: group["lr"] for group in groups}
     if "lora_A" in rates and "lora_B" in rates:
         share += f"; B learns at {rates['lora_B'] / rates['lora_A']:g} times A's rate"
-    return "\n".join([title, *lines, share])
+    return "\n".join([title, *aligned(rows), share])

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import traceback
 import warnings
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -67,6 +68,18 @@ def cut(line: str, columns: int | None) -> str:
         columns: of the window; None leaves it as it is.
     """
     return line if columns is None or len(line) <= columns else line[: columns - 1] + "…"
+
+
+def aligned(rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
+    """Make lines of the rows of a table; all columns but the first ones, of texts, end alike."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < texts else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def _broken(line: str, columns: int) -> str:

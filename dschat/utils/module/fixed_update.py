@@ -124,23 +124,19 @@ def without_fixed_updates(
     """Return a consolidated state dict with the fixed updates of these modules merged."""
     merged = dict(state)
     for name, layer in modules.items():
-        for leaf in layer.fixed if isinstance(layer, FixedParameters) else ():
-            lora_A, lora_B = (merged.pop(f"{name}.{CHILD}_{leaf}.{matrix}") for matrix in "AB")
+        fixed = layer.fixed if isinstance(layer, FixedParameters) else ()
+        children = {leaf: f"{CHILD}_{leaf}" for leaf in fixed}
+        if hasattr(layer, CHILD):
+            children["weight"] = CHILD
+        for leaf, child in children.items():
             weight = merged[f"{name}.{leaf}"]
-            transposed = is_transposed(layer, weight.shape)
+            lora_A, lora_B = (merged.pop(f"{name}.{child}.{matrix}") for matrix in "AB")
+            if child != CHILD:
+                transposed = is_transposed(layer, weight.shape)
+            else:
+                of_conv1d = isinstance(layer, Conv1D)
+                transposed = layer.transposed if isinstance(layer, LoRAWeight) else of_conv1d
             merged[f"{name}.{leaf}"] = merged_weight(
                 weight, lora_A, lora_B, scaling=1.0, transposed=transposed
             )
-        if not hasattr(layer, CHILD):
-            continue
-        lora_A, lora_B = (merged.pop(f"{name}.{CHILD}.{leaf}") for leaf in "AB")
-        of_conv1d = isinstance(layer, Conv1D)
-        merged[f"{name}.weight"] = merged_weight(
-            merged[f"{name}.weight"],
-            lora_A,
-            lora_B,
-            scaling=1.0,
-            magnitude=None,
-            transposed=layer.transposed if isinstance(layer, LoRAWeight) else of_conv1d,
-        )
     return merged
