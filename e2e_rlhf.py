@@ -38,7 +38,7 @@ from dschat.errors import UserError
 from dschat.pipeline.ahead import check_ahead
 from dschat.pipeline.closing import close
 from dschat.pipeline.recipe import local
-from dschat.pipeline.run import hold_output, run_all, unfinished
+from dschat.pipeline.run import hold_output, ready_to_fork, run_all, unfinished
 from dschat.pipeline.scripts import (
     FALLBACK_SIZE,
     arguments_of,
@@ -243,14 +243,23 @@ def check_hostfile(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Build what the default needs, check, run the steps, print the closing table."""
+    """Read the flags, hold the output folder, run the steps."""
     args = parse_args()
     plan = commands(args)
     check_hostfile(args)
     for line in unused_flags(args):
         print(line, flush=True)
-    steps = every = stages(args, plan)
+    steps = stages(args, plan)
     hold_output(args.output_dir, steps, args.overwrite_output_dir or args.resume, dash="-")
+    by_python = args.actor_model is None or os.environ.get("LAUNCHER") == "python"
+    programs = [folder / "main.py" for folder in STEP_DIRS.values()]
+    with ready_to_fork(by_python and not args.dry_run, programs):
+        build_and_run(args, steps)
+
+
+def build_and_run(args: argparse.Namespace, steps: list[Stage]) -> None:
+    """Build what the default needs, check, run the steps, print the closing table."""
+    every = steps
     if args.actor_model is None:
         from dschat.quickstart import build
 

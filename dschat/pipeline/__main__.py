@@ -28,7 +28,7 @@ from dschat.pipeline.ahead import check_ahead
 from dschat.pipeline.closing import close
 from dschat.pipeline.pipeline_settings import PipelineSettings
 from dschat.pipeline.recipe import EMBEDDED, Pipeline, find, read, shipped
-from dschat.pipeline.run import hold_output, run_all, run_stage, unfinished
+from dschat.pipeline.run import hold_output, ready_to_fork, run_all, run_stage, unfinished
 from dschat.pipeline.stage import PASSED, Stage
 
 
@@ -41,6 +41,11 @@ def execute(pipeline: Pipeline) -> None:
     if settings.hardware == "single_node" and not (settings.ranks or torch.cuda.is_available()):
         raise UserError("hardware single_node: torch sees no GPU here; give ranks for the CPU")
     hold_output(out, stages, settings.overwrite_output_dir or settings.resume, dash="_")
+    with ready_to_fork(settings.processes == 1 and not settings.dry_run):
+        _execute(settings, stages, out)
+
+
+def _execute(settings: PipelineSettings, stages: list[Stage], out: Path) -> None:
     if settings.model == EMBEDDED:
         from dschat.quickstart import build
         from dschat.utils.printable import step_of_start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -11,8 +12,22 @@ from pathlib import Path
 
 from dschat.errors import UserError
 from dschat.pipeline.stage import Stage
-from dschat.train import launch, run_lock, signals
+from dschat.train import fork_server, launch, run_lock, signals
 from dschat.utils.printable import printable, window
+
+# What takes the stages seconds to import.
+IMPORTED = (
+    "dschat.train.prepare",
+    "dschat.rlhf.prepare",
+    "dschat.plan.start",
+    "dschat.models.reward_model",
+    "deepspeed",
+    "transformers.processing_utils",
+    "transformers.modeling_layers",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+)
 
 
 def hold_output(output_dir: Path, stages: Sequence[Stage], replaces: bool, dash: str) -> None:
@@ -37,6 +52,17 @@ def hold_output(output_dir: Path, stages: Sequence[Stage], replaces: bool, dash:
                 f"{flag} {output_dir}: {stage.folder} holds a finished model; give another "
                 f"{flag}, or {overwrite} to replace it"
             )
+
+
+def ready_to_fork(
+    of_one_process: bool, files: Sequence[Path] = ()
+) -> contextlib.AbstractContextManager[None]:
+    """Import in the background what stages of one process need, which then start at once.
+
+    Args:
+        files: programs of stages, besides `python -m dschat`.
+    """
+    return fork_server.running(IMPORTED, files) if of_one_process else contextlib.nullcontext()
 
 
 def unfinished(stages: Sequence[Stage]) -> list[Stage]:

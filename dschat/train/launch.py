@@ -25,6 +25,7 @@ from typing import IO
 import psutil
 
 from dschat.errors import UserError
+from dschat.train import fork_server
 from dschat.train.signals import BY_LAUNCHER, CODE_FILE, STOPPED
 from dschat.utils.printable import WINDOW, last_line, printable
 
@@ -49,17 +50,7 @@ def run(
         env = {**(os.environ if environ is None else environ), CODE_FILE: str(code_file)}
         if sys.stdout.isatty():  # the command sees a pipe, and fits its bars to the window by these
             env[WINDOW] = str(shutil.get_terminal_size().columns)
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,  # of another group than the terminal's
-                stdout=None if log is None else subprocess.PIPE,
-                stderr=None if log is None else subprocess.STDOUT,
-                env=env,
-                process_group=0,
-            )
-        except OSError as error:
-            raise UserError(f"{command[0]}: {error.strerror}") from error
+        process = (log is not None and fork_server.fork(command, env)) or _start(command, log, env)
         guard.hold(process.pid)
         signals.go_to(process.pid)
         with _copied(process.stdout, log):
@@ -71,6 +62,22 @@ def run(
             else:
                 code = int(told)
     return 128 - code if code < 0 else code
+
+
+def _start(
+    command: Sequence[str], log: str | Path | None, env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,  # of another group than the terminal's
+            stdout=None if log is None else subprocess.PIPE,
+            stderr=None if log is None else subprocess.STDOUT,
+            env=env,
+            process_group=0,
+        )
+    except OSError as error:
+        raise UserError(f"{command[0]}: {error.strerror}") from error
 
 
 class _Guard:

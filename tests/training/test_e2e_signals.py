@@ -46,7 +46,10 @@ def test_stopped_resumed_and_killed(tmp_path: Path):
         ),
         e2e,
     )
-    below = [child.pid for child in psutil.Process(e2e.pid).children(recursive=True)]
+    children = psutil.Process(e2e.pid).children(recursive=True)
+    below = [child.pid for child in children]
+    forked = [child for child in children if "dschat.train.fork_server" in child.cmdline()]
+    assert len(forked) == 2  # the server and, through the script, the step
     e2e.send_signal(signal.SIGTERM)
     assert e2e.wait(TIME_LIMIT) == 75
     wait_for_end(below)
