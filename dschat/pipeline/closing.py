@@ -36,6 +36,7 @@ def close(
     if embedded and took.keys() == EMBEDDED:
         from dschat.quickstart.report import print_report
 
+        step_of_start("judging the answers of all models to the held-out prompts")
         by_step = {1: took["sft"], 2: took["reward"], 3: took["ppo"]}
         print_report(output_dir, by_step, seed)
         return
@@ -59,6 +60,7 @@ def add_base(folder: Path) -> None:
     step_of_start("the base answers too, for the report of step 3")
     try:
         write_base_answers(folder, base_of(folder))
+        step_of_start("drawing the report of step 3 with them")
         write_page(folder)
     except Exception as error:  # answers to look at are worth no run
         reason = brief(error, with_type=not isinstance(error, UserError))

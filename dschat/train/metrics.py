@@ -159,6 +159,10 @@ class MetricLogger:
         self._file = None
 
 
+WIDE = 76  # columns that a bar with speed and a figure takes; of a narrower one this is left:
+NARROW = "{desc}: {n_fmt}/{total_fmt}, {remaining}{postfix}"
+
+
 class StepBar(tqdm):
     """A bar of steps; `made` are those that this process has made, also where no bar is shown."""
 
@@ -173,11 +177,22 @@ class StepBar(tqdm):
         StepBar.made = (StepBar.made or 0) + int(n or 0)
         return super().update(n)
 
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Put figures behind the bar: the first ones, as many as the window has room for."""
+        columns, text = window(), ""
+        alone = self.format_meter(**self.format_dict | {"ncols": None, "postfix": None})
+        for name, value in figures.items():
+            more = f"{text}, {name} {format_value(value)}".removeprefix(", ")
+            if columns is not None and len(f"{alone}, {more}") >= columns:
+                break
+            text = more
+        self.set_postfix_str(text)
+
 
 def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
     """Make a bar of `total` steps, silent on ranks other than 0.
 
-    It takes figures by `set_postfix_str(...)`. In a file it is a line now and then.
+    In a file it is a line now and then.
     """
     is_seen, columns = sys.stderr.isatty(), window()
     every = EVERY if columns is None else EVERY_SEEN
@@ -188,6 +203,7 @@ def progress_bar(total: int, desc: str, metrics: MetricLogger) -> StepBar:
         dynamic_ncols=is_seen,
         ncols=None if columns is None else columns - 1,
         initial=metrics.first_step,
+        bar_format=NARROW if columns is not None and columns < WIDE else None,
         file=sys.stderr if is_seen else PlainBar(sys.stderr, every),
         mininterval=0.1 if is_seen else every,
     )

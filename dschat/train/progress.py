@@ -14,7 +14,7 @@ from dschat.train import phases
 from dschat.train.engine import Engine
 from dschat.train.finite import GradientWatch, check_finite, finite_sum, gradients_of
 from dschat.train.means import Means
-from dschat.train.metrics import MetricLogger, StepLog, console_line, format_value
+from dschat.train.metrics import MetricLogger, StepLog, console_line
 from dschat.train.model_config import ModelConfig
 from dschat.train.overflow import skips
 from dschat.train.transfer import numbers
@@ -183,7 +183,7 @@ class TrainingLog(StepLog):
             step, values | rates | ({} if norm is None else {"grad_norm": float(norm)})
         )
         shown = {"loss": values["loss"]} | rates | {"tokens/s": values["tokens_per_s"]}
-        self.bar.set_postfix_str(", ".join(f"{n} {format_value(v)}" for n, v in shown.items()))
+        self.bar.show(shown)
         self._since_log = Interval()
         self._advise(step, values)
 

@@ -211,6 +211,24 @@ def test_a_bar_that_ends_in_a_window_fits_it(tmp_path, capsys, monkeypatch):
     assert widths[0] == 59 and widths[1] > 80
 
 
+@pytest.mark.parametrize("columns", [40, 70, 80, 120, 200])
+def test_figures_behind_a_bar_are_never_cut(columns, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(WINDOW, str(columns))
+    with logger_in(tmp_path) as logger:
+        bar = progress_bar(1000, "train", logger)
+        bar.start_t -= 10.0
+        bar.last_print_t -= 10.0
+        bar.update(250)
+        bar.show({"loss": 0.31472, "lr/decay": 7.7e-9, "tokens/s": 16094.4})
+        bar.close()
+    line = capsys.readouterr().err.splitlines()[-1]
+    figures = ["loss 0.3147", "lr/decay 7.7e-09", "tokens/s 16,094"]
+    shown = [figure for figure in figures if f", {figure}" in line]
+    assert shown == figures[: len(shown)] and shown and len(line) < columns, line
+    assert line.count(", ") == 1 + len(shown) and "250/1000" in line, line
+    assert (len(shown) == 3) == (columns >= 120), line
+
+
 def test_who_watches_a_bar_waits_five_seconds_at_most(tmp_path, monkeypatch):
     """Of a log a line each ten seconds will do."""
     for columns, at_most in (("80", 5.0), ("", 10.0)):
