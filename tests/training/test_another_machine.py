@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dschat.checkpoint import main as checkpoint
 from dschat.train.safe_load import load_file as load_pt
 from tests.helpers.resume_runs import TIMES, write_models
-from tests.helpers.rounding import DIFFERENT, LOGITS, ROUNDING_FP16
+from tests.helpers.rounding import DIFFERENT, GRADIENTS, LOGITS, ROUNDING_FP16, weight_rtol
 from tests.helpers.steps import DPO, PPO, REWARD, SFT, Result, run_worker
 
 DATA = "--data_path data --data_split 4,4,2 --data_output_path cache --log_every 1"
@@ -186,7 +186,12 @@ def test_the_moving_average_goes_on_too(runs, whole, rest):
     assert before.keys() == after.keys()
     moved = max(float((before[n] - start[n]).abs().max()) for n in before if n in start)
     apart = max(float((before[n] - after[n]).abs().max()) for n in before)
-    assert apart < 1e-3 * moved, (apart, moved)
+    # Adam's step is a quotient: gradients off by a share of GRADIENTS change it by twice that. The
+    # mean is rounded at each of an iteration's two steps; of a weight's own a hundredth gets there.
+    steps = 2 * len([line for line in figures(folder / whole) if line["kind"] == "train"])
+    largest = max(float(tensor.abs().max()) for tensor in before.values())
+    allowed = 2 * GRADIENTS * moved + weight_rtol(steps) * largest
+    assert apart <= allowed < DIFFERENT * moved, (apart, allowed, moved)
 
 
 @pytest.mark.slow
