@@ -66,7 +66,11 @@ class Rule:
                 empty = "holds an empty text" if kind.is_tuple else "is empty"
                 raise UserError(f"{name} {empty}: give a value, or leave it out")
             if not self._holds(item, kind.element):
-                raise UserError(f"{name} is {item}: give {self.wanted(kind.element)}")
+                is_text = isinstance(item, str)  # "8" would look like the number
+                shown = repr(item) if is_text and kind.element in LARGEST else item
+                if kind.element is int and not is_text and not isinstance(item, int):
+                    raise UserError(f"{name} is {shown}: give a whole number")
+                raise UserError(f"{name} is {shown}: give {self.wanted(kind.element)}")
             largest = math.inf if self._is_bounded else LARGEST.get(kind.element, math.inf)
             if kind.element in LARGEST and abs(item) > largest:
                 raise UserError(f"{name} is {item}: give at most {largest} in size")

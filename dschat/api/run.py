@@ -21,7 +21,7 @@ from dschat.train.engine import resolve_dtype, torch_dtype
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended, or whose folder lies there from before.
+    """A run that has ended, or whose folder lies there from before; as a path, its model's folder.
 
     Attributes:
         folder: all that it wrote: metrics.jsonl, report.html, checkpoints.
@@ -32,6 +32,9 @@ class Run:
     folder: Path
     model_folder: Path
     scores: bool = False
+
+    def __fspath__(self) -> str:
+        return str(self.model_folder)
 
     @cached_property
     def records(self) -> Records:

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
+import numpy as np
+
+from dschat.api.rows import as_files, is_named
 from dschat.api.run import Run
 from dschat.command.registry import COMMANDS
 from dschat.config import DPOSettings, RewardSettings, RLHFSettings, SFTSettings
@@ -24,6 +27,7 @@ from dschat.train.observers import observed_by
 from dschat.utils import rank_watch
 
 S = TypeVar("S", bound=Settings)
+ROWS = ("data_path", "sft_only_data_path")  # settings whose value may be rows
 Callback = Callable[[int, Mapping[str, float]], object]  # step, figures by name
 
 
@@ -31,7 +35,8 @@ class Step(Generic[S]):
     """A step that can train.
 
     Args:
-        settings: a settings object. flags: instead of it, the command's flags by name.
+        settings: a settings object. flags: instead of it, the command's flags by name; a model may
+            be the run that trained it, and data_path rows in memory (`rows.as_files`).
 
     Raises:
         UserError: an unknown flag (with the nearest), a value it cannot have, a path where nothing
@@ -49,8 +54,10 @@ class Step(Generic[S]):
             raise UserError(f"{next(iter(flags))}: give a settings object, or flags by name")
         made = self.SETTINGS.of(**_plain(self.SETTINGS, flags)) if settings is None else settings
         if not isinstance(made, self.SETTINGS):
+            name = type(self).__name__
             raise UserError(
-                f"{type(self).__name__} takes {self.SETTINGS.__name__}, not {type(made).__name__}"
+                f"{name} takes {self.SETTINGS.__name__}, not {type(made).__name__}; flags come by "
+                f"name, {name}(**flags)"
             )
         check_paths(made)
         self.settings = cast(S, made)
@@ -67,6 +74,9 @@ class Step(Generic[S]):
         Raises:
             UserError: what the command would end with in one line.
         """
+        for name, given in (("on_step", on_step), ("on_evaluation", on_evaluation)):
+            if given is not None and not callable(given):
+                raise UserError(f"{name} is {given!r}: give a function of step and figures")
         callbacks = {"train": on_step, "eval": on_evaluation}
 
         def observe(kind: str, step: int, figures: Mapping[str, float]) -> None:
@@ -110,13 +120,20 @@ class PPO(Step[RLHFSettings]):
 
 
 def _plain(cls: type[Settings], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Write paths as texts, and let one text stand for a list of one."""
+    """Write paths as texts, rows into files, and let one text stand for a list of one."""
     lists = {flag.name for flag in flags_of(cls) if flag.kind.is_tuple}
-    plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in flags.items()}
-    return {
-        name: (value,) if name in lists and isinstance(value, str) else value
-        for name, value in plain.items()
-    }
+    plain = {}
+    for name, value in flags.items():
+        if isinstance(value, Step):
+            raise UserError(f"{name} is a step: give the run that its train() returns")
+        if name in ROWS and not is_named(value):
+            value = as_files(value, name, flags.get("data_output_path"))
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, np.generic):
+            value = value.item()
+        plain[name] = (value,) if name in lists and isinstance(value, str) else value
+    return plain
 
 
 def _value(settings: Settings, name: str) -> Any:

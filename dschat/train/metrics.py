@@ -178,9 +178,9 @@ class StepBar(tqdm):
         return super().update(n)
 
     def show(self, figures: Mapping[str, float]) -> None:
-        """Put figures behind the bar: the first ones, as many as the window has room for."""
+        """Put figures after the bar: the first ones, as many as the window has room for."""
         columns, text = window(), ""
-        alone = self.format_meter(**self.format_dict | {"ncols": None, "postfix": None})
+        alone = self.format_meter(**{**self.format_dict, "ncols": None, "postfix": None})
         for name, value in figures.items():
             more = f"{text}, {name} {format_value(value)}".removeprefix(", ")
             if columns is not None and len(f"{alone}, {more}") >= columns:

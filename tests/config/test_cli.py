@@ -323,7 +323,7 @@ def test_run_cli_hides_no_other_error():
     "flags, message",
     [
         ({"limit": 0}, "limit is 0: give at least 1"),
-        ({"limit": 1.5}, "limit is 1.5: give at least 1"),
+        ({"limit": 1.5}, "limit is 1.5: give a whole number"),
         ({"left_rate": math.nan}, "left_rate is nan: give a finite number"),
         ({"left_rate": math.inf}, "left_rate is inf: give a finite number"),
         ({"left_rate": True}, "left_rate is True: give a finite number"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dschat
@@ -46,6 +47,9 @@ def test_flags_become_the_settings():
         **{**HERE, "data_path": [HERE["data_path"]]}, lora_dim=8, output_dir="out"
     )
     assert SFT(step.settings).settings is step.settings
+    numbers = SFT(**HERE, lora_dim=np.int64(8), learning_rate=np.float32(0.5)).settings.model
+    assert (type(numbers.lora.lora_dim), numbers.lora.lora_dim) == (int, 8)
+    assert numbers.optimizer.learning_rate == 0.5
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,11 @@ def test_flags_become_the_settings():
         (lambda: DPO(SFT(**HERE).settings), "DPO takes DPOSettings, not SFTSettings"),
         (lambda: SFT(SFT(**HERE).settings, lora_dim=8), "lora_dim: give a settings object, or"),
         (lambda: PPO(**HERE), "unknown setting model_name_or_path; did you mean"),
+        (lambda: SFT(HERE), "not dict; flags come by name, SFT(**flags)"),
+        (lambda: SFT(**HERE | {"model_name_or_path": SFT(**HERE)}), "give the run that its train("),
+        (lambda: SFT(**HERE, learning_rate="1e-3"), "learning_rate is '1e-3': give a number above"),
+        (lambda: SFT(**HERE, lora_dim=4.0), "lora_dim is 4.0: give a whole number"),
+        (lambda: SFT(**HERE).train(on_step=3), "on_step is 3: give a function of step and figures"),
     ],
 )
 def test_bad_input_is_an_exception_of_one_line(make, message):
