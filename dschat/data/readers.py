@@ -44,6 +44,7 @@ def read_standard(row: Row) -> Example:
     chosen = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
     of_pair = pair_columns(row)
     if isinstance(prompt, list | tuple):
+        check_tools(row)
         turns = read_messages(prompt, "prompt")
         if turns[-1].role != "user":
             raise UserError("column 'prompt' does not end with the user's turn; fix the row")
@@ -97,6 +98,7 @@ def read_pair(row: Row) -> Example:
     """
     chosen, rejected, of_pair = row.get("chosen"), row.get("rejected"), pair_columns(row)
     if isinstance(chosen, list | tuple):
+        check_tools(row)
         return replace(_message_pair(chosen, rejected), **of_pair)
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, str):
@@ -130,13 +132,24 @@ def _transcript_pair(chosen: str, rejected: str) -> Example:
     return Example(chosen[:start], *sides)
 
 
+def check_tools(row: Row) -> None:
+    """Refuse a conversation with tools: a chat template would have shown them to the model."""
+    if row.get("tools"):
+        raise UserError(
+            "column 'tools' is shown to the model by no prompt format here; write them into a "
+            "system message, or drop the column"
+        )
+
+
 def read_chat(row: Row) -> Example:
     """Column messages: a list of role and content."""
+    check_tools(row)
     return split_answer(read_messages(row.get("messages"), "messages"))
 
 
 def read_sharegpt(row: Row) -> Example:
     """Column conversations: a list of from and value, or of role and content."""
+    check_tools(row)
     turns = row.get("conversations")
     first = turns[0] if isinstance(turns, list | tuple) and turns else None
     has_roles = isinstance(first, Mapping) and "role" in first

@@ -37,8 +37,10 @@ class HealthMonitor:
 
     per_rank = False  # statistics are those of all ranks
 
-    def __init__(self, facts: RunFacts | None = None, slow_start: float = 0.0) -> None:
-        self.facts, self.history = facts or RunFacts(), History(slow_start)
+    def __init__(
+        self, facts: RunFacts | None = None, slow_start: float = 0.0, updates: int = 1
+    ) -> None:
+        self.facts, self.history = facts or RunFacts(), History(slow_start, updates=updates)
         self.said: dict[str, int] = {}  # rule -> iteration
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ WATCHED = (
     *("answer_length", "answer_length_error", "ended"),
     *("kl_per_token", "kl_k3", "ref_nats_per_token", "decode_gap", "frac_reward_zero_std"),
     *("entropy", "clip_fraction", "explained_variance", "unscored", "masked"),
+    "actor_skipped_steps",
 )
 
 NO_SPREAD = 1e-6  # relative
@@ -200,9 +201,25 @@ class History(Series):
         return self.stays("explained_variance", REMEMBERED, below=SEES_NOTHING)
 
     @property
+    def trained(self) -> float:
+        """Iterations at its full rate that the actor's steps so far come to; 0 below `SHORT`.
+
+        Of W steps in which the rate rises, step k = 0, 1, … has k/W of it. What fp16 skips moves
+        nothing.
+        """
+        before = self.seen.get("entropy", 0) - 1  # figures are those before an iteration's steps
+        steps = before * self.updates - self.recent[-1].get("actor_skipped_steps", 0.0)
+        if before < SHORT or steps < 0:
+            return 0.0
+        rising = self.slow_start * self.updates
+        risen = min(steps, rising)
+        slow = risen * max(risen - 1, 0.0) / (2 * rising) if rising else 0.0
+        return (steps - risen + slow) / self.updates
+
+    @property
     def stands_still(self) -> bool:
         """Tell whether the actor trains without effect; of KL's estimators k3 has no noise then."""
-        trained = max(self.seen.get("entropy", 0) - 1 - self.slow_start, 0.0)
-        limit = STILL * min(trained / STILL_AFTER, 1.0) ** 2
-        nats = self.mean("kl_k3" if "kl_k3" in self.first else "kl_per_token")
-        return trained >= LONG and abs(nats) < limit and not abs(self.reward_rise) > MOVED
+        limit = STILL * min(self.trained / STILL_AFTER, 1.0) ** 2
+        nats = "kl_k3" if "kl_k3" in self.first else "kl_per_token"
+        is_near = self.stays(nats, above=-limit, below=limit)
+        return is_near and not abs(self.reward_rise) > max(MOVED, self.chance)

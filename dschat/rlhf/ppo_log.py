@@ -150,7 +150,7 @@ class PPOLog(StepLog):
             passes = dict.fromkeys(self.works, float(ppo_epochs))
             passes["actor"] *= statistics["actor_updates"]  # it may rest, or stop early
             self._show_throughput(rollout, learned, passes, times)
-        self._warn(iteration, statistics)
+        self._warn(iteration, statistics | skipped)
         self._show_answers(iteration, experiences)
 
     def _show_throughput(

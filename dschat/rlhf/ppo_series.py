@@ -38,12 +38,14 @@ class Series:
     step of the actor: no entropy). A figure that is not known is nan, which is beyond no limit.
 
     Attributes:
-        slow_start: iterations before the actor trains at its full rate.
+        slow_start: iterations in which the actor's rate rises, the first of its steps at 0.
+        updates: steps of an iteration.
         best: largest mean of reward and explained variance over `LONG` iterations; absent before
             there is one.
     """
 
     slow_start: float = 0.0
+    updates: int = 1
     first: dict[str, float] = field(default_factory=dict)
     recent: list[dict[str, float]] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)

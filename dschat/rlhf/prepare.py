@@ -250,4 +250,5 @@ def health_monitor(
         filters=ppo.sampling.filters,
         samples_ahead=ppo.rollouts_ahead > 0,
     )
-    return HealthMonitor(facts, slow_start=settings.warm_up(iterations) / settings.updates)
+    updates = settings.updates
+    return HealthMonitor(facts, settings.warm_up(iterations) / updates, updates)

@@ -16,6 +16,13 @@ SPEAKERS = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
 }
 
+# Keys of a message beside its text that hold a part of what is said, and what their absence is.
+BESIDE_TEXT = {
+    **dict.fromkeys(("tool_calls", "function_call"), (None, [], {})),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), (None, "")),
+    "weight": (None, 1),
+}
+
 MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -156,6 +163,12 @@ def parse_messages(
         if not isinstance(message[text], str):
             kind = kind_of(message[text])
             raise UserError(f"{place}: {text!r} is {kind}, needs text; fix or drop the row")
+        for key, nothing in BESIDE_TEXT.items():
+            if message.get(key) not in nothing:
+                raise UserError(
+                    f"{place}: {key!r} is {message[key]!r:.40}, which no prompt format here heeds; "
+                    f"put what the model sees or says into {text!r}, or drop the key"
+                )
         turns.append(Turn(speaker, message[text]))
     return tuple(turns)
 

@@ -25,6 +25,14 @@ FORMATS = {
         {"prompt": "Once", "completion": " upon"},
         ("Once", " upon", None, False),
     ),
+    "keys and tools that say nothing": (
+        {
+            "prompt": [ASK],
+            "chosen": [GOOD | {"tool_calls": None, "thinking": "", "weight": 1.0, "name": "b"}],
+            "tools": [],
+        },
+        (ASKED, "lo", None, False),
+    ),
     "prompt as messages": ({"prompt": [ASK]}, (ASKED, None, None, False)),
     "explicit prompt, answers as text": (
         {"prompt": [ASK, REPLY, BACK], "chosen": "lo", "rejected": "no"},
@@ -199,6 +207,21 @@ def test_counts_reach_the_report(load, byte_tokenizer, tmp_path):
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "message 1: 'content' is a list, needs text",
+        ),
+        (
+            {"messages": [ASK, REPLY | {"tool_calls": [{"function": {"name": "f"}}]}]},
+            "message 2: 'tool_calls' is [{'function': {'name': 'f'}}], which no prompt format",
+        ),
+        ({"prompt": [ASK], "chosen": [GOOD | {"thinking": "hm"}]}, "'thinking' is 'hm', which"),
+        ({"messages": [ASK, REPLY | {"weight": 0}]}, "message 2: 'weight' is 0, which no prompt"),
+        *(
+            (row | {"tools": [{"type": "function"}]}, "column 'tools' is shown to the model by no")
+            for row in (
+                {"messages": [ASK, REPLY]},
+                {"conversations": [ASK, REPLY]},
+                {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]},
+                {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+            )
         ),
         ({"messages": ["hi"]}, "message 1: needs an object with the keys 'role' and 'content'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair"),

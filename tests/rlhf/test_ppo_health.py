@@ -43,6 +43,7 @@ HEALTHY = {
     "explained_variance": 0.4,
     "unscored": 0.0,
     "masked": 0.0,
+    "actor_skipped_steps": 0.0,
 }
 # Iterations from the beginning of a trouble to its warning: at most three of most. A fall of the
 # reward has to come out of chance first; lengths may do so a little later than on average.
@@ -83,6 +84,12 @@ PACES = {
     ),
     "gamed 0.4": ("gamed reward", lambda t: {"kl_per_token": 0.4 * t, "reward": 0.6 * t}, 64, 3),
     "still": ("standstill", lambda t: {"kl_k3": 1e-7, "kl_per_token": 0.0, "reward": 0.0}, 32, 3),
+    "no gradient": (
+        "standstill",
+        lambda t: {"kl_k3": 0.0, "kl_per_token": 0.0, "reward": 0.0},
+        8,
+        2,
+    ),
     "falls by 0.5": ("reward fell", lambda t: {"reward": -0.5 * t}, 64, 3),
     "falls by 0.2, many answers": ("reward fell", lambda t: {"reward": -0.2 * t}, 1024, 3),
     "falls by 0.1, many answers": ("reward fell", lambda t: {"reward": -0.1 * t}, 1024, 3),
@@ -184,15 +191,43 @@ def test_a_few_words_may_be_learnt_at_any_price(tokens, warned):
     assert bool(said([short, *LONG * [short | {"kl_per_token": 0.6}]])) == warned
 
 
-def test_a_standstill_begins_when_the_rate_has_risen():
-    def figures(kl: float) -> list[dict[str, float]]:
-        return 30 * [HEALTHY | {"kl_per_token": kl, "kl_k3": kl}]
+def still(kl: float) -> list[dict[str, float]]:
+    return 30 * [HEALTHY | {"kl_per_token": kl, "kl_k3": kl}]
 
-    assert said(figures(1e-6)) == [(4, "standstill")]
-    assert said(figures(1e-3)) == []
-    monitor = HealthMonitor(slow_start=15)
-    at = [i for i, each in enumerate(figures(1e-6), 1) if monitor.observe(i, each)]
-    assert at == [19]
+
+def first_warned(figures: list[dict[str, float]], slow_start: float, updates: int = 1) -> int:
+    monitor = HealthMonitor(None, slow_start, updates)
+    return next((i for i, each in enumerate(figures, 1) if monitor.observe(i, each)), 0)
+
+
+# After n full iterations a standstill is below 2.5e-7 n^2, and shown by two of them at least.
+@pytest.mark.parametrize(
+    ("kl", "slow_start", "updates", "warned"),
+    [
+        (1e-3, 0, 1, 0),
+        (1.1e-6, 0, 1, 4),  # of 2.25e-6 after 3, 1e-6 after 2
+        (2e-12, 0, 1, 3),  # rounding alone: no step has moved anything
+        (2e-12, 0.5, 2, 3),  # a warm-up of one step, whose rate is 0: 1.5 iterations of steps
+        (2e-12, 1, 1, 3),  # one iteration
+        (0.0, 10, 1, 3),  # 0 + 1/10
+        (2e-12, 10, 4, 3),  # 2e-12 < 2.5e-7 (28/40/4)^2: 0, 1/40 .. 7/40
+        (1e-6, 15, 1, 10),  # of 1.44e-6 after (1 + .. + 8)/15 = 2.4; before it 1.87^2
+    ],
+)
+def test_a_standstill_is_seen_by_the_steps_rates(kl, slow_start, updates, warned):
+    assert first_warned(still(kl), slow_start, updates) == warned
+
+
+def test_steps_that_fp16_skips_are_no_standstill():
+    """The search for a loss scale skips the first steps: here eight of two an iteration."""
+    skipped = [{"actor_skipped_steps": min(2.0 * i, 8.0)} for i in range(1, 31)]
+    figures = [old | new for old, new in zip(still(0.0), skipped, strict=True)]
+    assert first_warned(figures, 0, 2) == 6  # whose fifth iteration made steps
+
+
+def test_a_standstill_after_the_critics_warm_up_is_that_of_the_actors_iterations():
+    rests = {name: x for name, x in (HEALTHY | {"kl_k3": 0.0}).items() if name != "entropy"}
+    assert first_warned([*5 * [rests], *still(0.0)], 0) == 5 + 1 + SHORT
 
 
 def test_figures_that_are_not_there_are_not_judged():
