@@ -16,10 +16,22 @@ from dschat.utils.bounded import TooMuchError, bounded
 SHORT = reprlib.Repr()  # of a value in a message: aliases make it as large as they like
 SHORT.maxlevel = 2
 LARGEST, SECONDS, BYTES = 1_000_000, 10.0, 1e9  # of a file, which has some hundred lines
+LONGEST = 100  # of a number, in characters
+
+
+class _Word(str):
+    """A number or a date as it is written, shown as one."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that takes a key twice for an error, where YAML's own takes the last."""
+    """SafeLoader of values as a command line has them.
+
+    A key twice is an error, where YAML takes the last. Numbers stay as they are written: to YAML
+    `2024_01_05` is 20240105, `1.10` is 1.1, `2:4:4` is 7444 and `010` is 8.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Build a mapping of distinct keys."""
@@ -33,6 +45,18 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _written(loader: _Loader, node: yaml.ScalarNode) -> _Word:
+    text = loader.construct_scalar(node)
+    if len(text) > LONGEST:
+        problem = f"a number of {len(text):,} characters"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return _Word(text)
+
+
+for _kind in ("int", "float", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _written)
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:
@@ -58,8 +82,6 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
         raise UserError(f"config {path}: not YAML ({brief(error)})") from error
     except RecursionError as error:
         raise UserError(f"config {path}: nested too deeply") from error
-    except (ValueError, OverflowError) as error:  # of a number or a date that there cannot be
-        raise UserError(f"config {path}: not YAML ({brief(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path}: expected lines of `flag: value`")
     return content
@@ -101,9 +123,9 @@ def _words_of(place: str, flag: Flag, value: Any) -> list[str]:
         if isinstance(value, bool):
             return [f"--{flag.name}"] if value else []
     elif flag.kind.is_tuple and isinstance(value, list):
-        if not any(isinstance(item, (dict, list, set)) for item in value):
+        if not any(isinstance(item, (bool, dict, list, set)) for item in value):
             return [f"--{flag.name}", *map(str, value)]
-        wanted = "a list of single values"
+        wanted = "a list of single values, with words such as yes and no in quotes"
     else:
         wanted = "values" if flag.kind.is_tuple else "one value"
         if not isinstance(value, (bool, dict, list, set)):

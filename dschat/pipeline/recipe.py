@@ -145,9 +145,10 @@ def _widths(kind: str, given: Mapping[Any, Any], place: str) -> dict[str, int]:
         if key in given:
             if key not in prefixes:
                 raise UserError(f"{place}: {key} is of ppo; drop it")
-            if not (isinstance(given[key], int) and given[key] > 0):
-                raise UserError(f"{place}: {key} is {SHORT.repr(given[key])}: give a hidden size")
-            found[prefixes[key]] = given[key]
+            size = given[key]
+            if not (isinstance(size, str) and size.isdecimal() and int(size)):
+                raise UserError(f"{place}: {key} is {SHORT.repr(size)}: give a hidden size")
+            found[prefixes[key]] = int(size)
     return found
 
 

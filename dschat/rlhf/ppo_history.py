@@ -65,6 +65,8 @@ class History(Series):
     @property
     def fell(self) -> bool:
         """Return whether the reward is below its start, or steadily gets there, beyond chance."""
+        if self.is_near:  # the same policy's rewards
+            return False
         if self.reward_rise < -max(MOVED, self.chance):
             return True
         chance = LIKELY * math.sqrt(2) * self.noise("reward")
@@ -217,9 +219,13 @@ class History(Series):
         return (steps - risen + slow) / self.updates
 
     @property
-    def stands_still(self) -> bool:
-        """Tell whether the actor trains without effect; of KL's estimators k3 has no noise then."""
+    def is_near(self) -> bool:
+        """Tell whether the steps moved next to nothing; of KL's estimators k3 has no noise then."""
         limit = STILL * min(self.trained / STILL_AFTER, 1.0) ** 2
         nats = "kl_k3" if "kl_k3" in self.first else "kl_per_token"
-        is_near = self.stays(nats, above=-limit, below=limit)
-        return is_near and not abs(self.reward_rise) > max(MOVED, self.chance)
+        return self.stays(nats, above=-limit, below=limit)
+
+    @property
+    def stands_still(self) -> bool:
+        """Tell whether the actor trains without effect."""
+        return self.is_near and not abs(self.reward_rise) > max(MOVED, self.chance)

@@ -17,7 +17,7 @@ SPEAKERS = {
 }
 
 # Keys of a message beside its text that hold a part of what is said, and what their absence is.
-BESIDE_TEXT = {
+BESIDE_TEXT: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("tool_calls", "function_call"), (None, [], {})),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), (None, "")),
     "weight": (None, 1),

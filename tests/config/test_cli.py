@@ -140,6 +140,24 @@ def test_yaml_values_may_look_like_flags(config):
 
 
 @pytest.mark.parametrize(
+    "word", ["2024_01_05", "1.10", "010", "2:4:4", "1:30.5", "0x1F", "2024-01-05", "1_000", ".inf"]
+)
+def test_values_mean_what_the_same_words_mean_on_the_command_line(config, word):
+    assert parse(Example, config(f"name: {word}\npaths: [{word}]\n"), "A test.") == parse(
+        Example, ["--name", word, "--paths", word], "A test."
+    )
+    try:
+        limit = parse(Example, ["--name=x", f"--limit={word}"], "A test.").limit
+    except UserError:
+        limit = None
+    if limit is None:
+        with pytest.raises(UserError, match="argument --limit: invalid int value"):
+            parse(Example, config(f"name: x\nlimit: {word}\n"), "A test.")
+    else:
+        assert parse(Example, config(f"name: x\nlimit: {word}\n"), "A test.").limit == limit
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
         ("name: x\nlimmit: 3\n", "unknown key limmit; did you mean limit?"),
@@ -152,6 +170,7 @@ def test_yaml_values_may_look_like_flags(config):
         ("name: x\nlimit: false\n", "limit is False, expected one value"),
         ("name: x\nfast: 3\n", "fast is 3, expected true or false"),
         ("name: x\nfast: 'yes'\n", "fast is 'yes', expected true or false"),
+        ("name: x\npaths: [on, off]\n", "paths is [True, False], expected a list of single values"),
         ("name: x\npaths: {a: 1}\n", "paths is {'a': 1}, expected values"),
         ("- name\n", "expected lines of `flag: value`"),
     ],
@@ -206,8 +225,8 @@ def test_a_value_without_end_is_said_in_short(tmp_path):
     [
         ("paths: [[a, b]]", r"paths is \[\['a', 'b'\]\], expected a list of single values"),
         ("paths:\n- &a [x]\n- {y: *a}", r"expected a list of single values"),
-        (f"limit: {'9' * 5000}", r"settings.yaml: not YAML \(Exceeds the limit"),
-        ("limit: 2001-99-99", r"settings.yaml: not YAML \(month must be in 1..12"),
+        (f"limit: {'9' * 5000}", r"yaml line 1: not YAML \(a number of 5,000 characters\)"),
+        ("limit: 2001-99-99", r"settings.yaml: argument --limit: invalid int value: '2001-99-99'"),
         ("#" * 1_000_001, r"settings.yaml: takes more than 1,000,000 bytes to read; write"),
         ("MERGED", r"settings.yaml: takes more than 0.2 s to read; write it in short"),
     ],

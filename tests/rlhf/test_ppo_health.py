@@ -218,6 +218,14 @@ def test_a_standstill_is_seen_by_the_steps_rates(kl, slow_start, updates, warned
     assert first_warned(still(kl), slow_start, updates) == warned
 
 
+def test_the_rewards_of_a_policy_that_does_not_move_do_not_fall():
+    """Of 200 made-up standstills of 40 iterations one was said to fall, by chance."""
+    falls = [old | {"reward": 0.5 - 0.2 * i} for i, old in enumerate(still(0.0)[:10])]
+    assert "reward fell" not in {rule for _, rule in said(falls)}
+    moves = [figures | {"kl_k3": 1e-3} for figures in falls]
+    assert "reward fell" in {rule for _, rule in said(moves)}
+
+
 def test_steps_that_fp16_skips_are_no_standstill():
     """The search for a loss scale skips the first steps: here eight of two an iteration."""
     skipped = [{"actor_skipped_steps": min(2.0 * i, 8.0)} for i in range(1, 31)]
