@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,10 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 1800.0
 
 
-def run_ranks(script: str | Path, ranks: int, args: Sequence[str], log_dir: Path) -> list[str]:
+def run_ranks(
+    script: str | Path,
+    ranks: int | None,
+    args: Sequence[str],
+    log_dir: Path,
+    cwd: Path | None = None,
+) -> list[str]:
     """Run `script` on `ranks` processes over gloo on the CPU.
 
     Args:
+        ranks: None: one process, without the variables of a launcher.
         log_dir: an existing folder for one log a rank.
 
     Returns:
@@ -31,34 +38,20 @@ def run_ranks(script: str | Path, ranks: int, args: Sequence[str], log_dir: Path
         RuntimeError: a rank failed, or they still run after TIME_LIMIT; all are killed, and the
             message ends with the failing rank's log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        **{name: value for name, value in os.environ.items() if name not in warm.OWN},
+        **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        **{"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
     }
-    name = f"{Path(script).stem}-{ranks}"
-    logs = [log_dir / f"{name}.{rank}.log" for rank in range(ranks)]
-    processes = []
+    own = [{}] if ranks is None else variables_of(ranks)
+    name = f"{Path(script).stem}-{len(own)}"
+    logs = [log_dir / f"{name}.{rank}.log" for rank in range(len(own))]
+    processes: list[warm.Process] = []
     try:
-        for rank, log in enumerate(logs):
+        for rank, (log, variables) in enumerate(zip(logs, own, strict=True)):
             with log.open("w") as out:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(script), *args],
-                        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+                command, env = [str(script), *args], shared | variables
+                processes.append(warm.start(command, cwd or Path.cwd(), env, out, out, rank))
         _wait(processes, logs, time.monotonic() + TIME_LIMIT)
     finally:
         for process in processes:
@@ -68,7 +61,17 @@ def run_ranks(script: str | Path, ranks: int, args: Sequence[str], log_dir: Path
     return [log.read_text() for log in logs]
 
 
-def _wait(processes: list[subprocess.Popen], logs: list[Path], deadline: float) -> None:
+def variables_of(ranks: int) -> list[dict[str, str]]:
+    """The variables by which a launcher tells each rank its place."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["LOCAL_WORLD_SIZE"] = str(ranks)
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _wait(processes: Sequence[warm.Process], logs: list[Path], deadline: float) -> None:
     """Wait until all ranks end well; the first that fails ends it, as the others would hang."""
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:

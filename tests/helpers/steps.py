@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.launch import TIME_LIMIT
+from tests.helpers.launch import TIME_LIMIT, run_ranks
 from tests.helpers.tiny import save_llama_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,13 +118,15 @@ def run_worker(
     *,
     ranks: int,
     name: str = "worker",
+    torchrun: bool = False,
     gpu: bool = False,
 ) -> tuple[list[Result], str]:
-    """Run programs in turn in one process, or in as many as torchrun starts.
+    """Run programs in turn in one process, or in one a rank.
 
     Args:
         plan: command lines, the program first; other paths may be relative to `cwd`.
         name: of the folder below `cwd` for the plan and its results, before `-RANKS`.
+        torchrun: whether it starts the ranks, lest they start warm.
 
     Returns:
         A result for each program (rank 0's), and what all of them printed.
@@ -132,10 +134,15 @@ def run_worker(
     folder = cwd / f"{name}-{ranks}"
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps([[str(word) for word in argv] for argv in plan]))
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    torchrun += ["--master_port", free_port()]
-    start = [sys.executable, *(torchrun if ranks > 1 else []), str(WORKER)]
-    done = launch([*start, str(folder / "plan.json")], cwd, gpu)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    argv = [str(WORKER), str(folder / "plan.json")]
+    if torchrun or gpu:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        launcher += ["--master_port", free_port()]
+        done = launch([sys.executable, *(launcher if torchrun else []), *argv], cwd, gpu)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        printed = done.stdout
+    else:
+        several = ranks if ranks > 1 else None
+        printed = "".join(run_ranks(argv[0], several, argv[1:], folder, cwd))
     results = json.loads((folder / "results.json").read_text())
-    return [Result(**result) for result in results], done.stdout
+    return [Result(**result) for result in results], printed

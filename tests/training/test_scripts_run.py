@@ -193,7 +193,9 @@ def splits(number: int, place: str, argv: list[str]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_a_script_of_each_family_trains_a_tiny_model_of_it(shell, tmp_path: Path):
+def test_a_script_of_each_family_trains_a_tiny_model_of_it(
+    shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """On one rank at the recipe's stage; on two or four at others, with the same figures."""
     alone: dict[str, list[str]] = {}
     split: dict[int, dict[str, list[str]]] = {2: {}, 4: {}}
@@ -209,6 +211,7 @@ def test_a_script_of_each_family_trains_a_tiny_model_of_it(shell, tmp_path: Path
     for output in ("sft", "reward", "ppo"):
         of_all = {stage for place in found if place.endswith(output) for stage in found[place]}
         assert of_all == {*ZERO_STAGES}, output
+    monkeypatch.undo()  # variables of the shell; without them processes start warm
     trained(alone, tmp_path, ranks=1)
     for ranks, plan in split.items():
         trained(plan, tmp_path, ranks=ranks)

@@ -135,7 +135,7 @@ def grpo_on_sums(inputs: Path, folder: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def two_ranks(inputs: Path) -> Run:
-    """Under torchrun: the same step 1 in ZeRO 2; then all three steps in bf16."""
+    """The same step 1 in ZeRO 2; then all three steps in bf16."""
     folder = inputs / "two"
     data = [*DATA, *cache(folder)]
     saving = ["--dtype", "bf16", "--gradient_accumulation_steps", "2"]
@@ -168,7 +168,7 @@ def two_ranks_again(inputs: Path, one_rank: Run) -> Run:
     again += [*cache(folder), "--dtype", "fp32", "--zero_stage", "3", "--max_train_samples", "8"]
     again += ["--per_device_eval_batch_size", "3", "--output_dir", folder / "reward"]
     plan = [again, *sft_in_other_batches(folder, 2)]
-    return Run(folder, *run_worker(plan, inputs, ranks=2, name="again"))
+    return Run(folder, *run_worker(plan, inputs, ranks=2, name="again", torchrun=True))
 
 
 def test_every_program_runs_on_one_rank(one_rank: Run):
