@@ -156,6 +156,8 @@ def _build(cls: type[S], flags: Mapping[str, Any], prefix: str = "", **defaults:
             values[field.name] = _build(m["group"], flags, prefix + m["prefix"], **inner)
         elif "rule" in m and name in flags:
             value = flags[name]
+            if m["rule"].bare is not None and isinstance(value, bool):
+                value = m["rule"].bare if value else None
             values[field.name] = tuple(value) if isinstance(value, list) else value
             m["rule"].check(name, values[field.name], type_of(cls, field.name))
         elif field.default is MISSING and field.name not in values:

@@ -27,7 +27,8 @@ def curve(panel: Panel, records: Records) -> Figure:
         train, held_out = ([(x, y) for x, y in p if not (panel.log and y <= 0)] for p in both)
         color, label = f"C{number}", _label(name)
         if finite(train):
-            axes.plot(*_columns(train), color=color, linewidth=1.4, label=label)
+            alone = "s" if finite(train) == 1 else None  # a line of one point shows nothing
+            axes.plot(*_columns(train), color=color, linewidth=1.4, marker=alone, label=label)
         if held_out:
             style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": ":"}
             axes.plot(*_columns(held_out), color=color, label=f"{label}, held out", **style)
@@ -52,7 +53,9 @@ def distributions(before: Sequence[float], after: Sequence[float]) -> Figure:
     for values, label in ((before, "before"), (after, "after")):
         axes.hist(values, bins, alpha=0.6, label=label)
     axes.set(xlabel="reward", ylabel="answers")
-    axes.legend(fontsize="small", frameon=False)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.legend(loc="upper right", ncols=2, fontsize="small", frameon=False)
     return figure
 
 
@@ -128,7 +131,7 @@ def _plain_numbers(axis: Any) -> None:
     """Label a logarithmic axis by 0.001 and 1e-05: powers as formulas cost a quarter of a page."""
     from matplotlib.ticker import LogFormatter
 
-    plain = LogFormatter(minor_thresholds=(2, 0.5))
+    plain = LogFormatter(minor_thresholds=(1, 0.5))
     axis.set_major_formatter(plain)
     axis.set_minor_formatter(plain)
 

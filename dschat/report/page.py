@@ -16,6 +16,10 @@ PICTURES = "figures"  # folder of the PNG files
 MOST_PROMPTS, MOST_ITERATIONS = 8, 5  # of the table of answers
 PHASES = "Time and memory by phase"
 HIDDEN = {"answers", "decode_gap", "decode_gap_max"}  # among what it came to
+MODELS = (  # settings that say what was trained, and by whose rewards
+    *("model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"),
+    *("reward_model_name_or_path", "reward_function"),
+)
 PROGRAMS = {
     "sft": "Step 1, supervised fine-tuning",
     "reward": "Step 2, reward model",
@@ -70,11 +74,10 @@ def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> 
     """
     from markupsafe import Markup
 
-    program = records.description.get("program", "")
     steps = [step for points in records.held_out.values() for step, _ in points] or [0]
     iterations = _chosen(sorted(records.answers))
     context = {
-        "title": f"{PROGRAMS.get(program, 'Run')}: {name}",
+        "title": f"{_program(records)}: {name}",
         "subtitle": _subtitle(records),
         "figures": list(_before_and_after(records)),
         "first": min(steps),
@@ -91,12 +94,23 @@ def render(records: Records, name: str, curves: Sequence[Mapping[str, str]]) -> 
 
 def _subtitle(records: Records) -> str:
     settings = records.description.get("settings", {})
-    names = "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path"
-    parts = [f"{settings[name]}" for name in names if settings.get(name)]
-    data = settings.get("data_path")
-    if data:
-        parts.append("data: " + ", ".join(map(str, data if isinstance(data, list) else [data])))
+    parts = [_listed(settings[name]) for name in MODELS if settings.get(name)]
+    if data := settings.get("data_path"):
+        parts.append(f"data: {_listed(data)}")
     return " · ".join(parts)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+
+def _program(records: Records) -> str:
+    """Name the program; step 3 is called by its estimator, and PPO where a critic has a part."""
+    program = records.description.get("program", "")
+    estimator = records.description.get("settings", {}).get("advantage_estimator", "gae")
+    if program == "ppo" and estimator != "gae":
+        return f"Step 3, {str(estimator).upper()}"
+    return PROGRAMS.get(program, "Run")
 
 
 def _before_and_after(records: Records) -> Iterator[dict[str, str]]:

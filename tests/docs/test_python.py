@@ -16,6 +16,7 @@ from dschat.api.steps import DPO, PPO, SFT, Step
 from dschat.config import SFTSettings
 from dschat.errors import UserError
 from dschat.train import observers
+from dschat.train.checkpoint_config import NEWEST
 from dschat.train.metrics import LogConfig, MetricLogger
 from tests.helpers.launch import TIME_LIMIT
 
@@ -47,6 +48,8 @@ def test_flags_become_the_settings():
         **{**HERE, "data_path": [HERE["data_path"]]}, lora_dim=8, output_dir="out"
     )
     assert SFT(step.settings).settings is step.settings
+    kept = [SFT(**HERE, resume=value).settings.run.checkpoint.resume for value in (True, False)]
+    assert kept == [NEWEST, None]  # as the flag without a value, and none
     numbers = SFT(**HERE, lora_dim=np.int64(8), learning_rate=np.float32(0.5)).settings.model
     assert (type(numbers.lora.lora_dim), numbers.lora.lora_dim) == (int, 8)
     assert numbers.optimizer.learning_rate == 0.5

@@ -1,5 +1,6 @@
 """The page of a run: what it shows, that it stands alone, and that nothing in it runs."""
 
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from dschat.train.metrics import LogConfig, MetricLogger
 from dschat.train.pair_report import PairReport, ScoredPairs
 from dschat.train.run_page import RunPage
 
+GRPO = {"advantage_estimator": "grpo"}
 EVIL = "<script>alert(1)</script>\x1b[2J\u202e"
 
 
@@ -191,6 +193,48 @@ def test_a_curve_breaks_where_it_has_no_number_and_a_long_legend_covers_none(tmp
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 6 and axes.get_legend() is None
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_one_step_beside_held_out_points_is_seen(tmp_path: Path):
+    """A short run writes the figures of one step, of which a line alone would show nothing."""
+    from dschat.report.drawing import curve
+
+    lines = [{"kind": "eval", "step": i, "loss": 2.0 - i} for i in (0, 1)]
+    write_lines(tmp_path / "metrics.jsonl", [*lines, {"kind": "train", "step": 1, "loss": 1.5}])
+    (panel,) = drawn(read(tmp_path))
+    (axes,) = curve(panel, read(tmp_path)).axes
+    assert [line.get_marker() for line in axes.get_lines()] == ["s", "o"]
+
+
+@pytest.mark.parametrize("decades", [0.3, 0.9, 1.6, 4.0])
+def test_numbers_of_a_logarithmic_axis_keep_apart(decades: float, tmp_path: Path):
+    from dschat.report.drawing import curve
+
+    rates = (1e-3, 1e-3 / 10**decades)
+    lines = [{"kind": "train", "step": i, "lr/actor/A": rate} for i, rate in enumerate(rates)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    (panel,) = drawn(read(tmp_path))
+    figure = curve(panel, read(tmp_path))
+    png(figure)
+    ticks = [*figure.axes[0].yaxis.get_major_ticks(), *figure.axes[0].yaxis.get_minor_ticks()]
+    low, high = sorted(figure.axes[0].get_ylim())
+    texts = [t.label1 for t in ticks if t.label1.get_text() and low <= t.get_loc() <= high]
+    boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+    assert boxes and all(a.y1 < b.y0 for a, b in itertools.pairwise(boxes)), texts
+
+
+def test_a_run_is_called_by_its_estimator_and_says_what_rewards_it(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [{"kind": "eval", "step": 0, "reward": 1.0}])
+    settings = {"actor_model_name_or_path": "sft", "data_path": ["pairs"]}
+    for more, title, models in (
+        ({"critic_model_name_or_path": "scores"}, "Step 3, PPO", "sft · scores"),
+        ({"reward_model_name_or_path": "scores"} | GRPO, "Step 3, GRPO", "sft · scores"),
+        ({"reward_function": "m:f"} | GRPO, "Step 3, GRPO", "sft · m:f"),
+    ):
+        description = {"program": "ppo", "settings": settings | more}
+        (tmp_path / "run.json").write_text(json.dumps(description))
+        shown = " ".join(" ".join(Reader(write_page(tmp_path).read_text()).text).split())
+        assert shown.startswith(f"{title}: {tmp_path.name}") and f"{models} · data: pairs" in shown
 
 
 def test_names_of_pictures_are_their_own():
