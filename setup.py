@@ -53,7 +53,7 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["dschat", "dschat.*"]), *programs()],
     package_dir=programs(),
-    entry_points={"console_scripts": ["dschat = dschat.command.door:main"]},
+    entry_points={"console_scripts": ["dschat = dschat.__main__:main"]},
     package_data={
         "dschat": [
             "py.typed",

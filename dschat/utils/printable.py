@@ -165,7 +165,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def step_of_start(text: str) -> None:
     """Say on a terminal what takes the next seconds, before the first line of a run."""
     if window() is not None and rank_of(os.environ) == 0:
-        print(text, flush=True)
+        print(fitted(text, window()), flush=True)
 
 
 NOISY = (
@@ -195,7 +195,7 @@ def guard_terminal() -> None:
             warnings.simplefilter("ignore")
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _show_warning
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):
         signal.signal(signal.SIGINT, _interrupt)
     sys.excepthook = _show_error
     threading.excepthook = _show_threads_error

@@ -1,6 +1,7 @@
 """The command `dschat`: what it starts, how it says that it cannot, and how a wheel holds it."""
 
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -43,7 +44,7 @@ def test_the_version(capsys):
 def test_the_wheel_has_the_command_and_every_program(monkeypatch):
     monkeypatch.chdir(ROOT)
     built = run_setup("setup.py", stop_after="init")
-    assert built.entry_points == {"console_scripts": ["dschat = dschat.command.door:main"]}
+    assert built.entry_points == {"console_scripts": ["dschat = dschat.__main__:main"]}
     for command in COMMANDS.values():
         if command.file is not None:
             package, _, _ = f"dschat.programs.{command.program}".rpartition("/")
@@ -81,3 +82,19 @@ def test_a_wheel_runs_from_anywhere(tmp_path: Path):
         assert call(name, "--help").returncode == 0, name
     wrong = call("chat", "--path", "./none")
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_ctrl_c_before_the_first_import_is_no_traceback():
+    """Later ones have handlers of their own; these come in the first tenths of a second."""
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "dschat.command.door":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from dschat.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout + done.stderr) == (-signal.SIGINT, "")

@@ -63,6 +63,9 @@ def test_what_takes_seconds_is_said_on_a_terminal_alone(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         step_of_start("starting")
         assert capsys.readouterr().out == said
+    monkeypatch.setenv(WINDOW, "40")
+    step_of_start("starting: libraries, then the checks of all steps")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
 
 
 @pytest.mark.parametrize("verbose", [True, False])
