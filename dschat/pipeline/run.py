@@ -13,7 +13,7 @@ from pathlib import Path
 from dschat.errors import UserError
 from dschat.pipeline.stage import Stage
 from dschat.train import fork_server, launch, run_lock, signals
-from dschat.utils.printable import printable, window
+from dschat.utils.printable import fitted, printable, window
 
 # What takes the stages seconds to import.
 IMPORTED = (
@@ -86,7 +86,7 @@ def run_stage(stage: Stage, log: Path | None = None) -> float:
     if window() is not None:  # a script's command is longer than any window
         its_log = stage.folder / "training.log" if log is None else log
         command = f"what follows is in {os.path.relpath(its_log)}"
-    print(f"\n== {stage.name}: {printable(command, keep='')}", flush=True)
+    print("\n" + fitted(f"== {stage.name}: {printable(command, keep='')}", window()), flush=True)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -47,6 +47,9 @@ def test_in_a_window_a_stage_is_named_by_its_log(tmp_path: Path, monkeypatch, ca
     long = stage(tmp_path, f"pass # {'x' * 80}")
     run_stage(long)
     assert capfd.readouterr().out == "\n== sft: what follows is in sft/training.log\n"
+    monkeypatch.setenv(WINDOW, "40")
+    run_stage(long)
+    assert capfd.readouterr().out == "\n== sft: what follows is in\n  sft/training.log\n"
     monkeypatch.delenv(WINDOW)
     run_stage(long)
     assert "x" * 80 in capfd.readouterr().out
