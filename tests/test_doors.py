@@ -72,6 +72,7 @@ WITHOUT_CODE = {"GenerationConfig", "RewardModel"}  # reads JSON; is this packag
 # Who may look up code by name: the user's own functions, packages that a setting asks for, and
 # those of a short list that are imported late.
 IMPORTERS = {"dschat/utils/user_functions.py", "dschat/train/trackers.py", "dschat/lazy.py"}
+IMPORTERS |= {"dschat/train/fork_server.py"}  # modules that a pipeline names
 NOT_TO_CALL = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "marshal.loads"}
 
 WORDS = ("from_pretrained", "from_config", "torch.load", "pickle", "import_module", "exec", "yaml")

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from dschat.lazy import torch
 from dschat.train.signals import CODE_FILE
 from dschat.utils.printable import VERBOSE, WINDOW, guard_terminal
 
@@ -124,9 +125,8 @@ def main() -> None:
     before = dict(os.environ)
     gc.disable()  # a fifth of the time of imports
     guard_terminal()
-    importlib.import_module("torch")
-    if _sees_gpus():
-        return
+    if any(getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")):
+        return  # asking for the devices would wake a driver
     for name in modules:
         importlib.import_module(name)
     gc.freeze()  # steps share these pages for as long as nothing writes to them
@@ -140,12 +140,6 @@ def main() -> None:
             listener.close()
             _run(sys.argv)
             return
-
-
-def _sees_gpus() -> bool:
-    """Return whether torch is of a build for GPUs; asking for the devices would wake a driver."""
-    version = importlib.import_module("torch.version")
-    return any(getattr(version, name, None) for name in ("cuda", "hip", "xpu"))
 
 
 def _serve(
