@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 LONGEST = (
     "training/test_scripts_run.py",
     "training/test_two_nodes.py",
+    "docs/test_commands_run.py",
     "training/test_resume.py",
     "training/test_steps.py",
     "training/test_dpo.py",
@@ -30,6 +31,9 @@ LONGEST = (
     "train/test_agreement.py",
     "train/test_scores_ranks.py",
     "benchmarks/test_plan_on_ranks.py",
+    "faults/test_faults.py",
+    "plan/test_ppo.py",
+    "docs/test_commands.py",
 )
 
 
