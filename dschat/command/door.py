@@ -9,7 +9,6 @@ The program runs in this process, so ranks, signals and exit codes are its own.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import dschat
 from dschat.command.registry import COMMANDS, Command, by_group
 from dschat.config.cli import run_cli
 from dschat.errors import UserError
+from dschat.utils.run_file import run_file
 
 
 def run(command: Command, words: Sequence[str]) -> None:
@@ -26,11 +26,7 @@ def run(command: Command, words: Sequence[str]) -> None:
     if (file := command.file) is None:
         runpy.run_module(command.program, run_name="__main__")
         return
-    # Not `run_path`, which would put the file's name in place of the command's.
-    spec = importlib.util.spec_from_file_location("__main__", file)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["__main__"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    run_file(file)
 
 
 def overview() -> Iterator[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import runpy
@@ -32,6 +31,7 @@ from typing import IO
 from dschat.lazy import torch
 from dschat.train.signals import CODE_FILE
 from dschat.utils.printable import VERBOSE, WINDOW, guard_terminal
+from dschat.utils.run_file import run_file
 
 SOCKET = "DSCHAT_FORK_SERVER"  # variable with the path of the server's socket
 # Variables that no import reads, on a CPU: a step may have others than the server.
@@ -196,11 +196,7 @@ def _run(words: list[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         return
     sys.path[0] = os.path.dirname(words[0])
-    # Not `run_path`, whose module is gone before what it leaves to the end of the process runs.
-    spec = importlib.util.spec_from_file_location("__main__", words[0])
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["__main__"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    run_file(words[0])
 
 
 def _is_this(python: str) -> bool:
